@@ -1,0 +1,54 @@
+/* limits.h - every bound in the system, each with its reason.
+ * Thread: any (constants). Owns nothing.
+ * A bound an operator may move is a default here and a flag in server/config.h. */
+#ifndef PROTO_LIMITS_H
+#define PROTO_LIMITS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define LIMITS_MIB ((size_t)1 << 20)
+
+/* Identifiers: "mem_" and 24 hexadecimal digits, 96 random bits, so they cannot be guessed. */
+#define LIMITS_ID_BYTES 40
+
+/* HTTP. */
+#define LIMITS_HEADER_BYTES ((size_t)32 << 10)    /* all header fields of one request */
+#define LIMITS_URL_BYTES ((size_t)8 << 10)        /* ids and a few query fields */
+#define LIMITS_JSON_BODY_BYTES (16 * LIMITS_MIB)  /* a JSON body is held whole; text is streamed */
+#define LIMITS_OUTPUT_BYTES (1 * LIMITS_MIB)      /* unsent bytes of a reader too slow to keep */
+#define LIMITS_CONNECTIONS 1024                   /* each costs a few KiB */
+#define LIMITS_HEADER_TIMEOUT_MS 10000            /* a slow header holds a connection */
+#define LIMITS_IDLE_TIMEOUT_MS 75000              /* above the 60 s of common load balancers */
+#define LIMITS_BODY_TIMEOUT_MS 30000              /* without one byte of the body arriving */
+
+/* Requests. */
+#define LIMITS_QUEUE_REQUESTS 256  /* waiting for the engine, then 429 */
+#define LIMITS_RUNNING 32          /* sequences decoded together */
+#define LIMITS_CHOICES 128         /* n and best_of, as the API page says */
+#define LIMITS_PROMPTS 128         /* prompts of one completion request */
+#define LIMITS_STOP_STRINGS 4      /* as the API page says */
+#define LIMITS_STOP_BYTES 256      /* a stop string is held back from the stream while it may match */
+#define LIMITS_LOGPROBS 20         /* as the API's top_logprobs */
+#define LIMITS_LOGIT_BIAS 1024
+#define LIMITS_METADATA_PAIRS 16   /* as the API page says, with the two below */
+#define LIMITS_METADATA_KEY 64
+#define LIMITS_METADATA_VALUE 512
+
+/* Appends: text is tokenised and committed block by block. A block is a commit, so it must be
+ * long enough to be cheap and short enough that a crash costs little. */
+#define LIMITS_APPEND_BLOCK_BYTES ((size_t)16 << 10)
+#define LIMITS_APPEND_BLOCKS_WAITING 4 /* then the socket is no longer read */
+
+/* Storage. */
+#define LIMITS_WRITER_QUEUE_BYTES (256 * LIMITS_MIB) /* then STATUS_BUSY: back-pressure */
+#define LIMITS_WRITER_QUEUE_ITEMS 65536
+#define LIMITS_MAP_BYTES ((size_t)1 << 40) /* address space; the file grows as it is filled */
+#define LIMITS_LINEAGE 4096                /* forks of forks along one memory */
+
+/* Engine. */
+#define LIMITS_SLICE_TOKENS 256 /* prefill rows of one step: activations stay in cache */
+#define LIMITS_TOPK 64
+#define LIMITS_CHUNK_TOKENS 256
+
+#endif
