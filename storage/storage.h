@@ -1,0 +1,173 @@
+/* storage.h - durable memories in one LMDB environment: branches of immutable chunks (K/V,
+ * landmarks), token ids, snapshots.
+ * Thread: writes are queued from any thread and carried out, in order, by the one writer thread
+ * with group commit; reads run on the calling thread in short transactions and copy out.
+ * Owns the environment, the lock on its folder and the writer thread.
+ *
+ * The model of the data. A *branch* is a run of positions written by one memory; it may start
+ * inside a parent branch (a fork), whose earlier chunks and tokens it shares without copying. A
+ * *memory* names a branch and a committed position in it, with a snapshot (the recurrent state and
+ * everything else the engine needs) at exactly that position. The snapshot decides: what a branch
+ * holds past the committed position is not part of the memory and is dropped at opening; a missing
+ * chunk before it is corruption. */
+#ifndef STORAGE_STORAGE_H
+#define STORAGE_STORAGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "proto/limits.h"
+#include "proto/status.h"
+
+struct storage;
+
+struct storage_options {
+    const char *path;            /* folder, created (0700) when missing; copied */
+    size_t kv_bytes;             /* K/V bytes of one chunk */
+    size_t landmark_bytes;       /* landmark bytes of one chunk */
+    uint32_t chunk_tokens;       /* S */
+    uint64_t model_fingerprint;  /* another model's folder is refused: STATUS_MISMATCH */
+    const char *model_name;      /* for the message of that refusal; copied */
+    size_t map_bytes;            /* 0: LIMITS_MAP_BYTES; the most the file may grow to */
+    size_t queue_bytes;          /* 0: LIMITS_WRITER_QUEUE_BYTES */
+    bool read_only;              /* for `check`; takes no lock and starts no writer */
+};
+
+/* Opens or creates. A second process on the same folder gets STATUS_CONFLICT with a message that
+ * names the folder and the holder's pid. Recovers: drops ephemeral memories and what lies past
+ * committed positions. STATUS_IO, STATUS_CORRUPT, STATUS_MISMATCH, STATUS_UNSUPPORTED (a newer
+ * format), STATUS_DISK_FULL. */
+STATUS_CHECKED enum status storage_open(const struct storage_options *options,
+                                        struct storage **out, struct error *err);
+/* Carries out everything queued, runs its callbacks, then stops the writer and closes. */
+void storage_close(struct storage *storage);
+
+/* ---- writes: queued, in order, each answered exactly once on the writer thread ---- */
+
+/* Runs after the commit (status STATUS_OK) or the failure; never before the queueing call has
+ * returned STATUS_OK, and never when it returned anything else. */
+typedef void (*storage_done_cb)(void *context, enum status status);
+
+struct storage_memory_options {
+    const char *id;       /* caller's choice, unique, shorter than LIMITS_ID_BYTES */
+    const char *from;     /* NULL: empty; else fork that memory at its committed position */
+    const char *metadata; /* JSON object text, stored as it is; NULL: "{}" */
+    bool ephemeral;       /* not listed, dropped at the next opening */
+};
+
+/* Creates an empty memory, or a fork that shares all of `from` by reference. Copied. The callback
+ * gets STATUS_CONFLICT (id taken), STATUS_NOT_FOUND (no `from`), STATUS_DISK_FULL, STATUS_IO. */
+STATUS_CHECKED enum status storage_memory_create(struct storage *storage,
+                                                 const struct storage_memory_options *options,
+                                                 storage_done_cb done_cb, void *context);
+/* Replaces the metadata. */
+STATUS_CHECKED enum status storage_memory_update(struct storage *storage, const char *id,
+                                                 const char *metadata, storage_done_cb done_cb,
+                                                 void *context);
+/* Deletes the memory; chunks no other memory reaches are freed in bounded steps behind it. */
+STATUS_CHECKED enum status storage_memory_delete(struct storage *storage, const char *id,
+                                                 storage_done_cb done_cb, void *context);
+
+/* Appends chunk `index` to `branch`; kv and landmark are copied. Indexes of a branch come in
+ * order without holes. After a failure every further append or commit of that branch fails with
+ * STATUS_IO until storage_truncate, so a later commit can never cover a lost chunk.
+ * STATUS_BUSY: the queue is full. */
+STATUS_CHECKED enum status storage_append(struct storage *storage, uint64_t branch,
+                                          uint64_t index, const void *kv, const void *landmark,
+                                          storage_done_cb done_cb, void *context);
+/* Appends that would be accepted now. */
+size_t storage_append_room(struct storage *storage);
+
+struct storage_commit {
+    const char *id;
+    uint64_t position;       /* committed position after this, in tokens of the whole sequence */
+    const int32_t *tokens;   /* the tokens [position - token_count, position); they extend the */
+    size_t token_count;      /* last committed position exactly, else STATUS_CONFLICT */
+    uint64_t text_bytes;     /* bytes of text appended to the memory so far, in all */
+    const void *snapshot;    /* replaces the memory's snapshot */
+    size_t snapshot_bytes;
+};
+
+/* Makes the memory's new position durable together with everything queued before it. Copied. */
+STATUS_CHECKED enum status storage_commit(struct storage *storage,
+                                          const struct storage_commit *commit,
+                                          storage_done_cb done_cb, void *context);
+/* Drops the chunks of the memory's own branch past its committed position (a turn was aborted)
+ * and lifts a failure. Queue order applies, so it is called before the branch is written again. */
+STATUS_CHECKED enum status storage_truncate(struct storage *storage, const char *id,
+                                            storage_done_cb done_cb, void *context);
+
+/* ---- reads: any thread, committed data only ---- */
+
+struct storage_memory {
+    char id[LIMITS_ID_BYTES];
+    char parent[LIMITS_ID_BYTES]; /* "" for none */
+    uint64_t branch;
+    int64_t created_at; /* seconds since 1970 */
+    uint64_t token_count, chunk_count, text_bytes;
+    uint64_t bytes_on_disk; /* of its own branch and snapshot; what it shares counts for the owner */
+    size_t snapshot_bytes;  /* 0 while the memory is empty */
+    bool ephemeral;
+    char *metadata; /* JSON text; free with storage_memory_close */
+};
+
+STATUS_CHECKED enum status storage_memory_get(struct storage *storage, const char *id,
+                                              struct storage_memory *memory);
+void storage_memory_close(struct storage_memory *memory);
+/* Memories that are not ephemeral, newest first, after the one named `after` (NULL: from the
+ * start): at most `limit` into `memories`; `*has_more` says whether there are others. An unknown
+ * `after` is STATUS_NOT_FOUND. */
+STATUS_CHECKED enum status storage_memory_list(struct storage *storage, const char *after,
+                                               size_t limit, struct storage_memory *memories,
+                                               size_t *count, bool *has_more);
+struct storage_range { /* the shape of the engine's chunk_range */
+    uint64_t branch;
+    uint64_t first;
+};
+/* Which branch holds which chunks, oldest first, the memory's own branch last. At most
+ * LIMITS_LINEAGE; `ranges` is malloced for the caller. */
+STATUS_CHECKED enum status storage_lineage(struct storage *storage, const char *id,
+                                           struct storage_range **ranges, size_t *count);
+/* The snapshot, malloced for the caller, and the position it stands at. STATUS_NOT_FOUND while the
+ * memory is empty; STATUS_CORRUPT when its checksum is wrong. */
+STATUS_CHECKED enum status storage_snapshot(struct storage *storage, const char *id,
+                                            void **snapshot, size_t *size, uint64_t *position);
+
+struct storage_read {
+    uint64_t branch, index;
+    void *kv; /* out: kv_bytes */
+};
+/* A batch of K/V reads in one transaction. STATUS_CORRUPT: one is missing or damaged. */
+STATUS_CHECKED enum status storage_read_chunks(struct storage *storage,
+                                               const struct storage_read *reads, size_t count);
+STATUS_CHECKED enum status storage_read_landmarks(struct storage *storage, uint64_t branch,
+                                                  uint64_t first, uint64_t count, void *out);
+/* Tokens [from, from + count) of a memory's sequence, across its forks; all before the committed
+ * position, else STATUS_INVALID. */
+STATUS_CHECKED enum status storage_read_tokens(struct storage *storage, const char *id,
+                                               uint64_t from, size_t count, int32_t *tokens);
+
+struct storage_stats {
+    uint64_t memories, map_used_bytes, map_bytes, queue_bytes, queue_items;
+    uint64_t commits, chunks_written, chunks_read, bytes_read;
+    uint64_t commit_ns; /* total time inside commits, for an average */
+    uint64_t commit_ns_histogram[24]; /* bucket i: commits that took < 2^i * 64 us */
+};
+void storage_get_stats(struct storage *storage, struct storage_stats *stats);
+
+/* ---- offline ---- */
+
+struct storage_check_report {
+    uint64_t memories, branches, chunks, tokens, snapshots, bytes;
+    uint64_t problems;
+};
+/* Verifies every record of the folder: checksums, no holes before committed positions, references,
+ * nothing unreachable. Calls problem_cb for each thing wrong. `progress_cb` may be NULL.
+ * STATUS_OK when it could be read, however many problems it found. */
+STATUS_CHECKED enum status storage_check(const char *path,
+                                         void (*problem_cb)(void *context, const char *message),
+                                         void *context, struct storage_check_report *report,
+                                         struct error *err);
+
+#endif
