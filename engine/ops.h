@@ -1,0 +1,161 @@
+/* ops.h - the table of operations a backend implements, and the shapes they work on.
+ * Thread: the engine's; a backend may use its own workers inside a call.
+ * Owns nothing; every pointer is borrowed for the call.
+ *
+ * A step's rows are the tokens of all its sequences one after another; a segment is one sequence's
+ * run of rows. Backends: ref/ (plain fp32, obvious), cpu/ (fast), later cuda/. One file per op,
+ * the same base name in each. Activations and states are fp32 on the host backends and live in
+ * memory from `alloc`; the shared forward pass never looks through such a pointer, it calls
+ * `copy`, so that a device backend can hand out device memory.
+ *
+ * Batch invariance: a segment's results must not depend on the other segments of the call. */
+#ifndef ENGINE_OPS_H
+#define ENGINE_OPS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "proto/model_config.h"
+#include "proto/status.h"
+
+enum ops_dtype { OPS_BF16, OPS_FP32 };
+
+/* A weight [rows, cols], row-major: y = x W^T, as PyTorch's Linear keeps it. A vector is [1, n].
+ * data NULL: the tensor is absent (no bias). */
+struct ops_tensor {
+    const void *data;
+    enum ops_dtype dtype;
+    uint32_t rows, cols;
+};
+
+struct ops_segment {
+    uint32_t row, count; /* rows [row, row + count) of the step */
+    uint64_t position;   /* absolute position of the first row */
+};
+
+struct ops_rows {
+    const struct ops_segment *segments;
+    uint32_t segment_count;
+    uint32_t row_count;
+};
+
+/* The recurrent state of one sequence in one Mamba-2 layer. */
+struct ops_mamba_state {
+    float *ssm;  /* [Hm, P, N] */
+    float *conv; /* [conv_kernel - 1, di + 2GN]: the last columns of xBC before the convolution,
+                    oldest first; zeros at the start of a sequence */
+};
+
+struct ops_mamba_weights {
+    struct ops_tensor norm, in_proj, in_proj_bias, conv_weight /* [di+2GN, conv_kernel] */,
+        conv_bias, dt_bias, a_log, d, gate_norm, out_proj, out_proj_bias;
+};
+
+struct ops_encoder_layer {
+    struct ops_tensor input_norm, q, q_bias, k, k_bias, v, v_bias, o, q_norm, k_norm, post_norm,
+        gate, up, down;
+};
+
+struct ops_chunking_weights {
+    struct ops_tensor cls, enc_prenorm, encoder_norm; /* with an encoder */
+    const struct ops_encoder_layer *encoder;          /* [encoder_layers] */
+    struct ops_tensor norm;                           /* without one */
+    struct ops_tensor proj_k, proj_v, landmark, k_norm;
+};
+
+struct ops_retrieval_weights {
+    struct ops_tensor pre_norm, query, q_norm, k_norm; /* the last two when enable_lmk_norm */
+};
+
+struct ops_hsa_weights {
+    struct ops_tensor pre_norm, query, q_norm, out;
+};
+
+/* The landmarks of one sequence: blocks of OPS_LANDMARK_BLOCK chunks each [block, r], the dtype of
+ * the memory. When enable_lmk_norm, they hold the normalised landmark (k_norm applied once, when
+ * the chunk is made), so that the scan need not repeat it. */
+#define OPS_LANDMARK_BLOCK 256
+struct ops_landmarks {
+    const void *const *blocks;
+    uint64_t count; /* chunks */
+};
+
+/* What retrieval gives for a row: for each retrieval head the K picks ordered by chunk index,
+ * newest first, unused ones last with chunk 0 and weight 0. */
+struct ops_picks {
+    uint64_t *chunks; /* [rows, Hr, K] */
+    float *weights;   /* [rows, Hr, K] */
+};
+
+/* Context of an open backend: worker threads, scratch memory. */
+struct ops_context;
+
+struct ops_options {
+    const struct model_config *config;
+    uint32_t threads;
+    uint32_t max_rows;         /* of one step */
+    enum ops_dtype memory_dtype; /* of K/V pages and landmarks */
+};
+
+struct ops {
+    const char *name;
+    /* STATUS_UNSUPPORTED where this machine cannot run the backend. */
+    enum status (*open)(const struct ops_options *options, struct ops_context **out,
+                        struct error *err);
+    void (*close)(struct ops_context *context);
+    /* "cpu (avx2, 2 threads)"; borrowed. */
+    const char *(*describe)(const struct ops_context *context);
+
+    /* Zeroed memory for activations and states, aligned to 64 bytes; NULL when there is none. */
+    void *(*alloc)(struct ops_context *context, size_t bytes);
+    void (*release)(struct ops_context *context, void *memory);
+    /* Any direction between memory of `alloc` and the host's; complete when it returns. */
+    void (*copy)(struct ops_context *context, void *to, const void *from, size_t bytes);
+
+    /* out[row] = table[tokens[row]], [rows, d]. */
+    void (*embed)(struct ops_context *context, const struct ops_tensor *table,
+                  const int32_t *tokens, uint32_t row_count, float *out);
+
+    /* One Mamba-2 block in place: x += mixer(RMSNorm(x)); x [rows, d]. states[i] belongs to
+     * segment i and is carried forward. A segment of one row takes the single-step form, longer
+     * ones the chunked (SSD) form; both continue from the state. */
+    void (*mamba)(struct ops_context *context, const struct ops_mamba_weights *weights,
+                  const struct ops_rows *rows, const struct ops_mamba_state *states, float *x);
+
+    /* `count` whole chunks [count, S, d] -> K and V pages (each page K [S, Hkv, hd] then V the
+     * same, memory dtype) and landmarks ([r] each, memory dtype, normalised when enable_lmk_norm
+     * by retrieval's k_norm of `retrieval`, which is NULL otherwise). */
+    void (*encode_chunks)(struct ops_context *context, const struct ops_chunking_weights *weights,
+                          uint32_t count, const float *const *chunks, void *const *kv,
+                          void *const *landmarks);
+
+    /* x [rows, d] -> picks and weights. landmarks[i] belongs to segment i; a row at position t
+     * sees chunk c when t >= (c+1) * S (or RAMBA.md's slide-window form). Never stores the
+     * [rows, chunks] scores. Equal scores: the lower chunk index wins. */
+    void (*retrieve)(struct ops_context *context, const struct ops_retrieval_weights *weights,
+                     const struct ops_rows *rows, const struct ops_landmarks *landmarks,
+                     const float *x, struct ops_picks *picks);
+
+    /* q[rows, H * hd] = q_proj(RMSNorm(x)) (q_norm when enable_qk_norm). Apart from hsa_attend, so
+     * that attention can go by sub-blocks of rows when pages are short. */
+    void (*hsa_query)(struct ops_context *context, const struct ops_hsa_weights *weights,
+                      const struct ops_rows *rows, const float *x, float *q);
+    /* o[row_count, H * hd] for rows with q and picks given from their first row on; pages[row,
+     * Hr, K] are the K/V pages of the picks (NULL where the weight is 0). */
+    void (*hsa_attend)(struct ops_context *context, uint32_t row_count, const float *q,
+                       const float *weights, const void *const *pages, float *o);
+    /* x += o_proj(o). */
+    void (*hsa_out)(struct ops_context *context, const struct ops_hsa_weights *weights,
+                    const struct ops_rows *rows, const float *o, float *x);
+
+    /* logits[rows, V] = lm_head(RMSNorm(x)) for the given x rows. */
+    void (*logits)(struct ops_context *context, const struct ops_tensor *norm,
+                   const struct ops_tensor *head, const struct ops_rows *rows, const float *x,
+                   float *logits);
+};
+
+const struct ops *ops_ref(void);
+const struct ops *ops_cpu(void);
+
+#endif
