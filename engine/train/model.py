@@ -1,0 +1,448 @@
+"""RAMba in PyTorch: the reference the C engine is held against, and the model the trainer trains.
+
+Written from the model's description, one class a layer, tensor names as in published checkpoints.
+Runs in float64 (reference), float32, and under bf16 autocast (training). Old and new PyTorch.
+"""
+import json
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import safetensors_io
+
+DEFAULTS = dict(
+    conv_kernel=4, expand=2, head_dim=64, n_groups=1, state_size=128, layer_norm_epsilon=1e-5,
+    use_bias=False, use_conv_bias=True, chunk_size=64, chunk_topk=8, num_mamba_per_gca=8,
+    num_upper_groups=1, encoder_layers=1, time_step_limit=[0.0, math.inf], tie_word_embeddings=True,
+    enable_qk_norm=False, enable_lmk_norm=False, enable_softmax=False, enable_softmax1=False,
+    enable_pos_decay=False, singlehead_retrieval=False, enc_prenorm=False, mask_slide_window=False,
+    slide_window=0, residual_in_fp32=True)
+
+
+class Config(dict):
+    """config.json with the defaults filled in; keys read as attributes."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError as missing:
+            raise AttributeError(name) from missing
+
+    @staticmethod
+    def load(path):
+        with open(path) as file:
+            return Config({**DEFAULTS, **json.load(file)})
+
+    @property
+    def inner(self):
+        return self.expand * self.hidden_size
+
+    @property
+    def attention_head(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def retrieval_heads(self):
+        return 1 if self.singlehead_retrieval else self.num_kv_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight).to(x.dtype)
+
+
+def ssd(x, dt, a, b, c, resets, state, block):
+    """The Mamba-2 recurrence in its chunked form.
+
+    x [B,L,H,P], dt [B,L,H], a [H] (negative), b and c [B,L,G,N]; resets [B,L] bool or None: the
+    state is zeroed before that position; state [B,H,P,N] or None: the state before position 0.
+    L is a multiple of `block`. Returns y [B,L,H,P] and the state after the last position.
+    """
+    batch, length, heads, width = x.shape
+    groups, size = b.shape[2:]
+    blocks = length // block
+    low = x.dtype
+    wide = torch.float64 if low == torch.float64 else torch.float32
+    log_decay = (dt.to(wide) * a.to(wide)).view(batch, blocks, block, heads)
+    inside = log_decay.cumsum(2)  # log decay from the block's start through position i
+    total = inside[:, :, -1]
+    if resets is None:
+        segment = torch.zeros(batch, blocks, block, dtype=torch.int64, device=x.device)
+    else:
+        segment = resets.view(batch, blocks, block).long().cumsum(2)
+    last = segment[:, :, -1]
+
+    xdt = (x * dt.unsqueeze(-1).to(low)).view(batch, blocks, block, heads, width)
+    b = b.view(batch, blocks, block, groups, size)
+    c = c.view(batch, blocks, block, groups, size)
+    share = heads // groups
+
+    order = torch.ones(block, block, dtype=torch.bool, device=x.device).tril()
+    same = (segment.unsqueeze(3) == segment.unsqueeze(2)) & order  # [B,nb,i,j]
+    gap = inside.permute(0, 1, 3, 2)  # [B,nb,H,i]
+    gap = gap.unsqueeze(-1) - gap.unsqueeze(-2)
+    decay = gap.masked_fill(~same.unsqueeze(2), -math.inf).exp().to(low)
+    scores = torch.einsum("bzign,bzjgn->bzgij", c, b).repeat_interleave(share, 2)
+    y = torch.einsum("bzhij,bzjhp->bzihp", scores * decay, xdt)
+
+    # What each block adds to the state at its end, then the states between blocks.
+    to_end = (total.unsqueeze(2) - inside).exp() * (segment == last.unsqueeze(2)).unsqueeze(-1)
+    bh = b.repeat_interleave(share, 3)
+    added = torch.einsum("bzjhn,bzjhp->bzhpn", bh, xdt * to_end.unsqueeze(-1).to(low))
+    run = torch.cat([torch.zeros_like(total[:, :1]), total.cumsum(1)], 1)  # before block z
+    seen = torch.cat([torch.zeros_like(last[:, :1]), (last > 0).long().cumsum(1)], 1)
+    # State before block z: from the start (source 0) or from the end of block s - 1 (source s).
+    start = torch.zeros_like(added[:, :1]) if state is None else state.unsqueeze(1).to(low)
+    sources = torch.cat([start, added], 1)  # [B,nb+1,H,P,N]
+    hop = run.permute(0, 2, 1)
+    hop = hop.unsqueeze(-1) - hop.unsqueeze(-2)  # [B,H,z,s]
+    alive = (seen.unsqueeze(2) == seen.unsqueeze(1)) & torch.ones(
+        blocks + 1, blocks + 1, dtype=torch.bool, device=x.device).tril()
+    hop = hop.masked_fill(~alive.unsqueeze(1), -math.inf).exp().to(low)
+    states = torch.einsum("bhzs,bshpn->bzhpn", hop, sources)
+    from_start = inside.exp() * (segment == 0).unsqueeze(-1)
+    ch = c.repeat_interleave(share, 3)
+    y = y + torch.einsum("bzihn,bzhpn->bzihp", ch, states[:, :-1]) * from_start.unsqueeze(-1).to(low)
+    return y.reshape(batch, length, heads, width), states[:, -1]
+
+
+class Mixer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, inner, groups, size = config.hidden_size, config.inner, config.n_groups, config.state_size
+        self.config, self.heads = config, inner // config.head_dim
+        mixed = inner + 2 * groups * size
+        self.in_proj = nn.Linear(d, inner + mixed + self.heads, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(mixed, mixed, config.conv_kernel, groups=mixed,
+                                bias=config.use_conv_bias)
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+        self.A_log = nn.Parameter(torch.arange(1, self.heads + 1).float().log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = RMSNorm(inner, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(inner, d, bias=config.use_bias)
+
+    def forward(self, x, resets, cache):
+        """`cache` is None or a dict that carries "conv" and "ssm" from call to call."""
+        config = self.config
+        inner, groups, size = config.inner, config.n_groups, config.state_size
+        batch, length, _ = x.shape
+        z, mixed, dt = self.in_proj(x).split(
+            [inner, inner + 2 * groups * size, self.heads], dim=-1)
+        tail = config.conv_kernel - 1
+        columns = mixed.transpose(1, 2)
+        if cache is not None and "conv" in cache:
+            columns = torch.cat([cache["conv"].to(columns.dtype), columns], 2)
+        else:
+            columns = F.pad(columns, (tail, 0))
+        if cache is not None:
+            cache["conv"] = columns[:, :, columns.shape[2] - tail:].detach()
+        mixed = F.silu(self.conv1d(columns).transpose(1, 2))
+        xs, b, c = mixed.split([inner, groups * size, groups * size], dim=-1)
+        xs = xs.reshape(batch, length, self.heads, -1)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        low, high = config.time_step_limit
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(low, high)
+        block = 64
+        pad = -length % block
+        b, c = b.view(batch, length, groups, size), c.view(batch, length, groups, size)
+        args = [xs, dt, b, c]
+        if pad:  # dt = 0 leaves the state as it is
+            args = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in args]
+            resets = None if resets is None else F.pad(resets, (0, pad))
+        state = cache.get("ssm") if cache is not None else None
+        y, state = ssd(args[0], args[1], -self.A_log.to(wide).exp(), args[2], args[3], resets,
+                       state, block)
+        if cache is not None:
+            cache["ssm"] = state.detach()
+        y = y[:, :length] + xs * self.D.unsqueeze(-1).to(xs.dtype)
+        y = self.norm(y.reshape(batch, length, inner) * F.silu(z))
+        return self.out_proj(y)
+
+
+class MambaLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = Mixer(config)
+
+    def forward(self, x, resets=None, cache=None):
+        return x + self.mixer(self.norm(x), resets, cache).to(x.dtype)
+
+
+def rope(x, positions):
+    """Half-rotation layout, theta 10,000; x [..., positions, hd]."""
+    half = x.shape[-1] // 2
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rate = 10000.0 ** (-torch.arange(half, dtype=wide, device=x.device) / half)
+    angle = positions.to(wide).unsqueeze(-1) * rate
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return (x.to(wide) * cos + turned.to(wide) * sin).to(x.dtype)
+
+
+class EncoderAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, hd = config.hidden_size, config.attention_head
+        self.heads, self.kv_heads, self.hd = config.num_attention_heads, config.num_key_value_heads, hd
+        self.q_proj = nn.Linear(d, self.heads * hd)
+        self.k_proj = nn.Linear(d, self.kv_heads * hd)
+        self.v_proj = nn.Linear(d, self.kv_heads * hd)
+        self.o_proj = nn.Linear(self.heads * hd, d, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(hd, 1e-6), RMSNorm(hd, 1e-6)
+
+    def forward(self, x):
+        count, length, _ = x.shape
+        shape = (count, length, -1, self.hd)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        v = self.v_proj(x).view(shape).transpose(1, 2)
+        positions = torch.arange(length, device=x.device)
+        q, k = rope(q, positions), rope(k, positions)
+        share = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.hd ** -0.5
+        out = torch.einsum("bhij,bhjd->bhid", scores.softmax(-1).to(v.dtype), v)
+        return self.o_proj(out.transpose(1, 2).reshape(count, length, -1))
+
+
+class EncoderMlp(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        size = int(8 * d / 3 / 64) * 64
+        self.gate_proj = nn.Linear(d, size, bias=False)
+        self.up_proj = nn.Linear(d, size, bias=False)
+        self.down_proj = nn.Linear(size, d, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn, self.mlp = EncoderAttention(config), EncoderMlp(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, 1e-6)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, 1e-6)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.input_layernorm(x)).to(x.dtype)
+        return x + self.mlp(self.post_attention_layernorm(x)).to(x.dtype)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = RMSNorm(config.hidden_size, 1e-6)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class ChunkingLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, hd = config.hidden_size, config.attention_head
+        self.config = config
+        if config.encoder_layers > 0:
+            self.cls_emb = nn.Parameter(torch.randn(1, 1, d) * 0.02)
+            self.encoder = Encoder(config)
+            if config.enc_prenorm:
+                self.enc_prenorm = RMSNorm(d, 1e-6)
+        else:
+            self.norm = RMSNorm(d, 1e-6)
+        self.proj_k = nn.Linear(d, config.num_kv_heads * hd, bias=False)
+        self.proj_v = nn.Linear(d, config.num_kv_heads * hd, bias=False)
+        self.lmk_ln = nn.Linear(d, config.retrieval_dim, bias=False)
+        if config.enable_qk_norm:
+            self.k_rmsnorm = RMSNorm(hd, 1e-6)
+
+    def forward(self, x):
+        """x [B,L,d] -> K, V [B,C,S,Hkv,hd] and landmarks [B,C,Hr,r/Hr] of the whole chunks."""
+        config = self.config
+        batch, length, d = x.shape
+        count = length // config.chunk_size
+        chunks = x[:, :count * config.chunk_size].reshape(batch * count, config.chunk_size, d)
+        if config.encoder_layers > 0:
+            cls = self.cls_emb.to(chunks.dtype).expand(len(chunks), -1, -1)
+            chunks = torch.cat([chunks, cls], 1)
+            if config.enc_prenorm:
+                chunks = self.enc_prenorm(chunks)
+            chunks = self.encoder(chunks)
+            tokens, summary = chunks[:, :-1], chunks[:, -1]
+        else:
+            tokens = self.norm(chunks)
+            summary = tokens.mean(1)
+        shape = (batch, count, config.chunk_size, config.num_kv_heads, config.attention_head)
+        keys, values = self.proj_k(tokens).view(shape), self.proj_v(tokens).view(shape)
+        if config.enable_qk_norm:
+            keys = self.k_rmsnorm(keys)
+        landmarks = self.lmk_ln(summary).view(batch, count, config.retrieval_heads, -1)
+        return keys, values, landmarks
+
+
+class RetrievalLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width = config.retrieval_dim // config.retrieval_heads
+        self.pre_norm = RMSNorm(config.hidden_size, 1e-6)
+        self.ln = nn.Linear(config.hidden_size, config.retrieval_dim, bias=False)
+        if config.enable_softmax and config.enable_pos_decay:
+            self.pos_decay = nn.Parameter(torch.zeros(1))
+        if config.enable_lmk_norm:
+            self.lmk_q_norm, self.lmk_k_norm = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
+
+    def scores(self, x, landmarks):
+        """[B,L,Hr,C] in fp32 or wider."""
+        config = self.config
+        q = self.ln(self.pre_norm(x)).view(*x.shape[:2], config.retrieval_heads, -1)
+        if config.enable_lmk_norm:
+            q, landmarks = self.lmk_q_norm(q), self.lmk_k_norm(landmarks)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return torch.einsum("blhr,bchr->blhc", q, landmarks).to(wide) * q.shape[-1] ** -0.5
+
+    def visible(self, positions, count):
+        """[L,C]: which chunks a token may read."""
+        window = self.config.chunk_size - self.config.slide_window if self.config.mask_slide_window else 0
+        ends = (torch.arange(count, device=positions.device) + 1) * self.config.chunk_size
+        return positions.unsqueeze(1) + window >= ends
+
+    def weigh(self, scores, picked):
+        """Dense weights [B,L,Hr,C] of the picked chunks: newest first is from the right."""
+        config = self.config
+        if config.enable_softmax:
+            if config.enable_pos_decay:
+                rank = picked.long().flip(-1).cumsum(-1).flip(-1) - 1
+                scores = scores + self.pos_decay * rank
+            weights = scores.masked_fill(~picked, -math.inf).softmax(-1)
+            return weights.nan_to_num(0.0)
+        spent = F.softplus(scores) * picked
+        spent = spent.flip(-1).cumsum(-1).flip(-1)
+        return (scores - spent).exp() * picked
+
+    def forward(self, x, landmarks, positions):
+        """Dense weights [B,L,Hr,C], zero where a chunk is not picked."""
+        count = landmarks.shape[1]
+        scores = self.scores(x, landmarks)
+        visible = self.visible(positions, count).unsqueeze(1)
+        masked = scores.masked_fill(~visible, -math.inf)
+        picks = masked.topk(min(self.config.chunk_topk, count), -1).indices
+        picked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks, True) & visible
+        return self.weigh(scores, picked)
+
+
+class HsaLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, hd = config.hidden_size, config.attention_head
+        self.config = config
+        self.pre_norm = RMSNorm(d, 1e-6)
+        self.q_proj = nn.Linear(d, config.num_attention_heads * hd, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * hd, d, bias=False)
+        if config.enable_qk_norm:
+            self.q_norm = RMSNorm(hd, 1e-6)
+
+    def forward(self, x, keys, values, weights):
+        """Dense form: attends to every chunk and multiplies by its weight, zero for most."""
+        config = self.config
+        batch, length, _ = x.shape
+        kv, hd = config.num_kv_heads, config.attention_head
+        share = config.num_attention_heads // kv
+        q = self.q_proj(self.pre_norm(x)).view(batch, length, kv, share, hd)
+        if config.enable_qk_norm:
+            q = self.q_norm(q)
+        logits = torch.einsum("blkgd,bcskd->bkglcs", q, keys.to(q.dtype)) * hd ** -0.5
+        if config.enable_softmax1:
+            extra = torch.zeros_like(logits[..., :1])
+            attention = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
+        else:
+            attention = logits.softmax(-1)
+        weights = weights.expand(-1, -1, kv, -1).permute(0, 2, 1, 3)  # [B,kv,L,C]
+        attention = (attention * weights[:, :, None, :, :, None]).to(q.dtype)
+        out = torch.einsum("bkglcs,bcskd->blkgd", attention, values.to(q.dtype))
+        return x + self.o_proj(out.reshape(batch, length, -1)).to(x.dtype)
+
+
+class Backbone(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = [MambaLayer(config) for _ in range(config.num_lower_layers)]
+        layers.append(ChunkingLayer(config))
+        for _ in range(config.num_upper_groups):
+            layers.append(RetrievalLayer(config))
+            per_group = config.num_upper_layers // config.num_upper_groups
+            for _ in range(per_group // config.num_mamba_per_gca):
+                layers.append(HsaLayer(config))
+                layers += [MambaLayer(config) for _ in range(config.num_mamba_per_gca)]
+        self.layers = nn.ModuleList(layers)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+class Ramba(nn.Module):
+    def __init__(self, config, hsa=True):
+        super().__init__()
+        self.config, self.hsa = config, hsa
+        self.backbone = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def head(self, x):
+        x = self.backbone.norm_f(x)
+        if self.config.tie_word_embeddings:
+            return F.linear(x, self.backbone.embeddings.weight)
+        return self.lm_head(x)
+
+    def hidden(self, ids, resets=None, trace=None):
+        """[B,L] -> the last layer's hidden states [B,L,d]. `trace`: a dict to be filled with
+        layer{i}.hidden, .k, .v, .landmarks, .weights."""
+        x = self.backbone.embeddings(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        keys = values = landmarks = weights = None
+        for i, layer in enumerate(self.backbone.layers):
+            if isinstance(layer, MambaLayer):
+                x = layer(x, resets)
+            elif isinstance(layer, ChunkingLayer):
+                keys, values, landmarks = layer(x)
+                if trace is not None:
+                    trace.update({f"layer{i}.k": keys, f"layer{i}.v": values,
+                                  f"layer{i}.landmarks": landmarks})
+            elif isinstance(layer, RetrievalLayer):
+                if self.hsa and landmarks.shape[1]:
+                    weights = layer(x, landmarks, positions)
+                    if trace is not None:
+                        trace[f"layer{i}.weights"] = weights
+            elif self.hsa and landmarks.shape[1]:
+                x = layer(x, keys, values, weights)
+            if trace is not None:
+                trace[f"layer{i}.hidden"] = x
+        return x
+
+    def forward(self, ids, resets=None, trace=None):
+        return self.head(self.hidden(ids, resets, trace))
+
+    @staticmethod
+    def load(folder, dtype=torch.float32):
+        config = Config.load(os.path.join(folder, "config.json"))
+        tensors = safetensors_io.load(os.path.join(folder, "model.safetensors"))
+        config["tie_word_embeddings"] = "lm_head.weight" not in tensors or config.tie_word_embeddings
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        model = Ramba(config).to(dtype)
+        model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()})
+        return model.eval()
