@@ -1,448 +1,297 @@
-"""RAMba in PyTorch: the reference the C engine is held against, and the model the trainer trains.
+"""The model, written out from its description: plain PyTorch, any float type, no speed.
 
-Written from the model's description, one class a layer, tensor names as in published checkpoints.
-Runs in float64 (reference), float32, and under bf16 autocast (training). Old and new PyTorch.
+This is the reference. It follows the recurrences one token at a time where the trainer and the
+engine use blocked forms, so that the three can disagree. `Reference(config, tensors)` takes the
+checkpoint's own tensor names (`backbone.layers.{i}...`).
 """
+
 import json
-import math
 import os
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import safetensors_io
 
-DEFAULTS = dict(
-    conv_kernel=4, expand=2, head_dim=64, n_groups=1, state_size=128, layer_norm_epsilon=1e-5,
-    use_bias=False, use_conv_bias=True, chunk_size=64, chunk_topk=8, num_mamba_per_gca=8,
-    num_upper_groups=1, encoder_layers=1, time_step_limit=[0.0, math.inf], tie_word_embeddings=True,
-    enable_qk_norm=False, enable_lmk_norm=False, enable_softmax=False, enable_softmax1=False,
-    enable_pos_decay=False, singlehead_retrieval=False, enc_prenorm=False, mask_slide_window=False,
-    slide_window=0, residual_in_fp32=True)
+MEMORY_EPSILON = 1e-6  # RMSNorm epsilon of everything but the Mamba-2 blocks and norm_f
+
+DEFAULTS = {
+    "expand": 2,
+    "head_dim": 64,
+    "state_size": 128,
+    "n_groups": 1,
+    "conv_kernel": 4,
+    "layer_norm_epsilon": 1e-5,
+    "residual_in_fp32": True,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_limit": [0.0, float("inf")],
+    "tie_word_embeddings": True,
+    "chunk_size": 64,
+    "chunk_topk": 8,
+    "num_upper_groups": 1,
+    "num_mamba_per_gca": 1,
+    "encoder_layers": 1,
+    "num_kv_heads": 1,
+    "rope_theta": 10000.0,
+    "enc_prenorm": False,
+    "enable_qk_norm": False,
+    "enable_lmk_norm": False,
+    "enable_softmax": False,
+    "enable_softmax1": False,
+    "enable_pos_decay": False,
+    "singlehead_retrieval": False,
+    "mask_slide_window": False,
+    "slide_window": 0,
+    "sliding_window": 0,
+}
 
 
-class Config(dict):
-    """config.json with the defaults filled in; keys read as attributes."""
+class Config:
+    """config.json with the defaults of the keys it leaves out."""
 
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError as missing:
-            raise AttributeError(name) from missing
+    def __init__(self, values):
+        merged = dict(DEFAULTS)
+        merged.update(values)
+        merged.setdefault("num_key_value_heads", merged["num_attention_heads"])
+        merged.setdefault("retrieval_dim", merged["hidden_size"])
+        if merged["time_step_limit"] is None:
+            merged["time_step_limit"] = [0.0, float("inf")]
+        self.values = values
+        self.__dict__.update(merged)
+        self.inner = self.expand * self.hidden_size
+        self.mamba_heads = self.inner // self.head_dim
+        self.conv_dim = self.inner + 2 * self.n_groups * self.state_size
+        self.attention_head_dim = self.hidden_size // self.num_attention_heads
+        self.retrieval_heads = 1 if self.singlehead_retrieval else self.num_kv_heads
+        self.retrieval_head_dim = self.retrieval_dim // self.retrieval_heads
+        self.intermediate = int(8 * self.hidden_size / 3) // 64 * 64
 
     @staticmethod
-    def load(path):
-        with open(path) as file:
-            return Config({**DEFAULTS, **json.load(file)})
+    def load(folder):
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            return Config(json.load(file))
 
-    @property
-    def inner(self):
-        return self.expand * self.hidden_size
-
-    @property
-    def attention_head(self):
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def retrieval_heads(self):
-        return 1 if self.singlehead_retrieval else self.num_kv_heads
+    def layers(self):
+        """The kind of every entry of backbone.layers, in order."""
+        out = ["mamba"] * self.num_lower_layers + ["chunking"]
+        per_group = self.num_upper_layers // self.num_upper_groups
+        for _ in range(self.num_upper_groups):
+            out.append("retrieval")
+            for _ in range(per_group // self.num_mamba_per_gca):
+                out += ["hsa"] + ["mamba"] * self.num_mamba_per_gca
+        return out
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        wide = x if x.dtype == torch.float64 else x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight).to(x.dtype)
+def rms_norm(x, weight, epsilon):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
 
 
-def ssd(x, dt, a, b, c, resets, state, block):
-    """The Mamba-2 recurrence in its chunked form.
-
-    x [B,L,H,P], dt [B,L,H], a [H] (negative), b and c [B,L,G,N]; resets [B,L] bool or None: the
-    state is zeroed before that position; state [B,H,P,N] or None: the state before position 0.
-    L is a multiple of `block`. Returns y [B,L,H,P] and the state after the last position.
-    """
-    batch, length, heads, width = x.shape
-    groups, size = b.shape[2:]
-    blocks = length // block
-    low = x.dtype
-    wide = torch.float64 if low == torch.float64 else torch.float32
-    log_decay = (dt.to(wide) * a.to(wide)).view(batch, blocks, block, heads)
-    inside = log_decay.cumsum(2)  # log decay from the block's start through position i
-    total = inside[:, :, -1]
-    if resets is None:
-        segment = torch.zeros(batch, blocks, block, dtype=torch.int64, device=x.device)
-    else:
-        segment = resets.view(batch, blocks, block).long().cumsum(2)
-    last = segment[:, :, -1]
-
-    xdt = (x * dt.unsqueeze(-1).to(low)).view(batch, blocks, block, heads, width)
-    b = b.view(batch, blocks, block, groups, size)
-    c = c.view(batch, blocks, block, groups, size)
-    share = heads // groups
-
-    order = torch.ones(block, block, dtype=torch.bool, device=x.device).tril()
-    same = (segment.unsqueeze(3) == segment.unsqueeze(2)) & order  # [B,nb,i,j]
-    gap = inside.permute(0, 1, 3, 2)  # [B,nb,H,i]
-    gap = gap.unsqueeze(-1) - gap.unsqueeze(-2)
-    decay = gap.masked_fill(~same.unsqueeze(2), -math.inf).exp().to(low)
-    scores = torch.einsum("bzign,bzjgn->bzgij", c, b).repeat_interleave(share, 2)
-    y = torch.einsum("bzhij,bzjhp->bzihp", scores * decay, xdt)
-
-    # What each block adds to the state at its end, then the states between blocks.
-    to_end = (total.unsqueeze(2) - inside).exp() * (segment == last.unsqueeze(2)).unsqueeze(-1)
-    bh = b.repeat_interleave(share, 3)
-    added = torch.einsum("bzjhn,bzjhp->bzhpn", bh, xdt * to_end.unsqueeze(-1).to(low))
-    run = torch.cat([torch.zeros_like(total[:, :1]), total.cumsum(1)], 1)  # before block z
-    seen = torch.cat([torch.zeros_like(last[:, :1]), (last > 0).long().cumsum(1)], 1)
-    # State before block z: from the start (source 0) or from the end of block s - 1 (source s).
-    start = torch.zeros_like(added[:, :1]) if state is None else state.unsqueeze(1).to(low)
-    sources = torch.cat([start, added], 1)  # [B,nb+1,H,P,N]
-    hop = run.permute(0, 2, 1)
-    hop = hop.unsqueeze(-1) - hop.unsqueeze(-2)  # [B,H,z,s]
-    alive = (seen.unsqueeze(2) == seen.unsqueeze(1)) & torch.ones(
-        blocks + 1, blocks + 1, dtype=torch.bool, device=x.device).tril()
-    hop = hop.masked_fill(~alive.unsqueeze(1), -math.inf).exp().to(low)
-    states = torch.einsum("bhzs,bshpn->bzhpn", hop, sources)
-    from_start = inside.exp() * (segment == 0).unsqueeze(-1)
-    ch = c.repeat_interleave(share, 3)
-    y = y + torch.einsum("bzihn,bzhpn->bzihp", ch, states[:, :-1]) * from_start.unsqueeze(-1).to(low)
-    return y.reshape(batch, length, heads, width), states[:, -1]
-
-
-class Mixer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        d, inner, groups, size = config.hidden_size, config.inner, config.n_groups, config.state_size
-        self.config, self.heads = config, inner // config.head_dim
-        mixed = inner + 2 * groups * size
-        self.in_proj = nn.Linear(d, inner + mixed + self.heads, bias=config.use_bias)
-        self.conv1d = nn.Conv1d(mixed, mixed, config.conv_kernel, groups=mixed,
-                                bias=config.use_conv_bias)
-        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
-        self.A_log = nn.Parameter(torch.arange(1, self.heads + 1).float().log())
-        self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = RMSNorm(inner, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(inner, d, bias=config.use_bias)
-
-    def forward(self, x, resets, cache):
-        """`cache` is None or a dict that carries "conv" and "ssm" from call to call."""
-        config = self.config
-        inner, groups, size = config.inner, config.n_groups, config.state_size
-        batch, length, _ = x.shape
-        z, mixed, dt = self.in_proj(x).split(
-            [inner, inner + 2 * groups * size, self.heads], dim=-1)
-        tail = config.conv_kernel - 1
-        columns = mixed.transpose(1, 2)
-        if cache is not None and "conv" in cache:
-            columns = torch.cat([cache["conv"].to(columns.dtype), columns], 2)
-        else:
-            columns = F.pad(columns, (tail, 0))
-        if cache is not None:
-            cache["conv"] = columns[:, :, columns.shape[2] - tail:].detach()
-        mixed = F.silu(self.conv1d(columns).transpose(1, 2))
-        xs, b, c = mixed.split([inner, groups * size, groups * size], dim=-1)
-        xs = xs.reshape(batch, length, self.heads, -1)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        low, high = config.time_step_limit
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(low, high)
-        block = 64
-        pad = -length % block
-        b, c = b.view(batch, length, groups, size), c.view(batch, length, groups, size)
-        args = [xs, dt, b, c]
-        if pad:  # dt = 0 leaves the state as it is
-            args = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in args]
-            resets = None if resets is None else F.pad(resets, (0, pad))
-        state = cache.get("ssm") if cache is not None else None
-        y, state = ssd(args[0], args[1], -self.A_log.to(wide).exp(), args[2], args[3], resets,
-                       state, block)
-        if cache is not None:
-            cache["ssm"] = state.detach()
-        y = y[:, :length] + xs * self.D.unsqueeze(-1).to(xs.dtype)
-        y = self.norm(y.reshape(batch, length, inner) * F.silu(z))
-        return self.out_proj(y)
-
-
-class MambaLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = Mixer(config)
-
-    def forward(self, x, resets=None, cache=None):
-        return x + self.mixer(self.norm(x), resets, cache).to(x.dtype)
-
-
-def rope(x, positions):
-    """Half-rotation layout, theta 10,000; x [..., positions, hd]."""
+def rotate_half(x):
     half = x.shape[-1] // 2
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rate = 10000.0 ** (-torch.arange(half, dtype=wide, device=x.device) / half)
-    angle = positions.to(wide).unsqueeze(-1) * rate
-    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return (x.to(wide) * cos + turned.to(wide) * sin).to(x.dtype)
+    return torch.cat([-x[..., half:], x[..., :half]], -1)
 
 
-class EncoderAttention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        d, hd = config.hidden_size, config.attention_head
-        self.heads, self.kv_heads, self.hd = config.num_attention_heads, config.num_key_value_heads, hd
-        self.q_proj = nn.Linear(d, self.heads * hd)
-        self.k_proj = nn.Linear(d, self.kv_heads * hd)
-        self.v_proj = nn.Linear(d, self.kv_heads * hd)
-        self.o_proj = nn.Linear(self.heads * hd, d, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(hd, 1e-6), RMSNorm(hd, 1e-6)
+class Reference:
+    """forward(ids) -> every intermediate that a golden holds. ids: [L] integers, one sequence."""
 
-    def forward(self, x):
-        count, length, _ = x.shape
-        shape = (count, length, -1, self.hd)
-        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
-        v = self.v_proj(x).view(shape).transpose(1, 2)
-        positions = torch.arange(length, device=x.device)
-        q, k = rope(q, positions), rope(k, positions)
-        share = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-        scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.hd ** -0.5
-        out = torch.einsum("bhij,bhjd->bhid", scores.softmax(-1).to(v.dtype), v)
-        return self.o_proj(out.transpose(1, 2).reshape(count, length, -1))
-
-
-class EncoderMlp(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        d = config.hidden_size
-        size = int(8 * d / 3 / 64) * 64
-        self.gate_proj = nn.Linear(d, size, bias=False)
-        self.up_proj = nn.Linear(d, size, bias=False)
-        self.down_proj = nn.Linear(size, d, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class EncoderLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.self_attn, self.mlp = EncoderAttention(config), EncoderMlp(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, 1e-6)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, 1e-6)
-
-    def forward(self, x):
-        x = x + self.self_attn(self.input_layernorm(x)).to(x.dtype)
-        return x + self.mlp(self.post_attention_layernorm(x)).to(x.dtype)
-
-
-class Encoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.norm = RMSNorm(config.hidden_size, 1e-6)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
-
-
-class ChunkingLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        d, hd = config.hidden_size, config.attention_head
+    def __init__(self, config, tensors, dtype=torch.float64):
         self.config = config
-        if config.encoder_layers > 0:
-            self.cls_emb = nn.Parameter(torch.randn(1, 1, d) * 0.02)
-            self.encoder = Encoder(config)
-            if config.enc_prenorm:
-                self.enc_prenorm = RMSNorm(d, 1e-6)
-        else:
-            self.norm = RMSNorm(d, 1e-6)
-        self.proj_k = nn.Linear(d, config.num_kv_heads * hd, bias=False)
-        self.proj_v = nn.Linear(d, config.num_kv_heads * hd, bias=False)
-        self.lmk_ln = nn.Linear(d, config.retrieval_dim, bias=False)
-        if config.enable_qk_norm:
-            self.k_rmsnorm = RMSNorm(hd, 1e-6)
-
-    def forward(self, x):
-        """x [B,L,d] -> K, V [B,C,S,Hkv,hd] and landmarks [B,C,Hr,r/Hr] of the whole chunks."""
-        config = self.config
-        batch, length, d = x.shape
-        count = length // config.chunk_size
-        chunks = x[:, :count * config.chunk_size].reshape(batch * count, config.chunk_size, d)
-        if config.encoder_layers > 0:
-            cls = self.cls_emb.to(chunks.dtype).expand(len(chunks), -1, -1)
-            chunks = torch.cat([chunks, cls], 1)
-            if config.enc_prenorm:
-                chunks = self.enc_prenorm(chunks)
-            chunks = self.encoder(chunks)
-            tokens, summary = chunks[:, :-1], chunks[:, -1]
-        else:
-            tokens = self.norm(chunks)
-            summary = tokens.mean(1)
-        shape = (batch, count, config.chunk_size, config.num_kv_heads, config.attention_head)
-        keys, values = self.proj_k(tokens).view(shape), self.proj_v(tokens).view(shape)
-        if config.enable_qk_norm:
-            keys = self.k_rmsnorm(keys)
-        landmarks = self.lmk_ln(summary).view(batch, count, config.retrieval_heads, -1)
-        return keys, values, landmarks
-
-
-class RetrievalLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        width = config.retrieval_dim // config.retrieval_heads
-        self.pre_norm = RMSNorm(config.hidden_size, 1e-6)
-        self.ln = nn.Linear(config.hidden_size, config.retrieval_dim, bias=False)
-        if config.enable_softmax and config.enable_pos_decay:
-            self.pos_decay = nn.Parameter(torch.zeros(1))
-        if config.enable_lmk_norm:
-            self.lmk_q_norm, self.lmk_k_norm = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
-
-    def scores(self, x, landmarks):
-        """[B,L,Hr,C] in fp32 or wider."""
-        config = self.config
-        q = self.ln(self.pre_norm(x)).view(*x.shape[:2], config.retrieval_heads, -1)
-        if config.enable_lmk_norm:
-            q, landmarks = self.lmk_q_norm(q), self.lmk_k_norm(landmarks)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return torch.einsum("blhr,bchr->blhc", q, landmarks).to(wide) * q.shape[-1] ** -0.5
-
-    def visible(self, positions, count):
-        """[L,C]: which chunks a token may read."""
-        window = self.config.chunk_size - self.config.slide_window if self.config.mask_slide_window else 0
-        ends = (torch.arange(count, device=positions.device) + 1) * self.config.chunk_size
-        return positions.unsqueeze(1) + window >= ends
-
-    def weigh(self, scores, picked):
-        """Dense weights [B,L,Hr,C] of the picked chunks: newest first is from the right."""
-        config = self.config
-        if config.enable_softmax:
-            if config.enable_pos_decay:
-                rank = picked.long().flip(-1).cumsum(-1).flip(-1) - 1
-                scores = scores + self.pos_decay * rank
-            weights = scores.masked_fill(~picked, -math.inf).softmax(-1)
-            return weights.nan_to_num(0.0)
-        spent = F.softplus(scores) * picked
-        spent = spent.flip(-1).cumsum(-1).flip(-1)
-        return (scores - spent).exp() * picked
-
-    def forward(self, x, landmarks, positions):
-        """Dense weights [B,L,Hr,C], zero where a chunk is not picked."""
-        count = landmarks.shape[1]
-        scores = self.scores(x, landmarks)
-        visible = self.visible(positions, count).unsqueeze(1)
-        masked = scores.masked_fill(~visible, -math.inf)
-        picks = masked.topk(min(self.config.chunk_topk, count), -1).indices
-        picked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks, True) & visible
-        return self.weigh(scores, picked)
-
-
-class HsaLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        d, hd = config.hidden_size, config.attention_head
-        self.config = config
-        self.pre_norm = RMSNorm(d, 1e-6)
-        self.q_proj = nn.Linear(d, config.num_attention_heads * hd, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * hd, d, bias=False)
-        if config.enable_qk_norm:
-            self.q_norm = RMSNorm(hd, 1e-6)
-
-    def forward(self, x, keys, values, weights):
-        """Dense form: attends to every chunk and multiplies by its weight, zero for most."""
-        config = self.config
-        batch, length, _ = x.shape
-        kv, hd = config.num_kv_heads, config.attention_head
-        share = config.num_attention_heads // kv
-        q = self.q_proj(self.pre_norm(x)).view(batch, length, kv, share, hd)
-        if config.enable_qk_norm:
-            q = self.q_norm(q)
-        logits = torch.einsum("blkgd,bcskd->bkglcs", q, keys.to(q.dtype)) * hd ** -0.5
-        if config.enable_softmax1:
-            extra = torch.zeros_like(logits[..., :1])
-            attention = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
-        else:
-            attention = logits.softmax(-1)
-        weights = weights.expand(-1, -1, kv, -1).permute(0, 2, 1, 3)  # [B,kv,L,C]
-        attention = (attention * weights[:, :, None, :, :, None]).to(q.dtype)
-        out = torch.einsum("bkglcs,bcskd->blkgd", attention, values.to(q.dtype))
-        return x + self.o_proj(out.reshape(batch, length, -1)).to(x.dtype)
-
-
-class Backbone(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = [MambaLayer(config) for _ in range(config.num_lower_layers)]
-        layers.append(ChunkingLayer(config))
-        for _ in range(config.num_upper_groups):
-            layers.append(RetrievalLayer(config))
-            per_group = config.num_upper_layers // config.num_upper_groups
-            for _ in range(per_group // config.num_mamba_per_gca):
-                layers.append(HsaLayer(config))
-                layers += [MambaLayer(config) for _ in range(config.num_mamba_per_gca)]
-        self.layers = nn.ModuleList(layers)
-        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-
-
-class Ramba(nn.Module):
-    def __init__(self, config, hsa=True):
-        super().__init__()
-        self.config, self.hsa = config, hsa
-        self.backbone = Backbone(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def head(self, x):
-        x = self.backbone.norm_f(x)
-        if self.config.tie_word_embeddings:
-            return F.linear(x, self.backbone.embeddings.weight)
-        return self.lm_head(x)
-
-    def hidden(self, ids, resets=None, trace=None):
-        """[B,L] -> the last layer's hidden states [B,L,d]. `trace`: a dict to be filled with
-        layer{i}.hidden, .k, .v, .landmarks, .weights."""
-        x = self.backbone.embeddings(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        keys = values = landmarks = weights = None
-        for i, layer in enumerate(self.backbone.layers):
-            if isinstance(layer, MambaLayer):
-                x = layer(x, resets)
-            elif isinstance(layer, ChunkingLayer):
-                keys, values, landmarks = layer(x)
-                if trace is not None:
-                    trace.update({f"layer{i}.k": keys, f"layer{i}.v": values,
-                                  f"layer{i}.landmarks": landmarks})
-            elif isinstance(layer, RetrievalLayer):
-                if self.hsa and landmarks.shape[1]:
-                    weights = layer(x, landmarks, positions)
-                    if trace is not None:
-                        trace[f"layer{i}.weights"] = weights
-            elif self.hsa and landmarks.shape[1]:
-                x = layer(x, keys, values, weights)
-            if trace is not None:
-                trace[f"layer{i}.hidden"] = x
-        return x
-
-    def forward(self, ids, resets=None, trace=None):
-        return self.head(self.hidden(ids, resets, trace))
+        self.dtype = dtype
+        self.tensors = {name: t.to(dtype) for name, t in tensors.items()}
 
     @staticmethod
-    def load(folder, dtype=torch.float32):
-        config = Config.load(os.path.join(folder, "config.json"))
-        tensors = safetensors_io.load(os.path.join(folder, "model.safetensors"))
-        config["tie_word_embeddings"] = "lm_head.weight" not in tensors or config.tie_word_embeddings
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        model = Ramba(config).to(dtype)
-        model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()})
-        return model.eval()
+    def load(folder, dtype=torch.float64):
+        return Reference(Config.load(folder), safetensors_io.load_folder(folder), dtype)
+
+    def get(self, layer, name):
+        return self.tensors.get(f"backbone.layers.{layer}.{name}")
+
+    def linear(self, layer, name, x):
+        return F.linear(x, self.get(layer, name + ".weight"), self.get(layer, name + ".bias"))
+
+    def norm(self, layer, name, x, epsilon=MEMORY_EPSILON):
+        return rms_norm(x, self.get(layer, name + ".weight"), epsilon)
+
+    def mamba(self, layer, x):
+        """x [L, d] -> [L, d]: the recurrence, one token after the other."""
+        c = self.config
+        length = x.shape[0]
+        projected = self.linear(
+            layer, "mixer.in_proj", self.norm(layer, "norm", x, c.layer_norm_epsilon)
+        )
+        gate, xbc, dt = torch.split(projected, [c.inner, c.conv_dim, c.mamba_heads], -1)
+        weight = self.get(layer, "mixer.conv1d.weight")[:, 0]  # [conv_dim, width]
+        padded = torch.cat([xbc.new_zeros(c.conv_kernel - 1, c.conv_dim), xbc])
+        conv = sum(padded[i : i + length] * weight[:, i] for i in range(c.conv_kernel))
+        bias = self.get(layer, "mixer.conv1d.bias")
+        conv = F.silu(conv if bias is None else conv + bias)
+        state_width = c.n_groups * c.state_size
+        u, b, cc = torch.split(conv, [c.inner, state_width, state_width], -1)
+        u = u.reshape(length, c.mamba_heads, c.head_dim)
+        repeat = c.mamba_heads // c.n_groups
+        b = b.reshape(length, c.n_groups, c.state_size).repeat_interleave(repeat, 1)
+        cc = cc.reshape(length, c.n_groups, c.state_size).repeat_interleave(repeat, 1)
+        dt = F.softplus(dt + self.get(layer, "mixer.dt_bias"))
+        dt = dt.clamp(float(c.time_step_limit[0]), float(c.time_step_limit[1]))
+        a = -torch.exp(self.get(layer, "mixer.A_log"))
+        skip = self.get(layer, "mixer.D")
+        h = x.new_zeros(c.mamba_heads, c.head_dim, c.state_size)
+        rows = []
+        for t in range(length):
+            decay = torch.exp(dt[t] * a)[:, None, None]
+            h = decay * h + (dt[t][:, None] * u[t])[:, :, None] * b[t][:, None, :]
+            rows.append((h * cc[t][:, None, :]).sum(-1) + skip[:, None] * u[t])
+        y = torch.stack(rows).reshape(length, c.inner) * F.silu(gate)
+        y = self.norm(layer, "mixer.norm", y, c.layer_norm_epsilon)
+        return x + self.linear(layer, "mixer.out_proj", y)
+
+    def encoder(self, layer, chunks):
+        """chunks [C, S, d] -> token outputs [C, S, d] and cls output [C, d]."""
+        c = self.config
+        count, size, width = chunks.shape
+        head = c.attention_head_dim
+        cls = self.get(layer, "cls_emb").expand(count, 1, width)
+        x = torch.cat([chunks, cls], 1)
+        if c.enc_prenorm:
+            x = self.norm(layer, "enc_prenorm", x)
+        steps = torch.arange(size + 1, dtype=self.dtype)
+        frequency = c.rope_theta ** (-torch.arange(0, head, 2, dtype=self.dtype) / head)
+        angle = torch.cat([torch.outer(steps, frequency)] * 2, -1)[:, None]  # [S+1, 1, hd]
+        for j in range(c.encoder_layers):
+            name = f"encoder.layers.{j}"
+            y = self.norm(layer, name + ".input_layernorm", x)
+            q, k, v = (
+                self.linear(layer, f"{name}.self_attn.{part}_proj", y).reshape(
+                    count, size + 1, -1, head
+                )
+                for part in "qkv"
+            )
+            q = self.norm(layer, name + ".self_attn.q_norm", q)
+            k = self.norm(layer, name + ".self_attn.k_norm", k)
+            q = q * angle.cos() + rotate_half(q) * angle.sin()
+            k = k * angle.cos() + rotate_half(k) * angle.sin()
+            repeat = c.num_attention_heads // c.num_key_value_heads
+            k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+            scores = torch.einsum("cqhe,ckhe->chqk", q, k) * head**-0.5
+            out = torch.einsum("chqk,ckhe->cqhe", scores.softmax(-1), v)
+            x = x + self.linear(layer, name + ".self_attn.o_proj", out.flatten(2))
+            y = self.norm(layer, name + ".post_attention_layernorm", x)
+            y = F.silu(self.linear(layer, name + ".mlp.gate_proj", y)) * self.linear(
+                layer, name + ".mlp.up_proj", y
+            )
+            x = x + self.linear(layer, name + ".mlp.down_proj", y)
+        x = self.norm(layer, "encoder.norm", x)
+        return x[:, :size], x[:, size]
+
+    def chunking(self, layer, x):
+        """x [L, d] -> K and V [C, S, Hkv, hd], landmarks [C, Hr, r / Hr]."""
+        c = self.config
+        count = x.shape[0] // c.chunk_size
+        chunks = x[: count * c.chunk_size].reshape(count, c.chunk_size, -1)
+        if c.encoder_layers > 0:
+            e, g = self.encoder(layer, chunks)
+        else:
+            e = self.norm(layer, "norm", chunks)
+            g = e.mean(1)
+        shape = (count, c.chunk_size, c.num_kv_heads, c.attention_head_dim)
+        k = self.linear(layer, "proj_k", e).reshape(shape)
+        v = self.linear(layer, "proj_v", e).reshape(shape)
+        if c.enable_qk_norm:
+            k = self.norm(layer, "k_rmsnorm", k)
+        landmarks = self.linear(layer, "lmk_ln", g)
+        return k, v, landmarks.reshape(count, c.retrieval_heads, c.retrieval_head_dim)
+
+    def retrieval(self, layer, x, landmarks):
+        """x [L, d] -> picks [L, Hr, K] newest first (unused: 0), weights, margin of the choice."""
+        c = self.config
+        length, count = x.shape[0], landmarks.shape[0]
+        q = self.linear(layer, "ln", self.norm(layer, "pre_norm", x))
+        q = q.reshape(length, c.retrieval_heads, c.retrieval_head_dim)
+        m = landmarks
+        if c.enable_lmk_norm:
+            q, m = self.norm(layer, "lmk_q_norm", q), self.norm(layer, "lmk_k_norm", m)
+        scores = torch.einsum("the,che->thc", q, m) * c.retrieval_head_dim**-0.5
+        position = torch.arange(length)
+        if c.mask_slide_window:
+            position = position - max(c.slide_window, c.sliding_window) + c.chunk_size
+        visible = position[:, None] >= (torch.arange(count) + 1)[None] * c.chunk_size  # [L, C]
+        scores = scores.masked_fill(~visible[:, None], float("-inf"))
+        pad = max(0, c.chunk_topk + 1 - count)
+        scores = F.pad(scores, (0, pad), value=float("-inf"))
+        # A stable sort puts the lower chunk first among equal scores.
+        best, index = torch.sort(scores, dim=-1, descending=True, stable=True)
+        margin = best[..., c.chunk_topk - 1] - best[..., c.chunk_topk]
+        best, index = best[..., : c.chunk_topk], index[..., : c.chunk_topk]
+        unused = torch.isinf(best)
+        index = index.masked_fill(unused, -1)
+        index, order = torch.sort(index, -1, descending=True)
+        best = torch.gather(best, -1, order)
+        unused = index < 0
+        if c.enable_softmax:
+            if c.enable_pos_decay:
+                best = best + self.get(layer, "pos_decay") * torch.arange(c.chunk_topk)
+            top = best.masked_fill(unused, float("-inf")).max(-1, keepdim=True).values
+            top = top.masked_fill(torch.isinf(top), 0.0)
+            weights = torch.exp(best - top).masked_fill(unused, 0.0)
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+        else:
+            s = best.masked_fill(unused, 0.0)
+            drop = F.softplus(s).masked_fill(unused, 0.0)
+            weights = torch.exp(s - torch.cumsum(drop, -1)).masked_fill(unused, 0.0)
+        return index.clamp_min(0), weights, margin
+
+    def hsa(self, layer, x, k, v, picks, weights):
+        """x [L, d] -> [L, d], one token after the other."""
+        c = self.config
+        length = x.shape[0]
+        q = self.linear(layer, "q_proj", self.norm(layer, "pre_norm", x))
+        q = q.reshape(length, c.num_attention_heads, c.attention_head_dim)
+        if c.enable_qk_norm:
+            q = self.norm(layer, "q_norm", q)
+        per_kv = c.num_attention_heads // c.num_kv_heads
+        rows = []
+        for t in range(length):
+            heads = []
+            for g in range(c.num_kv_heads):
+                r = 0 if c.singlehead_retrieval else g
+                keys = k[picks[t, r], :, g] if k.shape[0] else None  # [K, S, hd]
+                if keys is None:
+                    heads.append(x.new_zeros(per_kv, c.attention_head_dim))
+                    continue
+                queries = q[t, g * per_kv : (g + 1) * per_kv]
+                s = torch.einsum("he,kse->hks", queries, keys) * c.attention_head_dim**-0.5
+                if c.enable_softmax1:
+                    s = F.pad(s, (1, 0)).softmax(-1)[..., 1:]
+                else:
+                    s = s.softmax(-1)
+                values = v[picks[t, r], :, g]
+                heads.append(torch.einsum("k,hks,kse->he", weights[t, r], s, values))
+            rows.append(torch.cat(heads).reshape(-1))
+        return x + self.linear(layer, "o_proj", torch.stack(rows))
+
+    def forward(self, ids):
+        c = self.config
+        out = {}
+        x = self.tensors["backbone.embeddings.weight"][ids]
+        k = v = landmarks = picks = weights = None
+        for i, kind in enumerate(c.layers()):
+            if kind == "mamba":
+                x = self.mamba(i, x)
+            elif kind == "chunking":
+                k, v, landmarks = self.chunking(i, x)
+                out[f"layer{i}.k"], out[f"layer{i}.v"] = k, v
+                out[f"layer{i}.landmarks"] = landmarks
+            elif kind == "retrieval":
+                picks, weights, margin = self.retrieval(i, x, landmarks)
+                out[f"layer{i}.picks"], out[f"layer{i}.weights"] = picks, weights
+                out[f"layer{i}.margin"] = margin
+            else:
+                x = self.hsa(i, x, k, v, picks, weights)
+            out[f"layer{i}.hidden"] = x
+        x = rms_norm(x, self.tensors["backbone.norm_f.weight"], c.layer_norm_epsilon)
+        head = self.tensors.get("lm_head.weight")
+        if head is None:
+            head = self.tensors["backbone.embeddings.weight"]
+        out["logits"] = x @ head.t()
+        return out
