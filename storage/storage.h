@@ -31,7 +31,8 @@ struct storage_options {
     const char *model_name;      /* for the message of that refusal; copied */
     size_t map_bytes;            /* 0: LIMITS_MAP_BYTES; the most the file may grow to */
     size_t queue_bytes;          /* 0: LIMITS_WRITER_QUEUE_BYTES */
-    bool read_only;              /* for `check`; takes no lock and starts no writer */
+    bool read_only;              /* for `check`; takes no lock and starts no writer; with kv_bytes 0
+                                    sizes and model are taken as they are */
 };
 
 /* Opens or creates. A second process on the same folder gets STATUS_CONFLICT with a message that
@@ -45,8 +46,13 @@ void storage_close(struct storage *storage);
 
 /* ---- writes: queued, in order, each answered exactly once on the writer thread ---- */
 
-/* Runs after the commit (status STATUS_OK) or the failure; never before the queueing call has
- * returned STATUS_OK, and never when it returned anything else. */
+/* Runs after the commit (status STATUS_OK) or the failure, always on the writer thread, so never
+ * from inside the queueing call (but perhaps before that has returned to its thread); never when
+ * the queueing call returned anything but STATUS_OK. May be NULL. May queue further writes.
+ * A queueing call returns STATUS_BUSY when the queue is full (room comes with a callback; a write
+ * larger than the whole queue is taken when the queue is empty), STATUS_CLOSED once
+ * storage_close has begun or when the store is read only, STATUS_INVALID for an id that is empty
+ * or too long, STATUS_TOO_LARGE for metadata beyond 128 KiB, STATUS_NO_MEMORY. */
 typedef void (*storage_done_cb)(void *context, enum status status);
 
 struct storage_memory_options {
@@ -57,7 +63,8 @@ struct storage_memory_options {
 };
 
 /* Creates an empty memory, or a fork that shares all of `from` by reference. Copied. The callback
- * gets STATUS_CONFLICT (id taken), STATUS_NOT_FOUND (no `from`), STATUS_DISK_FULL, STATUS_IO. */
+ * gets STATUS_CONFLICT (id taken), STATUS_NOT_FOUND (no `from`), STATUS_TOO_LARGE (more than
+ * LIMITS_LINEAGE forks above each other), STATUS_DISK_FULL, STATUS_IO. */
 STATUS_CHECKED enum status storage_memory_create(struct storage *storage,
                                                  const struct storage_memory_options *options,
                                                  storage_done_cb done_cb, void *context);
@@ -86,10 +93,13 @@ struct storage_commit {
     size_t token_count;      /* last committed position exactly, else STATUS_CONFLICT */
     uint64_t text_bytes;     /* bytes of text appended to the memory so far, in all */
     const void *snapshot;    /* replaces the memory's snapshot */
-    size_t snapshot_bytes;
+    size_t snapshot_bytes;   /* at least 1 */
 };
 
-/* Makes the memory's new position durable together with everything queued before it. Copied. */
+/* Makes the memory's new position durable together with everything queued before it. Copied.
+ * The callback gets STATUS_CONFLICT as said above, STATUS_INVALID when a chunk before `position`
+ * was never appended, STATUS_NOT_FOUND, STATUS_DISK_FULL, STATUS_IO. A commit that fails also
+ * fails what follows on its branch until storage_truncate. */
 STATUS_CHECKED enum status storage_commit(struct storage *storage,
                                           const struct storage_commit *commit,
                                           storage_done_cb done_cb, void *context);
@@ -153,6 +163,7 @@ struct storage_stats {
     uint64_t commits, chunks_written, chunks_read, bytes_read;
     uint64_t commit_ns; /* total time inside commits, for an average */
     uint64_t commit_ns_histogram[24]; /* bucket i: commits that took < 2^i * 64 us */
+    uint64_t branches_to_collect;     /* deleted, not all of it freed yet */
 };
 void storage_get_stats(struct storage *storage, struct storage_stats *stats);
 
@@ -163,8 +174,10 @@ struct storage_check_report {
     uint64_t problems;
 };
 /* Verifies every record of the folder: checksums, no holes before committed positions, references,
- * nothing unreachable. Calls problem_cb for each thing wrong. `progress_cb` may be NULL.
- * STATUS_OK when it could be read, however many problems it found. */
+ * nothing unreachable. Calls problem_cb (NULL: nobody) for each thing wrong. Not in a process that
+ * has the folder open already; another process may, but its file grows while this reads.
+ * STATUS_OK when it could be read, however many problems it found. STATUS_NOT_FOUND (no store),
+ * STATUS_UNSUPPORTED, STATUS_CORRUPT (not even its first record), STATUS_IO, STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status storage_check(const char *path,
                                          void (*problem_cb)(void *context, const char *message),
                                          void *context, struct storage_check_report *report,

@@ -1,0 +1,241 @@
+#include "storage/memory.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "proto/base/assert.h"
+#include "proto/base/log.h"
+#include "storage/branch.h"
+#include "storage/snapshot.h"
+
+/* Memories looked at in one transaction of the recovery: its pages stay few. */
+#define RECOVER_BATCH 256
+
+enum status memory_get(const struct storage *storage, MDB_txn *txn, const char *id,
+                       struct record_memory *record)
+{
+    MDB_val value;
+    size_t size = strlen(id);
+    if (size == 0 || size >= LIMITS_ID_BYTES)
+        return STATUS_NOT_FOUND;
+    enum status status = store_get(storage, txn, STORE_MEMORY, id, size, &value);
+    return status ? status
+                  : record_memory_decode(id, size, value.mv_data, value.mv_size, record);
+}
+
+static enum status put_memory(struct store_write *write, const char *id,
+                              const struct record_memory *record)
+{
+    struct buf buf;
+    buf_init(&buf);
+    record_memory_encode(&buf, id, strlen(id), record);
+    enum status status = store_put(write, STORE_MEMORY, id, strlen(id), buf.data, buf.size);
+    buf_close(&buf);
+    return status;
+}
+
+/* A memory and its branch; whichever is missing behind an existing memory is damage. */
+static enum status get_both(struct store_write *write, const char *id,
+                            struct record_memory *memory, struct record_branch *branch)
+{
+    enum status status = memory_get(write->storage, write->txn, id, memory);
+    if (status)
+        return status;
+    status = branch_get(write->storage, write->txn, memory->branch, branch);
+    if (status == STATUS_NOT_FOUND || (!status && strcmp(branch->owner, id) != 0))
+        return STATUS_CORRUPT;
+    return status;
+}
+
+enum status memory_create(struct store_write *write, const char *id, const char *from,
+                          bool ephemeral, const char *metadata, size_t metadata_size)
+{
+    struct record_memory record = {0}, source = {0};
+    enum status status = memory_get(write->storage, write->txn, id, &record);
+    if (status != STATUS_NOT_FOUND)
+        return status ? status : STATUS_CONFLICT;
+    if (from) {
+        status = memory_get(write->storage, write->txn, from, &source);
+        if (status)
+            return status;
+    }
+    record = (struct record_memory){.created_at = (int64_t)time(NULL), .ephemeral = ephemeral};
+    record.position = source.position;
+    record.text_bytes = source.text_bytes;
+    record.snapshot = source.snapshot;
+    record.metadata = metadata;
+    record.metadata_size = metadata_size;
+    if (from)
+        memcpy(record.parent, from, strlen(from) + 1);
+    status = branch_create(write, source.branch, source.position, id, &record.branch);
+    if (!status && record.snapshot)
+        status = snapshot_reference(write, record.snapshot);
+    return status ? status : put_memory(write, id, &record);
+}
+
+enum status memory_update(struct store_write *write, const char *id, const char *metadata,
+                          size_t metadata_size)
+{
+    struct record_memory record;
+    enum status status = memory_get(write->storage, write->txn, id, &record);
+    if (status)
+        return status;
+    record.metadata = metadata;
+    record.metadata_size = metadata_size;
+    return put_memory(write, id, &record);
+}
+
+enum status memory_delete(struct store_write *write, const char *id)
+{
+    struct record_memory record;
+    enum status status = memory_get(write->storage, write->txn, id, &record);
+    if (status)
+        return status;
+    status = store_delete(write, STORE_MEMORY, id, strlen(id));
+    if (!status && record.snapshot)
+        status = snapshot_release(write, record.snapshot);
+    return status ? status : branch_disown(write, record.branch);
+}
+
+enum status memory_commit(struct store_write *write, const struct storage_commit *commit)
+{
+    struct record_memory memory;
+    struct record_branch branch;
+    enum status status = get_both(write, commit->id, &memory, &branch);
+    if (status)
+        return status;
+    if (commit->position < commit->token_count ||
+        commit->position - commit->token_count != memory.position)
+        return STATUS_CONFLICT;
+    if (branch.token_end != memory.position)
+        return STATUS_CORRUPT;
+    /* A position is only good with every chunk before it. */
+    if (branch.chunk_end < commit->position / write->storage->chunk_tokens)
+        return STATUS_INVALID;
+    /* The metadata lies in a page that the writes below may move. */
+    char *metadata = malloc(memory.metadata_size + 1);
+    if (!metadata)
+        return STATUS_NO_MEMORY;
+    memcpy(metadata, memory.metadata, memory.metadata_size);
+    memory.metadata = metadata;
+    uint64_t old_snapshot = memory.snapshot;
+    memory.position = commit->position;
+    memory.text_bytes = commit->text_bytes;
+    if (commit->token_count)
+        status = branch_append_tokens(write, memory.branch, &branch, commit->tokens,
+                                      commit->token_count);
+    if (!status && old_snapshot)
+        status = snapshot_release(write, old_snapshot);
+    if (!status)
+        status = snapshot_put(write, memory.branch, commit->position, commit->snapshot,
+                              commit->snapshot_bytes, &memory.snapshot);
+    if (!status)
+        status = put_memory(write, commit->id, &memory);
+    free(metadata);
+    return status;
+}
+
+enum status memory_truncate(struct store_write *write, const char *id)
+{
+    struct record_memory memory;
+    struct record_branch branch;
+    enum status status = get_both(write, id, &memory, &branch);
+    return status ? status : branch_truncate(write, memory.branch, &branch, memory.position);
+}
+
+/* ---- recovery ---- */
+
+struct id {
+    char text[LIMITS_ID_BYTES];
+};
+
+/* The ids that follow `after` ("" for the first), at most `room`. */
+static enum status next_ids(struct store_write *write, const char *after, struct id *ids,
+                            size_t room, size_t *count)
+{
+    MDB_cursor *cursor;
+    MDB_val key = {strlen(after), (void *)(uintptr_t)after}, value;
+    *count = 0;
+    int rc = mdb_cursor_open(write->txn, write->storage->db[STORE_MEMORY], &cursor);
+    if (rc)
+        return store_status(rc);
+    rc = mdb_cursor_get(cursor, &key, &value, after[0] ? MDB_SET_RANGE : MDB_FIRST);
+    for (; rc == 0 && *count < room; rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
+        if (key.mv_size >= LIMITS_ID_BYTES)
+            continue; /* not written by us; `check` names it */
+        if (key.mv_size == strlen(after) && memcmp(key.mv_data, after, key.mv_size) == 0)
+            continue;
+        memcpy(ids[*count].text, key.mv_data, key.mv_size);
+        ids[(*count)++].text[key.mv_size] = 0;
+    }
+    mdb_cursor_close(cursor);
+    return rc == MDB_NOTFOUND ? STATUS_OK : store_status(rc);
+}
+
+static enum status recover_memory(struct store_write *write, const char *id)
+{
+    struct record_memory memory;
+    enum status status = memory_get(write->storage, write->txn, id, &memory);
+    if (!status)
+        status = memory.ephemeral ? memory_delete(write, id) : memory_truncate(write, id);
+    return status;
+}
+
+/* One transaction over `ids`. A damaged one is noted in `skip`; when it had begun to write, the
+ * transaction is given up and `*again` asks for another without it. */
+static enum status recover_batch(struct storage *storage, const struct id *ids, size_t count,
+                                 bool *skip, bool *again)
+{
+    struct store_write write;
+    *again = false;
+    enum status status = store_write_begin(storage, &write);
+    if (status)
+        return status;
+    for (size_t i = 0; i < count; i++) {
+        if (skip[i])
+            continue;
+        uint64_t mutations = write.mutations;
+        status = recover_memory(&write, ids[i].text);
+        if (status == STATUS_CORRUPT) {
+            log_event(LOG_ERROR, "storage_memory_damaged", "memory", LOG_STR, ids[i].text, NULL);
+            skip[i] = true;
+            *again = write.mutations != mutations;
+            status = STATUS_OK;
+            if (!*again)
+                continue;
+        }
+        if (status || *again) {
+            store_write_abort(&write);
+            return status;
+        }
+    }
+    return store_write_commit(&write);
+}
+
+enum status memory_recover(struct storage *storage, struct error *err)
+{
+    struct id *ids = calloc(RECOVER_BATCH, sizeof *ids);
+    char after[LIMITS_ID_BYTES] = "";
+    enum status status = ids ? STATUS_OK : STATUS_NO_MEMORY;
+    for (size_t count = 1; !status && count > 0;) {
+        struct store_write write;
+        bool skip[RECOVER_BATCH] = {false};
+        status = store_write_begin(storage, &write);
+        if (status)
+            break;
+        status = next_ids(&write, after, ids, RECOVER_BATCH, &count);
+        store_write_abort(&write);
+        if (status || count == 0)
+            break;
+        bool again;
+        do /* each turn skips one more damaged memory, so this ends */
+            status = recover_batch(storage, ids, count, skip, &again);
+        while (!status && again);
+        memcpy(after, ids[count - 1].text, sizeof after);
+    }
+    free(ids);
+    return status ? error_set(err, status, "cannot recover the store in %s: %s", storage->path,
+                              status_text(status))
+                  : STATUS_OK;
+}

@@ -1,0 +1,686 @@
+#include "storage/writer.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "proto/base/assert.h"
+#include "proto/base/list.h"
+#include "proto/base/log.h"
+#include "storage/branch.h"
+#include "storage/memory.h"
+
+/* One transaction's share of the queue: enough that its fsync is cheap by the byte, little enough
+ * that an acknowledgement does not wait long and the dirty pages fit in memory. */
+#define GROUP_BYTES (64 * LIMITS_MIB)
+#define GROUP_ITEMS 4096
+/* Records freed in one transaction, and groups between two steps while writes are waiting. */
+#define COLLECT_RECORDS 64
+#define COLLECT_EVERY 8
+#define HISTOGRAM_FIRST_NS 64000u
+
+enum item_kind {
+    ITEM_CREATE,
+    ITEM_UPDATE,
+    ITEM_DELETE,
+    ITEM_APPEND,
+    ITEM_COMMIT,
+    ITEM_TRUNCATE
+};
+
+struct item {
+    struct list node;
+    enum item_kind kind;
+    enum status status;
+    bool taken; /* append: already part of the transaction */
+    storage_done_cb done_cb;
+    void *context;
+    size_t bytes;           /* what it counts for in the queue */
+    uint64_t branch, index; /* append; commit: the branch once it is known */
+    const void *kv, *landmark;
+    char id[LIMITS_ID_BYTES];
+    char from[LIMITS_ID_BYTES]; /* create: "" for none */
+    bool ephemeral;
+    size_t metadata_size; /* create, update: in `payload` */
+    struct storage_commit commit;
+    unsigned char payload[];
+};
+
+struct branch_set {
+    uint64_t *branches;
+    size_t count, capacity;
+};
+
+struct writer {
+    struct storage *storage;
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    /* under the mutex */
+    struct list queue;
+    size_t queue_bytes, queue_items;
+    bool closing;
+    struct storage_stats stats; /* the writer's part of it */
+    /* the writer thread's own */
+    struct branch_set failed;           /* branches that wait for a truncate */
+    struct item *appends[GROUP_ITEMS];  /* of the transaction, not yet written */
+    const void *kvs[GROUP_ITEMS], *landmarks[GROUP_ITEMS];
+    struct item *batch[GROUP_ITEMS];
+    size_t append_count;
+    uint64_t chunks_in_group;
+    unsigned groups_since_collect;
+    bool collect;
+};
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* ---- branches that failed ---- */
+
+static bool set_has(const struct branch_set *set, uint64_t branch)
+{
+    for (size_t i = 0; i < set->count; i++)
+        if (set->branches[i] == branch)
+            return true;
+    return false;
+}
+
+static void set_add(struct branch_set *set, uint64_t branch)
+{
+    if (branch == 0 || set_has(set, branch))
+        return;
+    if (set->count == set->capacity) {
+        set->capacity = set->capacity ? 2 * set->capacity : 16;
+        set->branches = realloc(set->branches, set->capacity * sizeof *set->branches);
+        ASSERT(set->branches);
+    }
+    set->branches[set->count++] = branch;
+}
+
+static void set_remove(struct branch_set *set, uint64_t branch)
+{
+    for (size_t i = 0; i < set->count; i++)
+        if (set->branches[i] == branch)
+            set->branches[i--] = set->branches[--set->count];
+}
+
+static struct branch_set set_copy(const struct branch_set *set)
+{
+    struct branch_set copy = {0};
+    for (size_t i = 0; i < set->count; i++)
+        set_add(&copy, set->branches[i]);
+    return copy;
+}
+
+/* ---- carrying out ---- */
+
+/* Writes the waiting appends of one branch, `count` of them in `batch`, as one run where it can. */
+static enum status write_branch(struct writer *writer, struct store_write *write, uint64_t branch,
+                                size_t count)
+{
+    struct record_branch record;
+    size_t good = 0;
+    enum status status = STATUS_IO, rest = STATUS_INVALID;
+    if (!set_has(&writer->failed, branch))
+        status = branch_get(write->storage, write->txn, branch, &record);
+    if (!status && !record.owner[0])
+        status = STATUS_NOT_FOUND;
+    if (status) {
+        /* An unknown branch has no truncate to wait for. */
+        if (status != STATUS_NOT_FOUND)
+            set_add(&writer->failed, branch);
+        for (size_t i = 0; i < count; i++)
+            writer->batch[i]->status = status;
+        return STATUS_OK;
+    }
+    while (good < count && writer->batch[good]->index == record.chunk_end + good) {
+        writer->kvs[good] = writer->batch[good]->kv;
+        writer->landmarks[good] = writer->batch[good]->landmark;
+        writer->batch[good++]->status = STATUS_OK;
+    }
+    for (size_t i = good; i < count; i++) {
+        writer->batch[i]->status = rest;
+        rest = STATUS_IO;
+        set_add(&writer->failed, branch);
+    }
+    writer->chunks_in_group += good;
+    return good ? branch_append_chunks(write, branch, &record, writer->kvs, writer->landmarks,
+                                       good)
+                : STATUS_OK;
+}
+
+/* Writes the appends that wait, branch by branch: those of one branch keep their order, and
+ * between branches order does not matter. */
+static enum status write_appends(struct writer *writer, struct store_write *write)
+{
+    enum status status = STATUS_OK;
+    for (size_t i = 0; !status && i < writer->append_count; i++) {
+        uint64_t branch = writer->appends[i]->branch;
+        size_t count = 0;
+        if (writer->appends[i]->taken)
+            continue;
+        for (size_t j = i; j < writer->append_count; j++) {
+            if (writer->appends[j]->branch != branch)
+                continue;
+            writer->appends[j]->taken = true;
+            writer->batch[count++] = writer->appends[j];
+        }
+        status = write_branch(writer, write, branch, count);
+    }
+    writer->append_count = 0;
+    return status;
+}
+
+static enum status carry_out_commit(struct writer *writer, struct store_write *write,
+                                    struct item *item)
+{
+    struct record_memory memory;
+    enum status status = memory_get(write->storage, write->txn, item->id, &memory);
+    if (status)
+        return status;
+    item->branch = memory.branch;
+    if (set_has(&writer->failed, memory.branch))
+        return STATUS_IO;
+    status = memory_commit(write, &item->commit);
+    if (status)
+        set_add(&writer->failed, memory.branch);
+    return status;
+}
+
+static enum status carry_out(struct writer *writer, struct store_write *write, struct item *item)
+{
+    const char *metadata = (const char *)item->payload;
+    struct record_memory memory;
+    enum status status;
+    switch (item->kind) {
+    case ITEM_CREATE:
+        return memory_create(write, item->id, item->from[0] ? item->from : NULL, item->ephemeral,
+                             metadata, item->metadata_size);
+    case ITEM_UPDATE:
+        return memory_update(write, item->id, metadata, item->metadata_size);
+    case ITEM_COMMIT:
+        return carry_out_commit(writer, write, item);
+    case ITEM_DELETE:
+    case ITEM_TRUNCATE:
+        status = memory_get(write->storage, write->txn, item->id, &memory);
+        if (!status)
+            status = item->kind == ITEM_DELETE ? memory_delete(write, item->id)
+                                               : memory_truncate(write, item->id);
+        if (!status)
+            set_remove(&writer->failed, memory.branch);
+        return status;
+    case ITEM_APPEND:
+        break;
+    }
+    ASSERT(false);
+    return STATUS_INTERNAL;
+}
+
+/* Carries out `items` in one transaction. Not STATUS_OK: nothing of it happened, and the items'
+ * own statuses mean nothing. */
+static enum status attempt(struct writer *writer, struct list *items)
+{
+    struct store_write write;
+    writer->append_count = 0;
+    writer->chunks_in_group = 0;
+    enum status status = store_write_begin(writer->storage, &write);
+    if (status)
+        return status;
+    LIST_EACH(node, items)
+    {
+        struct item *item = LIST_ENTRY(node, struct item, node);
+        item->status = STATUS_OK;
+        item->taken = false;
+        if (item->kind == ITEM_APPEND) {
+            writer->appends[writer->append_count++] = item;
+            continue;
+        }
+        status = write_appends(writer, &write);
+        uint64_t mutations = write.mutations;
+        if (!status)
+            item->status = carry_out(writer, &write, item);
+        /* A refusal that wrote nothing concerns its item alone. */
+        if (!status && item->status && write.mutations != mutations)
+            status = item->status;
+        if (status)
+            break;
+    }
+    if (!status)
+        status = write_appends(writer, &write);
+    if (status || write.mutations == 0) {
+        store_write_abort(&write);
+        return status;
+    }
+    return store_write_commit(&write);
+}
+
+/* ---- collection ---- */
+
+/* One bounded step. Sets writer->collect to whether there is more to do. */
+static enum status collect_step(struct writer *writer)
+{
+    struct store_write write;
+    bool more = false;
+    writer->groups_since_collect = 0;
+    enum status status = store_write_begin(writer->storage, &write);
+    if (!status) {
+        status = branch_collect(&write, COLLECT_RECORDS, &more);
+        if (status || write.mutations == 0)
+            store_write_abort(&write);
+        else
+            status = store_write_commit(&write);
+    }
+    if (status == STATUS_DISK_FULL && !writer->storage->reserve_released) {
+        store_reserve_release(writer->storage);
+        writer->collect = true;
+        return STATUS_OK;
+    }
+    if (status)
+        log_event(LOG_ERROR, "storage_collect", "error", LOG_STR, status_text(status), NULL);
+    writer->collect = !status && more; /* after a failure the next delete or opening tries again */
+    if (!writer->collect && !status)
+        store_reserve_restore(writer->storage);
+    return status;
+}
+
+/* Frees all that can be freed. LMDB hands pages out again only in the second transaction after the
+ * one that freed them, so an empty one follows. */
+static void collect_all(struct writer *writer)
+{
+    struct record_counter counter;
+    struct store_write write;
+    while (writer->collect && collect_step(writer) == STATUS_OK)
+        ;
+    if (store_write_begin(writer->storage, &write))
+        return;
+    enum status status = store_get_counter(write.storage, write.txn, &counter);
+    if (!status)
+        status = store_put_counter(&write, &counter);
+    if (!status)
+        status = store_write_commit(&write);
+    else
+        store_write_abort(&write);
+}
+
+/* ---- groups ---- */
+
+/* One item in a transaction of its own, after the group with it in had failed. */
+static void retry_alone(struct writer *writer, struct item *item)
+{
+    struct list alone;
+    list_init(&alone);
+    list_push_back(&alone, &item->node);
+    bool frees = item->kind == ITEM_DELETE || item->kind == ITEM_TRUNCATE;
+    bool doomed = item->kind == ITEM_APPEND && set_has(&writer->failed, item->branch);
+    enum status status = doomed ? STATUS_IO : attempt(writer, &alone);
+    if (status == STATUS_DISK_FULL && (frees || writer->collect)) {
+        if (frees)
+            store_reserve_release(writer->storage);
+        else
+            collect_all(writer);
+        status = attempt(writer, &alone);
+    }
+    if (!status && item->kind == ITEM_DELETE)
+        writer->collect = true; /* room for the items that follow */
+    if (status) {
+        item->status = status;
+        writer->chunks_in_group = 0;
+        if (item->kind == ITEM_APPEND || item->kind == ITEM_COMMIT)
+            set_add(&writer->failed, item->branch);
+    }
+    list_remove(&item->node);
+}
+
+static void count_group(struct writer *writer, uint64_t began_ns, uint64_t chunks)
+{
+    uint64_t took = now_ns() - began_ns;
+    size_t bucket = 0, last = sizeof writer->stats.commit_ns_histogram / sizeof(uint64_t) - 1;
+    while (bucket < last && took >= (uint64_t)HISTOGRAM_FIRST_NS << bucket)
+        bucket++;
+    pthread_mutex_lock(&writer->mutex);
+    writer->stats.commits++;
+    writer->stats.commit_ns += took;
+    writer->stats.commit_ns_histogram[bucket]++;
+    writer->stats.chunks_written += chunks;
+    pthread_mutex_unlock(&writer->mutex);
+}
+
+/* Carries out a group, each item answered in the order of the queue. */
+static void carry_out_group(struct writer *writer, struct list *group)
+{
+    uint64_t began_ns = now_ns(), chunks = 0;
+    /* What a failed attempt thought of a branch must not outlive it. */
+    struct branch_set failed = set_copy(&writer->failed);
+    if (attempt(writer, group) == STATUS_OK) {
+        chunks = writer->chunks_in_group;
+        free(failed.branches);
+    } else {
+        struct list done;
+        free(writer->failed.branches);
+        writer->failed = failed;
+        list_init(&done);
+        LIST_EACH_SAFE(node, group)
+        {
+            struct item *item = LIST_ENTRY(node, struct item, node);
+            list_remove(node);
+            retry_alone(writer, item);
+            chunks += writer->chunks_in_group;
+            list_push_back(&done, &item->node);
+        }
+        LIST_EACH_SAFE(node, &done)
+        {
+            list_remove(node);
+            list_push_back(group, node);
+        }
+    }
+    count_group(writer, began_ns, chunks);
+    size_t bytes = 0, items = 0;
+    LIST_EACH(node, group)
+    {
+        struct item *item = LIST_ENTRY(node, struct item, node);
+        bytes += item->bytes;
+        items++;
+        if (item->kind == ITEM_DELETE || item->kind == ITEM_TRUNCATE)
+            writer->collect = true; /* a truncate may have borrowed the reserve */
+    }
+    /* The room is there before its owners hear of it. */
+    pthread_mutex_lock(&writer->mutex);
+    writer->queue_bytes -= bytes;
+    writer->queue_items -= items;
+    pthread_mutex_unlock(&writer->mutex);
+    LIST_EACH_SAFE(node, group)
+    {
+        struct item *item = LIST_ENTRY(node, struct item, node);
+        if (item->done_cb)
+            item->done_cb(item->context, item->status);
+        free(item);
+    }
+    list_init(group);
+}
+
+/* Waits for work. Fills `group`, or leaves it empty when it is time to collect. False: the end. */
+static bool next_group(struct writer *writer, struct list *group)
+{
+    bool alive = true;
+    size_t bytes = 0, items = 0;
+    list_init(group);
+    pthread_mutex_lock(&writer->mutex);
+    while (list_empty(&writer->queue) && !writer->closing && !writer->collect)
+        pthread_cond_wait(&writer->wake, &writer->mutex);
+    if (list_empty(&writer->queue) && writer->closing)
+        alive = false;
+    while (!list_empty(&writer->queue) && items < GROUP_ITEMS) {
+        struct item *item = LIST_ENTRY(writer->queue.next, struct item, node);
+        if (items > 0 && bytes + item->bytes > GROUP_BYTES)
+            break;
+        bytes += item->bytes;
+        items++;
+        list_remove(&item->node);
+        list_push_back(group, &item->node);
+    }
+    pthread_mutex_unlock(&writer->mutex);
+    return alive;
+}
+
+static void *run(void *context)
+{
+    struct storage *storage = context;
+    struct writer *writer = storage->writer;
+    struct list group;
+    /* The creator publishes thread and writer before it lets go of the mutex. */
+    pthread_mutex_lock(&writer->mutex);
+    pthread_mutex_unlock(&writer->mutex);
+    store_assert_writer(storage);
+    while (next_group(writer, &group)) {
+        bool idle = list_empty(&group);
+        if (!idle)
+            carry_out_group(writer, &group);
+        if (writer->collect && (idle || ++writer->groups_since_collect >= COLLECT_EVERY))
+            (void)!collect_step(writer); /* logged there; nobody waits for it */
+    }
+    return NULL;
+}
+
+/* ---- life ---- */
+
+enum status writer_start(struct storage *storage, struct error *err)
+{
+    sigset_t all, before;
+    struct writer *writer = calloc(1, sizeof *writer);
+    if (!writer)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory");
+    writer->storage = storage;
+    writer->collect = true; /* what the last run left over */
+    list_init(&writer->queue);
+    pthread_mutex_init(&writer->mutex, NULL);
+    pthread_cond_init(&writer->wake, NULL);
+    storage->writer = writer;
+    /* Signals are the main thread's business. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_mutex_lock(&writer->mutex);
+    int rc = pthread_create(&writer->thread, NULL, run, storage);
+    if (!rc)
+        storage->writer_thread = writer->thread;
+    pthread_mutex_unlock(&writer->mutex);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!rc)
+        return STATUS_OK;
+    pthread_cond_destroy(&writer->wake);
+    pthread_mutex_destroy(&writer->mutex);
+    free(writer);
+    storage->writer = NULL;
+    return error_set(err, STATUS_NO_MEMORY, "cannot start the writer thread: %s", strerror(rc));
+}
+
+void writer_stop(struct storage *storage)
+{
+    struct writer *writer = storage->writer;
+    pthread_mutex_lock(&writer->mutex);
+    writer->closing = true;
+    pthread_cond_signal(&writer->wake);
+    pthread_mutex_unlock(&writer->mutex);
+    pthread_join(writer->thread, NULL);
+    pthread_cond_destroy(&writer->wake);
+    pthread_mutex_destroy(&writer->mutex);
+    free(writer->failed.branches);
+    free(writer);
+    storage->writer = NULL;
+}
+
+void writer_get_stats(const struct storage *storage, struct storage_stats *stats)
+{
+    struct writer *writer = storage->writer;
+    pthread_mutex_lock(&writer->mutex);
+    stats->queue_bytes = writer->queue_bytes;
+    stats->queue_items = writer->queue_items;
+    stats->commits = writer->stats.commits;
+    stats->chunks_written = writer->stats.chunks_written;
+    stats->commit_ns = writer->stats.commit_ns;
+    memcpy(stats->commit_ns_histogram, writer->stats.commit_ns_histogram,
+           sizeof stats->commit_ns_histogram);
+    pthread_mutex_unlock(&writer->mutex);
+}
+
+/* ---- queueing ---- */
+
+static struct item *new_item(enum item_kind kind, size_t payload_bytes, storage_done_cb done_cb,
+                             void *context)
+{
+    struct item *item = malloc(sizeof *item + payload_bytes);
+    if (!item)
+        return NULL;
+    memset(item, 0, sizeof *item);
+    list_init(&item->node);
+    item->kind = kind;
+    item->bytes = sizeof *item + payload_bytes;
+    item->done_cb = done_cb;
+    item->context = context;
+    return item;
+}
+
+/* Takes the item on success and frees it otherwise. */
+static enum status enqueue(struct storage *storage, struct item *item)
+{
+    struct writer *writer = storage->writer;
+    enum status status = STATUS_OK;
+    pthread_mutex_lock(&writer->mutex);
+    if (writer->closing) {
+        status = STATUS_CLOSED;
+    } else if (writer->queue_items >= LIMITS_WRITER_QUEUE_ITEMS ||
+               (writer->queue_items > 0 &&
+                writer->queue_bytes + item->bytes > storage->queue_bytes)) {
+        status = STATUS_BUSY;
+    } else {
+        writer->queue_bytes += item->bytes;
+        writer->queue_items++;
+        list_push_back(&writer->queue, &item->node);
+        pthread_cond_signal(&writer->wake);
+    }
+    pthread_mutex_unlock(&writer->mutex);
+    if (status)
+        free(item);
+    return status;
+}
+
+static enum status set_id(char out[LIMITS_ID_BYTES], const char *id)
+{
+    size_t size = id ? strnlen(id, LIMITS_ID_BYTES) : 0;
+    if (size == 0 || size >= LIMITS_ID_BYTES)
+        return STATUS_INVALID;
+    memcpy(out, id, size + 1);
+    return STATUS_OK;
+}
+
+static enum status queue_metadata(struct storage *storage, enum item_kind kind,
+                                  const struct storage_memory_options *options,
+                                  storage_done_cb done_cb, void *context)
+{
+    const char *metadata = options->metadata ? options->metadata : "{}";
+    size_t size = strlen(metadata);
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    if (size > RECORD_METADATA_BYTES)
+        return STATUS_TOO_LARGE;
+    struct item *item = new_item(kind, size, done_cb, context);
+    if (!item)
+        return STATUS_NO_MEMORY;
+    item->ephemeral = options->ephemeral;
+    item->metadata_size = size;
+    memcpy(item->payload, metadata, size);
+    if (set_id(item->id, options->id) || (options->from && set_id(item->from, options->from))) {
+        free(item);
+        return STATUS_INVALID;
+    }
+    return enqueue(storage, item);
+}
+
+enum status storage_memory_create(struct storage *storage,
+                                  const struct storage_memory_options *options,
+                                  storage_done_cb done_cb, void *context)
+{
+    return queue_metadata(storage, ITEM_CREATE, options, done_cb, context);
+}
+
+enum status storage_memory_update(struct storage *storage, const char *id, const char *metadata,
+                                  storage_done_cb done_cb, void *context)
+{
+    struct storage_memory_options options = {.id = id, .metadata = metadata};
+    return queue_metadata(storage, ITEM_UPDATE, &options, done_cb, context);
+}
+
+static enum status queue_id(struct storage *storage, enum item_kind kind, const char *id,
+                            storage_done_cb done_cb, void *context)
+{
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    struct item *item = new_item(kind, 0, done_cb, context);
+    if (!item)
+        return STATUS_NO_MEMORY;
+    if (set_id(item->id, id)) {
+        free(item);
+        return STATUS_INVALID;
+    }
+    return enqueue(storage, item);
+}
+
+enum status storage_memory_delete(struct storage *storage, const char *id,
+                                  storage_done_cb done_cb, void *context)
+{
+    return queue_id(storage, ITEM_DELETE, id, done_cb, context);
+}
+
+enum status storage_truncate(struct storage *storage, const char *id, storage_done_cb done_cb,
+                             void *context)
+{
+    return queue_id(storage, ITEM_TRUNCATE, id, done_cb, context);
+}
+
+enum status storage_append(struct storage *storage, uint64_t branch, uint64_t index,
+                           const void *kv, const void *landmark, storage_done_cb done_cb,
+                           void *context)
+{
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    struct item *item =
+        new_item(ITEM_APPEND, storage->kv_bytes + storage->landmark_bytes, done_cb, context);
+    if (!item)
+        return STATUS_NO_MEMORY;
+    item->branch = branch;
+    item->index = index;
+    item->kv = memcpy(item->payload, kv, storage->kv_bytes);
+    item->landmark =
+        memcpy(item->payload + storage->kv_bytes, landmark, storage->landmark_bytes);
+    return enqueue(storage, item);
+}
+
+size_t storage_append_room(struct storage *storage)
+{
+    struct writer *writer = storage->writer;
+    size_t each = sizeof(struct item) + storage->kv_bytes + storage->landmark_bytes;
+    if (!writer)
+        return 0;
+    pthread_mutex_lock(&writer->mutex);
+    size_t free_bytes =
+        writer->queue_bytes < storage->queue_bytes ? storage->queue_bytes - writer->queue_bytes : 0;
+    size_t free_items = LIMITS_WRITER_QUEUE_ITEMS - writer->queue_items;
+    size_t room = free_bytes / each < free_items ? free_bytes / each : free_items;
+    if (room == 0 && writer->queue_items == 0)
+        room = 1;
+    if (writer->closing)
+        room = 0;
+    pthread_mutex_unlock(&writer->mutex);
+    return room;
+}
+
+enum status storage_commit(struct storage *storage, const struct storage_commit *commit,
+                           storage_done_cb done_cb, void *context)
+{
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    if (!commit->snapshot || commit->snapshot_bytes == 0 ||
+        (commit->token_count && !commit->tokens) || commit->token_count > commit->position)
+        return STATUS_INVALID;
+    size_t token_bytes = commit->token_count * sizeof *commit->tokens;
+    struct item *item =
+        new_item(ITEM_COMMIT, token_bytes + commit->snapshot_bytes, done_cb, context);
+    if (!item)
+        return STATUS_NO_MEMORY;
+    if (set_id(item->id, commit->id)) {
+        free(item);
+        return STATUS_INVALID;
+    }
+    item->commit = *commit;
+    item->commit.id = item->id;
+    if (token_bytes)
+        memcpy(item->payload, commit->tokens, token_bytes);
+    memcpy(item->payload + token_bytes, commit->snapshot, commit->snapshot_bytes);
+    item->commit.tokens = (const int32_t *)(const void *)item->payload;
+    item->commit.snapshot = item->payload + token_bytes;
+    return enqueue(storage, item);
+}

@@ -1,0 +1,14 @@
+/* writer.h - the one writer thread: a bounded queue, group commit, collection when idle.
+ * Thread: start and stop on the opener's; the queueing calls of storage.h on any.
+ * Owns the thread, the queue and what is queued. Private to storage/. */
+#ifndef STORAGE_WRITER_H
+#define STORAGE_WRITER_H
+
+#include "storage/store.h"
+
+STATUS_CHECKED enum status writer_start(struct storage *storage, struct error *err);
+/* Carries out what is queued, runs the callbacks, ends the thread. */
+void writer_stop(struct storage *storage);
+void writer_get_stats(const struct storage *storage, struct storage_stats *stats);
+
+#endif
