@@ -1,7 +1,7 @@
-"""RAMba in PyTorch: the reference the C engine is held against, and the model the trainer trains.
+"""RAMba as a PyTorch module, for training: blocked forms that a GPU likes, gradients, streaming.
 
-Written from the model's description, one class a layer, tensor names as in published checkpoints.
-Runs in float64 (reference), float32, and under bf16 autocast (training). Old and new PyTorch.
+Tensor names are those of published checkpoints. ramba.py is the plain reference it is held
+against. Runs in float64, float32 and under bf16 autocast, on old and new PyTorch.
 """
 import json
 import math
@@ -131,8 +131,9 @@ class Mixer(nn.Module):
         self.norm = RMSNorm(inner, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(inner, d, bias=config.use_bias)
 
-    def forward(self, x, resets, cache):
-        """`cache` is None or a dict that carries "conv" and "ssm" from call to call."""
+    def forward(self, x, resets=None, ssm=None, conv=None):
+        """`ssm` [B,H,P,N] and `conv` [B,columns,conv_kernel-1] are the state before the first
+        token, None for zeros. Returns the output and both after the last."""
         config = self.config
         inner, groups, size = config.inner, config.n_groups, config.state_size
         batch, length, _ = x.shape
@@ -140,12 +141,11 @@ class Mixer(nn.Module):
             [inner, inner + 2 * groups * size, self.heads], dim=-1)
         tail = config.conv_kernel - 1
         columns = mixed.transpose(1, 2)
-        if cache is not None and "conv" in cache:
-            columns = torch.cat([cache["conv"].to(columns.dtype), columns], 2)
-        else:
+        if conv is None:
             columns = F.pad(columns, (tail, 0))
-        if cache is not None:
-            cache["conv"] = columns[:, :, columns.shape[2] - tail:].detach()
+        else:
+            columns = torch.cat([conv.to(columns.dtype), columns], 2)
+        conv = columns[:, :, columns.shape[2] - tail:]
         mixed = F.silu(self.conv1d(columns).transpose(1, 2))
         xs, b, c = mixed.split([inner, groups * size, groups * size], dim=-1)
         xs = xs.reshape(batch, length, self.heads, -1)
@@ -159,14 +159,11 @@ class Mixer(nn.Module):
         if pad:  # dt = 0 leaves the state as it is
             args = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in args]
             resets = None if resets is None else F.pad(resets, (0, pad))
-        state = cache.get("ssm") if cache is not None else None
-        y, state = ssd(args[0], args[1], -self.A_log.to(wide).exp(), args[2], args[3], resets,
-                       state, block)
-        if cache is not None:
-            cache["ssm"] = state.detach()
+        y, ssm = ssd(args[0], args[1], -self.A_log.to(wide).exp(), args[2], args[3], resets, ssm,
+                     block)
         y = y[:, :length] + xs * self.D.unsqueeze(-1).to(xs.dtype)
         y = self.norm(y.reshape(batch, length, inner) * F.silu(z))
-        return self.out_proj(y)
+        return self.out_proj(y), ssm, conv
 
 
 class MambaLayer(nn.Module):
@@ -175,8 +172,9 @@ class MambaLayer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = Mixer(config)
 
-    def forward(self, x, resets=None, cache=None):
-        return x + self.mixer(self.norm(x), resets, cache).to(x.dtype)
+    def forward(self, x, resets=None, ssm=None, conv=None):
+        y, ssm, conv = self.mixer(self.norm(x), resets, ssm, conv)
+        return x + y.to(x.dtype), ssm, conv
 
 
 def rope(x, positions):
@@ -331,9 +329,11 @@ class RetrievalLayer(nn.Module):
                 scores = scores + self.pos_decay * rank
             weights = scores.masked_fill(~picked, -math.inf).softmax(-1)
             return weights.nan_to_num(0.0)
-        spent = F.softplus(scores) * picked
-        spent = spent.flip(-1).cumsum(-1).flip(-1)
-        return (scores - spent).exp() * picked
+        # Only picked chunks may enter: exp() of another's score can overflow, and inf * 0 is NaN
+        # in the gradient even where the value is masked afterwards.
+        scores = scores.masked_fill(~picked, -math.inf)
+        spent = F.softplus(scores).flip(-1).cumsum(-1).flip(-1)
+        return (scores - spent).exp()
 
     def forward(self, x, landmarks, positions):
         """Dense weights [B,L,Hr,C], zero where a chunk is not picked."""
@@ -344,6 +344,21 @@ class RetrievalLayer(nn.Module):
         picks = masked.topk(min(self.config.chunk_topk, count), -1).indices
         picked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks, True) & visible
         return self.weigh(scores, picked)
+
+
+    def pick(self, x, landmarks, positions):
+        """The sparse form: picks and weights [B,L,Hr,K], newest first, for any number of chunks."""
+        scores = self.scores(x, landmarks)
+        visible = self.visible(positions, landmarks.shape[1]).unsqueeze(1)
+        scores = scores.masked_fill(~visible, -math.inf)
+        best = scores.topk(min(self.config.chunk_topk, landmarks.shape[1]), -1)
+        order = best.indices.masked_fill(best.values == -math.inf, -1).argsort(-1, descending=True)
+        picks, scores = best.indices.gather(-1, order), best.values.gather(-1, order)
+        if self.config.enable_softmax:
+            if self.config.enable_pos_decay:
+                scores = scores + self.pos_decay * torch.arange(scores.shape[-1], device=x.device)
+            return picks, scores.softmax(-1).nan_to_num(0.0)
+        return picks, (scores - F.softplus(scores).cumsum(-1)).exp().nan_to_num(0.0)
 
 
 class HsaLayer(nn.Module):
@@ -378,6 +393,24 @@ class HsaLayer(nn.Module):
         return x + self.o_proj(out.reshape(batch, length, -1)).to(x.dtype)
 
 
+    def gathered(self, x, keys, values, picks, weights):
+        """The sparse form of `forward`, for picks and weights [1,L,Hr,K]."""
+        config = self.config
+        length, kv, hd = x.shape[1], config.num_kv_heads, config.attention_head
+        q = self.q_proj(self.pre_norm(x)).view(length, kv, -1, hd)
+        if config.enable_qk_norm:
+            q = self.q_norm(q)
+        picks, weights = picks[0].expand(-1, kv, -1), weights[0].expand(-1, kv, -1)
+        head = torch.arange(kv, device=x.device).view(1, kv, 1)
+        k, v = keys[0].transpose(1, 2)[picks, head], values[0].transpose(1, 2)[picks, head]
+        logits = torch.einsum("lkgd,lkcsd->lkgcs", q, k.to(q.dtype)) * hd ** -0.5
+        if config.enable_softmax1:
+            logits = torch.cat([logits, torch.zeros_like(logits[..., :1])], -1)
+        attention = logits.softmax(-1)[..., :config.chunk_size] * weights[:, :, None, :, None]
+        out = torch.einsum("lkgcs,lkcsd->lkgd", attention.to(v.dtype), v)
+        return x + self.o_proj(out.reshape(1, length, -1).to(x.dtype)).to(x.dtype)
+
+
 class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -408,17 +441,27 @@ class Ramba(nn.Module):
             return F.linear(x, self.backbone.embeddings.weight)
         return self.lm_head(x)
 
-    def hidden(self, ids, resets=None, trace=None):
-        """[B,L] -> the last layer's hidden states [B,L,d]. `trace`: a dict to be filled with
-        layer{i}.hidden, .k, .v, .landmarks, .weights."""
+    def hidden(self, ids, resets=None, states=None, trace=None, distractors=0, asked=None):
+        """[B,L] -> the last layer's hidden states [B,L,d], and the Mamba states after it.
+
+        `states`: a list of [B,H,P,N], one for each Mamba layer, or None. `trace`: a dict to be
+        filled with layer{i}.hidden, .k, .v, .landmarks, .weights. With `distractors` > 0, the
+        first so many rows are plain text, and self.distraction is how strongly the positions
+        `asked` [B,L] would read that text: a loss that keeps landmarks apart in longer contexts
+        than are trained on.
+        """
         x = self.backbone.embeddings(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
         keys = values = landmarks = weights = None
+        after, mamba, self.distraction = [], 0, 0.0
         for i, layer in enumerate(self.backbone.layers):
             if isinstance(layer, MambaLayer):
-                x = layer(x, resets)
+                x, ssm, _ = layer(x, resets, None if states is None else states[mamba])
+                after.append(ssm)
+                mamba += 1
             elif isinstance(layer, ChunkingLayer):
-                keys, values, landmarks = layer(x)
+                if self.hsa:
+                    keys, values, landmarks = layer(x)
                 if trace is not None:
                     trace.update({f"layer{i}.k": keys, f"layer{i}.v": values,
                                   f"layer{i}.landmarks": landmarks})
@@ -427,14 +470,51 @@ class Ramba(nn.Module):
                     weights = layer(x, landmarks, positions)
                     if trace is not None:
                         trace[f"layer{i}.weights"] = weights
+                    if distractors:
+                        others = landmarks[:distractors].flatten(0, 1).unsqueeze(0)
+                        scores = layer.scores(x, others.expand(x.shape[0], -1, -1, -1))
+                        mass = torch.log1p(64 * F.softplus(scores).sum(-1)).mean(-1)
+                        self.distraction = (mass * asked).sum() / asked.sum().clamp(min=1)
             elif self.hsa and landmarks.shape[1]:
                 x = layer(x, keys, values, weights)
             if trace is not None:
                 trace[f"layer{i}.hidden"] = x
-        return x
+        return x, after
 
-    def forward(self, ids, resets=None, trace=None):
-        return self.head(self.hidden(ids, resets, trace))
+    def forward(self, ids, trace=None):
+        return self.head(self.hidden(ids, trace=trace)[0])
+
+    @torch.no_grad()
+    def stream(self, session, ids):
+        """Carries `session` (a dict, {} at first) forward by ids [L]; returns the hidden states
+        [1,L,d]. The past is kept as states and chunk memories, so the length is free."""
+        config = self.config
+        x = self.backbone.embeddings(ids.unsqueeze(0))
+        start = session.get("position", 0)
+        positions = torch.arange(start, start + len(ids), device=ids.device)
+        states, mamba, picks, weights = session.setdefault("states", {}), 0, None, None
+        for layer in self.backbone.layers:
+            if isinstance(layer, MambaLayer):
+                ssm, conv = states.get(mamba, (None, None))
+                x, ssm, conv = layer(x, None, ssm, conv)
+                states[mamba] = (ssm, conv)
+                mamba += 1
+            elif isinstance(layer, ChunkingLayer):
+                rest = x if "rest" not in session else torch.cat([session["rest"], x], 1)
+                whole = rest.shape[1] // config.chunk_size * config.chunk_size
+                session["rest"] = rest[:, whole:]
+                if whole:
+                    made = [t.to(x.dtype) for t in layer(rest[:, :whole])]
+                    old = session.get("memory")
+                    session["memory"] = made if old is None else [
+                        torch.cat(pair, 1) for pair in zip(old, made)]
+            elif isinstance(layer, RetrievalLayer):
+                if self.hsa and "memory" in session:
+                    picks, weights = layer.pick(x, session["memory"][2], positions)
+            elif self.hsa and "memory" in session:
+                x = layer.gathered(x, session["memory"][0], session["memory"][1], picks, weights)
+        session["position"] = start + len(ids)
+        return x
 
     @staticmethod
     def load(folder, dtype=torch.float32):

@@ -1,0 +1,59 @@
+"""Makes the trainer's data: python3 engine/train/prepare.py CONFIG --corpus DIR --out DIR
+
+Trains the tokenizer on the books that CONFIG does not hold out, and writes OUT/tokenizer.json,
+train.npy and held.npy (uint16 token ids, an end-of-text token between books). Takes about a minute.
+"""
+import argparse
+import json
+import os
+
+import numpy as np
+
+import bpe
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+
+
+def read(path):
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read().replace("\r\n", "\n")
+
+
+def unwrap(text):
+    """One line a paragraph: the books' own lines are broken at 70 columns, other text is not."""
+    paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+    return "\n".join(p for p in paragraphs if p)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    with open(args.config) as file:
+        config = json.load(file)
+    os.makedirs(args.out, exist_ok=True)
+    books = {name[:-4]: read(os.path.join(args.corpus, name))
+             for name in sorted(os.listdir(args.corpus)) if name.endswith(".txt")}
+    held = {name: books.pop(name) for name in config["held_out"]}
+    # Both ways in which long text comes: as printed, and one line a paragraph.
+    books.update({name + " unwrapped": unwrap(text) for name, text in books.items()})
+    vocab, merges = bpe.train(books.values(), config["model"]["vocab_size"], SPECIALS)
+    path = os.path.join(args.out, "tokenizer.json")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(bpe.tokenizer_json(vocab, merges, SPECIALS), file, ensure_ascii=False)
+    encoder = bpe.Tokenizer(path)
+    end = encoder.specials["<|endoftext|>"]
+    for name, texts in [("train", books), ("held", held)]:
+        ids = []
+        for text in texts.values():
+            ids += encoder.encode(text) + [end]
+        np.save(os.path.join(args.out, name + ".npy"), np.array(ids, np.uint16))
+        print(f"{name}: {len(texts)} texts, {len(ids)} tokens, "
+              f"{sum(len(t.encode()) for t in texts.values()) / len(ids):.2f} bytes a token")
+
+
+if __name__ == "__main__":
+    main()
