@@ -34,7 +34,7 @@ struct ops_segment {
     uint64_t position;   /* absolute position of the first row */
 };
 
-struct ops_rows {
+struct ops_rows { /* the segments follow each other without gaps */
     const struct ops_segment *segments;
     uint32_t segment_count;
     uint32_t row_count;
@@ -66,6 +66,7 @@ struct ops_chunking_weights {
 
 struct ops_retrieval_weights {
     struct ops_tensor pre_norm, query, q_norm, k_norm; /* the last two when enable_lmk_norm */
+    float pos_decay;                                   /* 0 without enable_pos_decay */
 };
 
 struct ops_hsa_weights {
@@ -73,8 +74,9 @@ struct ops_hsa_weights {
 };
 
 /* The landmarks of one sequence: blocks of OPS_LANDMARK_BLOCK chunks each [block, r], the dtype of
- * the memory. When enable_lmk_norm, they hold the normalised landmark (k_norm applied once, when
- * the chunk is made), so that the scan need not repeat it. */
+ * the memory. When enable_lmk_norm, each head's part is already divided by its root mean square, so
+ * that the scan need not repeat it; k_norm's weight, each retrieval layer's own, goes to the query
+ * (q * w) . m = q . (w * m). */
 #define OPS_LANDMARK_BLOCK 256
 struct ops_landmarks {
     const void *const *blocks;
@@ -124,8 +126,7 @@ struct ops {
                   const struct ops_rows *rows, const struct ops_mamba_state *states, float *x);
 
     /* `count` whole chunks [count, S, d] -> K and V pages (each page K [S, Hkv, hd] then V the
-     * same, memory dtype) and landmarks ([r] each, memory dtype, normalised when enable_lmk_norm
-     * by retrieval's k_norm of `retrieval`, which is NULL otherwise). */
+     * same, memory dtype) and landmarks ([r] each, memory dtype, see ops_landmarks). */
     void (*encode_chunks)(struct ops_context *context, const struct ops_chunking_weights *weights,
                           uint32_t count, const float *const *chunks, void *const *kv,
                           void *const *landmarks);
