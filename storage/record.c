@@ -260,7 +260,11 @@ static void take_text(struct cursor *in, char *out, size_t width)
     out[0] = 0;
     if (!p)
         return;
-    if (p[width - 1] != 0)
+    size_t length = strnlen((const char *)p, width);
+    /* One text has one encoding: at least one NUL, and nothing but NULs behind it. */
+    for (size_t i = length; i < width; i++)
+        in->bad |= p[i] != 0;
+    if (length == width)
         in->bad = true;
     else
         memcpy(out, p, width);
