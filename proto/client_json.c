@@ -1,0 +1,347 @@
+#include "proto/client_json.h"
+
+#include <cjson/cJSON.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/base/assert.h"
+
+/* ---- reading ---- */
+
+static const cJSON *field(const cJSON *object, const char *name)
+{
+    return cJSON_GetObjectItemCaseSensitive(object, name);
+}
+
+/* Copies what fits, ending between two UTF-8 characters. */
+static void copy_text(const cJSON *object, const char *name, char *out, size_t width)
+{
+    const char *text = cJSON_GetStringValue(field(object, name));
+    size_t size = text ? strlen(text) : 0;
+    if (size >= width) {
+        size = width - 1;
+        while (size > 0 && ((unsigned char)text[size] & 0xc0) == 0x80)
+            size--;
+    }
+    if (size)
+        memcpy(out, text, size);
+    out[size] = 0;
+}
+
+static double number(const cJSON *object, const char *name)
+{
+    const cJSON *item = field(object, name);
+    return cJSON_IsNumber(item) ? item->valuedouble : 0;
+}
+
+/* Doubles hold counts up to 2^53 exactly, far beyond any memory. */
+static uint64_t whole(const cJSON *object, const char *name)
+{
+    double x = number(object, name);
+    return x > 0 && x < 9e15 ? (uint64_t)x : 0;
+}
+
+static char *own_text(const cJSON *object, const char *name, size_t *size)
+{
+    const char *text = cJSON_GetStringValue(field(object, name));
+    char *copy = strdup(text ? text : "");
+    ASSERT(copy);
+    *size = strlen(copy);
+    return copy;
+}
+
+static void *make(size_t count, size_t size)
+{
+    void *p = calloc(count ? count : 1, size);
+    ASSERT(p);
+    return p;
+}
+
+static cJSON *parse_object(const char *text, size_t size)
+{
+    cJSON *root = cJSON_ParseWithLength(text, size);
+    if (root && !cJSON_IsObject(root)) {
+        cJSON_Delete(root);
+        root = NULL;
+    }
+    return root;
+}
+
+bool client_json_error(const char *text, size_t size, struct client_error *error)
+{
+    *error = (struct client_error){0};
+    cJSON *root = parse_object(text, size);
+    const cJSON *inner = field(root, "error");
+    bool found = cJSON_IsObject(inner);
+    if (found) {
+        copy_text(inner, "message", error->message, sizeof error->message);
+        copy_text(inner, "code", error->code, sizeof error->code);
+    }
+    cJSON_Delete(root);
+    return found;
+}
+
+static bool read_memory(const cJSON *object, struct client_memory *memory)
+{
+    *memory = (struct client_memory){0};
+    if (!cJSON_IsString(field(object, "id")))
+        return false;
+    copy_text(object, "id", memory->id, sizeof memory->id);
+    copy_text(object, "parent", memory->parent, sizeof memory->parent);
+    copy_text(field(object, "metadata"), "name", memory->name, sizeof memory->name);
+    memory->created_at = (int64_t)whole(object, "created_at");
+    memory->token_count = whole(object, "token_count");
+    memory->chunk_count = whole(object, "chunk_count");
+    memory->text_bytes = whole(object, "text_bytes");
+    memory->bytes_on_disk = whole(object, "bytes_on_disk");
+    return true;
+}
+
+enum status client_json_memory(const char *text, size_t size, struct client_memory *memory)
+{
+    cJSON *root = parse_object(text, size);
+    bool good = root && read_memory(root, memory);
+    cJSON_Delete(root);
+    return good ? STATUS_OK : STATUS_INVALID;
+}
+
+enum status client_json_memory_list(const char *text, size_t size,
+                                    struct client_memory_list *list)
+{
+    *list = (struct client_memory_list){0};
+    cJSON *root = parse_object(text, size);
+    const cJSON *data = field(root, "data"), *item;
+    bool good = cJSON_IsArray(data);
+    if (good) {
+        list->items = make((size_t)cJSON_GetArraySize(data), sizeof *list->items);
+        list->has_more = cJSON_IsTrue(field(root, "has_more"));
+        cJSON_ArrayForEach(item, data) good &= read_memory(item, &list->items[list->count++]);
+    }
+    if (!good)
+        client_json_memory_list_close(list);
+    cJSON_Delete(root);
+    return good ? STATUS_OK : STATUS_INVALID;
+}
+
+void client_json_memory_list_close(struct client_memory_list *list)
+{
+    free(list->items);
+    *list = (struct client_memory_list){0};
+}
+
+enum status client_json_append(const char *text, size_t size, struct client_append *append)
+{
+    *append = (struct client_append){0};
+    cJSON *root = parse_object(text, size);
+    const char *object = cJSON_GetStringValue(field(root, "object"));
+    bool good = object && strncmp(object, "memory.append", 13) == 0;
+    if (good) {
+        append->is_final = strcmp(object, "memory.append") == 0;
+        append->tokens = whole(root, "tokens");
+        append->position = whole(root, "position");
+        append->text_bytes = whole(root, "text_bytes");
+        append->seconds = number(root, "seconds");
+    }
+    cJSON_Delete(root);
+    return good ? STATUS_OK : STATUS_INVALID;
+}
+
+/* `retrieval` is [{token..., chunks:[{chunk, weight, text}]}], or those chunks at once. */
+static void read_sources(const cJSON *list, struct client_completion *completion)
+{
+    const cJSON *item;
+    cJSON_ArrayForEach(item, list)
+    {
+        const cJSON *inner = field(item, "chunks");
+        if (cJSON_IsArray(inner)) {
+            const cJSON *one;
+            cJSON_ArrayForEach(one, inner) completion->source_count += cJSON_IsObject(one) ? 1u : 0u;
+        } else {
+            completion->source_count += cJSON_IsObject(item) ? 1u : 0u;
+        }
+    }
+    completion->sources = make(completion->source_count, sizeof *completion->sources);
+    size_t n = 0;
+    cJSON_ArrayForEach(item, list)
+    {
+        const cJSON *inner = field(item, "chunks");
+        const cJSON *one = cJSON_IsArray(inner) ? inner->child : item;
+        for (; one; one = one == item ? NULL : one->next) {
+            if (!cJSON_IsObject(one))
+                continue;
+            struct client_source *source = &completion->sources[n++];
+            size_t ignored;
+            source->chunk = whole(one, field(one, "chunk") ? "chunk" : "index");
+            source->weight = number(one, "weight");
+            source->text = own_text(one, "text", &ignored);
+        }
+    }
+    ASSERT(n == completion->source_count);
+}
+
+enum status client_json_completion(const char *text, size_t size,
+                                   struct client_completion *completion)
+{
+    *completion = (struct client_completion){0};
+    cJSON *root = parse_object(text, size);
+    const cJSON *choices = field(root, "choices");
+    bool good = cJSON_IsArray(choices);
+    const cJSON *choice = good ? cJSON_GetArrayItem(choices, 0) : NULL; /* NULL: usage alone */
+    if (good) {
+        completion->text = own_text(choice, "text", &completion->text_size);
+        copy_text(choice, "finish_reason", completion->finish_reason,
+                  sizeof completion->finish_reason);
+        const cJSON *usage = field(root, "usage");
+        completion->prompt_tokens = whole(usage, "prompt_tokens");
+        completion->completion_tokens = whole(usage, "completion_tokens");
+        read_sources(field(choice, "retrieval"), completion);
+    }
+    cJSON_Delete(root);
+    return good ? STATUS_OK : STATUS_INVALID;
+}
+
+void client_json_completion_close(struct client_completion *completion)
+{
+    for (size_t i = 0; i < completion->source_count; i++)
+        free(completion->sources[i].text);
+    free(completion->sources);
+    free(completion->text);
+    *completion = (struct client_completion){0};
+}
+
+enum status client_json_chunk_list(const char *text, size_t size, struct client_chunk_list *list)
+{
+    *list = (struct client_chunk_list){0};
+    cJSON *root = parse_object(text, size);
+    const cJSON *data = field(root, "data"), *item;
+    bool good = cJSON_IsArray(data);
+    if (good) {
+        list->items = make((size_t)cJSON_GetArraySize(data), sizeof *list->items);
+        list->has_more = cJSON_IsTrue(field(root, "has_more"));
+        cJSON_ArrayForEach(item, data)
+        {
+            struct client_chunk *chunk = &list->items[list->count++];
+            chunk->index = whole(item, "index");
+            chunk->text = own_text(item, "text", &chunk->text_size);
+            good &= cJSON_IsObject(item);
+        }
+    }
+    if (!good)
+        client_json_chunk_list_close(list);
+    cJSON_Delete(root);
+    return good ? STATUS_OK : STATUS_INVALID;
+}
+
+void client_json_chunk_list_close(struct client_chunk_list *list)
+{
+    for (size_t i = 0; i < list->count; i++)
+        free(list->items[i].text);
+    free(list->items);
+    *list = (struct client_chunk_list){0};
+}
+
+/* ---- writing ---- */
+
+static void print_to(struct buf *out, cJSON *root)
+{
+    char *text = cJSON_PrintUnformatted(root);
+    ASSERT(text);
+    buf_append_text(out, text);
+    cJSON_free(text);
+    cJSON_Delete(root);
+}
+
+void client_json_write_create(struct buf *out, const char *from, const char *name)
+{
+    cJSON *root = cJSON_CreateObject();
+    ASSERT(root);
+    if (from)
+        ASSERT(cJSON_AddStringToObject(root, "from", from));
+    if (name) {
+        cJSON *metadata = cJSON_AddObjectToObject(root, "metadata");
+        ASSERT(metadata && cJSON_AddStringToObject(metadata, "name", name));
+    }
+    print_to(out, root);
+}
+
+/* Length of the well-formed UTF-8 character at `p`, or 0: overlong forms, surrogates and what lies
+ * beyond U+10FFFF are none. */
+static size_t character_bytes(const unsigned char *p, size_t size)
+{
+    unsigned char low = 0x80, high = 0xbf;
+    size_t length;
+    if (p[0] < 0x80)
+        return 1;
+    if (p[0] >= 0xc2 && p[0] <= 0xdf)
+        length = 2;
+    else if (p[0] >= 0xe0 && p[0] <= 0xef)
+        length = 3;
+    else if (p[0] >= 0xf0 && p[0] <= 0xf4)
+        length = 4;
+    else
+        return 0;
+    if (p[0] == 0xe0)
+        low = 0xa0;
+    if (p[0] == 0xed)
+        high = 0x9f;
+    if (p[0] == 0xf0)
+        low = 0x90;
+    if (p[0] == 0xf4)
+        high = 0x8f;
+    if (size < length || p[1] < low || p[1] > high)
+        return 0;
+    for (size_t i = 2; i < length; i++)
+        if ((p[i] & 0xc0) != 0x80)
+            return 0;
+    return length;
+}
+
+/* cJSON writes strings that end at a NUL and copies bytes unchecked, so the prompt is written
+ * here. */
+static void write_string(struct buf *out, const char *text, size_t size)
+{
+    const unsigned char *p = (const unsigned char *)text;
+    buf_append(out, "\"", 1);
+    for (size_t i = 0; i < size;) {
+        size_t length = character_bytes(p + i, size - i);
+        if (length == 0)
+            buf_append_text(out, "\xef\xbf\xbd");
+        else if (p[i] == '"' || p[i] == '\\')
+            buf_append_format(out, "\\%c", p[i]);
+        else if (p[i] < 0x20)
+            buf_append_format(out, "\\u%04x", p[i]);
+        else
+            buf_append(out, p + i, length);
+        i += length ? length : 1;
+    }
+    buf_append(out, "\"", 1);
+}
+
+void client_json_write_completion(struct buf *out,
+                                  const struct client_completion_request *request)
+{
+    cJSON *root = cJSON_CreateObject();
+    ASSERT(root);
+    if (request->memory) {
+        ASSERT(cJSON_AddStringToObject(root, "memory", request->memory));
+        ASSERT(cJSON_AddBoolToObject(root, "memory_write", request->memory_write));
+    }
+    ASSERT(cJSON_AddNumberToObject(root, "max_tokens", request->max_tokens));
+    ASSERT(cJSON_AddNumberToObject(root, "temperature", request->temperature));
+    if (request->seed >= 0)
+        ASSERT(cJSON_AddNumberToObject(root, "seed", (double)request->seed));
+    if (request->stop) {
+        cJSON *stop = cJSON_AddArrayToObject(root, "stop");
+        ASSERT(stop && cJSON_AddItemToArray(stop, cJSON_CreateString(request->stop)));
+    }
+    if (request->stream)
+        ASSERT(cJSON_AddTrueToObject(root, "stream"));
+    if (request->retrieval)
+        ASSERT(cJSON_AddTrueToObject(root, "retrieval"));
+    print_to(out, root);
+    ASSERT(out->data[out->size - 1] == '}');
+    out->size--;
+    buf_append_text(out, ",\"prompt\":");
+    write_string(out, request->prompt, request->prompt_size);
+    buf_append(out, "}", 1);
+}
