@@ -1,0 +1,297 @@
+/* engine.c - see engine.h: opening a model, stepping a batch. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "engine/engine_private.h"
+#include "proto/base/assert.h"
+#include "proto/base/hash.h"
+
+static enum status read_config(const char *folder, struct model_config *config, struct error *err)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    FILE *file = fopen(path, "rbe");
+    if (!file)
+        return error_set(err, errno == ENOENT ? STATUS_NOT_FOUND : STATUS_IO,
+                         "%s: %s; a model folder holds config.json, model.safetensors and "
+                         "tokenizer.json",
+                         path, strerror(errno));
+    char text[65536];
+    const size_t size = fread(text, 1, sizeof text, file);
+    const bool whole = feof(file) && !ferror(file);
+    fclose(file);
+    if (!whole)
+        return error_set(err, STATUS_INVALID, "%s: unreadable or over 64 KiB", path);
+    return model_config_parse(text, size, config, err);
+}
+
+static enum status open_backend(struct engine *engine, const struct engine_options *options,
+                                uint32_t max_rows, struct error *err)
+{
+    switch (options->backend) {
+    case ENGINE_BACKEND_REF:
+        engine->ops = ops_ref();
+        break;
+    case ENGINE_BACKEND_AUTO:
+    case ENGINE_BACKEND_CPU:
+        engine->ops = ops_cpu();
+        break;
+    case ENGINE_BACKEND_CUDA:
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "this build has no CUDA backend; use --backend cpu");
+    }
+    uint32_t threads = options->threads;
+    if (!threads) {
+        const long online = sysconf(_SC_NPROCESSORS_ONLN);
+        threads = online > 0 ? (uint32_t)online : 1;
+    }
+    const struct ops_options ops = {.config = &engine->config,
+                                    .threads = threads,
+                                    .max_rows = max_rows,
+                                    .memory_dtype = engine->memory_dtype};
+    return engine->ops->open(&ops, &engine->context, err);
+}
+
+static enum status open_tokenizer(struct engine *engine, const struct engine_options *options,
+                                  struct error *err)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/tokenizer.json", options->model_path);
+    const enum status status = tokenizer_open(path, &engine->tokenizer, err);
+    if (status == STATUS_NOT_FOUND && options->random_weights_seed)
+        return STATUS_OK; /* a shape to measure, with no words to say */
+    if (status)
+        return status;
+    if (tokenizer_vocab_size(engine->tokenizer) > (int32_t)engine->config.vocab_size)
+        return error_set(err, STATUS_INVALID,
+                         "tokenizer.json has %d tokens, config.json's vocab_size is %u",
+                         tokenizer_vocab_size(engine->tokenizer), engine->config.vocab_size);
+    return STATUS_OK;
+}
+
+static void fill_info(struct engine *engine, const struct engine_options *options)
+{
+    const struct model_config *c = &engine->config;
+    struct engine_info *info = &engine->info;
+    const size_t element = engine->memory_dtype == OPS_FP32 ? 4 : 2;
+    const char *path = options->model_path;
+    size_t end = strlen(path);
+    while (end > 1 && path[end - 1] == '/')
+        end--;
+    size_t begin = end;
+    while (begin && path[begin - 1] != '/')
+        begin--;
+    snprintf(engine->model_name, sizeof engine->model_name, "%.*s", (int)(end - begin),
+             path + begin);
+    info->config = c;
+    info->model_name = engine->model_name;
+    info->fingerprint = hash64(c, sizeof *c, engine->weights.hash + element);
+    info->kv_bytes = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim * element;
+    info->landmark_bytes = c->retrieval_dim * element;
+    info->weight_bytes = engine->weights.bytes;
+    info->slice_tokens = options->slice_tokens ? options->slice_tokens : LIMITS_SLICE_TOKENS;
+    info->head_count = c->retrieval_heads;
+    info->group_count = c->group_count;
+    engine->state_floats =
+        (size_t)c->mamba_count * ((size_t)c->inner_size * c->state_size +
+                                  (size_t)(c->conv_kernel - 1) * c->conv_size);
+}
+
+static enum status open_pages(struct engine *engine, size_t budget, uint32_t max_rows,
+                              struct error *err)
+{
+    const struct model_config *c = &engine->config;
+    /* One row's picks, and what a step may complete twice over: while it waits for the disk. */
+    const size_t least = (size_t)c->retrieval_heads * c->topk +
+                         2 * (max_rows / c->chunk_tokens + LIMITS_RUNNING + 1);
+    const size_t pages = budget / engine->info.kv_bytes;
+    if (pages < least)
+        return error_set(err, STATUS_INVALID,
+                         "the host memory budget of %zu bytes is too small: this model needs at "
+                         "least %zu (%zu pages of %zu bytes)",
+                         budget, least * engine->info.kv_bytes, least, engine->info.kv_bytes);
+    const enum status status =
+        memory_open(&engine->memory, engine->ops, engine->context, engine->info.kv_bytes, pages);
+    return status ? error_set(err, status, "out of memory for the page table") : STATUS_OK;
+}
+
+enum status engine_open(const struct engine_options *options, struct engine **out,
+                        struct error *err)
+{
+    struct engine *engine = calloc(1, sizeof *engine);
+    if (!engine)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory");
+    list_init(&engine->sessions);
+    pthread_mutex_init(&engine->stats_lock, NULL);
+    engine->io = options->io;
+    engine->memory_dtype = options->memory_dtype == ENGINE_DTYPE_FP32 ? OPS_FP32 : OPS_BF16;
+    enum status status = read_config(options->model_path, &engine->config, err);
+    if (!status)
+        status = weights_open(options->model_path, &engine->config, options->random_weights_seed,
+                              &engine->weights, err);
+    if (!status)
+        status = open_tokenizer(engine, options, err);
+    if (status)
+        goto out;
+    fill_info(engine, options);
+    const uint32_t max_rows = engine->info.slice_tokens + LIMITS_RUNNING;
+    status = open_backend(engine, options, max_rows, err);
+    if (status)
+        goto out;
+    engine->info.backend = engine->ops->describe(engine->context);
+    status = open_pages(engine, options->host_memory_bytes, max_rows, err);
+    if (!status) {
+        status = model_create(engine, max_rows, &engine->model);
+        if (status)
+            error_set(err, status, "out of memory for activations");
+    }
+out:
+    if (status)
+        engine_close(engine);
+    else
+        *out = engine;
+    return status;
+}
+
+void engine_close(struct engine *engine)
+{
+    ASSERT(list_empty(&engine->sessions));
+    if (engine->context) {
+        model_destroy(engine, engine->model);
+        if (engine->memory.table)
+            memory_close(&engine->memory);
+        engine->ops->close(engine->context);
+    }
+    if (engine->tokenizer)
+        tokenizer_close(engine->tokenizer);
+    if (engine->weights.mapped)
+        weights_close(&engine->weights);
+    pthread_mutex_destroy(&engine->stats_lock);
+    free(engine->noted);
+    free(engine->picks);
+    free(engine);
+}
+
+void engine_set_io(struct engine *engine, const struct chunk_io *io)
+{
+    ASSERT(list_empty(&engine->sessions));
+    engine->io = *io;
+}
+
+const struct engine_info *engine_get_info(const struct engine *engine)
+{
+    return &engine->info;
+}
+
+const struct tokenizer *engine_tokenizer(const struct engine *engine)
+{
+    return engine->tokenizer;
+}
+
+/* ---- the step ---- */
+
+/* Whether the item's chunks will find room; counts what it takes from `io_room`. */
+static enum status admit(const struct engine *engine, const struct engine_session *session,
+                         uint32_t token_count, size_t *io_room, size_t *page_room)
+{
+    const uint64_t s = engine->config.chunk_tokens;
+    const size_t chunks = (size_t)((session->position % s + token_count) / s);
+    const size_t row = (size_t)engine->config.retrieval_heads * engine->config.topk;
+    if (session->failed)
+        return session->failed;
+    if (chunks > *io_room || chunks + row > *page_room)
+        return STATUS_BUSY;
+    *io_room -= chunks;
+    *page_room -= chunks;
+    return STATUS_OK;
+}
+
+static void publish_stats(struct engine *engine)
+{
+    struct engine_stats *s = &engine->counted;
+    s->page_hits = engine->memory.hits;
+    s->page_misses = engine->memory.misses;
+    s->page_evictions = engine->memory.evictions;
+    s->page_read_bytes = engine->memory.read_bytes;
+    s->page_read_ns = engine->memory.read_ns;
+    s->pages_resident = engine->memory.allocated;
+    s->pages_pinned = engine->memory.pinned;
+    s->page_capacity = engine->memory.capacity;
+    pthread_mutex_lock(&engine->stats_lock);
+    engine->stats = *s;
+    pthread_mutex_unlock(&engine->stats_lock);
+}
+
+static void sample(struct engine_step_item *item)
+{
+    if (!item->status && item->sampler)
+        sampler_sample(item->sampler, item->session->logits, &item->result);
+}
+
+enum status engine_step(struct engine *engine, struct engine_step_item *items, size_t count)
+{
+    struct model_item *running = calloc(count ? count : 1, sizeof *running);
+    if (!running)
+        return STATUS_NO_MEMORY;
+    size_t io_room = engine->io.append_room(engine->io.context);
+    size_t page_room = memory_room(&engine->memory);
+    uint32_t n = 0;
+    engine->pick_count = 0;
+    for (size_t i = 0; i < count; i++) {
+        struct engine_step_item *item = &items[i];
+        item->picks = NULL;
+        item->pick_count = 0;
+        item->status = admit(engine, item->session, item->token_count, &io_room, &page_room);
+        if (item->status)
+            continue;
+        if (item->token_count)
+            running[n++] = (struct model_item){.session = item->session, .step = item};
+        else
+            ASSERT(item->session->has_logits);
+    }
+    if (n)
+        model_forward(engine, running, n);
+    for (uint32_t i = 0; i < n; i++) {
+        struct engine_step_item *item = running[i].step;
+        item->status = running[i].status;
+        item->picks = engine->picks ? engine->picks + running[i].pick_first : NULL;
+        item->pick_count = (uint32_t)running[i].pick_count;
+        if (item->token_count == 1)
+            engine->counted.tokens_decoded++;
+        else
+            engine->counted.tokens_prefilled += item->token_count;
+    }
+    for (size_t i = 0; i < count; i++)
+        sample(&items[i]);
+    free(running);
+    publish_stats(engine);
+    return STATUS_OK;
+}
+
+void engine_chunk_durable(struct engine *engine, struct chunk_key key, enum status status)
+{
+    memory_durable(&engine->memory, key, status != STATUS_OK);
+    for (struct list *node = engine->sessions.next; status && node != &engine->sessions;
+         node = node->next) {
+        struct engine_session *session = LIST_ENTRY(node, struct engine_session, node);
+        for (size_t i = 0; i < session->range_count; i++)
+            if (session->ranges[i].branch == key.branch && !session->failed)
+                session->failed = status;
+    }
+}
+
+void engine_forget_chunks(struct engine *engine, uint64_t branch, uint64_t first)
+{
+    memory_forget(&engine->memory, branch, first);
+}
+
+void engine_get_stats(const struct engine *engine, struct engine_stats *stats)
+{
+    struct engine *unlocked = (struct engine *)(uintptr_t)engine; /* the lock is not its state */
+    pthread_mutex_lock(&unlocked->stats_lock);
+    *stats = engine->stats;
+    pthread_mutex_unlock(&unlocked->stats_lock);
+}

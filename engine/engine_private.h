@@ -1,0 +1,56 @@
+/* engine_private.h - the engine's insides, for engine.c, session.c and model.c alone.
+ * Thread: the engine's, but for `stats`. Owns what engine.h says. */
+#ifndef ENGINE_ENGINE_PRIVATE_H
+#define ENGINE_ENGINE_PRIVATE_H
+
+#include <pthread.h>
+
+#include "engine/engine.h"
+#include "engine/memory.h"
+#include "engine/ops.h"
+#include "engine/session.h"
+#include "engine/weights.h"
+
+struct engine_noted_pick {
+    uint32_t item;
+    struct engine_pick pick;
+};
+
+struct engine {
+    struct model_config config;
+    struct weights weights;
+    struct tokenizer *tokenizer; /* NULL: random weights without one */
+    const struct ops *ops;
+    struct ops_context *context;
+    struct memory memory;
+    struct chunk_io io;
+    struct engine_info info;
+    char model_name[256];
+    enum ops_dtype memory_dtype;
+    size_t state_floats; /* of one session: all layers */
+    struct list sessions;
+    struct model *model; /* scratch of the forward pass */
+    /* What the last step read: as noted, layer by layer, and in the order of its items. */
+    struct engine_noted_pick *noted;
+    struct engine_pick *picks;
+    size_t pick_count, pick_capacity;
+    pthread_mutex_t stats_lock;
+    struct engine_stats stats, counted; /* published under the lock; the engine's own */
+};
+
+/* One sequence of a forward pass. */
+struct model_item {
+    struct engine_session *session;
+    struct engine_step_item *step;
+    struct ops_segment segment;
+    size_t pick_first, pick_count; /* in engine->picks */
+    enum status status;
+};
+
+STATUS_CHECKED enum status model_create(struct engine *engine, uint32_t max_rows,
+                                        struct model **out);
+void model_destroy(struct engine *engine, struct model *model);
+/* Carries the items forward: all layers, chunks appended, logits and target scores where wanted. */
+void model_forward(struct engine *engine, struct model_item *items, uint32_t count);
+
+#endif

@@ -1,0 +1,257 @@
+/* memory.c - see memory.h. */
+#include "engine/memory.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "proto/base/assert.h"
+#include "proto/base/hash.h"
+
+#define SLAB_PAGES 64 /* pages taken from the system at a time */
+
+static struct memory_page **slot(const struct memory *memory, struct chunk_key key)
+{
+    const uint64_t words[2] = {key.branch, key.index};
+    return &memory->table[hash64(words, sizeof words, 0) & memory->table_mask];
+}
+
+static struct memory_page *find(const struct memory *memory, struct chunk_key key)
+{
+    struct memory_page *page = *slot(memory, key);
+    while (page && (page->key.branch != key.branch || page->key.index != key.index))
+        page = page->next;
+    return page;
+}
+
+static void unlink_page(struct memory *memory, struct memory_page *page)
+{
+    struct memory_page **at = slot(memory, page->key);
+    while (*at != page)
+        at = &(*at)->next;
+    *at = page->next;
+}
+
+static void free_page(struct memory *memory, struct memory_page *page)
+{
+    page->next = memory->free_pages;
+    memory->free_pages = page;
+}
+
+enum status memory_open(struct memory *memory, const struct ops *ops, struct ops_context *context,
+                        size_t kv_bytes, size_t capacity)
+{
+    *memory = (struct memory){
+        .ops = ops, .context = context, .kv_bytes = kv_bytes, .capacity = capacity};
+    list_init(&memory->lru);
+    size_t size = 64;
+    while (size < capacity)
+        size *= 2;
+    memory->table = calloc(size, sizeof *memory->table);
+    memory->table_mask = size - 1;
+    return memory->table ? STATUS_OK : STATUS_NO_MEMORY;
+}
+
+void memory_close(struct memory *memory)
+{
+    for (size_t i = 0; i < memory->slab_count; i += 2) {
+        memory->ops->release(memory->context, memory->slabs[i]);
+        free(memory->slabs[i + 1]);
+    }
+    free(memory->slabs);
+    free(memory->table);
+    *memory = (struct memory){0};
+}
+
+/* More pages from the system, within the capacity. A slab is page memory and page structs. */
+static bool grow(struct memory *memory)
+{
+    size_t count = memory->capacity - memory->allocated;
+    if (!count)
+        return false;
+    if (count > SLAB_PAGES)
+        count = SLAB_PAGES;
+    void **slabs = realloc(memory->slabs, (memory->slab_count + 2) * sizeof *slabs);
+    if (!slabs)
+        return false;
+    memory->slabs = slabs;
+    char *data = memory->ops->alloc(memory->context, count * memory->kv_bytes);
+    struct memory_page *pages = calloc(count, sizeof *pages);
+    if (!data || !pages) {
+        if (data)
+            memory->ops->release(memory->context, data);
+        free(pages);
+        return false;
+    }
+    slabs[memory->slab_count++] = data;
+    slabs[memory->slab_count++] = pages;
+    for (size_t i = count; i--;) {
+        pages[i].data = data + i * memory->kv_bytes;
+        list_init(&pages[i].lru);
+        free_page(memory, &pages[i]);
+    }
+    memory->allocated += count;
+    return true;
+}
+
+static struct memory_page *take_page(struct memory *memory)
+{
+    struct memory_page *page = memory->free_pages;
+    if (!page && grow(memory))
+        page = memory->free_pages;
+    if (page) {
+        memory->free_pages = page->next;
+    } else {
+        if (list_empty(&memory->lru))
+            return NULL;
+        page = LIST_ENTRY(memory->lru.next, struct memory_page, lru);
+        list_remove(&page->lru);
+        unlink_page(memory, page);
+        memory->evictions++;
+    }
+    return page;
+}
+
+/* Takes a page, enters it under `key` and pins it. */
+static struct memory_page *enter(struct memory *memory, struct chunk_key key)
+{
+    struct memory_page *page = take_page(memory);
+    if (!page)
+        return NULL;
+    *page = (struct memory_page){.key = key, .data = page->data, .pins = 1};
+    list_init(&page->lru);
+    struct memory_page **at = slot(memory, key);
+    page->next = *at;
+    *at = page;
+    memory->pinned++;
+    return page;
+}
+
+size_t memory_room(const struct memory *memory)
+{
+    return memory->capacity - memory->pinned;
+}
+
+struct memory_page *memory_page_create(struct memory *memory, struct chunk_key key)
+{
+    ASSERT(!find(memory, key));
+    struct memory_page *page = enter(memory, key);
+    if (page)
+        page->unacknowledged = true;
+    return page;
+}
+
+struct memory_page *memory_page_pin(struct memory *memory, struct chunk_key key, uint64_t stamp,
+                                    bool *added)
+{
+    struct memory_page *page = find(memory, key);
+    *added = false;
+    if (page && page->stamp == stamp)
+        return page;
+    if (page) {
+        if (!page->pins++) {
+            list_remove(&page->lru);
+            memory->pinned++;
+        }
+        memory->hits++;
+    } else {
+        page = enter(memory, key);
+        if (!page)
+            return NULL;
+        page->unread = true;
+        memory->misses++;
+    }
+    page->stamp = stamp;
+    *added = true;
+    return page;
+}
+
+void memory_page_unpin(struct memory *memory, struct memory_page *page)
+{
+    ASSERT(page->pins);
+    if (--page->pins)
+        return;
+    memory->pinned--;
+    if (page->dead)
+        free_page(memory, page);
+    else
+        list_push_back(&memory->lru, &page->lru);
+}
+
+/* Takes the page out of the table; with no pin left it is free. */
+static void drop(struct memory *memory, struct memory_page *page)
+{
+    unlink_page(memory, page);
+    page->dead = true;
+    if (!page->pins) {
+        list_remove(&page->lru);
+        free_page(memory, page);
+    }
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+enum status memory_load(struct memory *memory, const struct chunk_io *io,
+                        struct memory_page *const *pages, size_t count)
+{
+    size_t missing = 0;
+    for (size_t i = 0; i < count; i++)
+        missing += pages[i]->unread;
+    if (!missing)
+        return STATUS_OK;
+    struct chunk_read *reads = calloc(missing, sizeof *reads);
+    enum status status = STATUS_NO_MEMORY;
+    if (reads) {
+        size_t at = 0;
+        for (size_t i = 0; i < count; i++)
+            if (pages[i]->unread)
+                reads[at++] = (struct chunk_read){.key = pages[i]->key, .kv = pages[i]->data};
+        const uint64_t begin = now_ns();
+        status = io->read(io->context, reads, missing);
+        memory->read_ns += now_ns() - begin;
+        memory->read_bytes += missing * memory->kv_bytes;
+        free(reads);
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (!pages[i]->unread)
+            continue;
+        pages[i]->unread = false;
+        if (status)
+            drop(memory, pages[i]);
+    }
+    return status;
+}
+
+void memory_durable(struct memory *memory, struct chunk_key key, bool failed)
+{
+    struct memory_page *page = find(memory, key);
+    if (!page || !page->unacknowledged)
+        return;
+    page->unacknowledged = false;
+    if (failed)
+        drop(memory, page);
+    memory_page_unpin(memory, page);
+}
+
+void memory_forget(struct memory *memory, uint64_t branch, uint64_t first)
+{
+    for (size_t i = 0; i <= memory->table_mask; i++) {
+        struct memory_page *page = memory->table[i];
+        while (page) {
+            struct memory_page *next = page->next;
+            if (page->key.branch == branch && page->key.index >= first) {
+                const bool waiting = page->unacknowledged;
+                page->unacknowledged = false;
+                drop(memory, page);
+                if (waiting)
+                    memory_page_unpin(memory, page);
+            }
+            page = next;
+        }
+    }
+}

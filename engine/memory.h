@@ -1,0 +1,73 @@
+/* memory.h - the resident part of sessions' pasts: K/V pages under a budget, landmark blocks.
+ * Thread: the engine's. Owns the pages' memory; a landmark block belongs to the sessions that
+ * refer to it. Private to engine/.
+ *
+ * A page's life: made (memory_page_create, pinned until its chunk is durable) or read back from
+ * chunk_io (memory_page_pin, then memory_load), used while pinned, then kept until the budget
+ * needs its place, least recently used first. */
+#ifndef ENGINE_MEMORY_H
+#define ENGINE_MEMORY_H
+
+#include <stdbool.h>
+
+#include "engine/chunk_io.h"
+#include "engine/ops.h"
+#include "proto/base/list.h"
+
+struct memory_page {
+    struct chunk_key key;
+    void *data; /* kv_bytes, memory of ops->alloc */
+    uint32_t pins;
+    bool unacknowledged; /* one of the pins waits for the disk */
+    bool unread;         /* named by a top-k, its bytes not here yet */
+    bool dead;           /* no longer in the table; freed with its last pin */
+    uint64_t stamp;      /* of the block of rows that pinned it last */
+    struct memory_page *next; /* in its hash chain, or in the free list */
+    struct list lru;          /* while not pinned */
+};
+
+struct memory {
+    const struct ops *ops;
+    struct ops_context *context;
+    size_t kv_bytes;
+    size_t capacity, allocated, pinned; /* pages */
+    struct memory_page **table;
+    size_t table_mask;
+    struct memory_page *free_pages;
+    struct list lru; /* oldest first */
+    void **slabs;
+    size_t slab_count;
+    uint64_t hits, misses, evictions, read_bytes, read_ns;
+};
+
+/* `capacity` pages at most; memory is taken as it is first needed. STATUS_NO_MEMORY. */
+STATUS_CHECKED enum status memory_open(struct memory *memory, const struct ops *ops,
+                                       struct ops_context *context, size_t kv_bytes,
+                                       size_t capacity);
+void memory_close(struct memory *memory);
+
+/* Pages that could be pinned now. */
+size_t memory_room(const struct memory *memory);
+/* A page for a chunk about to be encoded, pinned until memory_durable. NULL: no room. */
+struct memory_page *memory_page_create(struct memory *memory, struct chunk_key key);
+/* Pins the chunk's page, once for each `stamp`; sets `unread` when memory_load must fetch it.
+ * `*added` says whether this call pinned it. NULL: no room. */
+struct memory_page *memory_page_pin(struct memory *memory, struct chunk_key key, uint64_t stamp,
+                                    bool *added);
+void memory_page_unpin(struct memory *memory, struct memory_page *page);
+/* Reads what is unread among `pages`, in one batch. On failure the unread ones leave the table
+ * (and still need their unpin). */
+STATUS_CHECKED enum status memory_load(struct memory *memory, const struct chunk_io *io,
+                                       struct memory_page *const *pages, size_t count);
+/* The chunk is on disk, or never will be (then its page is dropped). */
+void memory_durable(struct memory *memory, struct chunk_key key, bool failed);
+/* Drops the pages of `branch` from chunk `first` on. None of them is in use. */
+void memory_forget(struct memory *memory, uint64_t branch, uint64_t first);
+
+/* OPS_LANDMARK_BLOCK landmarks, shared by the sessions that came from one another. */
+struct memory_landmarks {
+    uint32_t references;
+    void *data; /* memory of ops->alloc */
+};
+
+#endif

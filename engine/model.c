@@ -1,0 +1,484 @@
+/* model.c - the forward pass, once, over any backend: what runs when, and where pages come from.
+ * The arithmetic is in ref/ and cpu/; the order of layers is model_config's. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/engine_private.h"
+#include "engine/sampler.h"
+#include "proto/base/assert.h"
+
+#define LOGIT_ROWS 16 /* rows of an echoed prompt scored together */
+
+struct model {
+    uint32_t max_rows, max_chunks;
+    uint64_t stamp; /* counts blocks of rows that pin pages */
+    /* Memory of ops->alloc. */
+    float *x, *q, *o, *last;
+    float *chunks; /* [max_chunks, S, d]: whole chunks, gathered */
+    float *logits; /* [LOGIT_ROWS, V] */
+    /* Host memory. */
+    int32_t *tokens;
+    struct ops_picks picks; /* [max_rows, Hr, K] */
+    const void **pages;     /* [max_rows, Hr, K] */
+    struct memory_page **held, **row_page; /* pinned by this block; page of each pick */
+    float *host_logits;
+    struct ops_segment *segments, *single;
+    struct ops_mamba_state *states;
+    struct ops_landmarks *landmarks;
+    const float **chunk_rows;
+    void **chunk_kv, **chunk_landmarks;
+    struct model_item **chunk_items;
+    uint64_t *chunk_index;
+};
+
+/* A forward pass under way. */
+struct pass {
+    struct engine *engine;
+    struct model *m;
+    struct model_item *items;
+    uint32_t count;
+    struct ops_rows rows;
+};
+
+static uint32_t picks_per_row(const struct engine *engine)
+{
+    return engine->config.retrieval_heads * engine->config.topk;
+}
+
+enum status model_create(struct engine *engine, uint32_t max_rows, struct model **out)
+{
+    const struct model_config *c = &engine->config;
+    const struct ops *ops = engine->ops;
+    struct model *m = calloc(1, sizeof *m);
+    if (!m)
+        return STATUS_NO_MEMORY;
+    const size_t d = c->hidden_size, picks = (size_t)max_rows * picks_per_row(engine);
+    m->max_rows = max_rows;
+    /* Each sequence may complete one chunk that it had begun, and those that its rows hold. */
+    m->max_chunks = max_rows / c->chunk_tokens + LIMITS_RUNNING + 1;
+    m->x = ops->alloc(engine->context, max_rows * d * sizeof(float));
+    m->q = ops->alloc(engine->context, max_rows * d * sizeof(float));
+    m->o = ops->alloc(engine->context, max_rows * d * sizeof(float));
+    m->last = ops->alloc(engine->context, max_rows * d * sizeof(float));
+    m->chunks = ops->alloc(engine->context, m->max_chunks * c->chunk_tokens * d * sizeof(float));
+    m->logits = ops->alloc(engine->context, (size_t)LOGIT_ROWS * c->vocab_size * sizeof(float));
+    m->host_logits = calloc((size_t)LOGIT_ROWS * c->vocab_size, sizeof(float));
+    m->tokens = calloc(max_rows, sizeof *m->tokens);
+    m->picks.chunks = calloc(picks, sizeof *m->picks.chunks);
+    m->picks.weights = calloc(picks, sizeof *m->picks.weights);
+    m->pages = calloc(picks, sizeof *m->pages);
+    m->held = calloc(picks, sizeof *m->held);
+    m->row_page = calloc(picks, sizeof *m->row_page);
+    m->segments = calloc(max_rows, sizeof *m->segments);
+    m->single = calloc(max_rows, sizeof *m->single);
+    m->states = calloc(max_rows, sizeof *m->states);
+    m->landmarks = calloc(max_rows, sizeof *m->landmarks);
+    m->chunk_rows = calloc(m->max_chunks, sizeof *m->chunk_rows);
+    m->chunk_kv = calloc(m->max_chunks, sizeof *m->chunk_kv);
+    m->chunk_landmarks = calloc(m->max_chunks, sizeof *m->chunk_landmarks);
+    m->chunk_items = calloc(m->max_chunks, sizeof *m->chunk_items);
+    m->chunk_index = calloc(m->max_chunks, sizeof *m->chunk_index);
+    if (!m->x || !m->q || !m->o || !m->last || !m->chunks || !m->logits || !m->host_logits ||
+        !m->tokens || !m->picks.chunks || !m->picks.weights || !m->pages || !m->held ||
+        !m->row_page || !m->segments || !m->single || !m->states || !m->landmarks ||
+        !m->chunk_rows || !m->chunk_kv || !m->chunk_landmarks || !m->chunk_items ||
+        !m->chunk_index) {
+        model_destroy(engine, m);
+        return STATUS_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < max_rows; i++)
+        m->single[i] = (struct ops_segment){.row = i, .count = 1};
+    *out = m;
+    return STATUS_OK;
+}
+
+void model_destroy(struct engine *engine, struct model *m)
+{
+    if (!m)
+        return;
+    float *device[] = {m->x, m->q, m->o, m->last, m->chunks, m->logits};
+    for (size_t i = 0; i < sizeof device / sizeof *device; i++)
+        if (device[i])
+            engine->ops->release(engine->context, device[i]);
+    free(m->host_logits);
+    free(m->tokens);
+    free(m->picks.chunks);
+    free(m->picks.weights);
+    free(m->pages);
+    free(m->held);
+    free(m->row_page);
+    free(m->segments);
+    free(m->single);
+    free(m->states);
+    free(m->landmarks);
+    free(m->chunk_rows);
+    free(m->chunk_kv);
+    free(m->chunk_landmarks);
+    free(m->chunk_items);
+    free(m->chunk_index);
+    free(m);
+}
+
+static void item_failed(struct model_item *item, enum status status)
+{
+    if (!item->status)
+        item->status = status;
+}
+
+/* ---- chunks ---- */
+
+/* A chunk of `item` is whole in scratch slot `n`: gives it a page and a landmark. */
+static void place_chunk(struct pass *p, struct model_item *item, uint32_t n)
+{
+    struct model *m = p->m;
+    struct engine_session *s = item->session;
+    const uint64_t index = s->chunk_count;
+    const struct chunk_key key = {s->ranges[s->range_count - 1].branch, index};
+    const enum status status = session_add_landmark(s, &m->chunk_landmarks[n]);
+    struct memory_page *page = status ? NULL : memory_page_create(&p->engine->memory, key);
+    if (!page) {
+        /* Room was checked before the step; only the system's own memory can be short here. */
+        item_failed(item, STATUS_NO_MEMORY);
+        m->chunk_items[n] = NULL;
+        return;
+    }
+    m->chunk_kv[n] = page->data;
+    m->chunk_items[n] = item;
+    m->chunk_index[n] = index;
+}
+
+/* Collects the rows of the chunks that this step completes; returns how many. */
+static uint32_t gather_chunks(struct pass *p)
+{
+    struct model *m = p->m;
+    const struct model_config *c = &p->engine->config;
+    const size_t d = c->hidden_size, s = c->chunk_tokens;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < p->count; i++) {
+        struct model_item *item = &p->items[i];
+        size_t filled = (size_t)(item->session->position % s), row = item->segment.row;
+        size_t left = item->segment.count;
+        while (left) {
+            const size_t take = left < s - filled ? left : s - filled;
+            float *slot = m->chunks + n * s * d;
+            const bool whole = filled + take == s;
+            if (whole && filled)
+                p->engine->ops->copy(p->engine->context, slot, item->session->partial,
+                                     filled * d * sizeof(float));
+            float *to = whole ? slot : item->session->partial;
+            p->engine->ops->copy(p->engine->context, to + filled * d, m->x + row * d,
+                                 take * d * sizeof(float));
+            if (whole) {
+                ASSERT(n < m->max_chunks);
+                m->chunk_rows[n] = slot;
+                place_chunk(p, item, n);
+                n += m->chunk_items[n] != NULL;
+            }
+            row += take;
+            left -= take;
+            filled = 0;
+        }
+    }
+    return n;
+}
+
+static void append_chunks(struct pass *p, const struct weights_layer *layer)
+{
+    struct engine *engine = p->engine;
+    struct model *m = p->m;
+    const uint32_t n = gather_chunks(p);
+    if (!n)
+        return;
+    engine->ops->encode_chunks(engine->context, &layer->chunking, n, m->chunk_rows, m->chunk_kv,
+                               m->chunk_landmarks);
+    engine->counted.chunks_encoded += n;
+    for (uint32_t i = 0; i < n; i++) {
+        const struct engine_session *s = m->chunk_items[i]->session;
+        const struct chunk_key key = {s->ranges[s->range_count - 1].branch, m->chunk_index[i]};
+        const enum status status =
+            engine->io.append(engine->io.context, key, m->chunk_kv[i], m->chunk_landmarks[i]);
+        if (status) { /* room was asked for before the step, so this is not a full queue */
+            item_failed(m->chunk_items[i], status);
+            memory_durable(&engine->memory, key, true);
+        }
+    }
+}
+
+/* ---- retrieval and HSA ---- */
+
+static void retrieve(struct pass *p, const struct weights_layer *layer)
+{
+    struct model *m = p->m;
+    for (uint32_t i = 0; i < p->count; i++)
+        m->landmarks[i] = (struct ops_landmarks){.blocks = p->items[i].session->block_data,
+                                                 .count = p->items[i].session->chunk_count};
+    p->engine->ops->retrieve(p->engine->context, &layer->retrieval, &p->rows, m->landmarks, m->x,
+                             &m->picks);
+}
+
+static bool grow_picks(struct engine *engine)
+{
+    const size_t capacity = engine->pick_capacity ? engine->pick_capacity * 2 : 256;
+    struct engine_pick *picks = realloc(engine->picks, capacity * sizeof *picks);
+    if (picks)
+        engine->picks = picks;
+    struct engine_noted_pick *noted = realloc(engine->noted, capacity * sizeof *noted);
+    if (noted)
+        engine->noted = noted;
+    if (picks && noted)
+        engine->pick_capacity = capacity;
+    return picks && noted;
+}
+
+/* Notes what the last row of each item read, for items that ask. */
+static enum status record_picks(struct pass *p, uint32_t group)
+{
+    struct engine *engine = p->engine;
+    const struct model_config *c = &engine->config;
+    for (uint32_t i = 0; i < p->count; i++) {
+        struct model_item *item = &p->items[i];
+        if (!item->step->want_picks)
+            continue;
+        const size_t row = item->segment.row + item->segment.count - 1;
+        for (uint32_t j = 0; j < picks_per_row(engine); j++) {
+            const size_t at = row * picks_per_row(engine) + j;
+            if (!(p->m->picks.weights[at] > 0))
+                continue;
+            if (engine->pick_count == engine->pick_capacity && !grow_picks(engine))
+                return STATUS_NO_MEMORY;
+            engine->noted[engine->pick_count++] = (struct engine_noted_pick){
+                .item = i,
+                .pick = {.group = group,
+                         .head = j / c->topk,
+                         .chunk = p->m->picks.chunks[at],
+                         .weight = p->m->picks.weights[at]}};
+        }
+    }
+    return STATUS_OK;
+}
+
+/* A run of rows whose pages are pinned together. */
+struct block {
+    uint32_t first, count;
+    size_t held;
+};
+
+/* Pins the pages of as many rows from `first` on as there is room for, at least one. */
+static void pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t item)
+{
+    struct model *m = p->m;
+    const uint32_t per_row = picks_per_row(p->engine);
+    m->stamp++;
+    b->held = b->count = 0;
+    for (uint32_t row = b->first; row < end; row++) {
+        while (row >= p->items[item].segment.row + p->items[item].segment.count)
+            item++;
+        const struct engine_session *s = p->items[item].session;
+        for (uint32_t j = 0; j < per_row; j++) {
+            const size_t at = (size_t)row * per_row + j;
+            m->row_page[at] = NULL;
+            if (!(m->picks.weights[at] > 0) || p->items[item].status)
+                continue;
+            const uint64_t chunk = m->picks.chunks[at];
+            const struct chunk_key key = {session_branch_of(s, chunk), chunk};
+            bool added;
+            m->row_page[at] = memory_page_pin(&p->engine->memory, key, m->stamp, &added);
+            if (added)
+                m->held[b->held++] = m->row_page[at];
+            if (!m->row_page[at]) {
+                ASSERT(b->count); /* one row always fits: checked before the step */
+                return;
+            }
+        }
+        b->count++;
+    }
+}
+
+static void unpin_rows(struct pass *p, const struct block *b)
+{
+    for (size_t i = 0; i < b->held; i++)
+        memory_page_unpin(&p->engine->memory, p->m->held[i]);
+}
+
+static void attend_block(struct pass *p, const struct block *b)
+{
+    struct model *m = p->m;
+    const size_t per_row = picks_per_row(p->engine), d = p->engine->config.hidden_size;
+    const size_t from = b->first * per_row;
+    for (size_t i = 0; i < b->count * per_row; i++)
+        m->pages[i] = m->row_page[from + i] ? m->row_page[from + i]->data : NULL;
+    p->engine->ops->hsa_attend(p->engine->context, b->count, m->q + b->first * d,
+                               m->picks.weights + from, m->pages, m->o + b->first * d);
+}
+
+/* Attends rows [first, end), which begin in `item`; where `whole`, a failed read is tried again
+ * sequence by sequence, so that only the one whose chunks are damaged fails. */
+static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t item, bool whole)
+{
+    struct block b = {.first = first};
+    while (b.first < end) {
+        while (b.first >= p->items[item].segment.row + p->items[item].segment.count)
+            item++;
+        pin_rows(p, &b, end, item);
+        const enum status status =
+            memory_load(&p->engine->memory, &p->engine->io, p->m->held, b.held);
+        if (!status)
+            attend_block(p, &b);
+        unpin_rows(p, &b);
+        if (status && !whole) {
+            item_failed(&p->items[item], status); /* its rows read nothing from here on */
+            continue;
+        }
+        for (uint32_t i = item; status && i < p->count; i++) {
+            const struct ops_segment *segment = &p->items[i].segment;
+            const uint32_t from = segment->row > b.first ? segment->row : b.first;
+            uint32_t to = segment->row + segment->count;
+            to = to < b.first + b.count ? to : b.first + b.count;
+            if (from < to)
+                attend_rows(p, from, to, i, false);
+        }
+        b.first += b.count;
+    }
+}
+
+static void hsa(struct pass *p, const struct weights_layer *layer)
+{
+    struct model *m = p->m;
+    const struct ops *ops = p->engine->ops;
+    ops->hsa_query(p->engine->context, &layer->hsa, &p->rows, m->x, m->q);
+    attend_rows(p, 0, p->rows.row_count, 0, true);
+    ops->hsa_out(p->engine->context, &layer->hsa, &p->rows, m->o, m->x);
+}
+
+/* ---- logits ---- */
+
+/* Log probabilities of the tokens that follow each row of an echoed prompt. */
+static void score_targets(struct pass *p, struct model_item *item)
+{
+    struct engine *engine = p->engine;
+    struct model *m = p->m;
+    const struct engine_step_item *step = item->step;
+    const size_t d = engine->config.hidden_size, v = engine->config.vocab_size;
+    for (uint32_t at = 0; at < item->segment.count; at += LOGIT_ROWS) {
+        const uint32_t left = item->segment.count - at, n = left < LOGIT_ROWS ? left : LOGIT_ROWS;
+        const struct ops_rows rows = {.segments = m->single, .segment_count = n, .row_count = n};
+        engine->ops->logits(engine->context, &engine->weights.final_norm, &engine->weights.head,
+                            &rows, m->x + (item->segment.row + at) * d, m->logits);
+        engine->ops->copy(engine->context, m->host_logits, m->logits, n * v * sizeof(float));
+        for (uint32_t i = 0; i < n; i++) {
+            if (step->targets[at + i] < 0)
+                continue;
+            struct sampler_top *tops =
+                step->target_tops ? step->target_tops + (size_t)(at + i) * step->target_top_count
+                                  : NULL;
+            step->target_logprobs[at + i] =
+                sampler_score(m->host_logits + i * v, (int32_t)v, step->targets[at + i], tops,
+                              tops ? step->target_top_count : 0);
+        }
+    }
+}
+
+/* Logits of the last row of each item that wants them, LOGIT_ROWS items at a time. */
+static void last_logits(struct pass *p)
+{
+    struct engine *engine = p->engine;
+    struct model *m = p->m;
+    const size_t d = engine->config.hidden_size, v = engine->config.vocab_size;
+    struct model_item *wanting[LOGIT_ROWS];
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < p->count; i++) {
+        struct model_item *item = &p->items[i];
+        item->session->has_logits = false;
+        if (item->step->want_logits || item->step->sampler) {
+            const size_t row = item->segment.row + item->segment.count - 1;
+            engine->ops->copy(engine->context, m->last + n * d, m->x + row * d,
+                              d * sizeof(float));
+            wanting[n++] = item;
+        }
+        if (!n || (n < LOGIT_ROWS && i + 1 < p->count))
+            continue;
+        const struct ops_rows rows = {.segments = m->single, .segment_count = n, .row_count = n};
+        engine->ops->logits(engine->context, &engine->weights.final_norm, &engine->weights.head,
+                            &rows, m->last, m->logits);
+        for (uint32_t j = 0; j < n; j++) {
+            engine->ops->copy(engine->context, wanting[j]->session->logits, m->logits + j * v,
+                              v * sizeof(float));
+            wanting[j]->session->has_logits = true;
+        }
+        n = 0;
+    }
+}
+
+/* ---- the pass ---- */
+
+static void run_layers(struct pass *p)
+{
+    struct engine *engine = p->engine;
+    struct model *m = p->m;
+    uint32_t mamba = 0, group = 0;
+    for (uint32_t i = 0; i < engine->config.layer_count; i++) {
+        const struct weights_layer *layer = &engine->weights.layers[i];
+        switch (layer->kind) {
+        case MODEL_LAYER_MAMBA:
+            for (uint32_t j = 0; j < p->count; j++)
+                m->states[j] = p->items[j].session->layers[mamba];
+            engine->ops->mamba(engine->context, &layer->mamba, &p->rows, m->states, m->x);
+            mamba++;
+            break;
+        case MODEL_LAYER_CHUNKING:
+            append_chunks(p, layer);
+            break;
+        case MODEL_LAYER_RETRIEVAL: {
+            retrieve(p, layer);
+            const enum status status = record_picks(p, group++);
+            for (uint32_t j = 0; status && j < p->count; j++)
+                item_failed(&p->items[j], status);
+            break;
+        }
+        case MODEL_LAYER_HSA:
+            hsa(p, layer);
+            break;
+        }
+    }
+}
+
+/* Picks were noted group by group; items want theirs in one piece. */
+static void collect_picks(struct pass *p)
+{
+    struct engine *engine = p->engine;
+    size_t at = 0;
+    for (uint32_t i = 0; i < p->count; i++) {
+        p->items[i].pick_first = at;
+        for (size_t j = 0; j < engine->pick_count; j++)
+            if (engine->noted[j].item == i)
+                engine->picks[at++] = engine->noted[j].pick;
+        p->items[i].pick_count = at - p->items[i].pick_first;
+    }
+}
+
+void model_forward(struct engine *engine, struct model_item *items, uint32_t count)
+{
+    struct model *m = engine->model;
+    struct pass p = {.engine = engine, .m = m, .items = items, .count = count};
+    uint32_t row = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const struct engine_step_item *step = items[i].step;
+        items[i].segment = (struct ops_segment){.row = row,
+                                                .count = step->token_count,
+                                                .position = items[i].session->position};
+        m->segments[i] = items[i].segment;
+        memcpy(m->tokens + row, step->tokens, step->token_count * sizeof *m->tokens);
+        row += step->token_count;
+    }
+    ASSERT(row <= m->max_rows);
+    p.rows = (struct ops_rows){.segments = m->segments, .segment_count = count, .row_count = row};
+    engine->ops->embed(engine->context, &engine->weights.embeddings, m->tokens, row, m->x);
+    run_layers(&p);
+    for (uint32_t i = 0; i < count; i++)
+        if (items[i].step->targets)
+            score_targets(&p, &items[i]);
+    last_logits(&p);
+    for (uint32_t i = 0; i < count; i++)
+        items[i].session->position += items[i].segment.count;
+    collect_picks(&p);
+}

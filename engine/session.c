@@ -1,0 +1,328 @@
+/* session.c - see session.h and engine.h. */
+#include "engine/session.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/engine_private.h"
+#include "proto/base/assert.h"
+
+#define SNAPSHOT_MAGIC 0x31534d52u /* "RMS1" */
+
+/* Little-endian, as every machine that we build for is; then state, partial chunk, logits. */
+struct snapshot_header {
+    uint32_t magic, version;
+    uint64_t fingerprint, position;
+    uint32_t has_logits, reserved;
+};
+
+static size_t landmark_block_bytes(const struct engine *engine)
+{
+    return engine->info.landmark_bytes * OPS_LANDMARK_BLOCK;
+}
+
+static size_t ssm_floats(const struct model_config *c)
+{
+    return (size_t)c->inner_size * c->state_size;
+}
+
+static size_t conv_floats(const struct model_config *c)
+{
+    return (size_t)(c->conv_kernel - 1) * c->conv_size;
+}
+
+static size_t partial_rows(const struct engine_session *session)
+{
+    return (size_t)(session->position % session->engine->config.chunk_tokens);
+}
+
+uint64_t session_branch_of(const struct engine_session *session, uint64_t index)
+{
+    size_t low = 0, high = session->range_count; /* the last range with first <= index */
+    while (high - low > 1) {
+        const size_t middle = low + (high - low) / 2;
+        if (session->ranges[middle].first <= index)
+            low = middle;
+        else
+            high = middle;
+    }
+    return session->ranges[low].branch;
+}
+
+static void release_block(struct engine *engine, struct memory_landmarks *block)
+{
+    if (--block->references)
+        return;
+    engine->ops->release(engine->context, block->data);
+    engine->counted.landmark_bytes -= landmark_block_bytes(engine);
+    free(block);
+}
+
+static enum status add_block(struct engine_session *session)
+{
+    struct engine *engine = session->engine;
+    if (session->block_count == session->block_capacity) {
+        const size_t capacity = session->block_capacity ? session->block_capacity * 2 : 8;
+        struct memory_landmarks **blocks =
+            realloc(session->blocks, capacity * sizeof *session->blocks);
+        if (!blocks)
+            return STATUS_NO_MEMORY;
+        session->blocks = blocks;
+        const void **data = realloc(session->block_data, capacity * sizeof *session->block_data);
+        if (!data)
+            return STATUS_NO_MEMORY;
+        session->block_data = data;
+        session->block_capacity = capacity;
+    }
+    struct memory_landmarks *block = calloc(1, sizeof *block);
+    if (block)
+        block->data = engine->ops->alloc(engine->context, landmark_block_bytes(engine));
+    if (!block || !block->data) {
+        free(block);
+        return STATUS_NO_MEMORY;
+    }
+    block->references = 1;
+    engine->counted.landmark_bytes += landmark_block_bytes(engine);
+    session->blocks[session->block_count] = block;
+    session->block_data[session->block_count++] = block->data;
+    return STATUS_OK;
+}
+
+enum status session_add_landmark(struct engine_session *session, void **landmark)
+{
+    if (session->chunk_count == session->block_count * (uint64_t)OPS_LANDMARK_BLOCK) {
+        const enum status status = add_block(session);
+        if (status)
+            return status;
+    }
+    const uint64_t at = session->chunk_count++;
+    *landmark = (char *)session->blocks[at / OPS_LANDMARK_BLOCK]->data +
+                at % OPS_LANDMARK_BLOCK * session->engine->info.landmark_bytes;
+    return STATUS_OK;
+}
+
+/* An empty session with its memory; destroyed with engine_session_destroy. */
+static struct engine_session *make(struct engine *engine, const struct chunk_range *ranges,
+                                   size_t range_count)
+{
+    const struct model_config *c = &engine->config;
+    struct engine_session *s = calloc(1, sizeof *s);
+    if (!s)
+        return NULL;
+    s->engine = engine;
+    list_push_back(&engine->sessions, &s->node);
+    s->ranges = calloc(range_count, sizeof *s->ranges);
+    s->state = engine->ops->alloc(engine->context, engine->state_floats * sizeof *s->state);
+    s->layers = calloc(c->mamba_count, sizeof *s->layers);
+    s->partial = engine->ops->alloc(engine->context, sizeof *s->partial * c->chunk_tokens *
+                                                         c->hidden_size);
+    s->logits = calloc(c->vocab_size, sizeof *s->logits);
+    if (!s->ranges || !s->state || !s->layers || !s->partial || !s->logits) {
+        engine_session_destroy(s);
+        return NULL;
+    }
+    memcpy(s->ranges, ranges, range_count * sizeof *ranges);
+    s->range_count = range_count;
+    float *at = s->state;
+    for (uint32_t i = 0; i < c->mamba_count; i++) {
+        s->layers[i].ssm = at;
+        at += ssm_floats(c);
+        s->layers[i].conv = at;
+        at += conv_floats(c);
+    }
+    return s;
+}
+
+/* Copies a block's unused rest from or to a snapshot, moving the cursor on. */
+static void take(const struct engine *engine, void *to, const char **from, size_t bytes)
+{
+    engine->ops->copy(engine->context, to, *from, bytes);
+    *from += bytes;
+}
+
+static enum status restore(struct engine_session *s, const void *snapshot, size_t size,
+                           struct error *err)
+{
+    struct engine *engine = s->engine;
+    const struct model_config *c = &engine->config;
+    struct snapshot_header header;
+    if (size < sizeof header)
+        return error_set(err, STATUS_CORRUPT, "the snapshot is cut off");
+    memcpy(&header, snapshot, sizeof header);
+    if (header.magic != SNAPSHOT_MAGIC || header.version != 1)
+        return error_set(err, STATUS_CORRUPT, "not a snapshot of this version");
+    if (header.fingerprint != engine->info.fingerprint)
+        return error_set(err, STATUS_MISMATCH,
+                         "the snapshot was made by another model (%016llx, this is %016llx)",
+                         (unsigned long long)header.fingerprint,
+                         (unsigned long long)engine->info.fingerprint);
+    s->position = header.position;
+    s->has_logits = header.has_logits != 0;
+    if (size != engine_session_snapshot_bytes(s))
+        return error_set(err, STATUS_CORRUPT, "the snapshot has the wrong size");
+    const char *from = (const char *)snapshot + sizeof header;
+    take(engine, s->state, &from, engine->state_floats * sizeof *s->state);
+    take(engine, s->partial, &from, partial_rows(s) * c->hidden_size * sizeof *s->partial);
+    if (s->has_logits)
+        memcpy(s->logits, from, c->vocab_size * sizeof *s->logits);
+    return STATUS_OK;
+}
+
+/* Reads the landmarks of every chunk before the position, block by block. */
+static enum status read_landmarks(struct engine_session *s)
+{
+    const struct engine *engine = s->engine;
+    const uint64_t total = s->position / engine->config.chunk_tokens;
+    while (s->chunk_count < total) {
+        const uint64_t at = s->chunk_count, branch = session_branch_of(s, at);
+        uint64_t end = (at / OPS_LANDMARK_BLOCK + 1) * OPS_LANDMARK_BLOCK;
+        end = end < total ? end : total;
+        for (size_t i = 0; i < s->range_count; i++)
+            if (s->ranges[i].first > at && s->ranges[i].first < end)
+                end = s->ranges[i].first;
+        void *to;
+        enum status status = session_add_landmark(s, &to);
+        if (!status)
+            status = engine->io.read_landmarks(engine->io.context, branch, at, end - at, to);
+        if (status)
+            return status;
+        s->chunk_count = end;
+    }
+    return STATUS_OK;
+}
+
+enum status engine_session_create(struct engine *engine, const struct chunk_range *ranges,
+                                  size_t range_count, const void *snapshot, size_t snapshot_bytes,
+                                  struct engine_session **out, struct error *err)
+{
+    ASSERT(range_count);
+    struct engine_session *s = make(engine, ranges, range_count);
+    if (!s)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory for a session");
+    enum status status = STATUS_OK;
+    if (snapshot)
+        status = restore(s, snapshot, snapshot_bytes, err);
+    if (!status) {
+        status = read_landmarks(s);
+        if (status)
+            error_set(err, status, "the memory's landmarks cannot be read: %s",
+                      status_text(status));
+    }
+    if (status)
+        engine_session_destroy(s);
+    else
+        *out = s;
+    return status;
+}
+
+enum status engine_session_fork(const struct engine_session *session, uint64_t branch,
+                                struct engine_session **out)
+{
+    struct engine *engine = session->engine;
+    const struct model_config *c = &engine->config;
+    struct chunk_range *ranges = calloc(session->range_count + 1, sizeof *ranges);
+    if (!ranges)
+        return STATUS_NO_MEMORY;
+    memcpy(ranges, session->ranges, session->range_count * sizeof *ranges);
+    ranges[session->range_count] =
+        (struct chunk_range){.branch = branch, .first = session->chunk_count};
+    struct engine_session *s = make(engine, ranges, session->range_count + 1);
+    free(ranges);
+    if (!s)
+        return STATUS_NO_MEMORY;
+    s->position = session->position;
+    s->failed = session->failed;
+    engine->ops->copy(engine->context, s->state, session->state,
+                      engine->state_floats * sizeof *s->state);
+    engine->ops->copy(engine->context, s->partial, session->partial,
+                      partial_rows(session) * c->hidden_size * sizeof *s->partial);
+    s->has_logits = session->has_logits;
+    memcpy(s->logits, session->logits, c->vocab_size * sizeof *s->logits);
+    /* Full blocks never change again and are shared; the last one is still written to. */
+    for (size_t i = 0; i < session->block_count; i++) {
+        if (add_block(s)) {
+            engine_session_destroy(s);
+            return STATUS_NO_MEMORY;
+        }
+        if ((i + 1) * (uint64_t)OPS_LANDMARK_BLOCK <= session->chunk_count) {
+            release_block(engine, s->blocks[i]);
+            s->blocks[i] = session->blocks[i];
+            s->block_data[i] = session->block_data[i];
+            s->blocks[i]->references++;
+        } else {
+            engine->ops->copy(engine->context, s->blocks[i]->data, session->blocks[i]->data,
+                              landmark_block_bytes(engine));
+        }
+    }
+    s->chunk_count = session->chunk_count;
+    *out = s;
+    return STATUS_OK;
+}
+
+void engine_session_destroy(struct engine_session *session)
+{
+    struct engine *engine = session->engine;
+    list_remove(&session->node);
+    for (size_t i = 0; i < session->block_count; i++)
+        release_block(engine, session->blocks[i]);
+    free(session->blocks);
+    free(session->block_data);
+    free(session->ranges);
+    free(session->layers);
+    free(session->logits);
+    if (session->state)
+        engine->ops->release(engine->context, session->state);
+    if (session->partial)
+        engine->ops->release(engine->context, session->partial);
+    free(session);
+}
+
+uint64_t engine_session_position(const struct engine_session *session)
+{
+    return session->position;
+}
+
+size_t engine_session_bytes(const struct engine_session *session)
+{
+    const struct engine *engine = session->engine;
+    const struct model_config *c = &engine->config;
+    return sizeof *session + sizeof(float) * (engine->state_floats + c->vocab_size +
+                                              (size_t)c->chunk_tokens * c->hidden_size) +
+           session->block_count * landmark_block_bytes(engine);
+}
+
+bool engine_session_has_logits(const struct engine_session *session)
+{
+    return session->has_logits;
+}
+
+size_t engine_session_snapshot_bytes(const struct engine_session *session)
+{
+    const struct engine *engine = session->engine;
+    const struct model_config *c = &engine->config;
+    return sizeof(struct snapshot_header) +
+           sizeof(float) * (engine->state_floats + partial_rows(session) * c->hidden_size +
+                            (session->has_logits ? c->vocab_size : 0));
+}
+
+void engine_session_snapshot(const struct engine_session *session, void *out)
+{
+    const struct engine *engine = session->engine;
+    const struct model_config *c = &engine->config;
+    const struct snapshot_header header = {.magic = SNAPSHOT_MAGIC,
+                                           .version = 1,
+                                           .fingerprint = engine->info.fingerprint,
+                                           .position = session->position,
+                                           .has_logits = session->has_logits};
+    char *to = out;
+    memcpy(to, &header, sizeof header);
+    to += sizeof header;
+    size_t bytes = engine->state_floats * sizeof(float);
+    engine->ops->copy(engine->context, to, session->state, bytes);
+    to += bytes;
+    bytes = partial_rows(session) * c->hidden_size * sizeof(float);
+    engine->ops->copy(engine->context, to, session->partial, bytes);
+    to += bytes;
+    if (session->has_logits)
+        memcpy(to, session->logits, c->vocab_size * sizeof(float));
+}

@@ -1,0 +1,33 @@
+/* session.h - one sequence: recurrent state, partial chunk, landmarks, last logits, position.
+ * Thread: the engine's. Owns its state; landmark blocks are shared by reference count.
+ * Private to engine/. */
+#ifndef ENGINE_SESSION_H
+#define ENGINE_SESSION_H
+
+#include "engine/engine.h"
+#include "engine/memory.h"
+
+struct engine_session {
+    struct engine *engine;
+    struct list node; /* in the engine's sessions */
+    struct chunk_range *ranges;
+    size_t range_count;
+    uint64_t position;
+    enum status failed; /* a chunk of its own could not be written */
+    float *state;       /* of all Mamba-2 layers, memory of ops->alloc */
+    struct ops_mamba_state *layers; /* [mamba_count], into state */
+    float *partial;     /* [S, d]: hidden states of the chunk not complete yet; ops->alloc */
+    struct memory_landmarks **blocks;
+    const void **block_data; /* [block_count], what ops_landmarks wants */
+    size_t block_count, block_capacity;
+    uint64_t chunk_count;
+    float *logits; /* [V], host memory */
+    bool has_logits;
+};
+
+/* The branch that holds chunk `index` of the session. */
+uint64_t session_branch_of(const struct engine_session *session, uint64_t index);
+/* Where the landmark of the next chunk goes; chunk_count grows by one. STATUS_NO_MEMORY. */
+STATUS_CHECKED enum status session_add_landmark(struct engine_session *session, void **landmark);
+
+#endif
