@@ -1,0 +1,258 @@
+/* The engine against golden vectors: what the published code computes (RAMBA_SHARED), and what the
+ * PyTorch reference computes for every option (tests/golden, shipped model included). Logits to
+ * 1e-4 of the largest, picks exactly but for ties, weights to 1e-4; the tokens go in one by one and
+ * in slices of random sizes. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "engine/session.h"
+#include "tests/lib/chunk_ram.h"
+#include "tests/lib/golden.h"
+
+#define LOGIT_TOLERANCE 1e-4
+#define WEIGHT_TOLERANCE 1e-4
+#define TIE 1e-4 /* scores closer than this may be picked either way */
+
+struct bed {
+    const struct golden *golden;
+    struct chunk_ram ram;
+    struct engine *engine;
+    struct engine_session *session;
+    const int64_t *ids;
+    size_t length;
+    const int64_t *logit_positions; /* NULL: every position */
+    size_t logit_count;
+    double worst_logit, worst_weight, largest;
+    size_t ties, checked_picks, checked_logits;
+};
+
+/* Index of `position` among the kept logits, or -1. */
+static long logit_row(const struct bed *bed, size_t position)
+{
+    if (!bed->logit_positions)
+        return (long)position;
+    for (size_t i = 0; i < bed->logit_count; i++)
+        if ((size_t)bed->logit_positions[i] == position)
+            return (long)i;
+    return -1;
+}
+
+static void check_logits(struct bed *bed, size_t position)
+{
+    const long row = logit_row(bed, position);
+    if (row < 0)
+        return;
+    const size_t v = engine_get_info(bed->engine)->config->vocab_size;
+    const float *want = golden_floats(bed->golden, "logits", NULL) + (size_t)row * v;
+    for (size_t i = 0; i < v; i++) {
+        const double off = fabs((double)bed->session->logits[i] - (double)want[i]);
+        if (!(off <= bed->worst_logit)) /* a NaN is the worst of all */
+            bed->worst_logit = off;
+    }
+    bed->checked_logits++;
+}
+
+/* The picks of one head at one position against the golden's. */
+static void check_head(struct bed *bed, const struct engine_step_item *item, uint32_t group,
+                       uint32_t head, const int64_t *chunks, const float *weights, float margin)
+{
+    const struct model_config *c = engine_get_info(bed->engine)->config;
+    const uint32_t own = c->retrieval_heads == 1 ? 0 : head;
+    for (uint32_t j = 0; j < c->topk; j++) {
+        const struct engine_pick *found = NULL;
+        for (uint32_t i = 0; i < item->pick_count && !found; i++)
+            if (item->picks[i].group == group && item->picks[i].head == own &&
+                item->picks[i].chunk == (uint64_t)chunks[j])
+                found = &item->picks[i];
+        if (weights[j] == 0)
+            continue;
+        if (!found && (margin < TIE || weights[j] < 1e-30f)) {
+            bed->ties++;
+            return;
+        }
+        assert_non_null(found);
+        const double off = fabs((double)found->weight - (double)weights[j]);
+        if (!(off <= bed->worst_weight))
+            bed->worst_weight = off;
+        bed->checked_picks++;
+    }
+}
+
+static void check_picks(struct bed *bed, const struct engine_step_item *item, size_t position)
+{
+    const struct model_config *c = engine_get_info(bed->engine)->config;
+    uint32_t group = 0;
+    for (uint32_t layer = 0; layer < c->layer_count; layer++) {
+        if (c->layers[layer] != MODEL_LAYER_RETRIEVAL)
+            continue;
+        char name[64];
+        snprintf(name, sizeof name, "layer%u.picks", layer);
+        size_t count;
+        const int64_t *picks = golden_integers(bed->golden, name, &count);
+        snprintf(name, sizeof name, "layer%u.weights", layer);
+        const float *weights = golden_floats(bed->golden, name, NULL);
+        snprintf(name, sizeof name, "layer%u.margin", layer);
+        const float *margins = golden_floats(bed->golden, name, NULL);
+        assert_non_null(picks);
+        assert_non_null(weights);
+        const size_t heads = count / bed->length / c->topk;
+        for (uint32_t head = 0; head < heads; head++) {
+            const size_t at = position * heads + head;
+            check_head(bed, item, group, head, picks + at * c->topk, weights + at * c->topk,
+                       margins ? margins[at] : 1);
+        }
+        group++;
+    }
+}
+
+/* Runs the whole sequence in slices of at most `longest` tokens, random above one. */
+static void run(struct bed *bed, size_t longest, uint64_t seed)
+{
+    const struct chunk_range range = {.branch = 1, .first = 0};
+    struct error err;
+    assert_int_equal(
+        engine_session_create(bed->engine, &range, 1, NULL, 0, &bed->session, &err), STATUS_OK);
+    size_t at = 0;
+    while (at < bed->length) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        size_t n = 1 + (size_t)(seed >> 40) % longest;
+        n = n < bed->length - at ? n : bed->length - at;
+        int32_t tokens[256];
+        for (size_t i = 0; i < n; i++)
+            tokens[i] = (int32_t)bed->ids[at + i];
+        struct engine_step_item item = {.session = bed->session,
+                                        .tokens = tokens,
+                                        .token_count = (uint32_t)n,
+                                        .want_logits = true,
+                                        .want_picks = true};
+        assert_int_equal(engine_step(bed->engine, &item, 1), STATUS_OK);
+        assert_int_equal(item.status, STATUS_OK);
+        chunk_ram_acknowledge(&bed->ram, bed->engine);
+        at += n;
+        check_logits(bed, at - 1);
+        check_picks(bed, &item, at - 1);
+    }
+    engine_session_destroy(bed->session);
+    engine_forget_chunks(bed->engine, 1, 0);
+    for (size_t i = 0; i < bed->ram.count; i++) {
+        free(bed->ram.items[i].kv);
+        free(bed->ram.items[i].landmark);
+    }
+    bed->ram.count = bed->ram.acknowledged = 0;
+}
+
+static void check_folder(const char *model, const char *golden_folder, enum engine_backend backend,
+                         enum engine_dtype dtype)
+{
+    struct golden golden;
+    assert_true(golden_open(golden_folder, &golden));
+    struct bed bed = {.golden = &golden};
+    chunk_ram_init(&bed.ram);
+    struct engine_options options = {.model_path = model,
+                                     .backend = backend,
+                                     .host_memory_bytes = (size_t)64 << 20,
+                                     .memory_dtype = dtype,
+                                     .io = chunk_ram_io(&bed.ram)};
+    struct error err = {0};
+    if (engine_open(&options, &bed.engine, &err))
+        fail_msg("%s", err.message);
+    chunk_ram_attach(&bed.ram, bed.engine);
+    bed.ids = golden_integers(&golden, "input_ids", &bed.length);
+    bed.logit_positions = golden_integers(&golden, "logit_positions", &bed.logit_count);
+    size_t count;
+    const float *logits = golden_floats(&golden, "logits", &count);
+    for (size_t i = 0; i < count; i++)
+        bed.largest = fmax(bed.largest, fabs((double)logits[i]));
+    run(&bed, 1, 1);
+    run(&bed, 200, 2);
+    run(&bed, 40, 3);
+    printf("%s, %s: logits within %.1e of the largest (%zu rows), %zu picks, %zu ties, weights "
+           "within %.1e\n",
+           golden_folder, engine_get_info(bed.engine)->backend, bed.worst_logit / bed.largest,
+           bed.checked_logits, bed.checked_picks, bed.ties, bed.worst_weight);
+    assert_true(bed.checked_logits > 0 && bed.checked_picks > 0);
+    assert_true(bed.worst_logit <= LOGIT_TOLERANCE * bed.largest);
+    assert_true(bed.worst_weight <= WEIGHT_TOLERANCE);
+    engine_close(bed.engine);
+    chunk_ram_close(&bed.ram);
+    golden_close(&golden);
+}
+
+static const char *const own[] = {"encoder1-kv1-gqa-bf16",
+                                  "encoder2-qknorm-softmax1-prenorm",
+                                  "noencoder-kv2-groups2-bias",
+                                  "slidewindow-kv4-lmknorm-softmax",
+                                  "softmax-singlehead-lmknorm-posdecay",
+                                  "wide-stickbreaking-topk8"};
+static const char *const published[] = {"encoder1-kv1", "encoder2-groups2-qknorm-softmax1",
+                                        "noencoder-kv2", "softmax-singlehead-lmknorm-posdecay"};
+
+static void check_own(enum engine_backend backend)
+{
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
+        char folder[256];
+        snprintf(folder, sizeof folder, "tests/golden/%s", own[i]);
+        check_folder(folder, folder, backend, ENGINE_DTYPE_FP32);
+    }
+}
+
+static void check_published(enum engine_backend backend)
+{
+    struct golden golden;
+    char folder[512];
+    snprintf(folder, sizeof folder, "%s", golden_shared("published/goldens/encoder1-kv1"));
+    if (!golden_open(folder, &golden)) {
+        print_message("SKIPPED: no published goldens at %s (set RAMBA_SHARED)\n", folder);
+        skip();
+    }
+    golden_close(&golden);
+    for (size_t i = 0; i < sizeof published / sizeof *published; i++) {
+        char name[256];
+        snprintf(name, sizeof name, "published/goldens/%s", published[i]);
+        snprintf(folder, sizeof folder, "%s", golden_shared(name));
+        check_folder(folder, folder, backend, ENGINE_DTYPE_FP32);
+    }
+}
+
+static void ref_matches_the_reference(void **state)
+{
+    (void)state;
+    check_own(ENGINE_BACKEND_REF);
+}
+
+static void ref_matches_the_published_code(void **state)
+{
+    (void)state;
+    check_published(ENGINE_BACKEND_REF);
+}
+
+static void cpu_matches_the_reference(void **state)
+{
+    (void)state;
+    check_own(ENGINE_BACKEND_CPU);
+}
+
+static void cpu_matches_the_published_code(void **state)
+{
+    (void)state;
+    check_published(ENGINE_BACKEND_CPU);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(ref_matches_the_reference),
+        cmocka_unit_test(ref_matches_the_published_code),
+        cmocka_unit_test(cpu_matches_the_reference),
+        cmocka_unit_test(cpu_matches_the_published_code),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,102 @@
+/* chunk_ram.c - see chunk_ram.h. */
+#include "tests/lib/chunk_ram.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/base/assert.h"
+
+void chunk_ram_init(struct chunk_ram *ram)
+{
+    *ram = (struct chunk_ram){.room = SIZE_MAX};
+}
+
+void chunk_ram_close(struct chunk_ram *ram)
+{
+    for (size_t i = 0; i < ram->count; i++) {
+        free(ram->items[i].kv);
+        free(ram->items[i].landmark);
+    }
+    free(ram->items);
+}
+
+static size_t append_room(void *context)
+{
+    const struct chunk_ram *ram = context;
+    const size_t waiting = ram->count - ram->acknowledged;
+    return ram->room > waiting ? ram->room - waiting : 0;
+}
+
+static struct chunk_ram_item *find(struct chunk_ram *ram, uint64_t branch, uint64_t index)
+{
+    for (size_t i = ram->count; i--;)
+        if (ram->items[i].key.branch == branch && ram->items[i].key.index == index)
+            return &ram->items[i];
+    return NULL;
+}
+
+static enum status append(void *context, struct chunk_key key, const void *kv,
+                          const void *landmark)
+{
+    struct chunk_ram *ram = context;
+    ASSERT(append_room(ram));
+    if (ram->count == ram->capacity) {
+        ram->capacity = ram->capacity ? 2 * ram->capacity : 64;
+        ram->items = realloc(ram->items, ram->capacity * sizeof *ram->items);
+        ASSERT(ram->items);
+    }
+    struct chunk_ram_item *item = &ram->items[ram->count++];
+    *item = (struct chunk_ram_item){key, malloc(ram->kv_bytes), malloc(ram->landmark_bytes)};
+    ASSERT(item->kv && item->landmark);
+    memcpy(item->kv, kv, ram->kv_bytes);
+    memcpy(item->landmark, landmark, ram->landmark_bytes);
+    return STATUS_OK;
+}
+
+static enum status read_chunks(void *context, const struct chunk_read *reads, size_t count)
+{
+    struct chunk_ram *ram = context;
+    ram->calls++;
+    for (size_t i = 0; i < count; i++) {
+        const struct chunk_ram_item *item = find(ram, reads[i].key.branch, reads[i].key.index);
+        if (!item)
+            return STATUS_CORRUPT;
+        memcpy(reads[i].kv, item->kv, ram->kv_bytes);
+        ram->reads++;
+    }
+    return STATUS_OK;
+}
+
+static enum status read_landmarks(void *context, uint64_t branch, uint64_t first, uint64_t count,
+                                  void *out)
+{
+    struct chunk_ram *ram = context;
+    for (uint64_t i = 0; i < count; i++) {
+        const struct chunk_ram_item *item = find(ram, branch, first + i);
+        if (!item)
+            return STATUS_CORRUPT;
+        memcpy((char *)out + i * ram->landmark_bytes, item->landmark, ram->landmark_bytes);
+    }
+    return STATUS_OK;
+}
+
+struct chunk_io chunk_ram_io(struct chunk_ram *ram)
+{
+    return (struct chunk_io){.context = ram,
+                             .append_room = append_room,
+                             .append = append,
+                             .read = read_chunks,
+                             .read_landmarks = read_landmarks};
+}
+
+void chunk_ram_attach(struct chunk_ram *ram, struct engine *engine)
+{
+    ram->kv_bytes = engine_get_info(engine)->kv_bytes;
+    ram->landmark_bytes = engine_get_info(engine)->landmark_bytes;
+}
+
+void chunk_ram_acknowledge(struct chunk_ram *ram, struct engine *engine)
+{
+    while (ram->acknowledged < ram->count)
+        engine_chunk_durable(engine, ram->items[ram->acknowledged++].key, STATUS_OK);
+}
