@@ -1,0 +1,239 @@
+/* `ramba ls`, `show`, `new`, `fork` and `rm`, and finding a memory by its name. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "clients/cli/cli.h"
+
+#define PAGE 100
+
+/* Ids are made by the server of these alone, and must not change a path. */
+static bool looks_like_id(const char *text)
+{
+    return strncmp(text, "mem_", 4) == 0 && strlen(text) < LIMITS_ID_BYTES &&
+           text[strspn(text, "abcdefghijklmnopqrstuvwxyz0123456789_")] == 0;
+}
+
+/* One page of the list, behind the memory `after` ("": from the start). */
+static int get_page(struct cli *cli, const char *after, struct client_memory_list *list)
+{
+    char path[160];
+    struct http_answer answer;
+    int code = CLI_OK;
+    snprintf(path, sizeof path, "/v1/memories?limit=%d%s%s", PAGE, after[0] ? "&after=" : "",
+             after);
+    struct http_call call = {.method = "GET", .path = path};
+    *list = (struct client_memory_list){0};
+    if (!http_do(&cli->http, &call, &answer))
+        code = cli_fail_http(cli, &answer);
+    else if (client_json_memory_list(answer.body.data, answer.body.size, list))
+        code = cli_fail(cli, CLI_FAILED, "the server's list of memories is not one");
+    http_answer_close(&answer);
+    return code;
+}
+
+/* Calls `each` for every memory, newest first, until it returns false. */
+static int each_memory(struct cli *cli, bool (*each)(void *, const struct client_memory *),
+                       void *context)
+{
+    char after[LIMITS_ID_BYTES] = "";
+    for (bool more = true; more;) {
+        struct client_memory_list list;
+        int code = get_page(cli, after, &list);
+        if (code)
+            return code;
+        more = list.has_more && list.count > 0;
+        for (size_t i = 0; i < list.count; i++) {
+            memcpy(after, list.items[i].id, sizeof after);
+            if (!each(context, &list.items[i])) {
+                more = false;
+                break;
+            }
+        }
+        client_json_memory_list_close(&list);
+    }
+    return CLI_OK;
+}
+
+struct search {
+    const char *name;
+    struct client_memory found;
+    int count;
+};
+
+static bool match(void *context, const struct client_memory *memory)
+{
+    struct search *search = context;
+    if (strcmp(memory->name, search->name) == 0 && search->count++ == 0)
+        search->found = *memory;
+    return search->count < 2;
+}
+
+int cli_get_memory(struct cli *cli, const char *name, struct client_memory *memory)
+{
+    if (!looks_like_id(name)) {
+        struct search search = {.name = name};
+        int code = each_memory(cli, match, &search);
+        if (code)
+            return code;
+        if (search.count == 0)
+            return cli_fail(cli, CLI_NOT_FOUND, "no memory is named '%s'; see ramba ls", name);
+        if (search.count > 1)
+            return cli_fail(cli, CLI_USAGE,
+                            "several memories are named '%s'; use an id from ramba ls", name);
+        *memory = search.found;
+        return CLI_OK;
+    }
+    char path[128];
+    struct http_answer answer;
+    int code = CLI_OK;
+    snprintf(path, sizeof path, "/v1/memories/%s", name);
+    struct http_call call = {.method = "GET", .path = path};
+    if (!http_do(&cli->http, &call, &answer))
+        code = cli_fail_http(cli, &answer);
+    else if (client_json_memory(answer.body.data, answer.body.size, memory))
+        code = cli_fail(cli, CLI_FAILED, "the server's answer is not a memory");
+    http_answer_close(&answer);
+    return code;
+}
+
+int cli_create_memory(struct cli *cli, const char *from, const char *name,
+                      struct client_memory *memory)
+{
+    struct buf body;
+    struct http_answer answer;
+    int code = CLI_OK;
+    buf_init(&body);
+    client_json_write_create(&body, from, name);
+    struct http_call call = {
+        .method = "POST", .path = "/v1/memories", .json = body.data, .json_size = body.size};
+    if (!http_do(&cli->http, &call, &answer))
+        code = cli_fail_http(cli, &answer);
+    else if (client_json_memory(answer.body.data, answer.body.size, memory))
+        code = cli_fail(cli, CLI_FAILED, "the server's answer is not a memory");
+    http_answer_close(&answer);
+    buf_close(&body);
+    return code;
+}
+
+static void format_time(char out[32], int64_t seconds)
+{
+    time_t time = (time_t)seconds;
+    struct tm local;
+    localtime_r(&time, &local);
+    strftime(out, 32, "%Y-%m-%d %H:%M", &local);
+}
+
+static bool print_row(void *context, const struct client_memory *memory)
+{
+    char when[32], tokens[32], disk[24];
+    int *rows = context;
+    format_time(when, memory->created_at);
+    if ((*rows)++ == 0)
+        printf("%-28s  %14s  %10s  %-16s  %s\n", "ID", "TOKENS", "ON DISK", "CREATED", "NAME");
+    printf("%-28s  %14s  %10s  %-16s  %s\n", memory->id, cli_count(tokens, memory->token_count),
+           cli_bytes(disk, memory->bytes_on_disk), when, memory->name);
+    return true;
+}
+
+int cli_list(struct cli *cli, int argc, char **argv)
+{
+    int rows = 0;
+    if (argc > 1)
+        return cli_usage(cli, "takes no '%s'", argv[1]);
+    int code = each_memory(cli, print_row, &rows);
+    if (code == CLI_OK && rows == 0)
+        fprintf(stderr, "no memories yet; make one with: ramba append --new FILE\n");
+    return code;
+}
+
+int cli_show(struct cli *cli, int argc, char **argv)
+{
+    struct client_memory memory;
+    char when[32], count[32], bytes[24];
+    if (argc != 2)
+        return cli_usage(cli, "wants one MEMORY");
+    int code = cli_get_memory(cli, argv[1], &memory);
+    if (code)
+        return code;
+    format_time(when, memory.created_at);
+    printf("id        %s\n", memory.id);
+    if (memory.name[0])
+        printf("name      %s\n", memory.name);
+    if (memory.parent[0])
+        printf("fork of   %s\n", memory.parent);
+    printf("created   %s\n", when);
+    printf("tokens    %s\n", cli_count(count, memory.token_count));
+    printf("chunks    %s\n", cli_count(count, memory.chunk_count));
+    printf("text      %s (%llu bytes)\n", cli_bytes(bytes, memory.text_bytes),
+           (unsigned long long)memory.text_bytes);
+    printf("on disk   %s\n", cli_bytes(bytes, memory.bytes_on_disk));
+    return CLI_OK;
+}
+
+/* `new` and `fork`: the options they share, then the one call. */
+static int create(struct cli *cli, int argc, char **argv, bool is_fork)
+{
+    const char *value, *name = NULL, *from = NULL;
+    struct client_memory memory;
+    for (int i = 1; i < argc; i++) {
+        if ((value = cli_value(argc, argv, &i, "--name")))
+            name = value;
+        else if (argv[i][0] == '-')
+            return cli_usage(cli, "unknown option '%s'", argv[i]);
+        else if (is_fork && !from)
+            from = argv[i];
+        else
+            return cli_usage(cli, "takes no '%s'", argv[i]);
+    }
+    if (is_fork && !from)
+        return cli_usage(cli, "wants the MEMORY to copy");
+    if (from) {
+        int code = cli_get_memory(cli, from, &memory);
+        if (code)
+            return code;
+    }
+    char id[LIMITS_ID_BYTES];
+    memcpy(id, from ? memory.id : "", from ? sizeof id : 1);
+    int code = cli_create_memory(cli, from ? id : NULL, name, &memory);
+    if (code == CLI_OK)
+        printf("%s\n", memory.id);
+    return code;
+}
+
+int cli_new(struct cli *cli, int argc, char **argv)
+{
+    return create(cli, argc, argv, false);
+}
+
+int cli_fork(struct cli *cli, int argc, char **argv)
+{
+    return create(cli, argc, argv, true);
+}
+
+int cli_remove(struct cli *cli, int argc, char **argv)
+{
+    int worst = CLI_OK;
+    if (argc < 2)
+        return cli_usage(cli, "wants at least one MEMORY");
+    for (int i = 1; i < argc; i++)
+        if (argv[i][0] == '-')
+            return cli_usage(cli, "unknown option '%s'", argv[i]);
+    for (int i = 1; i < argc; i++) { /* one that is missing does not keep the others */
+        struct client_memory memory;
+        int code = cli_get_memory(cli, argv[i], &memory);
+        if (code == CLI_OK) {
+            char path[128];
+            struct http_answer answer;
+            snprintf(path, sizeof path, "/v1/memories/%s", memory.id);
+            struct http_call call = {.method = "DELETE", .path = path};
+            if (!http_do(&cli->http, &call, &answer))
+                code = cli_fail_http(cli, &answer);
+            http_answer_close(&answer);
+        }
+        if (code)
+            worst = code;
+    }
+    return worst;
+}
