@@ -105,8 +105,7 @@ enum status client_json_memory(const char *text, size_t size, struct client_memo
     return good ? STATUS_OK : STATUS_INVALID;
 }
 
-enum status client_json_memory_list(const char *text, size_t size,
-                                    struct client_memory_list *list)
+enum status client_json_memory_list(const char *text, size_t size, struct client_memory_list *list)
 {
     *list = (struct client_memory_list){0};
     cJSON *root = parse_object(text, size);
@@ -155,7 +154,8 @@ static void read_sources(const cJSON *list, struct client_completion *completion
         const cJSON *inner = field(item, "chunks");
         if (cJSON_IsArray(inner)) {
             const cJSON *one;
-            cJSON_ArrayForEach(one, inner) completion->source_count += cJSON_IsObject(one) ? 1u : 0u;
+            cJSON_ArrayForEach(one, inner) completion->source_count +=
+                cJSON_IsObject(one) ? 1u : 0u;
         } else {
             completion->source_count += cJSON_IsObject(item) ? 1u : 0u;
         }
@@ -317,8 +317,7 @@ static void write_string(struct buf *out, const char *text, size_t size)
     buf_append(out, "\"", 1);
 }
 
-void client_json_write_completion(struct buf *out,
-                                  const struct client_completion_request *request)
+void client_json_write_completion(struct buf *out, const struct client_completion_request *request)
 {
     cJSON *root = cJSON_CreateObject();
     ASSERT(root);

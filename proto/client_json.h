@@ -18,7 +18,7 @@
 
 struct client_memory {
     char id[LIMITS_ID_BYTES];
-    char parent[LIMITS_ID_BYTES]; /* "" when it is no fork */
+    char parent[LIMITS_ID_BYTES];      /* "" when it is no fork */
     char name[CLIENT_JSON_NAME_BYTES]; /* metadata.name, cut at a character's border */
     int64_t created_at;                /* seconds since 1970 */
     uint64_t token_count, chunk_count, text_bytes, bytes_on_disk;
@@ -48,9 +48,9 @@ struct client_source {
 
 /* A completion, or one chunk of a streamed one; choice 0 alone. */
 struct client_completion {
-    char *text;              /* owned, "" when there is none */
+    char *text; /* owned, "" when there is none */
     size_t text_size;
-    char finish_reason[32];  /* "" while it goes on */
+    char finish_reason[32];        /* "" while it goes on */
     struct client_source *sources; /* owned */
     size_t source_count;
     uint64_t prompt_tokens, completion_tokens; /* 0 when not told */
@@ -108,7 +108,6 @@ struct client_completion_request {
 };
 /* The body of POST /v1/completions. Bytes of the prompt that are no UTF-8 become U+FFFD, as JSON
  * cannot hold them. Appends to `out`. */
-void client_json_write_completion(struct buf *out,
-                                  const struct client_completion_request *request);
+void client_json_write_completion(struct buf *out, const struct client_completion_request *request);
 
 #endif

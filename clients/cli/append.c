@@ -56,8 +56,8 @@ static bool event_cb(void *context, const char *data, size_t size)
 /* Whether asking again cannot help. */
 static bool is_final(const struct http_answer *answer)
 {
-    static const char *const codes[] = {"invalid", "unsupported", "not_found",
-                                        "too_large", "disk_full", "corrupt"};
+    static const char *const codes[] = {"invalid",   "unsupported", "not_found",
+                                        "too_large", "disk_full",   "corrupt"};
     if (answer->code == 0 || answer->cut)
         return false;
     for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)

@@ -17,9 +17,9 @@ struct passage {
 };
 
 struct answer_stream {
-    bool started;      /* something but white space was printed */
-    bool at_line_end;  /* the last byte printed was one */
-    bool trim;         /* white space before the first word is the prompt's, not the answer's */
+    bool started;     /* something but white space was printed */
+    bool at_line_end; /* the last byte printed was one */
+    bool trim;        /* white space before the first word is the prompt's, not the answer's */
     struct passage *passages;
     size_t passage_count, passage_room;
 };

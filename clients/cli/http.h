@@ -19,14 +19,14 @@ struct http {
 };
 
 struct http_answer {
-    int code;             /* HTTP status; 0 when no answer came */
-    bool refused;         /* nobody listens there */
-    bool interrupted;     /* http_interrupted was set */
-    bool cut;             /* the connection broke before the answer was whole */
-    uint32_t retry_after_ms; /* 0: not told */
-    char reason[256];     /* of a failure without an answer, for people */
+    int code;                  /* HTTP status; 0 when no answer came */
+    bool refused;              /* nobody listens there */
+    bool interrupted;          /* http_interrupted was set */
+    bool cut;                  /* the connection broke before the answer was whole */
+    uint32_t retry_after_ms;   /* 0: not told */
+    char reason[256];          /* of a failure without an answer, for people */
     struct client_error error; /* what the server said, in an answer or an event */
-    struct buf body;      /* of an answer that is no event stream */
+    struct buf body;           /* of an answer that is no event stream */
 };
 
 /* Set by the signal handler of SIGINT: the running call ends early. */

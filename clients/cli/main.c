@@ -52,8 +52,8 @@ struct command {
 };
 
 static const struct command commands[] = {
-    {"append", cli_append}, {"ask", cli_ask},   {"chat", cli_chat}, {"ls", cli_list},
-    {"show", cli_show},     {"new", cli_new},   {"fork", cli_fork}, {"rm", cli_remove},
+    {"append", cli_append}, {"ask", cli_ask}, {"chat", cli_chat}, {"ls", cli_list},
+    {"show", cli_show},     {"new", cli_new}, {"fork", cli_fork}, {"rm", cli_remove},
 };
 
 static void vsay(const struct cli *cli, const char *format, va_list args)
@@ -94,8 +94,7 @@ int cli_fail_http(const struct cli *cli, const struct http_answer *answer)
                         "or RAMBA_URL",
                         cli->http.url, answer->reason);
     if (answer->code == 404)
-        return cli_fail(cli, CLI_NOT_FOUND, "%s; see ramba ls",
-                        message[0] ? message : "not found");
+        return cli_fail(cli, CLI_NOT_FOUND, "%s; see ramba ls", message[0] ? message : "not found");
     if (answer->code == 401 || answer->code == 403)
         return cli_fail(cli, CLI_FAILED, "%s; set RAMBA_API_KEY",
                         message[0] ? message : "the server wants a key");

@@ -63,9 +63,8 @@ static void describe(const struct progress *progress, char *out, size_t room)
         snprintf(out, room, "%s, %s tokens, %s tokens/s", done, tokens, rate);
         return;
     }
-    uint64_t missing = progress->bytes < progress->total_bytes
-                           ? progress->total_bytes - progress->bytes
-                           : 0;
+    uint64_t missing =
+        progress->bytes < progress->total_bytes ? progress->total_bytes - progress->bytes : 0;
     if (progress->bytes_per_second > 0)
         cli_duration(left, (double)missing / progress->bytes_per_second);
     else
@@ -125,8 +124,8 @@ void progress_finish(struct progress *progress)
     char bytes[24], tokens[32], rate[32], took[24];
     double seconds = progress_now() - progress->started;
     progress_clear(progress);
-    fprintf(stderr, "added %s, %s tokens in %s (%s tokens/s)\n",
-            cli_bytes(bytes, progress->bytes), cli_count(tokens, progress->tokens),
-            cli_duration(took, seconds),
-            cli_count(rate, (uint64_t)((double)progress->tokens / (seconds > 0.001 ? seconds : 0.001))));
+    fprintf(stderr, "added %s, %s tokens in %s (%s tokens/s)\n", cli_bytes(bytes, progress->bytes),
+            cli_count(tokens, progress->tokens), cli_duration(took, seconds),
+            cli_count(rate,
+                      (uint64_t)((double)progress->tokens / (seconds > 0.001 ? seconds : 0.001))));
 }

@@ -24,8 +24,7 @@ struct source {
 };
 
 /* `path` "-": standard input. STATUS_IO with the reason in `err` when it cannot be read. */
-STATUS_CHECKED enum status source_open(struct source *source, const char *path,
-                                       struct error *err);
+STATUS_CHECKED enum status source_open(struct source *source, const char *path, struct error *err);
 void source_close(struct source *source);
 /* Bytes read; 0 when the text ended, when a pipe has been silent for some seconds, or when as much
  * is kept as may be: what was given out so far can then be committed (see `ended`). -1: error. */

@@ -59,8 +59,7 @@ static void try_piece(const struct input *in)
         return;
     unsigned char *again = malloc(in->size);
     ASSERT(again);
-    record_piece_encode(again, in->key, in->key_size, bytes,
-                        in->size - RECORD_PIECE_HEADER_BYTES);
+    record_piece_encode(again, in->key, in->key_size, bytes, in->size - RECORD_PIECE_HEADER_BYTES);
     ASSERT(memcmp(again, in->value, in->size) == 0);
     free(again);
 }
@@ -152,8 +151,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             in.value[in.size - 8 + (size_t)i] = (unsigned char)(sum >> (8 * i));
     }
     if (is_run)
-        try_run(&in, kind, sealed && in.key_size == RECORD_PAIR_KEY_BYTES &&
-                               in.size >= RECORD_RUN_HEADER_BYTES);
+        try_run(&in, kind,
+                sealed && in.key_size == RECORD_PAIR_KEY_BYTES &&
+                    in.size >= RECORD_RUN_HEADER_BYTES);
     else if (kind == RECORD_PIECE)
         try_piece(&in);
     else
