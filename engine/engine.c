@@ -95,9 +95,8 @@ static void fill_info(struct engine *engine, const struct engine_options *option
     info->slice_tokens = options->slice_tokens ? options->slice_tokens : LIMITS_SLICE_TOKENS;
     info->head_count = c->retrieval_heads;
     info->group_count = c->group_count;
-    engine->state_floats =
-        (size_t)c->mamba_count * ((size_t)c->inner_size * c->state_size +
-                                  (size_t)(c->conv_kernel - 1) * c->conv_size);
+    engine->state_floats = (size_t)c->mamba_count * ((size_t)c->inner_size * c->state_size +
+                                                     (size_t)(c->conv_kernel - 1) * c->conv_size);
 }
 
 static enum status open_pages(struct engine *engine, size_t budget, uint32_t max_rows,

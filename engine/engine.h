@@ -21,24 +21,30 @@
 struct engine;
 struct engine_session;
 
-enum engine_backend { ENGINE_BACKEND_AUTO, ENGINE_BACKEND_REF, ENGINE_BACKEND_CPU, ENGINE_BACKEND_CUDA };
+enum engine_backend {
+    ENGINE_BACKEND_AUTO,
+    ENGINE_BACKEND_REF,
+    ENGINE_BACKEND_CPU,
+    ENGINE_BACKEND_CUDA
+};
 enum engine_dtype { ENGINE_DTYPE_BF16, ENGINE_DTYPE_FP32 };
 
 struct engine_options {
-    const char *model_path;           /* folder with config.json, *.safetensors, tokenizer.json */
-    enum engine_backend backend;      /* AUTO: the fastest that this build and machine have */
-    uint32_t threads;                 /* CPU workers, the engine's own thread among them; 0: all CPUs */
-    size_t host_memory_bytes;         /* budget of resident K/V pages, of all sessions together */
-    enum engine_dtype memory_dtype;   /* chunk memories and landmarks; BF16 halves everything */
-    uint32_t slice_tokens;            /* most rows of one sequence in one step; 0: LIMITS_SLICE_TOKENS */
-    struct chunk_io io;               /* copied */
+    const char *model_path;      /* folder with config.json, *.safetensors, tokenizer.json */
+    enum engine_backend backend; /* AUTO: the fastest that this build and machine have */
+    uint32_t threads;            /* CPU workers, the engine's own thread among them; 0: all CPUs */
+    size_t host_memory_bytes;    /* budget of resident K/V pages, of all sessions together */
+    enum engine_dtype memory_dtype; /* chunk memories and landmarks; BF16 halves everything */
+    uint32_t slice_tokens; /* most rows of one sequence in one step; 0: LIMITS_SLICE_TOKENS */
+    struct chunk_io io;    /* copied */
     /* Weights of random numbers for the shape in config.json when the folder holds none: for
      * benchmarks. 0: off, else the seed. */
     uint64_t random_weights_seed;
 };
 
 /* Opens the model: maps and checks every tensor. Refusals name the file, the tensor and the
- * expectation. STATUS_NOT_FOUND, STATUS_INVALID, STATUS_UNSUPPORTED, STATUS_IO, STATUS_NO_MEMORY. */
+ * expectation. STATUS_NOT_FOUND, STATUS_INVALID, STATUS_UNSUPPORTED, STATUS_IO, STATUS_NO_MEMORY.
+ */
 STATUS_CHECKED enum status engine_open(const struct engine_options *options, struct engine **out,
                                        struct error *err);
 /* All sessions must be destroyed before. */
@@ -48,16 +54,16 @@ void engine_set_io(struct engine *engine, const struct chunk_io *io);
 
 struct engine_info { /* constant after open; any thread */
     const struct model_config *config;
-    const char *model_name;      /* the folder's base name */
-    uint64_t fingerprint;        /* of config, weights and memory dtype: chunk memories of one
-                                    fingerprint are meaningless to another */
-    const char *backend;         /* "cpu (avx2, 2 threads)" */
-    size_t kv_bytes;             /* of one chunk: 2 * S * Hkv * hd * element size, K then V */
-    size_t landmark_bytes;       /* of one chunk: r * element size */
+    const char *model_name; /* the folder's base name */
+    uint64_t fingerprint;   /* of config, weights and memory dtype: chunk memories of one
+                               fingerprint are meaningless to another */
+    const char *backend;    /* "cpu (avx2, 2 threads)" */
+    size_t kv_bytes;        /* of one chunk: 2 * S * Hkv * hd * element size, K then V */
+    size_t landmark_bytes;  /* of one chunk: r * element size */
     size_t weight_bytes;
     uint32_t slice_tokens;
-    uint32_t head_count;         /* Hr: retrieval heads; each picks its own chunks */
-    uint32_t group_count;        /* upper groups; each retrieves anew */
+    uint32_t head_count;  /* Hr: retrieval heads; each picks its own chunks */
+    uint32_t group_count; /* upper groups; each retrieves anew */
 };
 const struct engine_info *engine_get_info(const struct engine *engine);
 /* Any thread. Borrowed. */
@@ -71,8 +77,8 @@ const struct tokenizer *engine_tokenizer(const struct engine *engine);
 STATUS_CHECKED enum status engine_session_create(struct engine *engine,
                                                  const struct chunk_range *ranges,
                                                  size_t range_count, const void *snapshot,
-                                                 size_t snapshot_bytes,
-                                                 struct engine_session **out, struct error *err);
+                                                 size_t snapshot_bytes, struct engine_session **out,
+                                                 struct error *err);
 /* A copy that shares the past (landmark blocks by reference, pages by name) and writes its own
  * chunks to `branch` from here on. STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status engine_session_fork(const struct engine_session *session,
@@ -116,12 +122,12 @@ struct engine_step_item {
     float *target_logprobs;          /* out [token_count] */
     struct sampler_top *target_tops; /* out [token_count * target_top_count] */
     /* out */
-    enum status status;             /* STATUS_OK: done. STATUS_BUSY: nothing happened to this
-                                       sequence, its chunks found no room (unacknowledged pages or
-                                       a full writer queue); step it again after an
-                                       engine_chunk_durable. Else the session is lost: destroy it
-                                       and reopen it from its last snapshot. */
-    struct sampler_result result;   /* when sampler */
+    enum status status;              /* STATUS_OK: done. STATUS_BUSY: nothing happened to this
+                                        sequence, its chunks found no room (unacknowledged pages or
+                                        a full writer queue); step it again after an
+                                        engine_chunk_durable. Else the session is lost: destroy it
+                                        and reopen it from its last snapshot. */
+    struct sampler_result result;    /* when sampler */
     const struct engine_pick *picks; /* borrowed until the next step */
     uint32_t pick_count;
 };

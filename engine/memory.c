@@ -41,8 +41,8 @@ static void free_page(struct memory *memory, struct memory_page *page)
 enum status memory_open(struct memory *memory, const struct ops *ops, struct ops_context *context,
                         size_t kv_bytes, size_t capacity)
 {
-    *memory = (struct memory){
-        .ops = ops, .context = context, .kv_bytes = kv_bytes, .capacity = capacity};
+    *memory =
+        (struct memory){.ops = ops, .context = context, .kv_bytes = kv_bytes, .capacity = capacity};
     list_init(&memory->lru);
     size_t size = 64;
     while (size < capacity)

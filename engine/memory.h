@@ -18,10 +18,10 @@ struct memory_page {
     struct chunk_key key;
     void *data; /* kv_bytes, memory of ops->alloc */
     uint32_t pins;
-    bool unacknowledged; /* one of the pins waits for the disk */
-    bool unread;         /* named by a top-k, its bytes not here yet */
-    bool dead;           /* no longer in the table; freed with its last pin */
-    uint64_t stamp;      /* of the block of rows that pinned it last */
+    bool unacknowledged;      /* one of the pins waits for the disk */
+    bool unread;              /* named by a top-k, its bytes not here yet */
+    bool dead;                /* no longer in the table; freed with its last pin */
+    uint64_t stamp;           /* of the block of rows that pinned it last */
     struct memory_page *next; /* in its hash chain, or in the free list */
     struct list lru;          /* while not pinned */
 };

@@ -18,8 +18,8 @@ struct model {
     float *logits; /* [LOGIT_ROWS, V] */
     /* Host memory. */
     int32_t *tokens;
-    struct ops_picks picks; /* [max_rows, Hr, K] */
-    const void **pages;     /* [max_rows, Hr, K] */
+    struct ops_picks picks;                /* [max_rows, Hr, K] */
+    const void **pages;                    /* [max_rows, Hr, K] */
     struct memory_page **held, **row_page; /* pinned by this block; page of each pick */
     float *host_logits;
     struct ops_segment *segments, *single;
@@ -246,12 +246,12 @@ static enum status record_picks(struct pass *p, uint32_t group)
                 continue;
             if (engine->pick_count == engine->pick_capacity && !grow_picks(engine))
                 return STATUS_NO_MEMORY;
-            engine->noted[engine->pick_count++] = (struct engine_noted_pick){
-                .item = i,
-                .pick = {.group = group,
-                         .head = j / c->topk,
-                         .chunk = p->m->picks.chunks[at],
-                         .weight = p->m->picks.weights[at]}};
+            engine->noted[engine->pick_count++] =
+                (struct engine_noted_pick){.item = i,
+                                           .pick = {.group = group,
+                                                    .head = j / c->topk,
+                                                    .chunk = p->m->picks.chunks[at],
+                                                    .weight = p->m->picks.weights[at]}};
         }
     }
     return STATUS_OK;
@@ -391,8 +391,7 @@ static void last_logits(struct pass *p)
         item->session->has_logits = false;
         if (item->step->want_logits || item->step->sampler) {
             const size_t row = item->segment.row + item->segment.count - 1;
-            engine->ops->copy(engine->context, m->last + n * d, m->x + row * d,
-                              d * sizeof(float));
+            engine->ops->copy(engine->context, m->last + n * d, m->x + row * d, d * sizeof(float));
             wanting[n++] = item;
         }
         if (!n || (n < LOGIT_ROWS && i + 1 < p->count))
@@ -463,9 +462,8 @@ void model_forward(struct engine *engine, struct model_item *items, uint32_t cou
     uint32_t row = 0;
     for (uint32_t i = 0; i < count; i++) {
         const struct engine_step_item *step = items[i].step;
-        items[i].segment = (struct ops_segment){.row = row,
-                                                .count = step->token_count,
-                                                .position = items[i].session->position};
+        items[i].segment = (struct ops_segment){
+            .row = row, .count = step->token_count, .position = items[i].session->position};
         m->segments[i] = items[i].segment;
         memcpy(m->tokens + row, step->tokens, step->token_count * sizeof *m->tokens);
         row += step->token_count;

@@ -96,7 +96,7 @@ struct ops_context;
 struct ops_options {
     const struct model_config *config;
     uint32_t threads;
-    uint32_t max_rows;         /* of one step */
+    uint32_t max_rows;           /* of one step */
     enum ops_dtype memory_dtype; /* of K/V pages and landmarks */
 };
 

@@ -114,8 +114,8 @@ static struct engine_session *make(struct engine *engine, const struct chunk_ran
     s->ranges = calloc(range_count, sizeof *s->ranges);
     s->state = engine->ops->alloc(engine->context, engine->state_floats * sizeof *s->state);
     s->layers = calloc(c->mamba_count, sizeof *s->layers);
-    s->partial = engine->ops->alloc(engine->context, sizeof *s->partial * c->chunk_tokens *
-                                                         c->hidden_size);
+    s->partial =
+        engine->ops->alloc(engine->context, sizeof *s->partial * c->chunk_tokens * c->hidden_size);
     s->logits = calloc(c->vocab_size, sizeof *s->logits);
     if (!s->ranges || !s->state || !s->layers || !s->partial || !s->logits) {
         engine_session_destroy(s);
@@ -286,8 +286,9 @@ size_t engine_session_bytes(const struct engine_session *session)
 {
     const struct engine *engine = session->engine;
     const struct model_config *c = &engine->config;
-    return sizeof *session + sizeof(float) * (engine->state_floats + c->vocab_size +
-                                              (size_t)c->chunk_tokens * c->hidden_size) +
+    return sizeof *session +
+           sizeof(float) *
+               (engine->state_floats + c->vocab_size + (size_t)c->chunk_tokens * c->hidden_size) +
            session->block_count * landmark_block_bytes(engine);
 }
 

@@ -13,10 +13,10 @@ struct engine_session {
     struct chunk_range *ranges;
     size_t range_count;
     uint64_t position;
-    enum status failed; /* a chunk of its own could not be written */
-    float *state;       /* of all Mamba-2 layers, memory of ops->alloc */
+    enum status failed;             /* a chunk of its own could not be written */
+    float *state;                   /* of all Mamba-2 layers, memory of ops->alloc */
     struct ops_mamba_state *layers; /* [mamba_count], into state */
-    float *partial;     /* [S, d]: hidden states of the chunk not complete yet; ops->alloc */
+    float *partial; /* [S, d]: hidden states of the chunk not complete yet; ops->alloc */
     struct memory_landmarks **blocks;
     const void **block_data; /* [block_count], what ops_landmarks wants */
     size_t block_count, block_capacity;

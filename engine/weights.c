@@ -311,8 +311,8 @@ static void load_mamba(struct loader *l, uint32_t i, struct ops_mamba_weights *w
     const uint32_t d = c->hidden_size;
     load(l, &w->norm, 1, d, "backbone.layers.%u.norm.weight", i);
     load(l, &w->in_proj, c->proj_size, d, "backbone.layers.%u.mixer.in_proj.weight", i);
-    load(l, &w->conv_weight, c->conv_size, c->conv_kernel,
-         "backbone.layers.%u.mixer.conv1d.weight", i);
+    load(l, &w->conv_weight, c->conv_size, c->conv_kernel, "backbone.layers.%u.mixer.conv1d.weight",
+         i);
     if (c->use_conv_bias)
         load(l, &w->conv_bias, 1, c->conv_size, "backbone.layers.%u.mixer.conv1d.bias", i);
     load(l, &w->dt_bias, 1, c->mamba_heads, "backbone.layers.%u.mixer.dt_bias", i);

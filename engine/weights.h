@@ -19,7 +19,7 @@ struct weights_layer {
 };
 
 struct weights {
-    struct weights_layer *layers; /* [config.layer_count] */
+    struct weights_layer *layers;                   /* [config.layer_count] */
     struct ops_tensor embeddings, final_norm, head; /* head is the embeddings when tied */
     size_t bytes;                                   /* of all tensors, tied ones once */
     uint64_t hash; /* of names, shapes and the first and last 4 KiB of each tensor */

@@ -76,8 +76,9 @@ static bool read_bool(struct reader *r, const char *key, bool fallback)
 static void require_bool(struct reader *r, const char *key, bool wanted)
 {
     if (read_bool(r, key, wanted) != wanted)
-        fail(r, STATUS_UNSUPPORTED, key, wanted ? "must be true: false is not supported"
-                                                : "must be false: true is not supported");
+        fail(r, STATUS_UNSUPPORTED, key,
+             wanted ? "must be true: false is not supported"
+                    : "must be false: true is not supported");
 }
 
 static void require_text(struct reader *r, const char *key, const char *wanted)
@@ -181,8 +182,8 @@ static void read_memory(struct reader *r, struct model_config *c)
     c->pos_decay = c->softmax_weights && read_bool(r, "enable_pos_decay", false);
     c->mask_slide_window = read_bool(r, "mask_slide_window", false);
     if (c->mask_slide_window) {
-        const char *key = cJSON_HasObjectItem(r->root, "slide_window") ? "slide_window"
-                                                                       : "sliding_window";
+        const char *key =
+            cJSON_HasObjectItem(r->root, "slide_window") ? "slide_window" : "sliding_window";
         c->slide_window = read_count(r, key, 0, 1u << 20, -1);
         if (c->slide_window < c->chunk_tokens)
             fail(r, STATUS_UNSUPPORTED, key,
@@ -257,8 +258,7 @@ static uint64_t encoder_parameters(const struct model_config *c)
     const uint64_t d = c->hidden_size, kv = (uint64_t)c->encoder_kv_heads * c->head_dim;
     const uint64_t layer = (d + 1) * d + 2 * (d + 1) * kv + d * d + 2u * c->head_dim +
                            3 * d * c->encoder_mlp_size + 2 * d;
-    return c->encoder_layers ? 2 * d + (c->encoder_prenorm ? d : 0) + c->encoder_layers * layer
-                             : d;
+    return c->encoder_layers ? 2 * d + (c->encoder_prenorm ? d : 0) + c->encoder_layers * layer : d;
 }
 
 uint64_t model_config_parameters(const struct model_config *c)

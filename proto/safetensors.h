@@ -39,9 +39,8 @@ struct safetensors {
 /* `file` (borrowed) begins the file; `available` bytes of it are readable and must cover the
  * header; `file_size` is the whole. Every extent lies in the file, matches its shape, and overlaps
  * no other. STATUS_INVALID, STATUS_NO_MEMORY. */
-STATUS_CHECKED enum status safetensors_parse(const void *file, size_t available,
-                                             uint64_t file_size, struct safetensors *out,
-                                             struct error *err);
+STATUS_CHECKED enum status safetensors_parse(const void *file, size_t available, uint64_t file_size,
+                                             struct safetensors *out, struct error *err);
 void safetensors_close(struct safetensors *safetensors);
 /* NULL when there is none of that name. */
 const struct safetensors_entry *safetensors_find(const struct safetensors *safetensors,

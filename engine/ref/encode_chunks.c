@@ -10,8 +10,7 @@ static void rotate(float *x, uint32_t width, uint32_t position)
 {
     const uint32_t half = width / 2;
     for (uint32_t i = 0; i < half; i++) {
-        const float angle =
-            (float)position * powf(10000.0f, -(float)(2 * i) / (float)width);
+        const float angle = (float)position * powf(10000.0f, -(float)(2 * i) / (float)width);
         const float cosine = cosf(angle), sine = sinf(angle), a = x[i], b = x[half + i];
         x[i] = a * cosine - b * sine;
         x[half + i] = b * cosine + a * sine;
@@ -130,7 +129,8 @@ void ref_encode_chunks(struct ops_context *context, const struct ops_chunking_we
     const struct model_config *c = &context->config;
     const uint32_t d = c->hidden_size, s = c->chunk_tokens, n = c->kv_heads * c->head_dim;
     const uint32_t width = c->retrieval_dim / c->retrieval_heads;
-    float *x = ref_scratch((size_t)(s + 1) * d), *row = ref_scratch(n > c->retrieval_dim ? n : c->retrieval_dim);
+    float *x = ref_scratch((size_t)(s + 1) * d),
+          *row = ref_scratch(n > c->retrieval_dim ? n : c->retrieval_dim);
     for (uint32_t chunk = 0; chunk < count; chunk++) {
         memcpy(x, chunks[chunk], (size_t)s * d * sizeof *x);
         encode(c, weights, x);

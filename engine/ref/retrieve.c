@@ -85,13 +85,12 @@ void ref_retrieve(struct ops_context *context, const struct ops_retrieval_weight
                 uint32_t count = 0;
                 for (uint64_t chunk = 0; chunk < seen; chunk++) {
                     const void *block = landmarks[i].blocks[chunk / OPS_LANDMARK_BLOCK];
-                    const size_t from = chunk % OPS_LANDMARK_BLOCK * c->retrieval_dim +
-                                        (size_t)h * width;
+                    const size_t from =
+                        chunk % OPS_LANDMARK_BLOCK * c->retrieval_dim + (size_t)h * width;
                     float score = 0;
                     for (uint32_t e = 0; e < width; e++)
                         score += query[e] * ref_load(block, context->memory_dtype, from + e);
-                    insert(best, &count, k,
-                           (struct pick){chunk, score / sqrtf((float)width)});
+                    insert(best, &count, k, (struct pick){chunk, score / sqrtf((float)width)});
                 }
                 qsort(best, count, sizeof *best, newest_first);
                 uint64_t *chunks = picks->chunks + (row * heads + h) * k;

@@ -35,8 +35,7 @@ static struct chunk_ram_item *find(struct chunk_ram *ram, uint64_t branch, uint6
     return NULL;
 }
 
-static enum status append(void *context, struct chunk_key key, const void *kv,
-                          const void *landmark)
+static enum status append(void *context, struct chunk_key key, const void *kv, const void *landmark)
 {
     struct chunk_ram *ram = context;
     ASSERT(append_room(ram));

@@ -1,0 +1,349 @@
+/* kernels_body.h - the inner loops of kernels.h, written once over the lanes of a simd_*.h.
+ * Included by kernels_portable.c, kernels_avx2.c and kernels_avx512.c, each after its own. */
+#include <math.h>
+#include <string.h>
+
+#include "engine/bf16.h"
+#include "engine/cpu/kernels.h"
+
+/* exp to about 1e-7 relative: 2^n * p(r), r = x - n ln 2 in two parts, p the Taylor polynomial of
+ * degree 7. Below -87.3 the result stays at the smallest normal number. NaN stays NaN. */
+CPU_FN vf vexp(vf x)
+{
+    x = vmin(vset(88.0f), vmax(vset(-87.3f), x));
+    const vf n = vround(vmul(x, vset(1.44269504088896341f)));
+    vf r = vfma(n, vset(-0.693359375f), x);
+    r = vfma(n, vset(2.12194440e-4f), r);
+    vf p = vset(1.0f / 5040);
+    p = vfma(p, r, vset(1.0f / 720));
+    p = vfma(p, r, vset(1.0f / 120));
+    p = vfma(p, r, vset(1.0f / 24));
+    p = vfma(p, r, vset(1.0f / 6));
+    p = vfma(p, r, vset(0.5f));
+    p = vfma(p, r, vset(1.0f));
+    p = vfma(p, r, vset(1.0f));
+    return vmul(p, vpow2(n));
+}
+
+CPU_FN vf vsilu(vf x)
+{
+    return vdiv(x, vadd(vset(1.0f), vexp(vsub(vset(0.0f), x))));
+}
+
+CPU_FN vf load_weight(const void *w, enum ops_dtype dtype, size_t at)
+{
+    return dtype == OPS_FP32 ? vload((const float *)w + at) : vload_bf16((const uint16_t *)w + at);
+}
+
+/* The last n < V elements, zeros behind them. */
+CPU_FN vf load_weight_part(const void *w, enum ops_dtype dtype, size_t at, uint32_t n)
+{
+    if (dtype == OPS_FP32)
+        return vload_part((const float *)w + at, n);
+    uint16_t tail[V] = {0};
+    memcpy(tail, (const uint16_t *)w + at, n * sizeof *tail);
+    return vload_bf16(tail);
+}
+
+/* COUNT weight rows against ROWS rows of x, one accumulator each. */
+#define SKINNY_TILE(COUNT, ROWS)                                                                  \
+    do {                                                                                          \
+        vf acc[COUNT][ROWS];                                                                      \
+        _Pragma("GCC unroll 8") for (int i = 0; i < COUNT; i++)                                   \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[i][r] = vset(0);           \
+        uint32_t j = 0;                                                                           \
+        for (; j + V <= k; j += V) {                                                              \
+            vf a[ROWS];                                                                           \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) a[r] =                         \
+                vload(x + (size_t)r * x_stride + j);                                              \
+            _Pragma("GCC unroll 8") for (int i = 0; i < COUNT; i++)                               \
+            {                                                                                     \
+                const vf b = load_weight(w, dtype, (size_t)i * w_stride + j);                     \
+                _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[i][r] =                \
+                    vfma(a[r], b, acc[i][r]);                                                     \
+            }                                                                                     \
+        }                                                                                         \
+        for (int i = 0; i < COUNT; i++)                                                           \
+            for (int r = 0; r < ROWS; r++) {                                                      \
+                if (j < k)                                                                        \
+                    acc[i][r] = vfma(vload_part(x + (size_t)r * x_stride + j, k - j),             \
+                                     load_weight_part(w, dtype, (size_t)i * w_stride + j, k - j), \
+                                     acc[i][r]);                                                  \
+                float *to = &out[(size_t)r * out_stride + (size_t)i];                             \
+                *to = add ? *to + vsum(acc[i][r]) : vsum(acc[i][r]);                              \
+            }                                                                                     \
+    } while (0)
+
+#define SKINNY_COUNT(COUNT)    \
+    if (m == 8)                \
+        SKINNY_TILE(COUNT, 8); \
+    else if (m == 4)           \
+        SKINNY_TILE(COUNT, 4); \
+    else if (m == 2)           \
+        SKINNY_TILE(COUNT, 2); \
+    else                       \
+        SKINNY_TILE(COUNT, 1)
+
+/* m is 8, 4, 2 or 1. */
+CPU_FN void skinny_rows(const void *w, enum ops_dtype dtype, size_t w_stride, uint32_t count,
+                        uint32_t k, const float *x, size_t x_stride, uint32_t m, float *out,
+                        size_t out_stride, bool add)
+{
+    const size_t element = dtype == OPS_FP32 ? 4 : 2;
+    uint32_t at = 0;
+    /* As many accumulators as hide the latency of an FMA and still fit the registers. */
+    const uint32_t step = m == 1 ? 8 : m == 2 ? 4 : 2;
+    for (; at + step <= count; at += step) {
+        if (step == 8)
+            SKINNY_TILE(8, 1);
+        else if (step == 4)
+            SKINNY_TILE(4, 2);
+        else
+            SKINNY_COUNT(2);
+        w = (const char *)w + step * w_stride * element;
+        out += step;
+    }
+    for (; at < count; at++) {
+        SKINNY_COUNT(1);
+        w = (const char *)w + w_stride * element;
+        out++;
+    }
+}
+
+CPU_FN void skinny_any(const void *w, enum ops_dtype dtype, size_t w_stride, uint32_t count,
+                       uint32_t k, const float *x, size_t x_stride, uint32_t m, float *out,
+                       size_t out_stride, bool add)
+{
+    for (uint32_t step = 8; m; step /= 2)
+        for (; m >= step; m -= step) {
+            skinny_rows(w, dtype, w_stride, count, k, x, x_stride, step, out, out_stride, add);
+            x += step * x_stride;
+            out += step * out_stride;
+        }
+}
+
+CPU_TARGET static void skinny(const void *w, enum ops_dtype dtype, size_t w_stride, uint32_t count,
+                              uint32_t k, const float *x, size_t x_stride, uint32_t m, float *out,
+                              size_t out_stride, bool add)
+{
+    if (dtype == OPS_FP32)
+        skinny_any(w, OPS_FP32, w_stride, count, k, x, x_stride, m, out, out_stride, add);
+    else
+        skinny_any(w, OPS_BF16, w_stride, count, k, x, x_stride, m, out, out_stride, add);
+}
+
+CPU_TARGET static void widen(const uint16_t *from, float *to, size_t n)
+{
+    size_t i = 0;
+    for (; i + V <= n; i += V)
+        vstore(to + i, vload_bf16(from + i));
+    for (; i < n; i++)
+        to[i] = bf16_to_float(from[i]);
+}
+
+CPU_TARGET static void rms_norm(const float *x, const float *weight, uint32_t n, float epsilon,
+                                float *out)
+{
+    vf sum = vset(0);
+    uint32_t i = 0;
+    for (; i + V <= n; i += V) {
+        const vf v = vload(x + i);
+        sum = vfma(v, v, sum);
+    }
+    if (i < n) {
+        const vf v = vload_part(x + i, n - i);
+        sum = vfma(v, v, sum);
+    }
+    const float scale = 1 / sqrtf(vsum(sum) / (float)n + epsilon);
+    for (i = 0; i + V <= n; i += V) {
+        const vf v = vmul(vload(x + i), vset(scale));
+        vstore(out + i, weight ? vmul(v, vload(weight + i)) : v);
+    }
+    for (; i < n; i++)
+        out[i] = x[i] * scale * (weight ? weight[i] : 1);
+}
+
+CPU_TARGET static void silu_multiply(float *y, const float *gate, uint32_t n)
+{
+    uint32_t i = 0;
+    for (; i + V <= n; i += V)
+        vstore(y + i, vmul(vload(y + i), vsilu(vload(gate + i))));
+    if (i < n)
+        vstore_part(y + i, vmul(vload_part(y + i, n - i), vsilu(vload_part(gate + i, n - i))),
+                    n - i);
+}
+
+CPU_TARGET static void add_scaled(float *y, const float *x, float scale, uint32_t n)
+{
+    uint32_t i = 0;
+    for (; i + V <= n; i += V)
+        vstore(y + i, vfma(vload(x + i), vset(scale), vload(y + i)));
+    for (; i < n; i++)
+        y[i] += x[i] * scale;
+}
+
+CPU_FN void softmax_row(float *x, uint32_t n, bool extra)
+{
+    float top = extra ? 0 : -INFINITY;
+    uint32_t i = 0;
+    for (; i + V <= n; i += V)
+        top = fmaxf(top, vtop(vload(x + i)));
+    for (; i < n; i++)
+        top = fmaxf(top, x[i]);
+    vf sum = vset(0);
+    for (i = 0; i + V <= n; i += V) {
+        const vf e = vexp(vsub(vload(x + i), vset(top)));
+        vstore(x + i, e);
+        sum = vadd(sum, e);
+    }
+    float total = vsum(sum) + (extra ? expf(-top) : 0);
+    for (; i < n; i++)
+        total += x[i] = expf(x[i] - top);
+    const float scale = 1 / total;
+    for (i = 0; i + V <= n; i += V)
+        vstore(x + i, vmul(vload(x + i), vset(scale)));
+    for (; i < n; i++)
+        x[i] *= scale;
+}
+
+CPU_TARGET static void softmax(float *x, uint32_t n, bool extra)
+{
+    softmax_row(x, n, extra);
+}
+
+CPU_TARGET static void convolve(const float *const *in, const float *weight, const float *bias,
+                                uint32_t taps, uint32_t n, float *out)
+{
+    uint32_t j = 0;
+    for (; j + V <= n; j += V) {
+        vf sum = bias ? vload(bias + j) : vset(0);
+        for (uint32_t i = 0; i < taps; i++)
+            sum = vfma(vload(weight + (size_t)i * n + j), vload(in[i] + j), sum);
+        vstore(out + j, vsilu(sum));
+    }
+    if (j < n) {
+        vf sum = bias ? vload_part(bias + j, n - j) : vset(0);
+        for (uint32_t i = 0; i < taps; i++)
+            sum = vfma(vload_part(weight + (size_t)i * n + j, n - j), vload_part(in[i] + j, n - j),
+                       sum);
+        vstore_part(out + j, vsilu(sum), n - j);
+    }
+}
+
+CPU_TARGET static void recur(float *state, uint32_t width, uint32_t n, float decay,
+                             const float *dtx, const float *b, const float *c, float *y)
+{
+    for (uint32_t p = 0; p < width; p++, state += n) {
+        vf sum = vset(0);
+        uint32_t i = 0;
+        for (; i + V <= n; i += V) {
+            const vf s = vfma(vset(dtx[p]), vload(b + i), vmul(vset(decay), vload(state + i)));
+            vstore(state + i, s);
+            sum = vfma(s, vload(c + i), sum);
+        }
+        if (i < n) {
+            const vf s = vfma(vset(dtx[p]), vload_part(b + i, n - i),
+                              vmul(vset(decay), vload_part(state + i, n - i)));
+            vstore_part(state + i, s, n - i);
+            sum = vfma(s, vload_part(c + i, n - i), sum);
+        }
+        y[p] = vsum(sum);
+    }
+}
+
+CPU_TARGET static void decay_row(const float *scores, const float *log_decay, float last,
+                                 const float *dt, uint32_t n, float *out)
+{
+    uint32_t s = 0;
+    for (; s + V <= n; s += V)
+        vstore(out + s, vmul(vmul(vload(scores + s), vload(dt + s)),
+                             vexp(vsub(vset(last), vload(log_decay + s)))));
+    if (s < n)
+        vstore_part(out + s,
+                    vmul(vmul(vload_part(scores + s, n - s), vload_part(dt + s, n - s)),
+                         vexp(vsub(vset(last), vload_part(log_decay + s, n - s)))),
+                    n - s);
+}
+
+CPU_TARGET static uint32_t find_above(const float *s, uint32_t from, uint32_t n, float limit)
+{
+    for (; from + V <= n; from += V) {
+        const uint32_t mask = vabove(vload(s + from), vset(limit));
+        if (mask)
+            return from + (uint32_t)__builtin_ctz(mask);
+    }
+    while (from < n && !(s[from] > limit))
+        from++;
+    return from;
+}
+
+/* o_g[hd] += p_g V for ROWS heads at once, V elements of hd at a time. */
+#define MIX_TILE(ROWS)                                                                 \
+    do {                                                                               \
+        for (uint32_t e = 0; e < hd; e += V) {                                         \
+            const uint32_t n = hd - e < V ? hd - e : V;                                \
+            vf acc[ROWS];                                                              \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[r] = vset(0);   \
+            for (uint32_t t = 0; t < tokens; t++) {                                    \
+                const vf v = n == V ? vload(values + (size_t)t * hd + e)               \
+                                    : vload_part(values + (size_t)t * hd + e, n);      \
+                _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[r] =        \
+                    vfma(vset(p[(size_t)r * tokens + t]), v, acc[r]);                  \
+            }                                                                          \
+            for (int r = 0; r < ROWS; r++) {                                           \
+                float *to = o + (size_t)r * hd + e;                                    \
+                if (n == V)                                                            \
+                    vstore(to, vfma(acc[r], vset(weight), vload(to)));                 \
+                else                                                                   \
+                    vstore_part(to, vfma(acc[r], vset(weight), vload_part(to, n)), n); \
+            }                                                                          \
+        }                                                                              \
+        p += (size_t)ROWS * tokens;                                                    \
+        o += (size_t)ROWS * hd;                                                        \
+    } while (0)
+
+CPU_TARGET static void attend(const struct cpu_page *page, const float *q, uint32_t heads,
+                              float scale, float weight, bool extra, float *scratch, float *o)
+{
+    const uint32_t tokens = page->tokens, hd = page->width;
+    float *keys = scratch, *values = keys + (size_t)tokens * hd, *p = values + (size_t)tokens * hd;
+    for (uint32_t t = 0; t < tokens; t++) {
+        const size_t at = (size_t)t * page->stride;
+        if (page->dtype == OPS_FP32) {
+            memcpy(keys + (size_t)t * hd, (const float *)page->keys + at, hd * sizeof *keys);
+            memcpy(values + (size_t)t * hd, (const float *)page->values + at, hd * sizeof *keys);
+        } else {
+            widen((const uint16_t *)page->keys + at, keys + (size_t)t * hd, hd);
+            widen((const uint16_t *)page->values + at, values + (size_t)t * hd, hd);
+        }
+    }
+    skinny_any(keys, OPS_FP32, hd, tokens, hd, q, hd, heads, p, tokens, false);
+    for (uint32_t g = 0; g < heads; g++) {
+        float *row = p + (size_t)g * tokens;
+        for (uint32_t t = 0; t < tokens; t++)
+            row[t] *= scale;
+        softmax_row(row, tokens, extra);
+    }
+    uint32_t left = heads;
+    for (; left >= 8; left -= 8)
+        MIX_TILE(8);
+    for (; left >= 4; left -= 4)
+        MIX_TILE(4);
+    for (; left; left--)
+        MIX_TILE(1);
+}
+
+static const struct cpu_kernels table = {
+    .name = CPU_LEVEL_NAME,
+    .skinny = skinny,
+    .widen = widen,
+    .rms_norm = rms_norm,
+    .silu_multiply = silu_multiply,
+    .add_scaled = add_scaled,
+    .softmax = softmax,
+    .convolve = convolve,
+    .recur = recur,
+    .decay_row = decay_row,
+    .find_above = find_above,
+    .attend = attend,
+};
