@@ -1,4 +1,5 @@
 """Training batches: haystacks of book text with needles in them and questions behind them."""
+import difflib
 import random
 
 import numpy as np
@@ -7,6 +8,7 @@ import tasks
 from bpe import Tokenizer
 
 TEXT, ANSWER = 1, 2  # what a target counts as; 0: not trained on
+CHUNK = 64
 
 
 class Encoder:
@@ -57,7 +59,8 @@ class Builder:
         resets = np.zeros(length, bool)
         if self.rng.random() < 0.5:
             resets[self.rng.randrange(length)] = True
-        return ids.astype(np.int64), np.full(length, TEXT, np.uint8), resets
+        gold = np.full(length, -1, np.int32)
+        return ids.astype(np.int64), np.full(length, TEXT, np.uint8), resets, gold
 
     def needles(self, stage, length):
         rng, taken = self.rng, set()
@@ -72,21 +75,36 @@ class Builder:
         return tasks.distinct([tasks.mixed(rng) for _ in range(count)])
 
     def questions(self, needles, room):
-        """Tokens and marks of as many questions as fit, in random order."""
-        ids, marks, starts = [], [], []
-        order = needles[:]
+        """Tokens and marks of as many questions as fit, in random order, and of each question
+        (where it starts, where its answer starts, the answer's tokens, the needle's number)."""
+        ids, marks, asked = [], [], []
+        order = list(range(len(needles)))
         self.rng.shuffle(order)
-        for needle in order:
+        for which in order:
+            needle = needles[which]
             question, answer = self.rng.choice(needle.questions)
             q, a = self.encoder(question), self.encoder(answer)
             if needle.kind != "pair" and not answer.endswith("<|im_end|>"):
                 a = a + [self.encoder.eos]
             if len(ids) + len(q) + len(a) > room:
                 continue
-            starts.append(len(ids))
+            asked.append((len(ids), len(ids) + len(q), a, which))
             ids += q + a
             marks += [0] * len(q) + [ANSWER] * len(a)
-        return ids, marks, starts
+        return ids, marks, asked
+
+    @staticmethod
+    def sources(needle, answer):
+        """For each answer token its place in the needle's tokens; where the answer is worded
+        differently, the place of the next token that does occur; -1 behind the last."""
+        places = [-1] * len(answer)
+        match = difflib.SequenceMatcher(None, needle, answer, False)
+        for a, b, size in match.get_matching_blocks():
+            places[b:b + size] = range(a, a + size)
+        known = -1
+        for i in reversed(range(len(answer))):
+            places[i] = known = places[i] if places[i] >= 0 else known
+        return places
 
     def asked(self, stage, length):
         """A row of one haystack and its questions."""
@@ -94,18 +112,24 @@ class Builder:
         needles = self.needles(stage, length)
         texts = [self.encoder(n.text) for n in needles]
         asked, asked_marks, starts = self.questions(needles, length // 4)
+        where = {}  # needle -> the place of its last occurrence in a chunk that can be read
         room = length - len(asked)
         ids, marks = [], []
         if stage <= 1:  # nothing but pairs; in the first stage each several times
             while len(ids) < room:
-                order = texts[:]
+                order = list(range(len(texts)))
                 rng.shuffle(order)
-                ids += [t for text in order for t in text]
+                for which in order:
+                    if len(ids) + len(texts[which]) <= room // CHUNK * CHUNK:
+                        where[which] = len(ids)
+                    ids += texts[which]
                 if stage == 1:
                     break
             ids = ids[:room]
             fill = room - len(ids)
-            ids = self.books.take(rng, fill)[0].tolist() + ids if fill else ids
+            if fill:
+                ids = self.books.take(rng, fill)[0].tolist() + ids
+                where = {which: at + fill for which, at in where.items()}
             marks = [0] * room
         else:
             if rng.random() < 0.3:
@@ -114,9 +138,12 @@ class Builder:
                 marks = [0] * len(ids)
             text, cut = self.books.take(rng, room - len(ids) - sum(map(len, texts)))
             places = sorted(rng.choices(np.flatnonzero(cut).tolist(), k=len(texts)))
-            rng.shuffle(texts)
+            order = list(range(len(texts)))
+            rng.shuffle(order)
             before = 0
-            for place, needle in zip(places, texts):
+            for place, which in zip(places, order):
+                needle = texts[which]
+                where[which] = len(ids) + place - before
                 ids += text[before:place].tolist() + needle
                 marks += [TEXT] * (place - before) + [0] * len(needle)
                 before = place
@@ -127,9 +154,17 @@ class Builder:
         if style < 0.6 or stage == 0:  # the answer can only come through the chunk memories
             resets[begin] = True
         if style < 0.3:
-            resets[[begin + s for s in starts]] = True
+            resets[[begin + s[0] for s in starts]] = True
+        gold = np.full(length, -1, np.int32)
+        for _, at, answer, which in starts:
+            if which not in where:
+                continue
+            for i, source in enumerate(self.sources(texts[which], answer), begin + at):
+                place = where[which] + source
+                if source >= 0 and (place // CHUNK + 1) * CHUNK < i:
+                    gold[i] = place
         ids, marks = ids + asked, marks + asked_marks
-        return np.array(ids, np.int64), np.array(marks, np.uint8), resets
+        return np.array(ids, np.int64), np.array(marks, np.uint8), resets, gold
 
     def batch(self, stage, count, length, plain_rows):
         rows = [self.plain(length) for _ in range(plain_rows)]

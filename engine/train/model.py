@@ -22,6 +22,9 @@ DEFAULTS = dict(
     slide_window=0, residual_in_fp32=True)
 
 
+BANK = 4096  # landmarks of earlier plain text kept for the distraction loss
+
+
 class Config(dict):
     """config.json with the defaults filled in; keys read as attributes."""
 
@@ -345,6 +348,30 @@ class RetrievalLayer(nn.Module):
         picked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks, True) & visible
         return self.weigh(scores, picked)
 
+    def missed(self, x, landmarks, positions, gold):
+        """Mean over the positions with gold [B,L] >= 0 of -log of that chunk's stick-breaking
+        weight among all chunks: what teaches the landmarks before any answer is right."""
+        batch, at = (gold >= 0).nonzero(as_tuple=True)
+        if not len(batch):
+            return x.new_zeros(())
+        q = self.ln(self.pre_norm(x[batch, at])).view(len(batch), self.config.retrieval_heads, -1)
+        if self.config.enable_lmk_norm:
+            q, landmarks = self.lmk_q_norm(q), self.lmk_k_norm(landmarks)
+        scores = torch.einsum("nhr,nchr->nhc", q, landmarks[batch].to(q.dtype)).float()
+        scores = scores * q.shape[-1] ** -0.5
+        chunk = gold[batch, at].long().view(-1, 1, 1) // self.config.chunk_size
+        number = torch.arange(scores.shape[-1], device=x.device)
+        newer = (number >= chunk) & self.visible(positions[at], len(number)).unsqueeze(1)
+        spent = (F.softplus(scores) * newer).sum(-1)
+        return (spent - scores.gather(-1, chunk.expand(-1, scores.shape[1], 1)).squeeze(-1)).mean()
+
+    def distracted(self, x, fresh, bank):
+        """How much positions x [N,d] would read of chunks that hold nothing for them, given the
+        landmarks [C,Hr,r/Hr] of this batch and of earlier ones (None, or no gradient)."""
+        if bank is not None:
+            fresh = torch.cat([fresh, bank.to(fresh.dtype)])
+        scores = self.scores(x.unsqueeze(0), fresh.unsqueeze(0))
+        return torch.log1p(64 * F.softplus(scores).sum(-1)).mean()
 
     def pick(self, x, landmarks, positions):
         """The sparse form: picks and weights [B,L,Hr,K], newest first, for any number of chunks."""
@@ -392,6 +419,23 @@ class HsaLayer(nn.Module):
         out = torch.einsum("bkglcs,bcskd->blkgd", attention, values.to(q.dtype))
         return x + self.o_proj(out.reshape(batch, length, -1)).to(x.dtype)
 
+    def missed(self, x, keys, gold):
+        """Mean over the positions with gold [B,L] >= 0 of -log of the attention that half of the
+        heads pay to that place within its chunk."""
+        config = self.config
+        batch, at = (gold >= 0).nonzero(as_tuple=True)
+        if not len(batch):
+            return x.new_zeros(())
+        place = gold[batch, at].long()
+        q = self.q_proj(self.pre_norm(x[batch, at]))
+        q = q.view(len(batch), config.num_kv_heads, -1, config.attention_head)
+        q = q[:, :, :max(1, q.shape[2] // 2)]
+        if config.enable_qk_norm:
+            q = self.q_norm(q)
+        k = keys[batch, place // config.chunk_size].to(q.dtype)
+        logits = torch.einsum("nkgd,nskd->nkgs", q, k).float() * q.shape[-1] ** -0.5
+        want = (place % config.chunk_size).view(-1, 1, 1, 1).expand(-1, *logits.shape[1:3], 1)
+        return -logits.log_softmax(-1).gather(-1, want).mean()
 
     def gathered(self, x, keys, values, picks, weights):
         """The sparse form of `forward`, for picks and weights [1,L,Hr,K]."""
@@ -430,7 +474,7 @@ class Backbone(nn.Module):
 class Ramba(nn.Module):
     def __init__(self, config, hsa=True):
         super().__init__()
-        self.config, self.hsa = config, hsa
+        self.config, self.hsa, self.bank = config, hsa, None
         self.backbone = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -441,19 +485,24 @@ class Ramba(nn.Module):
             return F.linear(x, self.backbone.embeddings.weight)
         return self.lm_head(x)
 
-    def hidden(self, ids, resets=None, states=None, trace=None, distractors=0, asked=None):
+    def hidden(self, ids, resets=None, states=None, trace=None, distractors=0, asked=None,
+               gold=None):
         """[B,L] -> the last layer's hidden states [B,L,d], and the Mamba states after it.
 
         `states`: a list of [B,H,P,N], one for each Mamba layer, or None. `trace`: a dict to be
         filled with layer{i}.hidden, .k, .v, .landmarks, .weights. With `distractors` > 0, the
         first so many rows are plain text, and self.distraction is how strongly the positions
-        `asked` [B,L] would read that text: a loss that keeps landmarks apart in longer contexts
-        than are trained on.
+        `asked` [B,L] would read that text or the plain text of earlier steps: a loss that keeps landmarks apart in longer contexts
+        than are trained on. `gold` [B,L]: the place that a position should read from,
+        or -1; self.retrieval is then the mean of -log of its chunk's weight, were every chunk
+        picked, and self.attention that of its place's share of the attention to that chunk, in
+        half of the heads of the first HSA layer.
         """
         x = self.backbone.embeddings(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
         keys = values = landmarks = weights = None
-        after, mamba, self.distraction = [], 0, 0.0
+        after, mamba, self.distraction, self.retrieval = [], 0, 0.0, 0.0
+        self.attention = None
         for i, layer in enumerate(self.backbone.layers):
             if isinstance(layer, MambaLayer):
                 x, ssm, _ = layer(x, resets, None if states is None else states[mamba])
@@ -470,12 +519,18 @@ class Ramba(nn.Module):
                     weights = layer(x, landmarks, positions)
                     if trace is not None:
                         trace[f"layer{i}.weights"] = weights
+                    if gold is not None:
+                        self.retrieval = layer.missed(x, landmarks, positions, gold)
                     if distractors:
-                        others = landmarks[:distractors].flatten(0, 1).unsqueeze(0)
-                        scores = layer.scores(x, others.expand(x.shape[0], -1, -1, -1))
-                        mass = torch.log1p(64 * F.softplus(scores).sum(-1)).mean(-1)
-                        self.distraction = (mass * asked).sum() / asked.sum().clamp(min=1)
+                        fresh = landmarks[:distractors].flatten(0, 1)
+                        self.distraction = layer.distracted(x[asked > 0], fresh, self.bank)
+                        old = fresh.detach()
+                        if self.bank is not None:
+                            old = torch.cat([self.bank, old])[-BANK:]
+                        self.bank = old
             elif self.hsa and landmarks.shape[1]:
+                if gold is not None and self.attention is None:
+                    self.attention = layer.missed(x, keys, gold)
                 x = layer(x, keys, values, weights)
             if trace is not None:
                 trace[f"layer{i}.hidden"] = x

@@ -34,7 +34,7 @@ def worker(settings, data, seed, stage, queue):
     builder = Builder(encoder, Books(os.path.join(data, "train.npy"), encoder), seed)
     while True:
         now = stage.value
-        shape = "long" if now == LAST_STAGE and builder.rng.random() < 0.75 else "short"
+        shape = "long" if now == LAST_STAGE and builder.rng.random() < settings["long_share"] else "short"
         size = settings[shape]
         plain = settings["plain_rows"] * size["batch"] // 8
         if now == 0:
@@ -70,7 +70,6 @@ class Answers:
         self.right, self.count = 0.0, 0
 
     def add(self, right, marks):
-        ends = np.flatnonzero((marks == ANSWER) & (np.pad(marks[:, 1:], ((0, 0), (0, 1))) != ANSWER))
         flat_right, flat = right.reshape(-1), (marks == ANSWER).reshape(-1)
         wrong = np.concatenate([[0], np.cumsum(flat & ~flat_right)])
         starts = np.flatnonzero(flat & ~np.concatenate([[False], flat[:-1]]))
@@ -102,6 +101,12 @@ class Trainer:
         os.makedirs(args.out, exist_ok=True)
         if os.path.exists(self.path):
             self.resume()
+        elif args.start:
+            tensors = safetensors_io.load(os.path.join(args.start, "model.safetensors"))
+            self.model.load_state_dict(tensors)
+            with open(os.path.join(args.start, "progress.json")) as file:
+                self.step, self.tokens, self.seconds, self.stage = json.load(file)
+        self.began = self.step
         if self.device == "cuda" and not args.no_compile:
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.cache_size_limit = 64  # one entry a shape and layer
@@ -124,7 +129,8 @@ class Trainer:
     def rate(self):
         """Warm-up, constant, and a linear way down over the last 40% of the total time."""
         done = self.seconds / self.args.total_seconds
-        warm = min(1.0, (self.step + 1) / self.settings["warmup_steps"])
+        begin = self.began if self.args.start else 0
+        warm = min(1.0, (self.step + 1 - begin) / self.settings["warmup_steps"])
         return self.settings["learning_rate"] * warm * min(1.0, max(0.02, (1 - done) / 0.4))
 
     def states(self, batch):
@@ -139,20 +145,25 @@ class Trainer:
         return [layer[self.rows] * keep for layer in self.pool]
 
     def update(self, plain, arrays):
-        ids, marks, resets = arrays
+        ids = arrays[0]
         batch = [torch.from_numpy(a).to(self.device, non_blocking=True) for a in arrays]
-        ids_t, marks_t, resets_t = batch
+        ids_t, marks_t, resets_t, gold_t = batch
         target, kind = ids_t[:, 1:], marks_t[:, 1:]
         asked = F.pad((kind == ANSWER).float(), (0, 1))
+        gold = F.pad(gold_t[:, 1:], (0, 1), value=-1)
+        if self.stage < self.settings["distraction_from"]:
+            plain = 0  # before the landmarks mean anything, it would only silence all of them
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
             x, after = self.model.hidden(ids_t, resets_t, self.states(len(ids)),
-                                         distractors=plain, asked=asked)
+                                         distractors=plain, asked=asked, gold=gold)
             logits = self.model.head(x)[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
         text = (loss * (kind == TEXT)).sum() / (kind == TEXT).sum().clamp(min=1)
         answer = (loss * (kind == ANSWER)).sum() / (kind == ANSWER).sum().clamp(min=1)
         s = self.settings
         total = s["text_weight"] * text + s["answer_weight"] * answer
+        total = total + s["retrieval_weight"] * self.model.retrieval
+        total = total + s["attention_weight"] * self.model.attention
         if plain:
             total = total + s["distraction_weight"] * self.model.distraction
         total.backward()
@@ -170,7 +181,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         right = (logits.argmax(-1) == target)
         distraction = torch.as_tensor(self.model.distraction).detach()
-        return text.detach(), answer.detach(), distraction, right
+        retrieval = torch.as_tensor(self.model.retrieval).detach()
+        attention = torch.as_tensor(self.model.attention).detach()
+        return (text.detach(), answer.detach(), distraction, retrieval, attention), right
 
     def run(self):
         args, settings = self.args, self.settings
@@ -183,13 +196,13 @@ class Trainer:
             process.start()
         begin = last = time.time()
         answers, last_tokens, last_log = {"short": Answers(), "long": Answers()}, self.tokens, self.step
-        sums = np.zeros(3)
+        sums = np.zeros(5)
         stage_began = self.step
         while time.time() - begin < args.seconds and self.seconds < args.total_seconds:
             shape, made_for, plain, arrays = queue.get()
             if made_for != self.stage:
                 continue
-            text, answer, distraction, right = self.update(plain, arrays)
+            losses, right = self.update(plain, arrays)
             self.step += 1
             self.tokens += arrays[0].size
             now = time.time()
@@ -197,19 +210,24 @@ class Trainer:
             last = now
             if self.step % 10 == 0:
                 answers[shape].add(right.cpu().numpy(), arrays[1][:, 1:])
-                sums += [float(text), float(answer), float(distraction)]
+                sums += [float(loss) for loss in losses]
             if self.step - last_log >= args.log_every:
                 spent = now - begin
                 print(f"step {self.step} stage {self.stage} {self.tokens / 1e6:.1f}M tokens "
                       f"{(self.tokens - last_tokens) / spent / 1e3:.0f}K tok/s text "
                       f"{sums[0] / (args.log_every / 10):.3f} answer {sums[1] / (args.log_every / 10):.3f} "
-                      f"distraction {sums[2] / (args.log_every / 10):.3f} right short "
+                      f"distraction {sums[2] / (args.log_every / 10):.3f} "
+                      f"retrieval {sums[3] / (args.log_every / 10):.3f} "
+                      f"attention {sums[4] / (args.log_every / 10):.3f} right short "
                       f"{answers['short'].right:.3f} long {answers['long'].right:.3f} "
                       f"lr {self.rate():.1e} skipped {self.skipped} {self.seconds:.0f}s", flush=True)
+                self.save() if self.step % 2000 == 0 else None
                 sums[:] = 0
                 last_log = self.step
             long_enough = self.step - stage_began > 150
-            if long_enough and self.stage < LAST_STAGE and answers["short"].right > settings["advance_at"]:
+            late = self.seconds / args.total_seconds > settings["advance_by"][self.stage]
+            good = long_enough and answers["short"].right > settings["advance_at"][self.stage]
+            if good or late:
                 self.stage += 1
                 stage.value = self.stage
                 stage_began = self.step
@@ -219,6 +237,8 @@ class Trainer:
             process.terminate()
         self.save()
         export(self.model, settings, args)
+        with open(os.path.join(args.out, "export", "progress.json"), "w") as file:
+            json.dump([self.step, self.tokens, self.seconds, self.stage], file)
 
 
 def export(model, settings, args):
@@ -239,6 +259,7 @@ def main():
     parser.add_argument("config")
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--start", help="an export to go on from, where OUT has no checkpoint")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop this call after so long")
     parser.add_argument("--total-seconds", type=float, default=1320, help="training time in all")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
