@@ -223,10 +223,17 @@ static void read_merges(struct reader *r, const cJSON *model)
 
 static void read_model(struct reader *r, const cJSON *root)
 {
-    static const char *const known[] = {
-        "type",     "dropout",       "unk_token",     "continuing_subword_prefix",
-        "fuse_unk", "byte_fallback", "ignore_merges", "end_of_word_suffix",
-        "vocab",    "merges",        NULL};
+    static const char *const known[] = {"type",
+                                        "dropout",
+                                        "unk_token",
+                                        "continuing_subword_prefix",
+                                        "fuse_unk",
+                                        "byte_fallback",
+                                        "ignore_merges",
+                                        "end_of_word_suffix",
+                                        "vocab",
+                                        "merges",
+                                        NULL};
     const cJSON *model = get(root, "model");
     if (!cJSON_IsObject(model)) {
         fail(r, STATUS_INVALID, "model", "must be an object");
@@ -312,10 +319,9 @@ static cJSON *parse_whole(const char *json, size_t size)
 enum status tokenizer_file_parse(const char *json, size_t size, struct tokenizer_file *file,
                                  struct error *err)
 {
-    static const char *const known[] = {"version",      "truncation", "padding",
-                                        "added_tokens", "normalizer", "pre_tokenizer",
-                                        "model",        "decoder",    "post_processor",
-                                        NULL};
+    static const char *const known[] = {
+        "version",       "truncation", "padding", "added_tokens",   "normalizer",
+        "pre_tokenizer", "model",      "decoder", "post_processor", NULL};
     struct reader r = {.file = file, .err = err};
     memset(file, 0, sizeof *file);
     cJSON *root = size ? parse_whole(json, size) : NULL;
