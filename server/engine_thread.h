@@ -12,12 +12,11 @@
 #include "storage/storage.h"
 
 struct engine_thread_options {
-    struct engine *engine;      /* taken on success */
-    struct storage *storage;    /* borrowed; outlives this */
-    uint32_t running_max;       /* sequences stepped together; 0: LIMITS_RUNNING */
-    uint32_t queue_max;         /* jobs waiting; 0: LIMITS_QUEUE_REQUESTS */
-    uint32_t max_stall_ms;      /* a prefill slice holds up running decodes no longer than this */
-    size_t session_bytes;       /* budget of idle sessions kept in RAM between turns */
+    struct engine *engine;   /* taken on success */
+    struct storage *storage; /* borrowed; outlives this */
+    uint32_t running_max;    /* sequences stepped together; 0: LIMITS_RUNNING */
+    uint32_t queue_max;      /* jobs waiting; 0: LIMITS_QUEUE_REQUESTS */
+    size_t session_bytes;    /* budget of idle sessions kept in RAM between turns */
 };
 
 STATUS_CHECKED enum status engine_thread_open(uv_loop_t *loop,

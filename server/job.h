@@ -68,14 +68,15 @@ typedef void (*job_event_cb)(void *context, const struct event *event);
 struct job_generate {
     char request_id[LIMITS_ID_BYTES];
     char memory[LIMITS_ID_BYTES]; /* "": none; starts from nothing and leaves nothing */
-    bool memory_write;            /* commit prompt and completion to `memory`; choices must be 1 */
+    bool memory_write;            /* commit prompt and completion, every generated token of it, to
+                                     `memory`; choices must be 1 */
     int32_t *tokens;              /* malloced, taken; may be empty when the memory has logits */
     size_t token_count;
     uint64_t text_bytes; /* of the prompt, for the memory's count */
     uint32_t choices;    /* sequences sampled from the one prefilled prompt; seed + choice index */
     uint32_t max_tokens; /* 0: only prefill (and echo) */
     bool ignore_eos;
-    struct sampler_params sampling; /* bias array malloced, taken */
+    struct sampler_params sampling;  /* bias array malloced, taken */
     char *stop[LIMITS_STOP_STRINGS]; /* malloced, taken */
     size_t stop_sizes[LIMITS_STOP_STRINGS];
     uint32_t stop_count;
@@ -99,11 +100,10 @@ STATUS_CHECKED enum status job_submit_generate(struct engine_thread *engine_thre
                                                job_event_cb event_cb, void *context,
                                                struct job **out);
 STATUS_CHECKED enum status job_submit_append(struct engine_thread *engine_thread,
-                                             const struct job_append *append,
-                                             job_event_cb event_cb, void *context,
-                                             struct job **out);
+                                             const struct job_append *append, job_event_cb event_cb,
+                                             void *context, struct job **out);
 /* One more block of an append: `tokens` malloced, taken. A block is prefilled and committed as a
- * unit, each answered by an EVENT_PROGRESS after its commit is queued; the caller keeps at most
+ * unit, each answered by an EVENT_PROGRESS once it is durable; the caller keeps at most
  * LIMITS_APPEND_BLOCKS_WAITING blocks outstanding and stops reading its socket meanwhile. `last`
  * (a block of no tokens is allowed) ends the append. Loop thread, before EVENT_DONE. */
 void job_append_block(struct job *job, int32_t *tokens, size_t token_count, uint64_t text_bytes,

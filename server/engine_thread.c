@@ -1,0 +1,739 @@
+/* engine_thread.c - the thread, its mailboxes, admission and the batch; see engine_thread.h. */
+#include "server/engine_thread.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "proto/base/assert.h"
+#include "proto/base/log.h"
+#include "server/engine_thread_private.h"
+
+#define IDLE_WAIT_MS 50 /* a bound on sleep, should a wake-up be for something retried */
+
+uint64_t engine_thread_now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void wake(struct engine_thread *thread)
+{
+    pthread_mutex_lock(&thread->lock);
+    thread->woken = true;
+    pthread_cond_signal(&thread->wake);
+    pthread_mutex_unlock(&thread->lock);
+}
+
+static void wake_cb(void *context)
+{
+    wake(context);
+}
+
+static void take_list(struct list *from, struct list *to)
+{
+    list_init(to);
+    while (!list_empty(from)) {
+        struct list *node = from->next;
+        list_remove(node);
+        list_push_back(to, node);
+    }
+}
+
+/* ---- replies ---- */
+
+struct reply *reply_create(struct engine_thread *thread,
+                           void (*handle_cb)(struct reply *reply, enum status status),
+                           void *context)
+{
+    struct reply *reply = calloc(1, sizeof *reply);
+    if (!reply)
+        return NULL;
+    reply->thread = thread;
+    reply->handle_cb = handle_cb;
+    reply->context = context;
+    thread->outstanding++;
+    return reply;
+}
+
+void reply_cancel(struct reply *reply)
+{
+    reply->thread->outstanding--;
+    free(reply);
+}
+
+void reply_done_cb(void *context, enum status status)
+{
+    struct reply *reply = context;
+    struct engine_thread *thread = reply->thread;
+    pthread_mutex_lock(&thread->lock);
+    reply->status = status;
+    list_push_back(&thread->replies, &reply->node);
+    thread->woken = true;
+    pthread_cond_signal(&thread->wake);
+    pthread_mutex_unlock(&thread->lock);
+}
+
+void reply_free(struct reply *reply)
+{
+    free(reply);
+}
+
+/* ---- events ---- */
+
+struct event_node {
+    struct list node;
+    struct job *job;
+    struct event event;
+    struct error error;
+    void *copies[4];
+};
+
+static const void *copy_in(struct event_node *node, size_t slot, const void *from, size_t bytes)
+{
+    if (!from || !bytes)
+        return NULL;
+    node->copies[slot] = malloc(bytes);
+    ASSERT(node->copies[slot]); /* a few KiB; an event must not be lost */
+    return memcpy(node->copies[slot], from, bytes);
+}
+
+void job_post(struct job *job, const struct event *event)
+{
+    struct engine_thread *thread = job->thread;
+    struct event_node *node = calloc(1, sizeof *node);
+    ASSERT(node);
+    node->job = job;
+    node->event = *event;
+    struct event *e = &node->event;
+    e->text = copy_in(node, 0, event->text, event->text_size);
+    e->tops = copy_in(node, 1, event->tops, event->top_count * sizeof *event->tops);
+    e->picks = copy_in(node, 2, event->picks, event->pick_count * sizeof *event->picks);
+    if (event->error) {
+        node->error = *event->error;
+        e->error = &node->error;
+    }
+    if (event->kind == EVENT_ECHO) { /* large and posted once: handed over, not copied */
+        e->echo_logprobs = job->echo;
+        e->echo_tops = job->echo_tops;
+        node->copies[0] = job->echo;
+        node->copies[1] = job->echo_tops;
+        job->echo = NULL;
+        job->echo_tops = NULL;
+    }
+    pthread_mutex_lock(&thread->lock);
+    list_push_back(&thread->outbox, &node->node);
+    pthread_mutex_unlock(&thread->lock);
+    uv_async_send(&thread->async);
+}
+
+static void free_job(struct job *job)
+{
+    while (!list_empty(&job->blocks)) {
+        struct append_block *block = LIST_ENTRY(job->blocks.next, struct append_block, node);
+        list_remove(&block->node);
+        free(block->tokens);
+        free(block);
+    }
+    free(job->generate.tokens);
+    free((void *)(uintptr_t)job->generate.sampling.bias);
+    for (uint32_t i = 0; i < job->generate.stop_count; i++)
+        free(job->generate.stop[i]);
+    free(job->echo);
+    free(job->echo_tops);
+    free(job->targets);
+    free(job->slice_logprobs);
+    free(job->slice_tops);
+    free(job->written);
+    free(job->sequences);
+    free(job);
+}
+
+static void check_drained(struct engine_thread *thread)
+{
+    if (thread->draining && !thread->job_count && thread->drained_cb) {
+        void (*drained_cb)(void *context) = thread->drained_cb;
+        thread->drained_cb = NULL;
+        uv_timer_stop(&thread->deadline);
+        drained_cb(thread->drained_context);
+    }
+}
+
+struct release {
+    struct list node;
+    char id[LIMITS_ID_BYTES];
+    void (*released_cb)(void *context, enum status status);
+    void *context;
+    enum status status;
+    bool answered;
+};
+
+static void deliver(struct engine_thread *thread, struct event_node *node)
+{
+    struct job *job = node->job;
+    const bool done = node->event.kind == EVENT_DONE;
+    if (done) {
+        list_remove(&job->loop_node);
+        thread->job_count--;
+    }
+    job->event_cb(job->context, &node->event);
+    for (size_t i = 0; i < sizeof node->copies / sizeof *node->copies; i++)
+        free(node->copies[i]);
+    free(node);
+    if (done)
+        free_job(job);
+}
+
+static void async_cb(uv_async_t *async)
+{
+    struct engine_thread *thread = async->data;
+    struct list events, answered;
+    pthread_mutex_lock(&thread->lock);
+    take_list(&thread->outbox, &events);
+    list_init(&answered);
+    LIST_EACH_SAFE(node, &thread->releases)
+    {
+        if (LIST_ENTRY(node, struct release, node)->answered) {
+            list_remove(node);
+            list_push_back(&answered, node);
+        }
+    }
+    pthread_mutex_unlock(&thread->lock);
+    while (!list_empty(&events)) {
+        struct event_node *node = LIST_ENTRY(events.next, struct event_node, node);
+        list_remove(&node->node);
+        deliver(thread, node);
+    }
+    while (!list_empty(&answered)) {
+        struct release *release = LIST_ENTRY(answered.next, struct release, node);
+        list_remove(&release->node);
+        release->released_cb(release->context, release->status);
+        free(release);
+    }
+    check_drained(thread);
+}
+
+/* ---- jobs, from the loop ---- */
+
+static enum status submit(struct engine_thread *thread, struct job *job, job_event_cb event_cb,
+                          void *context, struct job **out)
+{
+    job->thread = thread;
+    job->event_cb = event_cb;
+    job->context = context;
+    job->submitted_ns = engine_thread_now_ns();
+    list_init(&job->blocks);
+    list_push_back(&thread->jobs, &job->loop_node);
+    thread->job_count++;
+    *out = job;
+    pthread_mutex_lock(&thread->lock);
+    list_push_back(&thread->inbox, &job->node);
+    thread->woken = true;
+    pthread_cond_signal(&thread->wake);
+    pthread_mutex_unlock(&thread->lock);
+    return STATUS_OK;
+}
+
+/* A job struct, or why there is none. */
+static enum status new_job(struct engine_thread *thread, struct job **job)
+{
+    if (thread->draining)
+        return STATUS_UNAVAILABLE;
+    if (thread->job_count >= thread->options.queue_max + (size_t)thread->options.running_max)
+        return STATUS_BUSY;
+    *job = calloc(1, sizeof **job);
+    return *job ? STATUS_OK : STATUS_NO_MEMORY;
+}
+
+enum status job_submit_generate(struct engine_thread *engine_thread,
+                                const struct job_generate *generate, job_event_cb event_cb,
+                                void *context, struct job **out)
+{
+    struct job *job;
+    const enum status status = new_job(engine_thread, &job);
+    if (status)
+        return status;
+    ASSERT(generate->choices >= 1 && generate->choices <= LIMITS_CHOICES);
+    ASSERT(!generate->memory_write || (generate->choices == 1 && generate->memory[0]));
+    job->generate = *generate;
+    return submit(engine_thread, job, event_cb, context, out);
+}
+
+enum status job_submit_append(struct engine_thread *engine_thread, const struct job_append *append,
+                              job_event_cb event_cb, void *context, struct job **out)
+{
+    struct job *job;
+    const enum status status = new_job(engine_thread, &job);
+    if (status)
+        return status;
+    job->is_append = true;
+    job->append = *append;
+    return submit(engine_thread, job, event_cb, context, out);
+}
+
+void job_append_block(struct job *job, int32_t *tokens, size_t token_count, uint64_t text_bytes,
+                      bool last)
+{
+    struct append_block *block = calloc(1, sizeof *block);
+    ASSERT(block);
+    *block = (struct append_block){
+        .tokens = tokens, .token_count = token_count, .text_bytes = text_bytes, .last = last};
+    pthread_mutex_lock(&job->thread->lock);
+    list_push_back(&job->blocks, &block->node);
+    pthread_mutex_unlock(&job->thread->lock);
+    wake(job->thread);
+}
+
+void job_cancel(struct job *job)
+{
+    atomic_store(&job->cancelled, true);
+    wake(job->thread);
+}
+
+/* ---- jobs, on the engine's thread ---- */
+
+void job_fail(struct job *job, enum status status, const char *format, ...)
+{
+    if (job->state == JOB_ABORTING || job->state == JOB_DONE)
+        return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(job->err.message, sizeof job->err.message, format, args);
+    va_end(args);
+    job->status = status;
+    job->state = JOB_ABORTING;
+}
+
+static double seconds_between(uint64_t from, uint64_t to)
+{
+    return from && to > from ? (double)(to - from) * 1e-9 : 0;
+}
+
+void job_finish(struct job *job)
+{
+    struct engine_thread *thread = job->thread;
+    const uint64_t now = engine_thread_now_ns();
+    struct event event = {.kind = EVENT_DONE,
+                          .status = job->status,
+                          .error = job->status ? &job->err : NULL,
+                          .prompt_tokens = job->generate.token_count,
+                          .cached_tokens = job->cached,
+                          .completion_tokens = job->completion_tokens,
+                          .tokens_done = job->added,
+                          .tokens_total = job->is_append ? 0 : job->generate.token_count,
+                          .queue_seconds = seconds_between(job->submitted_ns,
+                                                           job->started_ns ? job->started_ns : now),
+                          .prefill_seconds = seconds_between(job->started_ns, job->prefilled_ns),
+                          .decode_seconds = seconds_between(job->prefilled_ns, job->decoded_ns),
+                          .commit_seconds = seconds_between(job->decoded_ns, now)};
+    if (job->memory) {
+        event.position = job->memory->position;
+        event.text_bytes = job->memory->text_bytes;
+    }
+    if (job->is_append)
+        job_append_close(job);
+    else
+        job_generate_close(job);
+    list_remove(&job->node);
+    job->state = JOB_DONE;
+    thread->running_sequences -= job->started_ns ? (job->is_append ? 1 : job->generate.choices) : 0;
+    job_post(job, &event);
+}
+
+/* Storage has dropped what the job had not committed. */
+static void truncated(struct reply *reply, enum status status)
+{
+    struct job *job = reply->context;
+    reply_free(reply);
+    job->pending--;
+    if (status && status != STATUS_NOT_FOUND)
+        log_event(LOG_ERROR, "truncate failed", "memory", LOG_STR, job->memory->id, "status",
+                  LOG_STR, status_text(status), NULL);
+    const uint64_t chunk = engine_get_info(job->thread->engine)->config->chunk_tokens;
+    engine_forget_chunks(job->thread->engine, job->memory->branch, job->memory->position / chunk);
+    live_memory_drop(job->thread, job->memory);
+    job->memory = NULL;
+}
+
+/* Moves an aborting job on: the memory goes back to its last commit, then the job is done. */
+static void abort_step(struct job *job)
+{
+    if (job->memory && job->memory->session) {
+        struct reply *reply = reply_create(job->thread, truncated, job);
+        if (!reply)
+            return;
+        if (storage_truncate(job->thread->storage, job->memory->id, reply_done_cb, reply)) {
+            reply_cancel(reply); /* the queue is full: again after the next answer */
+            return;
+        }
+        job->pending++;
+        engine_session_destroy(job->memory->session);
+        job->memory->session = NULL;
+    }
+    if (!job->pending && !job->commits_pending)
+        job_finish(job);
+}
+
+/* ---- admission and the step ---- */
+
+static void start(struct job *job)
+{
+    struct engine_thread *thread = job->thread;
+    list_remove(&job->node);
+    list_push_back(&thread->running, &job->node);
+    job->started_ns = engine_thread_now_ns();
+    job->state = JOB_OPENING;
+    thread->running_sequences += job->is_append ? 1 : job->generate.choices;
+    if (job->is_append)
+        job_append_start(job);
+    else
+        job_generate_start(job);
+}
+
+static void admit(struct engine_thread *thread)
+{
+    LIST_EACH_SAFE(node, &thread->queue)
+    {
+        struct job *job = LIST_ENTRY(node, struct job, node);
+        const size_t need = job->is_append ? 1 : job->generate.choices;
+        if (thread->running_sequences &&
+            thread->running_sequences + need > thread->options.running_max)
+            return; /* in order: a later small one does not overtake */
+        start(job);
+    }
+}
+
+static void check_cancelled(struct list *jobs)
+{
+    LIST_EACH_SAFE(node, jobs)
+    {
+        struct job *job = LIST_ENTRY(node, struct job, node);
+        if (atomic_load(&job->cancelled) && job->state != JOB_COMMITTING)
+            job_fail(job, STATUS_CANCELLED, "cancelled");
+        if (job->state == JOB_ABORTING)
+            abort_step(job);
+    }
+}
+
+bool step_add(struct step_builder *builder, struct job *job, struct sequence *sequence,
+              const struct engine_step_item *item)
+{
+    const uint32_t capacity = sizeof builder->items / sizeof *builder->items;
+    if (builder->count == capacity || item->token_count > builder->rows_left)
+        return false;
+    if (item->token_count) {
+        if (!builder->sessions_left)
+            return false;
+        builder->sessions_left--;
+    }
+    builder->rows_left -= item->token_count;
+    builder->items[builder->count] = *item;
+    builder->jobs[builder->count] = job;
+    builder->sequences[builder->count++] = sequence;
+    return true;
+}
+
+uint32_t step_slice(const struct engine_thread *thread, uint64_t position, size_t left)
+{
+    const uint32_t slice = engine_get_info(thread->engine)->slice_tokens;
+    const uint32_t to_border = slice - (uint32_t)(position % slice);
+    return left < to_border ? (uint32_t)left : to_border;
+}
+
+static void build(struct engine_thread *thread, struct step_builder *builder, bool decoding)
+{
+    LIST_EACH_SAFE(node, &thread->running)
+    {
+        struct job *job = LIST_ENTRY(node, struct job, node);
+        if ((job->state == JOB_DECODE) != decoding)
+            continue;
+        const uint32_t before = builder->count;
+        if (job->is_append)
+            job_append_build(job, builder);
+        else
+            job_generate_build(job, builder);
+        /* Prefills take turns: whoever got a slice goes behind the others. */
+        if (!decoding && builder->count > before) {
+            list_remove(&job->node);
+            list_push_back(&thread->running, &job->node);
+        }
+    }
+}
+
+static void publish_stats(struct engine_thread *thread)
+{
+    struct engine_thread_stats *s = &thread->counted;
+    engine_get_stats(thread->engine, &s->engine);
+    s->running = s->waiting = s->waiting_tokens = 0;
+    s->sessions_idle = s->sessions_idle_bytes = 0;
+    LIST_EACH(node, &thread->running)
+    {
+        s->running++;
+    }
+    LIST_EACH(node, &thread->queue)
+    {
+        s->waiting++;
+        s->waiting_tokens += LIST_ENTRY(node, struct job, node)->generate.token_count;
+    }
+    LIST_EACH(node, &thread->memories)
+    {
+        const struct live_memory *memory = LIST_ENTRY(node, struct live_memory, node);
+        if (memory->user)
+            continue;
+        s->sessions_idle++;
+        s->sessions_idle_bytes += engine_session_bytes(memory->session);
+    }
+    pthread_mutex_lock(&thread->lock);
+    thread->stats = *s;
+    pthread_mutex_unlock(&thread->lock);
+}
+
+/* One batch. Returns whether anything moved. */
+static bool step(struct engine_thread *thread)
+{
+    struct step_builder *builder = &thread->builder;
+    builder->count = 0;
+    builder->rows_left = engine_get_info(thread->engine)->slice_tokens + LIMITS_RUNNING;
+    builder->sessions_left = LIMITS_RUNNING;
+    build(thread, builder, true);
+    build(thread, builder, false);
+    if (!builder->count)
+        return false;
+    const uint64_t begin = engine_thread_now_ns();
+    const enum status status = engine_step(thread->engine, builder->items, builder->count);
+    thread->counted.step_ns += engine_thread_now_ns() - begin;
+    thread->counted.steps++;
+    bool moved = false;
+    for (uint32_t i = 0; i < builder->count; i++) {
+        struct engine_step_item *item = &builder->items[i];
+        struct job *job = builder->jobs[i];
+        if (status)
+            item->status = status;
+        if (item->status == STATUS_BUSY || job->state == JOB_ABORTING)
+            continue; /* pages or the writer's queue: again after the next answer */
+        moved = true;
+        thread->counted.step_rows += item->token_count;
+        if (item->status)
+            job_fail(job, item->status, "%s",
+                     item->status == STATUS_CORRUPT
+                         ? "a chunk of this memory is damaged on disk; run rambad check"
+                         : status_text(item->status));
+        else if (job->is_append)
+            job_append_result(job, item);
+        else
+            job_generate_result(job, builder->sequences[i], item);
+    }
+    return moved;
+}
+
+static void answer_releases(struct engine_thread *thread)
+{
+    bool any = false;
+    pthread_mutex_lock(&thread->lock);
+    LIST_EACH(node, &thread->releases)
+    {
+        struct release *release = LIST_ENTRY(node, struct release, node);
+        if (release->answered)
+            continue;
+        struct live_memory *memory = live_memory_find(thread, release->id);
+        release->status = memory && memory->user ? STATUS_CONFLICT : STATUS_OK;
+        if (memory && !memory->user)
+            live_memory_drop(thread, memory);
+        release->answered = any = true;
+    }
+    pthread_mutex_unlock(&thread->lock);
+    if (any)
+        uv_async_send(&thread->async);
+}
+
+/* Takes what has come in; returns false when it is time to end. */
+static bool receive(struct engine_thread *thread)
+{
+    struct list replies, jobs;
+    pthread_mutex_lock(&thread->lock);
+    take_list(&thread->inbox, &jobs);
+    take_list(&thread->replies, &replies);
+    const bool closing = thread->closing;
+    pthread_mutex_unlock(&thread->lock);
+    while (!list_empty(&jobs)) {
+        struct list *node = jobs.next;
+        list_remove(node);
+        list_push_back(&thread->queue, node);
+    }
+    /* Before the replies: what storage acknowledged before an answer has come before it. */
+    session_store_deliver(thread->store, thread->engine);
+    while (!list_empty(&replies)) {
+        struct reply *reply = LIST_ENTRY(replies.next, struct reply, node);
+        list_remove(&reply->node);
+        thread->outstanding--;
+        reply->handle_cb(reply, reply->status);
+    }
+    answer_releases(thread);
+    return !(closing && list_empty(&thread->queue) && list_empty(&thread->running) &&
+             !thread->outstanding && !session_store_outstanding(thread->store));
+}
+
+static void wait(struct engine_thread *thread)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += IDLE_WAIT_MS * 1000000;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    pthread_mutex_lock(&thread->lock);
+    const bool idle = list_empty(&thread->running) && list_empty(&thread->queue);
+    while (!thread->woken) {
+        if (idle && !thread->closing)
+            pthread_cond_wait(&thread->wake, &thread->lock);
+        else if (pthread_cond_timedwait(&thread->wake, &thread->lock, &until) == ETIMEDOUT)
+            break;
+    }
+    thread->woken = false;
+    pthread_mutex_unlock(&thread->lock);
+}
+
+static void *thread_main(void *context)
+{
+    struct engine_thread *thread = context;
+    while (receive(thread)) {
+        check_cancelled(&thread->queue);
+        check_cancelled(&thread->running);
+        admit(thread);
+        const bool moved = step(thread);
+        publish_stats(thread);
+        if (!moved)
+            wait(thread);
+    }
+    live_memory_drop_all(thread);
+    return NULL;
+}
+
+/* ---- life ---- */
+
+enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_options *options,
+                               struct engine_thread **out, struct error *err)
+{
+    struct engine_thread *thread = calloc(1, sizeof *thread);
+    if (!thread)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory");
+    thread->options = *options;
+    if (!thread->options.running_max || thread->options.running_max > LIMITS_RUNNING)
+        thread->options.running_max = LIMITS_RUNNING;
+    if (!thread->options.queue_max)
+        thread->options.queue_max = LIMITS_QUEUE_REQUESTS;
+    thread->engine = options->engine;
+    thread->storage = options->storage;
+    thread->loop = loop;
+    pthread_mutex_init(&thread->lock, NULL);
+    pthread_cond_init(&thread->wake, NULL);
+    struct list *lists[] = {&thread->inbox, &thread->replies, &thread->outbox,   &thread->releases,
+                            &thread->queue, &thread->running, &thread->memories, &thread->jobs};
+    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
+        list_init(lists[i]);
+    enum status status = session_store_create(options->storage, wake_cb, thread, &thread->store);
+    if (status) {
+        error_set(err, status, "out of memory");
+        goto failed;
+    }
+    struct chunk_io io;
+    session_store_io(thread->store, &io);
+    engine_set_io(thread->engine, &io);
+    ASSERT(!uv_async_init(loop, &thread->async, async_cb));
+    ASSERT(!uv_timer_init(loop, &thread->deadline));
+    thread->async.data = thread->deadline.data = thread;
+    if (pthread_create(&thread->thread, NULL, thread_main, thread)) {
+        status = error_set(err, STATUS_NO_MEMORY, "the engine's thread cannot be started");
+        goto failed; /* the handles live on: the process ends over this */
+    }
+    *out = thread;
+    return STATUS_OK;
+failed:
+    if (thread->store)
+        session_store_destroy(thread->store);
+    free(thread);
+    return status;
+}
+
+static void deadline_cb(uv_timer_t *timer)
+{
+    struct engine_thread *thread = timer->data;
+    LIST_EACH(node, &thread->jobs)
+    {
+        job_cancel(LIST_ENTRY(node, struct job, loop_node));
+    }
+}
+
+void engine_thread_drain(struct engine_thread *engine_thread, uint64_t deadline_ms,
+                         void (*drained_cb)(void *context), void *context)
+{
+    engine_thread->draining = true;
+    engine_thread->drained_cb = drained_cb;
+    engine_thread->drained_context = context;
+    uv_timer_start(&engine_thread->deadline, deadline_cb, deadline_ms, 0);
+    uv_async_send(&engine_thread->async); /* check_drained runs from there, never from here */
+}
+
+static void handle_closed(uv_handle_t *handle)
+{
+    struct engine_thread *thread = handle->data;
+    if (--thread->handles_open)
+        return;
+    void (*closed_cb)(void *context) = thread->closed_cb;
+    void *context = thread->closed_context;
+    session_store_destroy(thread->store);
+    engine_close(thread->engine);
+    pthread_mutex_destroy(&thread->lock);
+    pthread_cond_destroy(&thread->wake);
+    free(thread);
+    closed_cb(context);
+}
+
+void engine_thread_close(struct engine_thread *engine_thread, void (*closed_cb)(void *context),
+                         void *context)
+{
+    ASSERT(engine_thread->draining && !engine_thread->job_count);
+    engine_thread->closed_cb = closed_cb;
+    engine_thread->closed_context = context;
+    pthread_mutex_lock(&engine_thread->lock);
+    engine_thread->closing = true;
+    pthread_mutex_unlock(&engine_thread->lock);
+    wake(engine_thread);
+    /* It has nothing left but to hear storage's last answers: a commit or two away. */
+    pthread_join(engine_thread->thread, NULL);
+    engine_thread->handles_open = 2;
+    uv_close((uv_handle_t *)&engine_thread->async, handle_closed);
+    uv_close((uv_handle_t *)&engine_thread->deadline, handle_closed);
+}
+
+const struct engine *engine_thread_engine(const struct engine_thread *engine_thread)
+{
+    return engine_thread->engine;
+}
+
+void engine_thread_release_memory(struct engine_thread *engine_thread, const char *id,
+                                  void (*released_cb)(void *context, enum status status),
+                                  void *context)
+{
+    struct release *release = calloc(1, sizeof *release);
+    ASSERT(release);
+    snprintf(release->id, sizeof release->id, "%s", id);
+    release->released_cb = released_cb;
+    release->context = context;
+    pthread_mutex_lock(&engine_thread->lock);
+    list_push_back(&engine_thread->releases, &release->node);
+    pthread_mutex_unlock(&engine_thread->lock);
+    wake(engine_thread);
+}
+
+void engine_thread_get_stats(const struct engine_thread *engine_thread,
+                             struct engine_thread_stats *stats)
+{
+    struct engine_thread *unlocked = (struct engine_thread *)(uintptr_t)engine_thread;
+    pthread_mutex_lock(&unlocked->lock);
+    *stats = engine_thread->stats;
+    pthread_mutex_unlock(&unlocked->lock);
+}

@@ -1,0 +1,228 @@
+/* engine_thread_private.h - the insides of the engine's thread, for engine_thread.c, live_memory.c,
+ * job_generate.c and job_append.c.
+ * Thread: the engine's, unless a field says otherwise.
+ *
+ * Three roads lead in: jobs submitted by the loop, answers of storage (replies), and wake-ups for
+ * flags that the loop sets on a job. One leads out: events, delivered on the loop by uv_async. */
+#ifndef SERVER_ENGINE_THREAD_PRIVATE_H
+#define SERVER_ENGINE_THREAD_PRIVATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <uv.h>
+
+#include "proto/base/buf.h"
+#include "proto/base/list.h"
+#include "server/engine_thread.h"
+#include "server/job.h"
+#include "server/session_store.h"
+
+/* An answer of storage on its way from the writer thread. handle_cb runs on the engine's thread
+ * and frees it or reuses it. */
+struct reply {
+    struct list node;
+    struct engine_thread *thread;
+    void (*handle_cb)(struct reply *reply, enum status status);
+    enum status status;
+    void *context;
+};
+
+/* A memory that is in use or kept in RAM between turns. */
+struct live_memory {
+    struct list node; /* least recently used first */
+    char id[LIMITS_ID_BYTES];
+    uint64_t branch;
+    uint64_t position, text_bytes; /* committed */
+    struct engine_session *session;
+    struct job *user; /* the one job that writes to it; NULL: idle */
+};
+
+/* One sequence being generated. */
+struct sequence {
+    struct job *job;
+    uint32_t index;           /* the choice */
+    char id[LIMITS_ID_BYTES]; /* of its ephemeral memory, "" where it writes to the job's */
+    uint64_t branch;
+    struct engine_session *session;
+    struct sampler *sampler;
+    struct sampler_stop *stop;
+    struct tokenizer_decoder decoder;
+    int32_t token; /* sampled, not consumed yet */
+    uint32_t generated;
+    double logprob_sum;
+    bool finished; /* nothing more to sample */
+    bool settled;  /* the last token is consumed, or need not be */
+};
+
+/*  QUEUED -> OPENING -> PREFILL -> (FORKING ->) DECODE -> COMMITTING -> DONE
+ *  Every state but DONE can go to ABORTING when the job fails or is cancelled; ABORTING waits for
+ *  storage to drop what was not committed, then goes to DONE. An append has no FORKING or DECODE:
+ *  it goes between PREFILL and waiting for its next block, and to COMMITTING after the last. */
+enum job_state {
+    JOB_QUEUED,
+    JOB_OPENING,
+    JOB_PREFILL,
+    JOB_FORKING,
+    JOB_DECODE,
+    JOB_COMMITTING,
+    JOB_ABORTING,
+    JOB_DONE
+};
+
+struct append_block {
+    struct list node;
+    int32_t *tokens;
+    size_t token_count;
+    uint64_t text_bytes;
+    bool last;
+};
+
+struct job {
+    struct list node;      /* in the thread's queue or its running list */
+    struct list loop_node; /* the loop's list of jobs not done */
+    struct engine_thread *thread;
+    bool is_append;
+    struct job_generate generate;
+    struct job_append append;
+    job_event_cb event_cb;
+    void *context;
+    atomic_bool cancelled; /* set by the loop */
+    struct list blocks;    /* of an append, from the loop; under the thread's lock */
+
+    enum job_state state;
+    enum status status; /* why it ends */
+    struct error err;
+    struct live_memory *memory; /* written by this job */
+    struct sequence *sequences; /* [generate.choices]; [0] prefills */
+    uint32_t sequence_count;    /* those with a session */
+    uint32_t pending;           /* storage answers that the present state waits for */
+    size_t prompt_done;         /* tokens of the prompt or of the block under way */
+    uint64_t cached, added;     /* tokens there before; prefilled by this job */
+    uint32_t completion_tokens;
+    uint64_t start_text_bytes;
+    struct append_block *block; /* under way */
+    uint32_t commits_pending;
+    bool last_seen;   /* the append's last block has been committed */
+    int32_t *written; /* generated tokens that the commit adds to the prompt */
+    size_t written_count, written_capacity;
+    uint64_t written_text_bytes;
+    float *echo;
+    struct sampler_top *echo_tops;
+    int32_t *targets; /* of the slice under way, with its results */
+    float *slice_logprobs;
+    struct sampler_top *slice_tops;
+    uint32_t cursor; /* the choice that goes first in the next step */
+    uint64_t submitted_ns, started_ns, prefilled_ns, decoded_ns;
+};
+
+/* The batch of one step, as it is put together. */
+struct step_builder {
+    struct engine_step_item items[2 * LIMITS_RUNNING + LIMITS_CHOICES];
+    struct job *jobs[2 * LIMITS_RUNNING + LIMITS_CHOICES];
+    struct sequence *sequences[2 * LIMITS_RUNNING + LIMITS_CHOICES];
+    uint32_t count;
+    uint32_t rows_left, sessions_left;
+};
+struct engine_thread {
+    struct engine *engine;
+    struct storage *storage;
+    struct session_store *store;
+    struct engine_thread_options options;
+    pthread_t thread;
+
+    pthread_mutex_t lock; /* of what follows, up to the next comment */
+    pthread_cond_t wake;
+    bool woken, closing;
+    struct list inbox;   /* jobs */
+    struct list replies; /* from the writer thread */
+    struct list outbox;  /* events, to the loop */
+    struct list releases;
+    struct engine_thread_stats stats;
+
+    /* The engine's thread alone. */
+    struct list queue;   /* jobs waiting */
+    struct list running; /* jobs admitted, oldest first; the prefilling ones take turns */
+    struct list memories;
+    size_t running_sequences, outstanding; /* storage answers to come */
+    uint64_t ephemeral_count;
+    struct step_builder builder;
+    struct engine_thread_stats counted;
+
+    /* The loop alone. */
+    uv_loop_t *loop;
+    uv_async_t async;
+    uv_timer_t deadline;
+    struct list jobs; /* submitted, EVENT_DONE not delivered */
+    size_t job_count;
+    bool draining;
+    void (*drained_cb)(void *context);
+    void *drained_context;
+    void (*closed_cb)(void *context);
+    void *closed_context;
+    int handles_open;
+};
+
+uint64_t engine_thread_now_ns(void);
+/* A reply whose handle_cb will run; counted as outstanding. NULL: out of memory. */
+struct reply *reply_create(struct engine_thread *thread,
+                           void (*handle_cb)(struct reply *reply, enum status status),
+                           void *context);
+/* The storage call was refused: the reply will not come. */
+void reply_cancel(struct reply *reply);
+/* storage_done_cb that queues `context` (struct reply). */
+void reply_done_cb(void *context, enum status status);
+void reply_free(struct reply *reply);
+
+/* Copies the event and what it points to, and sends it to the loop. */
+void job_post(struct job *job, const struct event *event);
+/* The job is over: posts EVENT_DONE; the job must not be touched after it. */
+void job_finish(struct job *job);
+/* Ends the job with a status, unless it is ending already. */
+void job_fail(struct job *job, enum status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* ---- live_memory.c ---- */
+
+struct live_memory *live_memory_find(struct engine_thread *thread, const char *id);
+/* Opens the memory for `job`, which becomes its user: from RAM, else from storage.
+ * STATUS_CONFLICT: another job uses it. */
+STATUS_CHECKED enum status live_memory_open(struct engine_thread *thread, const char *id,
+                                            struct job *job, struct live_memory **out,
+                                            struct error *err);
+/* The job leaves; the session stays in RAM as long as the budget allows. */
+void live_memory_release(struct engine_thread *thread, struct live_memory *memory);
+/* Destroys the session and forgets the memory. */
+void live_memory_drop(struct engine_thread *thread, struct live_memory *memory);
+void live_memory_drop_all(struct engine_thread *thread);
+/* A session over what storage holds of `id`. */
+STATUS_CHECKED enum status live_memory_load(struct engine_thread *thread, const char *id,
+                                            uint64_t *position, struct engine_session **out,
+                                            struct error *err);
+void live_memory_new_id(struct engine_thread *thread, char id[LIMITS_ID_BYTES]);
+/* Deletes an ephemeral memory, when storage gets to it. */
+void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id, uint64_t branch);
+
+/* ---- job_generate.c, job_append.c ---- */
+
+/* Each runs at admission. */
+void job_generate_start(struct job *job);
+void job_append_start(struct job *job);
+/* Adds the job's items to the step, as far as it has room. */
+void job_generate_build(struct job *job, struct step_builder *builder);
+void job_append_build(struct job *job, struct step_builder *builder);
+/* Takes the result of one of its items. */
+void job_generate_result(struct job *job, struct sequence *sequence,
+                         const struct engine_step_item *item);
+void job_append_result(struct job *job, const struct engine_step_item *item);
+/* Frees what the job holds, sessions included; its memory is released or dropped. */
+void job_generate_close(struct job *job);
+void job_append_close(struct job *job);
+
+/* False when the step is full. */
+bool step_add(struct step_builder *builder, struct job *job, struct sequence *sequence,
+              const struct engine_step_item *item);
+/* Tokens of the next slice of a prefill at `position`, so that slices end at multiples of
+ * slice_tokens whatever the beginnings. */
+uint32_t step_slice(const struct engine_thread *thread, uint64_t position, size_t left);
+
+#endif

@@ -1,0 +1,168 @@
+/* live_memory.c - memories in use and those kept in RAM between turns. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "server/engine_thread_private.h"
+
+struct live_memory *live_memory_find(struct engine_thread *thread, const char *id)
+{
+    LIST_EACH(node, &thread->memories)
+    {
+        struct live_memory *memory = LIST_ENTRY(node, struct live_memory, node);
+        if (strcmp(memory->id, id) == 0)
+            return memory;
+    }
+    return NULL;
+}
+
+enum status live_memory_load(struct engine_thread *thread, const char *id, uint64_t *position,
+                             struct engine_session **out, struct error *err)
+{
+    struct storage_range *ranges = NULL;
+    struct chunk_range *chunks = NULL;
+    size_t count = 0, size = 0;
+    void *snapshot = NULL;
+    *position = 0;
+    enum status status = storage_lineage(thread->storage, id, &ranges, &count);
+    if (!status)
+        status = storage_snapshot(thread->storage, id, &snapshot, &size, position);
+    const bool empty = status == STATUS_NOT_FOUND && ranges;
+    if (empty) /* no turn was committed yet */
+        status = STATUS_OK;
+    if (status) {
+        error_set(err, status, status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s",
+                  id, status_text(status));
+        goto out;
+    }
+    chunks = calloc(count, sizeof *chunks);
+    if (!chunks) {
+        status = error_set(err, STATUS_NO_MEMORY, "out of memory");
+        goto out;
+    }
+    for (size_t i = 0; i < count; i++)
+        chunks[i] = (struct chunk_range){.branch = ranges[i].branch, .first = ranges[i].first};
+    status = engine_session_create(thread->engine, chunks, count, snapshot, size, out, err);
+    if (!status && engine_session_position(*out) != *position) {
+        engine_session_destroy(*out);
+        status = error_set(err, STATUS_CORRUPT, "memory %s: its snapshot is of position %llu", id,
+                           (unsigned long long)engine_session_position(*out));
+    }
+    if (!status && empty)
+        thread->counted.resumes_empty++;
+    else if (!status)
+        thread->counted.resumes_disk++;
+out:
+    free(ranges);
+    free(chunks);
+    free(snapshot);
+    return status;
+}
+
+enum status live_memory_open(struct engine_thread *thread, const char *id, struct job *job,
+                             struct live_memory **out, struct error *err)
+{
+    struct live_memory *memory = live_memory_find(thread, id);
+    if (memory && memory->user)
+        return error_set(err, STATUS_CONFLICT,
+                         "memory %s is being written by another request; try again when it is "
+                         "done",
+                         id);
+    if (memory) {
+        memory->user = job;
+        thread->counted.resumes_ram++;
+        *out = memory;
+        return STATUS_OK;
+    }
+    struct storage_memory record;
+    enum status status = storage_memory_get(thread->storage, id, &record);
+    if (status)
+        return error_set(err, status,
+                         status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s", id,
+                         status_text(status));
+    memory = calloc(1, sizeof *memory);
+    if (memory) {
+        snprintf(memory->id, sizeof memory->id, "%s", id);
+        memory->branch = record.branch;
+        memory->text_bytes = record.text_bytes;
+        status = live_memory_load(thread, id, &memory->position, &memory->session, err);
+    } else {
+        status = error_set(err, STATUS_NO_MEMORY, "out of memory");
+    }
+    storage_memory_close(&record);
+    if (status) {
+        free(memory);
+        return status;
+    }
+    memory->user = job;
+    list_push_back(&thread->memories, &memory->node);
+    *out = memory;
+    return STATUS_OK;
+}
+
+void live_memory_drop(struct engine_thread *thread, struct live_memory *memory)
+{
+    (void)thread;
+    list_remove(&memory->node);
+    if (memory->session)
+        engine_session_destroy(memory->session);
+    free(memory);
+}
+
+void live_memory_release(struct engine_thread *thread, struct live_memory *memory)
+{
+    memory->user = NULL;
+    list_remove(&memory->node);
+    list_push_back(&thread->memories, &memory->node);
+    size_t idle = 0;
+    LIST_EACH(node, &thread->memories)
+    {
+        const struct live_memory *other = LIST_ENTRY(node, struct live_memory, node);
+        idle += other->user ? 0 : engine_session_bytes(other->session);
+    }
+    LIST_EACH_SAFE(node, &thread->memories)
+    {
+        struct live_memory *other = LIST_ENTRY(node, struct live_memory, node);
+        if (idle <= thread->options.session_bytes)
+            return;
+        if (other->user)
+            continue;
+        idle -= engine_session_bytes(other->session);
+        live_memory_drop(thread, other);
+    }
+}
+
+void live_memory_drop_all(struct engine_thread *thread)
+{
+    while (!list_empty(&thread->memories))
+        live_memory_drop(thread, LIST_ENTRY(thread->memories.next, struct live_memory, node));
+}
+
+void live_memory_new_id(struct engine_thread *thread, char id[LIMITS_ID_BYTES])
+{
+    snprintf(id, LIMITS_ID_BYTES, "ephemeral_%llu", (unsigned long long)thread->ephemeral_count++);
+}
+
+static void ephemeral_deleted(struct reply *reply, enum status status)
+{
+    uint64_t *branch = reply->context;
+    (void)status; /* what is left of it is dropped at the next opening */
+    engine_forget_chunks(reply->thread->engine, *branch, 0);
+    free(branch);
+    reply_free(reply);
+}
+
+void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id, uint64_t branch)
+{
+    uint64_t *kept = malloc(sizeof *kept);
+    struct reply *reply = kept ? reply_create(thread, ephemeral_deleted, kept) : NULL;
+    if (!reply) {
+        free(kept);
+        return;
+    }
+    *kept = branch;
+    if (storage_memory_delete(thread->storage, id, reply_done_cb, reply)) {
+        reply_cancel(reply);
+        free(kept);
+    }
+}
