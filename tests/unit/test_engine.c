@@ -1,0 +1,304 @@
+/* What the engine promises beyond right numbers: a sequence computes the same bits whatever runs
+ * beside it, after a snapshot, in a fork, and with fewer pages than its past has; a full queue
+ * changes nothing. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "engine/session.h"
+#include "tests/lib/chunk_ram.h"
+
+#define MODEL "tests/golden/wide-stickbreaking-topk8"
+#define LENGTH 2500 /* 156 chunks, over the 110 pages of the smallest budget */
+
+struct bed {
+    struct chunk_ram ram;
+    struct engine *engine;
+    int32_t tokens[LENGTH];
+    size_t vocab;
+};
+
+static void open_bed(struct bed *bed, size_t pages, enum engine_backend backend)
+{
+    memset(bed, 0, sizeof *bed);
+    chunk_ram_init(&bed->ram);
+    struct engine_options options = {.model_path = MODEL,
+                                     .backend = backend,
+                                     .threads = 2,
+                                     .host_memory_bytes = (size_t)64 << 20,
+                                     .io = chunk_ram_io(&bed->ram)};
+    struct error err = {0};
+    if (engine_open(&options, &bed->engine, &err))
+        fail_msg("%s", err.message);
+    if (pages) { /* the least that a step may need, found from the refusal of less */
+        options.host_memory_bytes = pages * engine_get_info(bed->engine)->kv_bytes;
+        engine_close(bed->engine);
+        if (engine_open(&options, &bed->engine, &err))
+            fail_msg("%s", err.message);
+    }
+    chunk_ram_attach(&bed->ram, bed->engine);
+    bed->vocab = engine_get_info(bed->engine)->config->vocab_size;
+    uint64_t seed = 7;
+    for (size_t i = 0; i < LENGTH; i++) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        bed->tokens[i] = (int32_t)((seed >> 33) % bed->vocab);
+    }
+}
+
+static void close_bed(struct bed *bed)
+{
+    engine_close(bed->engine);
+    chunk_ram_close(&bed->ram);
+}
+
+static struct engine_session *open_session(struct bed *bed, uint64_t branch)
+{
+    const struct chunk_range range = {.branch = branch};
+    struct engine_session *session;
+    struct error err = {0};
+    if (engine_session_create(bed->engine, &range, 1, NULL, 0, &session, &err))
+        fail_msg("%s", err.message);
+    return session;
+}
+
+/* Carries the session to `end` in slices of `slice`, ending at multiples of it. */
+static void feed(struct bed *bed, struct engine_session *session, size_t end, size_t slice)
+{
+    while (engine_session_position(session) < end) {
+        const size_t at = (size_t)engine_session_position(session);
+        size_t n = slice - at % slice;
+        n = n < end - at ? n : end - at;
+        struct engine_step_item item = {.session = session,
+                                        .tokens = bed->tokens + at,
+                                        .token_count = (uint32_t)n,
+                                        .want_logits = true};
+        assert_int_equal(engine_step(bed->engine, &item, 1), STATUS_OK);
+        assert_int_equal(item.status, STATUS_OK);
+        chunk_ram_acknowledge(&bed->ram, bed->engine);
+    }
+}
+
+static void same_logits(struct bed *bed, const struct engine_session *a,
+                        const struct engine_session *b)
+{
+    assert_memory_equal(a->logits, b->logits, bed->vocab * sizeof *a->logits);
+}
+
+static void neighbours_change_nothing(void **state)
+{
+    (void)state;
+    struct bed bed;
+    open_bed(&bed, 0, ENGINE_BACKEND_CPU);
+    struct engine_session *alone = open_session(&bed, 1), *beside = open_session(&bed, 2);
+    feed(&bed, alone, 500, 256);
+    feed(&bed, beside, 500, 256);
+    struct engine_session *others[9];
+    for (size_t i = 0; i < 9; i++) {
+        others[i] = open_session(&bed, 10 + i);
+        feed(&bed, others[i], 40 * i, 100);
+    }
+    for (size_t at = 500; at < 600; at++) {
+        feed(&bed, alone, at + 1, 256);
+        struct engine_step_item items[10] = {0};
+        size_t count = 0;
+        for (size_t i = 0; i < 9; i++) {
+            const size_t from = (size_t)engine_session_position(others[i]);
+            const uint32_t n = i == 4 ? 12 : (uint32_t)(1 + i % 3);
+            if (i == at % 9 && count == i)
+                items[count++] = (struct engine_step_item){
+                    .session = beside, .tokens = bed.tokens + at, .token_count = 1,
+                    .want_logits = true};
+            if (from + n <= LENGTH)
+                items[count++] = (struct engine_step_item){.session = others[i],
+                                                           .tokens = bed.tokens + from,
+                                                           .token_count = n};
+        }
+        if (engine_session_position(beside) == at) {
+            bool listed = false;
+            for (size_t i = 0; i < count; i++)
+                listed |= items[i].session == beside;
+            if (!listed)
+                items[count++] = (struct engine_step_item){
+                    .session = beside, .tokens = bed.tokens + at, .token_count = 1,
+                    .want_logits = true};
+        }
+        assert_int_equal(engine_step(bed.engine, items, count), STATUS_OK);
+        for (size_t i = 0; i < count; i++)
+            assert_int_equal(items[i].status, STATUS_OK);
+        chunk_ram_acknowledge(&bed.ram, bed.engine);
+        same_logits(&bed, alone, beside);
+    }
+    engine_session_destroy(alone);
+    engine_session_destroy(beside);
+    for (size_t i = 0; i < 9; i++)
+        engine_session_destroy(others[i]);
+    close_bed(&bed);
+}
+
+static void a_snapshot_brings_everything_back(void **state)
+{
+    (void)state;
+    struct bed bed;
+    open_bed(&bed, 0, ENGINE_BACKEND_CPU);
+    struct engine_session *whole = open_session(&bed, 1), *kept = open_session(&bed, 2);
+    feed(&bed, whole, LENGTH, 256);
+    static const size_t stops[] = {3, 16, 300, 512, 777, LENGTH};
+    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++) {
+        /* Whatever the stop, slices end where the uninterrupted run's did only at multiples; a
+         * stop between them is its own slice in both. */
+        feed(&bed, kept, stops[i], 256);
+        const size_t size = engine_session_snapshot_bytes(kept);
+        void *snapshot = malloc(size);
+        engine_session_snapshot(kept, snapshot);
+        struct engine_session *again;
+        const struct chunk_range range = {.branch = 2};
+        struct error err = {0};
+        engine_forget_chunks(bed.engine, 2, 0);
+        assert_int_equal(
+            engine_session_create(bed.engine, &range, 1, snapshot, size, &again, &err), STATUS_OK);
+        assert_int_equal(engine_session_position(again), stops[i]);
+        same_logits(&bed, kept, again);
+        char *copy = malloc(size);
+        engine_session_snapshot(again, copy);
+        assert_memory_equal(copy, snapshot, size);
+        /* A damaged or foreign one is refused. */
+        assert_int_equal(
+            engine_session_create(bed.engine, &range, 1, snapshot, size - 1, &again, &err) != 0,
+            1);
+        copy[8] ^= 1; /* the fingerprint */
+        struct engine_session *none;
+        assert_int_equal(engine_session_create(bed.engine, &range, 1, copy, size, &none, &err),
+                         STATUS_MISMATCH);
+        engine_session_destroy(kept);
+        kept = again;
+        free(copy);
+        free(snapshot);
+    }
+    struct engine_session *cut = open_session(&bed, 3);
+    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
+        feed(&bed, cut, stops[i], 256);
+    same_logits(&bed, cut, kept);
+    engine_session_destroy(whole);
+    engine_session_destroy(kept);
+    engine_session_destroy(cut);
+    close_bed(&bed);
+}
+
+static void a_fork_goes_its_own_way(void **state)
+{
+    (void)state;
+    struct bed bed;
+    open_bed(&bed, 0, ENGINE_BACKEND_CPU);
+    struct engine_session *trunk = open_session(&bed, 1), *fork, *straight;
+    feed(&bed, trunk, 333, 256);
+    assert_int_equal(engine_session_fork(trunk, 5, &fork), STATUS_OK);
+    same_logits(&bed, trunk, fork);
+    /* The trunk goes on with other tokens; the fork must not see them. */
+    for (size_t i = 0; i < 200; i++) {
+        const int32_t other = (bed.tokens[333 + i] + 1) % (int32_t)bed.vocab;
+        struct engine_step_item item = {.session = trunk, .tokens = &other, .token_count = 1};
+        assert_int_equal(engine_step(bed.engine, &item, 1), STATUS_OK);
+        chunk_ram_acknowledge(&bed.ram, bed.engine);
+    }
+    feed(&bed, fork, LENGTH, 256);
+    straight = open_session(&bed, 9);
+    feed(&bed, straight, 333, 256);
+    feed(&bed, straight, LENGTH, 256);
+    same_logits(&bed, straight, fork);
+    engine_session_destroy(trunk);
+    engine_session_destroy(fork);
+    engine_session_destroy(straight);
+    close_bed(&bed);
+}
+
+static void few_pages_give_the_same_output(void **state)
+{
+    (void)state;
+    struct bed roomy, tight;
+    open_bed(&roomy, 0, ENGINE_BACKEND_CPU);
+    open_bed(&tight, 110, ENGINE_BACKEND_CPU);
+    struct engine_session *a = open_session(&roomy, 1), *b = open_session(&tight, 1);
+    feed(&roomy, a, LENGTH, 256);
+    feed(&tight, b, LENGTH, 256);
+    same_logits(&roomy, a, b);
+    struct engine_stats stats;
+    engine_get_stats(tight.engine, &stats);
+    assert_true(stats.page_misses > 0 && stats.page_evictions > 0);
+    assert_true(tight.ram.calls < tight.ram.reads); /* read in batches */
+    engine_session_destroy(a);
+    engine_session_destroy(b);
+    close_bed(&roomy);
+    close_bed(&tight);
+}
+
+static void a_full_queue_changes_nothing(void **state)
+{
+    (void)state;
+    struct bed bed;
+    open_bed(&bed, 0, ENGINE_BACKEND_CPU);
+    struct engine_session *a = open_session(&bed, 1), *b = open_session(&bed, 2);
+    feed(&bed, a, 500, 256);
+    feed(&bed, a, 600, 256);
+    feed(&bed, b, 500, 256);
+    bed.ram.room = 2; /* of the seven chunks that the next hundred tokens complete */
+    struct engine_step_item item = {.session = b,
+                                    .tokens = bed.tokens + 500,
+                                    .token_count = 100,
+                                    .want_logits = true};
+    assert_int_equal(engine_step(bed.engine, &item, 1), STATUS_OK);
+    assert_int_equal(item.status, STATUS_BUSY);
+    assert_int_equal(engine_session_position(b), 500);
+    bed.ram.room = SIZE_MAX;
+    feed(&bed, b, 600, 256);
+    same_logits(&bed, a, b);
+    engine_session_destroy(a);
+    engine_session_destroy(b);
+    close_bed(&bed);
+}
+
+static void a_lost_chunk_fails_its_memory_alone(void **state)
+{
+    (void)state;
+    struct bed bed;
+    open_bed(&bed, 110, ENGINE_BACKEND_CPU);
+    struct engine_session *good = open_session(&bed, 1), *bad = open_session(&bed, 2);
+    feed(&bed, good, 800, 256);
+    feed(&bed, bad, 800, 256);
+    for (size_t i = 0; i < bed.ram.count; i++)
+        if (bed.ram.items[i].key.branch == 2)
+            bed.ram.items[i].key.branch = 77; /* gone */
+    engine_forget_chunks(bed.engine, 2, 0);
+    struct engine_step_item items[] = {
+        {.session = bad, .tokens = bed.tokens + 800, .token_count = 1, .want_logits = true},
+        {.session = good, .tokens = bed.tokens + 800, .token_count = 1, .want_logits = true}};
+    assert_int_equal(engine_step(bed.engine, items, 2), STATUS_OK);
+    assert_int_equal(items[0].status, STATUS_CORRUPT);
+    assert_int_equal(items[1].status, STATUS_OK);
+    struct engine_session *alone = open_session(&bed, 3);
+    feed(&bed, alone, 800, 256);
+    feed(&bed, alone, 801, 256);
+    same_logits(&bed, alone, good);
+    engine_session_destroy(good);
+    engine_session_destroy(bad);
+    engine_session_destroy(alone);
+    close_bed(&bed);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(neighbours_change_nothing),
+        cmocka_unit_test(a_snapshot_brings_everything_back),
+        cmocka_unit_test(a_fork_goes_its_own_way),
+        cmocka_unit_test(few_pages_give_the_same_output),
+        cmocka_unit_test(a_full_queue_changes_nothing),
+        cmocka_unit_test(a_lost_chunk_fails_its_memory_alone),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
