@@ -318,7 +318,8 @@ float sampler_score(const float *logits, int32_t vocab_size, int32_t target,
     }
     for (int32_t i = 0; i < vocab_size; i++)
         sum += exponential((double)clean(logits[i]) - largest_logit);
-    const double base = largest_logit + log(sum);
+    /* A row without one number has no distribution: every log probability is then -infinity. */
+    const double base = sum > 0 ? largest_logit + log(sum) : 0;
     for (uint32_t i = 0; i < count; i++)
         top[i].logprob = (float)((double)top[i].logprob - base);
     for (uint32_t i = count; i < top_count; i++)
