@@ -1,0 +1,190 @@
+/* answer_json.c - see answer_json.h. */
+#include "proto/answer_json.h"
+
+#include <string.h>
+
+#include "proto/json.h"
+
+static void append_text(struct buf *out, const char *text)
+{
+    json_append_string(out, text, strlen(text));
+}
+
+static void append_text_or_null(struct buf *out, const char *text)
+{
+    if (text && *text)
+        append_text(out, text);
+    else
+        buf_append_text(out, "null");
+}
+
+static void append_buf(struct buf *out, const struct buf *from)
+{
+    if (from->size)
+        buf_append(out, from->data, from->size);
+}
+
+void answer_json_error(struct buf *out, enum status status, const char *message, const char *param)
+{
+    buf_append_text(out, "{\"error\":{\"message\":");
+    append_text(out, message);
+    buf_append_format(out, ",\"type\":\"%s\",\"param\":", status_type(status));
+    append_text_or_null(out, param);
+    buf_append_format(out, ",\"code\":\"%s\"}}", status_code(status));
+}
+
+void answer_json_event(struct buf *out, const struct buf *json)
+{
+    buf_append_text(out, "data: ");
+    append_buf(out, json);
+    buf_append_text(out, "\n\n");
+}
+
+void answer_logprobs_init(struct answer_logprobs *l)
+{
+    buf_init(&l->tokens);
+    buf_init(&l->values);
+    buf_init(&l->tops);
+    buf_init(&l->offsets);
+    l->count = 0;
+}
+
+void answer_logprobs_close(struct answer_logprobs *l)
+{
+    buf_close(&l->tokens);
+    buf_close(&l->values);
+    buf_close(&l->tops);
+    buf_close(&l->offsets);
+    l->count = 0;
+}
+
+void answer_logprobs_add(struct answer_logprobs *l, const char *text, size_t size, double logprob,
+                         const struct answer_top *tops, size_t top_count, size_t offset)
+{
+    const char *comma = l->count++ ? "," : "";
+    buf_append_text(&l->tokens, comma);
+    json_append_string(&l->tokens, text, size);
+    buf_append_text(&l->values, comma);
+    json_append_number(&l->values, logprob);
+    buf_append_text(&l->tops, comma);
+    buf_append_text(&l->tops, tops ? "{" : "null");
+    for (size_t i = 0; tops && i < top_count; i++) {
+        buf_append_text(&l->tops, i ? "," : "");
+        json_append_string(&l->tops, tops[i].text, tops[i].size);
+        buf_append_text(&l->tops, ":");
+        json_append_number(&l->tops, tops[i].logprob);
+    }
+    buf_append_text(&l->tops, tops ? "}" : "");
+    buf_append_format(&l->offsets, "%s%zu", comma, offset);
+}
+
+static void append_head(struct buf *out, const struct answer_head *head)
+{
+    buf_append_format(out, "{\"id\":\"%s\",\"object\":\"text_completion\",\"created\":%lld,\"model\":",
+                      head->id, (long long)head->created);
+    append_text(out, head->model);
+    buf_append_text(out, ",\"choices\":[");
+}
+
+static void append_choice(struct buf *out, const struct answer_choice *choice)
+{
+    buf_append_format(out, "{\"index\":%u,\"text\":", choice->index);
+    json_append_string(out, choice->text ? choice->text : "", choice->text_size);
+    buf_append_text(out, ",\"logprobs\":");
+    if (choice->logprobs) {
+        buf_append_text(out, "{\"tokens\":[");
+        append_buf(out, &choice->logprobs->tokens);
+        buf_append_text(out, "],\"token_logprobs\":[");
+        append_buf(out, &choice->logprobs->values);
+        buf_append_text(out, "],\"top_logprobs\":[");
+        append_buf(out, &choice->logprobs->tops);
+        buf_append_text(out, "],\"text_offset\":[");
+        append_buf(out, &choice->logprobs->offsets);
+        buf_append_text(out, "]}");
+    } else {
+        buf_append_text(out, "null");
+    }
+    if (choice->retrieval) {
+        buf_append_text(out, ",\"retrieval\":[");
+        append_buf(out, choice->retrieval);
+        buf_append_text(out, "]");
+    }
+    buf_append_text(out, ",\"finish_reason\":");
+    append_text_or_null(out, choice->finish_reason);
+    buf_append_text(out, "}");
+}
+
+static void append_usage(struct buf *out, const struct answer_usage *usage)
+{
+    buf_append_format(out,
+                      "],\"usage\":{\"prompt_tokens\":%llu,\"completion_tokens\":%llu,"
+                      "\"total_tokens\":%llu,\"prompt_tokens_details\":{\"cached_tokens\":%llu}}}",
+                      (unsigned long long)usage->prompt_tokens,
+                      (unsigned long long)usage->completion_tokens,
+                      (unsigned long long)(usage->prompt_tokens + usage->completion_tokens),
+                      (unsigned long long)usage->cached_tokens);
+}
+
+void answer_json_chunk(struct buf *out, const struct answer_head *head,
+                       const struct answer_choice *choice, bool null_usage)
+{
+    append_head(out, head);
+    append_choice(out, choice);
+    buf_append_text(out, null_usage ? "],\"usage\":null}" : "]}");
+}
+
+void answer_json_usage_chunk(struct buf *out, const struct answer_head *head,
+                             const struct answer_usage *usage)
+{
+    append_head(out, head);
+    append_usage(out, usage);
+}
+
+void answer_json_completion(struct buf *out, const struct answer_head *head,
+                            const struct answer_choice *choices, size_t count,
+                            const struct answer_usage *usage)
+{
+    append_head(out, head);
+    for (size_t i = 0; i < count; i++) {
+        buf_append_text(out, i ? "," : "");
+        append_choice(out, &choices[i]);
+    }
+    append_usage(out, usage);
+}
+
+void answer_json_memory(struct buf *out, const struct answer_memory *memory)
+{
+    buf_append_format(out, "{\"id\":\"%s\",\"object\":\"memory\",\"created_at\":%lld,", memory->id,
+                      (long long)memory->created_at);
+    buf_append_format(out, "\"token_count\":%llu,\"chunk_count\":%llu,\"text_bytes\":%llu,",
+                      (unsigned long long)memory->token_count,
+                      (unsigned long long)memory->chunk_count,
+                      (unsigned long long)memory->text_bytes);
+    buf_append_format(out, "\"bytes_on_disk\":%llu,\"parent\":",
+                      (unsigned long long)memory->bytes_on_disk);
+    append_text_or_null(out, memory->parent);
+    buf_append_format(out, ",\"metadata\":%s}", memory->metadata);
+}
+
+void answer_json_append(struct buf *out, const struct answer_append *append, bool progress)
+{
+    buf_append_format(out, "{\"object\":\"memory.append%s\",\"memory\":\"%s\",",
+                      progress ? ".progress" : "", append->memory);
+    buf_append_format(out, "\"tokens\":%llu,\"position\":%llu,\"text_bytes\":%llu,\"seconds\":",
+                      (unsigned long long)append->tokens, (unsigned long long)append->position,
+                      (unsigned long long)append->text_bytes);
+    json_append_number(out, append->seconds);
+    buf_append_text(out, "}");
+}
+
+void answer_json_memory_chunk(struct buf *out, const struct answer_chunk *chunk)
+{
+    buf_append_format(out,
+                      "{\"index\":%llu,\"token_start\":%llu,\"token_end\":%llu,"
+                      "\"byte_start\":%llu,\"byte_end\":%llu,\"text\":",
+                      (unsigned long long)chunk->index, (unsigned long long)chunk->token_start,
+                      (unsigned long long)chunk->token_end, (unsigned long long)chunk->byte_start,
+                      (unsigned long long)chunk->byte_end);
+    json_append_string(out, chunk->text, chunk->text_size);
+    buf_append_text(out, "}");
+}

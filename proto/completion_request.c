@@ -1,0 +1,272 @@
+/* completion_request.c - see completion_request.h. */
+#include "proto/completion_request.h"
+
+#include <cjson/cJSON.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/json.h"
+
+#define MAX_TOKENS_LIMIT (1u << 24)
+
+static const char *const fields[] = {
+    "model",       "prompt",         "max_tokens",         "n",
+    "best_of",     "echo",           "logprobs",           "stop",
+    "temperature", "top_p",          "top_k",              "min_p",
+    "seed",        "stream",         "repetition_penalty", "presence_penalty",
+    "logit_bias",  "stream_options", "frequency_penalty",  "suffix",
+    "user",        "memory",         "memory_write",       "retrieval",
+    "include",     "ignore_eos",     NULL};
+
+static void *take(struct json_fields *f, size_t count, size_t size)
+{
+    void *memory = calloc(count ? count : 1, size);
+    if (!memory && !f->status)
+        f->status = error_set(f->err, STATUS_NO_MEMORY, "out of memory");
+    return memory;
+}
+
+static void set_text(struct json_fields *f, const cJSON *item, struct completion_prompt *prompt)
+{
+    prompt->text = strdup(item->valuestring);
+    prompt->text_size = strlen(item->valuestring);
+    if (!prompt->text && !f->status)
+        f->status = error_set(f->err, STATUS_NO_MEMORY, "out of memory");
+}
+
+static void set_ids(struct json_fields *f, const cJSON *array, struct completion_prompt *prompt)
+{
+    prompt->ids = take(f, (size_t)cJSON_GetArraySize(array), sizeof *prompt->ids);
+    const cJSON *item;
+    cJSON_ArrayForEach(item, array)
+    {
+        if (f->status)
+            return;
+        if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble < 2147483648.0) ||
+            item->valuedouble != floor(item->valuedouble))
+            json_fail(f, STATUS_INVALID, "prompt", "must hold strings or token ids");
+        else
+            prompt->ids[prompt->id_count++] = (int32_t)item->valuedouble;
+    }
+}
+
+static void read_prompts(struct json_fields *f, struct completion_request *r)
+{
+    const cJSON *prompt = cJSON_GetObjectItemCaseSensitive(f->root, "prompt"), *item;
+    const bool several =
+        cJSON_IsArray(prompt) && prompt->child && !cJSON_IsNumber(prompt->child);
+    const size_t count = several ? (size_t)cJSON_GetArraySize(prompt) : 1;
+    if (!cJSON_IsString(prompt) && !cJSON_IsArray(prompt)) {
+        json_fail(f, STATUS_INVALID, "prompt", prompt ? "must be text or token ids" : "is missing");
+        return;
+    }
+    if (count > LIMITS_PROMPTS) {
+        json_fail(f, STATUS_INVALID, "prompt", "holds too many prompts");
+        return;
+    }
+    r->prompts = take(f, count, sizeof *r->prompts);
+    if (!r->prompts)
+        return;
+    r->prompt_count = count;
+    if (cJSON_IsString(prompt))
+        set_text(f, prompt, &r->prompts[0]);
+    else if (!several)
+        set_ids(f, prompt, &r->prompts[0]);
+    size_t at = 0;
+    if (several)
+        cJSON_ArrayForEach(item, prompt)
+        {
+            if (cJSON_IsString(item))
+                set_text(f, item, &r->prompts[at++]);
+            else if (cJSON_IsArray(item))
+                set_ids(f, item, &r->prompts[at++]);
+            else
+                json_fail(f, STATUS_INVALID, "prompt", "must hold strings or token ids");
+        }
+}
+
+static void add_stop(struct json_fields *f, struct completion_request *r, const cJSON *item)
+{
+    if (!cJSON_IsString(item) || !item->valuestring[0])
+        json_fail(f, STATUS_INVALID, "stop", "must be strings that are not empty");
+    else if (strlen(item->valuestring) > LIMITS_STOP_BYTES)
+        json_fail(f, STATUS_INVALID, "stop", "holds a string that is too long");
+    else if (r->stop_count == LIMITS_STOP_STRINGS)
+        json_fail(f, STATUS_INVALID, "stop", "may hold at most 4 strings");
+    else if (!(r->stop[r->stop_count++] = strdup(item->valuestring)))
+        f->status = error_set(f->err, STATUS_NO_MEMORY, "out of memory");
+}
+
+static void read_stop(struct json_fields *f, struct completion_request *r)
+{
+    const cJSON *stop = cJSON_GetObjectItemCaseSensitive(f->root, "stop"), *item;
+    if (!stop || cJSON_IsNull(stop))
+        return;
+    if (!cJSON_IsArray(stop)) {
+        add_stop(f, r, stop);
+        return;
+    }
+    cJSON_ArrayForEach(item, stop)
+    {
+        if (!f->status)
+            add_stop(f, r, item);
+    }
+}
+
+static void read_bias(struct json_fields *f, struct completion_request *r)
+{
+    const cJSON *bias = cJSON_GetObjectItemCaseSensitive(f->root, "logit_bias"), *item;
+    if (!bias || cJSON_IsNull(bias))
+        return;
+    if (!cJSON_IsObject(bias) || cJSON_GetArraySize(bias) > LIMITS_LOGIT_BIAS) {
+        json_fail(f, STATUS_INVALID, "logit_bias", "must be an object of at most 1024 tokens");
+        return;
+    }
+    r->bias = take(f, (size_t)cJSON_GetArraySize(bias), sizeof *r->bias);
+    cJSON_ArrayForEach(item, bias)
+    {
+        char *end;
+        const long token = strtol(item->string, &end, 10);
+        if (f->status)
+            return;
+        if (*end || end == item->string || token < 0 || token > INT32_MAX ||
+            !cJSON_IsNumber(item) || !(fabs(item->valuedouble) <= 100))
+            json_fail(f, STATUS_INVALID, "logit_bias", "must map token ids to -100 to 100");
+        else
+            r->bias[r->bias_count++] =
+                (struct completion_bias){(int32_t)token, (float)item->valuedouble};
+    }
+}
+
+static void read_logprobs(struct json_fields *f, struct completion_request *r)
+{
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(f->root, "logprobs");
+    uint64_t count = 0;
+    r->logprobs = -1;
+    if (!item || cJSON_IsNull(item) || cJSON_IsFalse(item))
+        return;
+    if (!cJSON_IsTrue(item)) /* a switch elsewhere, a number here */
+        json_read_count(f, "logprobs", 0, LIMITS_LOGPROBS, &count);
+    r->logprobs = (int32_t)count;
+}
+
+static void read_stream_options(struct json_fields *f, struct completion_request *r)
+{
+    static const char *const known[] = {"include_usage", NULL};
+    const cJSON *options = cJSON_GetObjectItemCaseSensitive(f->root, "stream_options");
+    if (!options || cJSON_IsNull(options))
+        return;
+    if (!cJSON_IsObject(options)) {
+        json_fail(f, STATUS_INVALID, "stream_options", "must be an object");
+        return;
+    }
+    struct json_fields inner = {.root = options, .err = f->err, .status = f->status};
+    json_refuse_others(&inner, known);
+    json_read_bool(&inner, "include_usage", &r->include_usage);
+    f->status = inner.status;
+}
+
+static void read_include(struct json_fields *f, struct completion_request *r)
+{
+    const cJSON *include = cJSON_GetObjectItemCaseSensitive(f->root, "include"), *item;
+    if (!include || cJSON_IsNull(include))
+        return;
+    if (!cJSON_IsArray(include))
+        json_fail(f, STATUS_INVALID, "include", "must be an array");
+    cJSON_ArrayForEach(item, include)
+    {
+        if (cJSON_IsString(item) && strcmp(item->valuestring, "memory.retrieval") == 0)
+            r->retrieval = true;
+        else
+            json_fail(f, STATUS_UNSUPPORTED, "include", "may hold \"memory.retrieval\" alone");
+    }
+}
+
+static void read_sampling(struct json_fields *f, struct completion_request *r)
+{
+    r->temperature = r->top_p = r->repetition_penalty = 1;
+    json_read_number(f, "temperature", 0, 100, &r->temperature);
+    json_read_number(f, "top_p", 0, 1, &r->top_p);
+    json_read_number(f, "min_p", 0, 1, &r->min_p);
+    json_read_number(f, "repetition_penalty", 0.01, 100, &r->repetition_penalty);
+    json_read_number(f, "presence_penalty", -2, 2, &r->presence_penalty);
+    json_read_number(f, "frequency_penalty", -2, 2, &r->frequency_penalty);
+    json_read_count(f, "top_k", 0, INT32_MAX, &r->top_k);
+    const cJSON *seed = cJSON_GetObjectItemCaseSensitive(f->root, "seed");
+    if (seed && !cJSON_IsNull(seed)) {
+        if (!cJSON_IsNumber(seed) || !(fabs(seed->valuedouble) <= 9007199254740992.0) ||
+            seed->valuedouble != floor(seed->valuedouble))
+            json_fail(f, STATUS_INVALID, "seed", "must be a whole number");
+        else
+            r->seed = (uint64_t)(int64_t)seed->valuedouble;
+        r->has_seed = true;
+    }
+}
+
+/* What the fields demand of each other. */
+static void check_together(struct json_fields *f, const struct completion_request *r)
+{
+    const cJSON *suffix = cJSON_GetObjectItemCaseSensitive(f->root, "suffix");
+    if (suffix && !cJSON_IsNull(suffix))
+        json_fail(f, STATUS_UNSUPPORTED, "suffix", "is not supported: the model writes forward");
+    if (r->best_of < r->n)
+        json_fail(f, STATUS_INVALID, "best_of", "must not be under \"n\"");
+    if (r->best_of > r->n && r->stream)
+        json_fail(f, STATUS_INVALID, "best_of", "cannot be streamed");
+    if (r->memory[0] && r->memory_write && (r->best_of > 1 || r->prompt_count > 1))
+        json_fail(f, STATUS_INVALID, "memory",
+                  "takes one prompt and one choice, unless \"memory_write\" is false");
+    if (r->prompt_count * r->best_of > LIMITS_CHOICES)
+        json_fail(f, STATUS_INVALID, "n", "times the prompts is more than 128 sequences");
+}
+
+enum status completion_request_parse(const char *json, size_t size,
+                                     struct completion_request *out, struct error *err)
+{
+    cJSON *root;
+    const enum status status = json_parse_object(json, size, &root, err);
+    if (status)
+        return status;
+    struct json_fields f = {.root = root, .err = err};
+    struct completion_request *r = out;
+    *r = (struct completion_request){.max_tokens = 16, .n = 1, .memory_write = true};
+    json_refuse_others(&f, fields);
+    json_read_text(&f, "model", r->model, sizeof r->model);
+    read_prompts(&f, r);
+    json_read_count(&f, "max_tokens", 0, MAX_TOKENS_LIMIT, &r->max_tokens);
+    json_read_count(&f, "n", 1, LIMITS_CHOICES, &r->n);
+    r->best_of = r->n;
+    json_read_count(&f, "best_of", 1, LIMITS_CHOICES, &r->best_of);
+    json_read_bool(&f, "echo", &r->echo);
+    read_logprobs(&f, r);
+    read_stop(&f, r);
+    read_sampling(&f, r);
+    read_bias(&f, r);
+    json_read_bool(&f, "stream", &r->stream);
+    read_stream_options(&f, r);
+    json_read_text(&f, "memory", r->memory, sizeof r->memory);
+    json_read_bool(&f, "memory_write", &r->memory_write);
+    r->memory_write = r->memory_write && r->memory[0];
+    json_read_bool(&f, "retrieval", &r->retrieval);
+    read_include(&f, r);
+    json_read_bool(&f, "ignore_eos", &r->ignore_eos);
+    check_together(&f, r);
+    cJSON_Delete(root);
+    if (f.status)
+        completion_request_close(r);
+    return f.status;
+}
+
+void completion_request_close(struct completion_request *request)
+{
+    for (size_t i = 0; i < request->prompt_count; i++) {
+        free(request->prompts[i].text);
+        free(request->prompts[i].ids);
+    }
+    free(request->prompts);
+    for (size_t i = 0; i < request->stop_count; i++)
+        free(request->stop[i]);
+    free(request->bias);
+    *request = (struct completion_request){0};
+}
