@@ -1,0 +1,253 @@
+/* config.c - see config.h. */
+#include "server/config.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum kind { TEXT, COUNT, BYTES };
+
+struct setting {
+    const char *name, *value, *fallback, *help; /* value: how --help calls it */
+    enum kind kind;
+    size_t offset, size;
+};
+
+#define FIELD(member) offsetof(struct config, member), sizeof((struct config *)0)->member
+
+static const struct setting settings[] = {
+    {"host", "ADDRESS", "127.0.0.1", "address to listen on; 0.0.0.0 for every one", TEXT,
+     FIELD(host)},
+    {"port", "N", "8080", "port to listen on; 0 for any that is free", COUNT, FIELD(port)},
+    {"data", "DIR", "data", "folder of the memories; one daemon at a time", TEXT, FIELD(data)},
+    {"model", "DIR", "engine/models/ramba-6m",
+     "folder with config.json, model.safetensors, tokenizer.json", TEXT, FIELD(model)},
+    {"backend", "NAME", "auto", "auto, cpu, or ref (slow and plain)", TEXT, FIELD(backend)},
+    {"threads", "N", "0", "CPU workers of the engine; 0 for every CPU", COUNT, FIELD(threads)},
+    {"host-memory", "SIZE", "1G", "RAM for chunk pages; the rest stays on disk", BYTES,
+     FIELD(host_memory)},
+    {"session-memory", "SIZE", "1G", "RAM for memories kept open between turns", BYTES,
+     FIELD(session_memory)},
+    {"memory-dtype", "TYPE", "bf16", "bf16 or fp32: how chunk memories are kept", TEXT,
+     FIELD(memory_dtype)},
+    {"running", "N", "32", "sequences generated at once, at most 32", COUNT, FIELD(running)},
+    {"queue", "N", "256", "requests that may wait; then 429", COUNT, FIELD(queue)},
+    {"map-size", "SIZE", "1T", "what the store's file may grow to", BYTES, FIELD(map_size)},
+    {"drain-timeout", "SECONDS", "30", "after SIGTERM, for running requests to end", COUNT,
+     FIELD(drain_timeout)},
+    {"log-level", "LEVEL", "info", "debug, info, warn or error", TEXT, FIELD(log_level)},
+};
+#define SETTINGS (sizeof settings / sizeof *settings)
+
+/* 512M, 2G, 1T, or bytes. */
+static bool parse_bytes(const char *text, uint64_t *out)
+{
+    char *end;
+    errno = 0;
+    const unsigned long long number = strtoull(text, &end, 10);
+    if (end == text || errno || *text == '-')
+        return false;
+    static const char units[] = "KMGT";
+    unsigned shift = 0;
+    if (*end) {
+        const char *unit = strchr(units, toupper((unsigned char)*end));
+        if (!unit)
+            return false;
+        shift = 10 * (unsigned)(unit - units + 1);
+        end++;
+        if (*end == 'i')
+            end++;
+        if (*end == 'B')
+            end++;
+    }
+    if (*end || (number << shift) >> shift != number)
+        return false;
+    *out = (uint64_t)number << shift;
+    return true;
+}
+
+static enum status set(struct config *config, const struct setting *s, const char *value,
+                       const char *where, struct error *err)
+{
+    char *field = (char *)config + s->offset;
+    if (s->kind == TEXT) {
+        if (!*value || strlen(value) >= s->size)
+            return error_set_param(err, STATUS_INVALID, s->name, "%s %s: empty or too long", where,
+                                   s->name);
+        memcpy(field, value, strlen(value) + 1);
+        return STATUS_OK;
+    }
+    uint64_t number = 0;
+    char *end;
+    errno = 0;
+    const bool good = s->kind == BYTES
+                          ? parse_bytes(value, &number)
+                          : (number = strtoull(value, &end, 10), isdigit((unsigned char)*value) &&
+                                                                     !*end && !errno);
+    if (!good)
+        return error_set_param(err, STATUS_INVALID, s->name,
+                               s->kind == BYTES ? "%s %s: \"%s\" is not a size such as 512M or 2G"
+                                                : "%s %s: \"%s\" is not a whole number",
+                               where, s->name, value);
+    memcpy(field, &number, sizeof number);
+    return STATUS_OK;
+}
+
+static enum status read_environment(struct config *config, bool *given, struct error *err)
+{
+    for (size_t i = 0; i < SETTINGS; i++) {
+        char name[64] = "RAMBAD_";
+        size_t at = strlen(name);
+        for (const char *p = settings[i].name; *p; p++)
+            name[at++] = *p == '-' ? '_' : (char)toupper((unsigned char)*p);
+        name[at] = 0;
+        const char *value = getenv(name);
+        if (!value || given[i])
+            continue;
+        const enum status status = set(config, &settings[i], value, "environment:", err);
+        if (status)
+            return status;
+        given[i] = true;
+    }
+    return STATUS_OK;
+}
+
+static size_t find(const char *name, size_t size)
+{
+    size_t i = 0;
+    while (i < SETTINGS &&
+           (strlen(settings[i].name) != size || strncmp(settings[i].name, name, size) != 0))
+        i++;
+    return i;
+}
+
+/* "name = value" a line; # begins a comment. */
+static enum status read_file(const char *path, struct config *config, bool *given,
+                             struct error *err)
+{
+    FILE *file = fopen(path, "re");
+    if (!file)
+        return error_set(err, STATUS_NOT_FOUND, "--config %s: %s", path, strerror(errno));
+    char line[2048];
+    enum status status = STATUS_OK;
+    for (int number = 1; !status && fgets(line, sizeof line, file); number++) {
+        line[strcspn(line, "#\r\n")] = 0;
+        char *name = line + strspn(line, " \t");
+        if (!*name)
+            continue;
+        const size_t size = strcspn(name, " \t=");
+        char *value = name + size;
+        value += strspn(value, " \t=");
+        size_t end = strlen(value);
+        while (end && isspace((unsigned char)value[end - 1]))
+            value[--end] = 0;
+        const size_t at = find(name, size);
+        if (at == SETTINGS)
+            status = error_set(err, STATUS_INVALID, "%s line %d: no setting \"%.*s\"", path,
+                               number, (int)size, name);
+        else if (!given[at])
+            status = set(config, &settings[at], value, path, err);
+    }
+    fclose(file);
+    return status;
+}
+
+static enum status read_flags(int argc, char **argv, struct config *config, bool *given,
+                              const char **file, bool *help, struct error *err)
+{
+    for (int i = 1; i < argc; i++) {
+        const char *flag = argv[i];
+        if (strcmp(flag, "--help") == 0 || strcmp(flag, "-h") == 0) {
+            *help = true;
+            return STATUS_OK;
+        }
+        if (strncmp(flag, "--", 2) != 0)
+            return error_set(err, STATUS_INVALID, "\"%s\" is not a flag; see --help", flag);
+        const size_t size = strcspn(flag + 2, "=");
+        const bool is_file = size == 6 && strncmp(flag + 2, "config", 6) == 0;
+        const size_t at = find(flag + 2, size);
+        if (at == SETTINGS && !is_file)
+            return error_set(err, STATUS_INVALID, "there is no flag %s; see --help", flag);
+        const char *value = flag[2 + size] == '=' ? flag + 3 + size : argv[++i];
+        if (!value)
+            return error_set(err, STATUS_INVALID, "%s needs a value", flag);
+        if (is_file) {
+            *file = value;
+            continue;
+        }
+        const enum status status = set(config, &settings[at], value, "flag", err);
+        if (status)
+            return status;
+        given[at] = true;
+    }
+    return STATUS_OK;
+}
+
+static bool one_of(const char *text, const char *const *choices)
+{
+    while (*choices && strcmp(*choices, text) != 0)
+        choices++;
+    return *choices != NULL;
+}
+
+static enum status check(const struct config *c, struct error *err)
+{
+    static const char *const backends[] = {"auto", "cpu", "ref", "cuda", NULL};
+    static const char *const dtypes[] = {"bf16", "fp32", NULL};
+    static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
+    if (c->port > 65535)
+        return error_set_param(err, STATUS_INVALID, "port", "port: at most 65535");
+    if (!one_of(c->backend, backends))
+        return error_set_param(err, STATUS_INVALID, "backend", "backend: auto, cpu or ref, not %s",
+                               c->backend);
+    if (!one_of(c->memory_dtype, dtypes))
+        return error_set_param(err, STATUS_INVALID, "memory-dtype",
+                               "memory-dtype: bf16 or fp32, not %s", c->memory_dtype);
+    if (!one_of(c->log_level, levels))
+        return error_set_param(err, STATUS_INVALID, "log-level",
+                               "log-level: debug, info, warn or error, not %s", c->log_level);
+    if (c->threads > 1024 || c->running < 1 || c->running > 32 || c->queue > 65536)
+        return error_set(err, STATUS_INVALID,
+                         "threads: at most 1024; running: 1 to 32; queue: at most 65536");
+    return STATUS_OK;
+}
+
+enum status config_read(int argc, char **argv, struct config *config, bool *help,
+                        struct error *err)
+{
+    bool given[SETTINGS] = {false};
+    const char *file = getenv("RAMBAD_CONFIG");
+    *help = false;
+    memset(config, 0, sizeof *config);
+    enum status status = STATUS_OK;
+    for (size_t i = 0; i < SETTINGS && !status; i++)
+        status = set(config, &settings[i], settings[i].fallback, "default", err);
+    if (!status)
+        status = read_flags(argc, argv, config, given, &file, help, err);
+    if (!status && !*help)
+        status = read_environment(config, given, err);
+    if (!status && !*help && file)
+        status = read_file(file, config, given, err);
+    if (!status && !*help)
+        status = check(config, err);
+    return status;
+}
+
+void config_print_help(void)
+{
+    printf("rambad - a memory server for long conversations and documents\n\n"
+           "  rambad [serve] [--NAME VALUE ...]   serve the HTTP API\n"
+           "  rambad check DIR                    verify every record of a data folder\n"
+           "  rambad bench [--help]               measure this machine\n"
+           "  rambad --version | --help\n\n"
+           "Settings, as a flag (--host-memory 4G), in the environment (RAMBAD_HOST_MEMORY=4G) or\n"
+           "in a file of \"host-memory = 4G\" lines (--config FILE); the first of these wins.\n\n");
+    for (size_t i = 0; i < SETTINGS; i++)
+        printf("  --%s %s%*s%s (%s)\n", settings[i].name, settings[i].value,
+               (int)(26 - strlen(settings[i].name) - strlen(settings[i].value)), "",
+               settings[i].help, settings[i].fallback);
+    printf("\nSIGTERM finishes or commits what runs, then ends; a second one ends at once.\n");
+}

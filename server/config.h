@@ -1,0 +1,25 @@
+/* config.h - the daemon's settings: flag > environment > file > default, one name for all three.
+ * Thread: the main thread, at the start. Owns its strings for the life of the process. */
+#ifndef SERVER_CONFIG_H
+#define SERVER_CONFIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "proto/status.h"
+
+struct config {
+    char host[64], data[1024], model[1024], backend[16], memory_dtype[8], log_level[8];
+    uint64_t port, threads, running, queue, drain_timeout; /* seconds */
+    uint64_t host_memory, session_memory, map_size;        /* bytes */
+};
+
+/* Reads the flags from argv[1] on, then RAMBAD_* of the environment, then the file of --config.
+ * `*help` is set by --help. STATUS_INVALID names the setting. */
+STATUS_CHECKED enum status config_read(int argc, char **argv, struct config *config, bool *help,
+                                       struct error *err);
+/* The text of --help, settings and defaults, to standard output. */
+void config_print_help(void);
+
+#endif

@@ -1,0 +1,72 @@
+/* conn.h - one connection: socket, parser, timers, bounded output; and the request on it.
+ * Thread: the loop. Owns the socket and, while it is handled, the request.
+ *
+ * One request at a time: the parser stops behind a request until its answer is complete, so
+ * pipelined ones wait in a bounded buffer, then in the socket.
+ *
+ *   HEAD -> BODY -> HANDLING -> HEAD (keep-alive)
+ *   All states can reach CLOSING: error, time-out, end of file, answer with "close". */
+#ifndef SERVER_CONN_H
+#define SERVER_CONN_H
+
+#include "server/http.h"
+#include "server/server.h"
+
+struct conn;
+struct request;
+
+/* How a resource takes its request. body_cb NULL: the body is collected, up to body_limit. */
+struct request_handler {
+    const char *name; /* for metrics and the log */
+    size_t body_limit;
+    /* A stream of text: part of the body. It may stop the flow with request_pause. */
+    void (*body_cb)(struct request *request, const char *data, size_t size);
+    /* The body begins: for handlers with a body_cb. */
+    void (*begin_cb)(struct request *request);
+    /* The request is complete. */
+    void (*end_cb)(struct request *request);
+};
+
+struct request {
+    struct conn *conn;
+    struct server *server;
+    const struct request_handler *handler;
+    const struct http_head *head;
+    char id[LIMITS_ID_BYTES];
+    char argument[LIMITS_ID_BYTES]; /* {id} of the path */
+    struct buf body;
+    /* The handler's own. gone_cb runs once if the client goes away before the answer is complete;
+     * after it the handler must not answer, only clean up and call request_done. */
+    void *state;
+    void (*gone_cb)(struct request *request);
+    bool gone, head_complete, answered, streaming, complete, held;
+    enum status answer_status;
+    uint64_t began_ns;
+};
+
+/* A handler that answers later holds the request until request_done; without request_hold it must
+ * have answered when end_cb returns. */
+void request_hold(struct request *request);
+void request_done(struct request *request);
+/* The whole answer. */
+void request_answer(struct request *request, int http_status, const char *type, const char *body,
+                    size_t size);
+void request_answer_json(struct request *request, int http_status, const struct buf *body);
+/* The error body; for STATUS_BUSY and STATUS_CONFLICT with a hint when to come again. */
+void request_fail(struct request *request, enum status status, const struct error *err);
+/* An answer in parts, text/event-stream: head, any number of writes, the end. */
+void request_stream_begin(struct request *request);
+void request_stream_write(struct request *request, const char *data, size_t size);
+void request_stream_end(struct request *request);
+/* The body's flow, for handlers with a body_cb. */
+void request_pause(struct request *request);
+void request_resume(struct request *request);
+
+void conn_accept(struct server *server);
+/* Sends what has gathered; called once per turn of the loop. */
+void conn_flush_all(struct server *server);
+/* Closes idle ones now, the others when their answer is complete. */
+void conn_drain_all(struct server *server);
+void conn_close_all(struct server *server);
+
+#endif

@@ -1,0 +1,244 @@
+/* http.c - see http.h. */
+#include "server/http.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+
+#include "proto/base/assert.h"
+#include "proto/limits.h"
+
+enum kept { KEPT_CONTENT_TYPE, KEPT_ACCEPT, KEPT_REQUEST_ID, KEPT_EXPECT, KEPT_COUNT };
+static const char *const kept_names[] = {"content-type", "accept", "x-request-id", "expect"};
+
+struct http_parser {
+    llhttp_t llhttp;
+    llhttp_settings_t settings;
+    struct http_callbacks callbacks;
+    void *context;
+    struct http_head head;
+    struct buf url, field, value, kept[KEPT_COUNT];
+    size_t header_bytes;
+    bool inside, complete;
+    enum status status; /* why a callback stopped the parser */
+};
+
+static int hex(char c)
+{
+    if (c >= '0' && c <= '9')
+        return c - '0';
+    if (c >= 'a' && c <= 'f')
+        return c - 'a' + 10;
+    return c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* Decodes %XX in place; false on a malformed one or a NUL. */
+static bool decode(char *text)
+{
+    char *to = text;
+    for (const char *from = text; *from; from++) {
+        if (*from != '%') {
+            *to++ = *from;
+            continue;
+        }
+        const int high = hex(from[1]), low = high < 0 ? -1 : hex(from[2]);
+        if (low < 0 || (!high && !low))
+            return false;
+        *to++ = (char)(high << 4 | low);
+        from += 2;
+    }
+    *to = 0;
+    return true;
+}
+
+static int stop(struct http_parser *p, enum status status)
+{
+    p->status = status;
+    return HPE_USER;
+}
+
+static int count(struct http_parser *p, size_t size)
+{
+    p->header_bytes += size;
+    return p->header_bytes > LIMITS_HEADER_BYTES ? stop(p, STATUS_HEADERS_TOO_LARGE) : 0;
+}
+
+static int on_begin(llhttp_t *llhttp)
+{
+    struct http_parser *p = llhttp->data;
+    p->inside = true;
+    p->header_bytes = 0;
+    p->url.size = p->field.size = p->value.size = 0;
+    for (int i = 0; i < KEPT_COUNT; i++)
+        p->kept[i].size = 0;
+    return 0;
+}
+
+static int on_url(llhttp_t *llhttp, const char *at, size_t size)
+{
+    struct http_parser *p = llhttp->data;
+    if (p->url.size + size > LIMITS_URL_BYTES)
+        return stop(p, STATUS_HEADERS_TOO_LARGE);
+    buf_append(&p->url, at, size);
+    return count(p, size);
+}
+
+static int on_field(llhttp_t *llhttp, const char *at, size_t size)
+{
+    struct http_parser *p = llhttp->data;
+    const int over = count(p, size);
+    if (!over)
+        buf_append(&p->field, at, size);
+    return over;
+}
+
+static int on_value(llhttp_t *llhttp, const char *at, size_t size)
+{
+    struct http_parser *p = llhttp->data;
+    const int over = count(p, size);
+    if (!over)
+        buf_append(&p->value, at, size);
+    return over;
+}
+
+static int on_value_complete(llhttp_t *llhttp)
+{
+    struct http_parser *p = llhttp->data;
+    const char *name = buf_text(&p->field);
+    for (int i = 0; i < KEPT_COUNT; i++)
+        if (strcasecmp(name, kept_names[i]) == 0) {
+            p->kept[i].size = 0;
+            if (p->value.size)
+                buf_append(&p->kept[i], p->value.data, p->value.size);
+        }
+    p->field.size = p->value.size = 0;
+    return count(p, 4); /* the line's colon and end, or empty ones would cost nothing */
+}
+
+static int on_head(llhttp_t *llhttp)
+{
+    struct http_parser *p = llhttp->data;
+    struct http_head *h = &p->head;
+    *h = (struct http_head){.content_length = -1};
+    strncpy(h->method, llhttp_method_name(llhttp_get_method(llhttp)), sizeof h->method - 1);
+    buf_text(&p->url);
+    h->path = p->url.data;
+    h->query = strchr(h->path, '?');
+    if (h->query)
+        *h->query++ = 0;
+    else
+        h->query = h->path + strlen(h->path);
+    if (!decode(h->path) || h->path[0] != '/')
+        return stop(p, STATUS_INVALID);
+    char **const texts[] = {&h->content_type, &h->accept, &h->request_id};
+    for (int i = 0; i < 3; i++) {
+        buf_text(&p->kept[i]);
+        *texts[i] = p->kept[i].data;
+    }
+    h->expect_continue = strcasecmp(buf_text(&p->kept[KEPT_EXPECT]), "100-continue") == 0;
+    h->keep_alive = llhttp_should_keep_alive(llhttp) != 0;
+    h->chunked = (llhttp->flags & F_CHUNKED) != 0;
+    if (llhttp->flags & F_CONTENT_LENGTH)
+        h->content_length = llhttp->content_length > INT64_MAX ? INT64_MAX
+                                                               : (int64_t)llhttp->content_length;
+    const enum status status = p->callbacks.head_cb(p->context, h);
+    return status ? stop(p, status) : 0;
+}
+
+static int on_body(llhttp_t *llhttp, const char *at, size_t size)
+{
+    struct http_parser *p = llhttp->data;
+    const enum status status = p->callbacks.body_cb(p->context, at, size);
+    return status ? stop(p, status) : 0;
+}
+
+static int on_complete(llhttp_t *llhttp)
+{
+    struct http_parser *p = llhttp->data;
+    p->inside = false;
+    p->complete = true;
+    return HPE_PAUSED;
+}
+
+enum status http_parser_create(const struct http_callbacks *callbacks, void *context,
+                               struct http_parser **out)
+{
+    struct http_parser *p = calloc(1, sizeof *p);
+    if (!p)
+        return STATUS_NO_MEMORY;
+    p->callbacks = *callbacks;
+    p->context = context;
+    llhttp_settings_init(&p->settings);
+    p->settings.on_message_begin = on_begin;
+    p->settings.on_url = on_url;
+    p->settings.on_header_field = on_field;
+    p->settings.on_header_value = on_value;
+    p->settings.on_header_value_complete = on_value_complete;
+    p->settings.on_headers_complete = on_head;
+    p->settings.on_body = on_body;
+    p->settings.on_message_complete = on_complete;
+    llhttp_init(&p->llhttp, HTTP_REQUEST, &p->settings);
+    p->llhttp.data = p;
+    *out = p;
+    return STATUS_OK;
+}
+
+void http_parser_destroy(struct http_parser *p)
+{
+    buf_close(&p->url);
+    buf_close(&p->field);
+    buf_close(&p->value);
+    for (int i = 0; i < KEPT_COUNT; i++)
+        buf_close(&p->kept[i]);
+    free(p);
+}
+
+enum status http_parser_feed(struct http_parser *p, const char *data, size_t size,
+                             size_t *consumed, struct error *err)
+{
+    ASSERT(!p->complete);
+    const llhttp_errno_t result = llhttp_execute(&p->llhttp, data, size);
+    *consumed = size;
+    if (result == HPE_OK)
+        return STATUS_OK;
+    if (p->complete) {
+        *consumed = (size_t)(llhttp_get_error_pos(&p->llhttp) - data);
+        p->callbacks.end_cb(p->context);
+        return STATUS_OK;
+    }
+    if (p->status)
+        return error_set(err, p->status, "%s", status_text(p->status));
+    if (result == HPE_PAUSED_UPGRADE)
+        return error_set(err, STATUS_INVALID, "protocol upgrades are not supported");
+    return error_set(err, STATUS_INVALID, "malformed HTTP request: %s",
+                     llhttp_get_error_reason(&p->llhttp));
+}
+
+void http_parser_next(struct http_parser *p)
+{
+    p->complete = false;
+    llhttp_resume(&p->llhttp);
+}
+
+bool http_parser_inside(const struct http_parser *p)
+{
+    return p->inside;
+}
+
+bool http_query(const char *query, const char *name, char *out, size_t room)
+{
+    const size_t size = strlen(name);
+    while (*query) {
+        const size_t length = strcspn(query, "&");
+        if (length > size && query[size] == '=' && strncmp(query, name, size) == 0) {
+            if (length - size - 1 >= room)
+                return false;
+            memcpy(out, query + size + 1, length - size - 1);
+            out[length - size - 1] = 0;
+            return decode(out);
+        }
+        query += length;
+        query += *query == '&';
+    }
+    return false;
+}

@@ -1,0 +1,42 @@
+/* metrics.h - counters and histograms of the loop's side, and the text of /metrics.
+ * Thread: the loop. Owns nothing beyond the struct. */
+#ifndef SERVER_METRICS_H
+#define SERVER_METRICS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "proto/base/buf.h"
+#include "server/engine_thread.h"
+#include "storage/storage.h"
+
+#define METRICS_BUCKETS 16
+#define METRICS_ROUTES 96
+
+/* Seconds; bucket i counts what is at most 0.001 * 2^i, the last one everything. */
+struct metrics_histogram {
+    uint64_t buckets[METRICS_BUCKETS], count;
+    double sum;
+};
+
+struct metrics {
+    struct {
+        const char *handler;
+        int status;
+        uint64_t count;
+    } requests[METRICS_ROUTES];
+    size_t request_kinds;
+    uint64_t prompt_tokens, cached_tokens, completion_tokens, appended_tokens, appended_bytes;
+    uint64_t forks;
+    struct metrics_histogram queue, prefill, first_token, per_token, whole;
+};
+
+void metrics_init(struct metrics *metrics);
+/* `handler` lives for ever. */
+void metrics_request(struct metrics *metrics, const char *handler, int status, double seconds);
+void metrics_observe(struct metrics_histogram *histogram, double seconds);
+/* Prometheus text, version 0.0.4. */
+void metrics_write(const struct metrics *metrics, const struct engine_thread_stats *engine,
+                   const struct storage_stats *storage, size_t connections, struct buf *out);
+
+#endif

@@ -1,0 +1,59 @@
+/* route.c - see route.h. */
+#include "server/route.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const struct {
+    const char *method, *path; /* {} stands for one id */
+    const struct request_handler *handler;
+} routes[] = {
+    {"GET", "/v1/models", &handle_models_list},
+    {"GET", "/v1/models/{}", &handle_models_get},
+    {"POST", "/v1/completions", &handle_completions},
+    {"POST", "/v1/memories", &handle_memories_create},
+    {"GET", "/v1/memories", &handle_memories_list},
+    {"GET", "/v1/memories/{}", &handle_memories_get},
+    {"DELETE", "/v1/memories/{}", &handle_memories_delete},
+    {"POST", "/v1/memories/{}/append", &handle_append},
+    {"GET", "/v1/memories/{}/chunks", &handle_memories_chunks},
+    {"GET", "/health", &handle_health_ready},
+    {"GET", "/health/ready", &handle_health_ready},
+    {"GET", "/health/live", &handle_health_live},
+    {"GET", "/metrics", &handle_metrics},
+};
+
+/* Whether `path` has the shape of `pattern`; the id goes to `argument`. */
+static bool match(const char *pattern, const char *path, char argument[LIMITS_ID_BYTES])
+{
+    const char *hole = strstr(pattern, "{}");
+    argument[0] = 0;
+    if (!hole)
+        return strcmp(pattern, path) == 0;
+    const size_t before = (size_t)(hole - pattern);
+    if (strncmp(pattern, path, before) != 0)
+        return false;
+    const size_t size = strcspn(path + before, "/");
+    if (!size || size >= LIMITS_ID_BYTES || strcmp(path + before + size, hole + 2) != 0)
+        return false;
+    memcpy(argument, path + before, size);
+    argument[size] = 0;
+    return true;
+}
+
+enum status route_find(const struct http_head *head, const struct request_handler **handler,
+                       char argument[LIMITS_ID_BYTES])
+{
+    enum status status = STATUS_NOT_FOUND;
+    for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
+        if (!match(routes[i].path, head->path, argument))
+            continue;
+        status = STATUS_METHOD;
+        if (strcmp(routes[i].method, head->method) == 0 ||
+            (strcmp(head->method, "HEAD") == 0 && strcmp(routes[i].method, "GET") == 0)) {
+            *handler = routes[i].handler;
+            return STATUS_OK;
+        }
+    }
+    return status;
+}

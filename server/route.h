@@ -1,0 +1,20 @@
+/* route.h - which handler takes a request.
+ * Thread: the loop. Owns nothing. */
+#ifndef SERVER_ROUTE_H
+#define SERVER_ROUTE_H
+
+#include "server/conn.h"
+
+/* Finds the handler and the {id} of the path. STATUS_NOT_FOUND, STATUS_METHOD. */
+STATUS_CHECKED enum status route_find(const struct http_head *head,
+                                      const struct request_handler **handler,
+                                      char argument[LIMITS_ID_BYTES]);
+
+extern const struct request_handler handle_models_list, handle_models_get;
+extern const struct request_handler handle_completions;
+extern const struct request_handler handle_memories_create, handle_memories_list,
+    handle_memories_get, handle_memories_delete, handle_memories_chunks;
+extern const struct request_handler handle_append;
+extern const struct request_handler handle_health_live, handle_health_ready, handle_metrics;
+
+#endif

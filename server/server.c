@@ -1,0 +1,76 @@
+/* server.c - see server.h. */
+#include "server/server.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+
+#include "proto/base/assert.h"
+#include "proto/base/log.h"
+#include "server/conn.h"
+
+static void connection_cb(uv_stream_t *stream, int status)
+{
+    if (status < 0)
+        log_event(LOG_WARN, "accept failed", "error", LOG_STR, uv_strerror(status), NULL);
+    else
+        conn_accept(stream->data);
+}
+
+static void flush_cb(uv_prepare_t *prepare)
+{
+    conn_flush_all(prepare->data);
+}
+
+enum status server_listen(struct server *server, int *port, struct error *err)
+{
+    struct sockaddr_storage address;
+    const char *host = server->config->host;
+    list_init(&server->connections);
+    metrics_init(&server->metrics);
+    server->started_at = (int64_t)time(NULL);
+    if (uv_ip4_addr(host, *port, (struct sockaddr_in *)&address) &&
+        uv_ip6_addr(host, *port, (struct sockaddr_in6 *)&address))
+        return error_set(err, STATUS_INVALID, "--host %s is not an IP address", host);
+    ASSERT(!uv_tcp_init(server->loop, &server->listener));
+    ASSERT(!uv_prepare_init(server->loop, &server->flush));
+    server->listener.data = server->flush.data = server;
+    int rc = uv_tcp_bind(&server->listener, (struct sockaddr *)&address, 0);
+    if (!rc)
+        rc = uv_listen((uv_stream_t *)&server->listener, 511, connection_cb);
+    if (rc)
+        return error_set(err, rc == UV_EADDRINUSE ? STATUS_CONFLICT : STATUS_IO,
+                         "cannot listen on %s port %d: %s", host, *port, uv_strerror(rc));
+    int size = sizeof address;
+    if (!uv_tcp_getsockname(&server->listener, (struct sockaddr *)&address, &size))
+        *port = ntohs(((struct sockaddr_in *)&address)->sin_port); /* the same place in both */
+    ASSERT(!uv_prepare_start(&server->flush, flush_cb));
+    return STATUS_OK;
+}
+
+void server_stop_listening(struct server *server)
+{
+    server->draining = true;
+    if (!uv_is_closing((uv_handle_t *)&server->listener))
+        uv_close((uv_handle_t *)&server->listener, NULL);
+    conn_drain_all(server);
+}
+
+void server_close(struct server *server)
+{
+    if (!uv_is_closing((uv_handle_t *)&server->listener))
+        uv_close((uv_handle_t *)&server->listener, NULL);
+    conn_flush_all(server);
+    conn_close_all(server);
+    uv_close((uv_handle_t *)&server->flush, NULL);
+}
+
+void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES])
+{
+    uint64_t words[2];
+    ASSERT(getrandom(words, sizeof words, 0) == sizeof words);
+    server->request_count++;
+    snprintf(out, LIMITS_ID_BYTES, "%s%016llx%08x", prefix, (unsigned long long)words[0],
+             (unsigned)words[1]);
+}

@@ -1,0 +1,41 @@
+/* server.h - the daemon's loop side: what its parts share.
+ * Thread: the loop. Owns the listener and the connections; borrows the engine's thread and the
+ * storage, which main.c opens and closes. */
+#ifndef SERVER_SERVER_H
+#define SERVER_SERVER_H
+
+#include <uv.h>
+
+#include "proto/base/list.h"
+#include "server/config.h"
+#include "server/engine_thread.h"
+#include "server/metrics.h"
+#include "storage/storage.h"
+
+struct server {
+    uv_loop_t *loop;
+    const struct config *config;
+    struct engine_thread *engine_thread;
+    const struct engine *engine; /* its immutable parts: tokeniser, sizes */
+    struct storage *storage;
+    struct metrics metrics;
+    uv_tcp_t listener;
+    uv_prepare_t flush;       /* one write per connection and turn of the loop */
+    struct list connections;
+    size_t connection_count;
+    bool draining;
+    uint64_t request_count;
+    int64_t started_at;  /* seconds since 1970 */
+};
+
+/* Binds and listens. STATUS_INVALID (address), STATUS_CONFLICT (in use), STATUS_IO. `*port` is the
+ * port bound (the asked one, or any when that was 0). */
+STATUS_CHECKED enum status server_listen(struct server *server, int *port, struct error *err);
+/* No new connections, and no further request on the old ones. */
+void server_stop_listening(struct server *server);
+/* Closes what is left of the connections and the handles. */
+void server_close(struct server *server);
+/* `prefix` and 24 hexadecimal digits nobody can guess. */
+void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES]);
+
+#endif
