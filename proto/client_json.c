@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "proto/base/assert.h"
+#include "proto/json.h"
 
 /* ---- reading ---- */
 
@@ -38,7 +39,7 @@ static double number(const cJSON *object, const char *name)
 static uint64_t whole(const cJSON *object, const char *name)
 {
     double x = number(object, name);
-    return x > 0 && x < 9e15 ? (uint64_t)x : 0;
+    return x > 0 && x <= 9007199254740992.0 ? (uint64_t)x : 0;
 }
 
 static char *own_text(const cJSON *object, const char *name, size_t *size)
@@ -264,59 +265,6 @@ void client_json_write_create(struct buf *out, const char *from, const char *nam
     print_to(out, root);
 }
 
-/* Length of the well-formed UTF-8 character at `p`, or 0: overlong forms, surrogates and what lies
- * beyond U+10FFFF are none. */
-static size_t character_bytes(const unsigned char *p, size_t size)
-{
-    unsigned char low = 0x80, high = 0xbf;
-    size_t length;
-    if (p[0] < 0x80)
-        return 1;
-    if (p[0] >= 0xc2 && p[0] <= 0xdf)
-        length = 2;
-    else if (p[0] >= 0xe0 && p[0] <= 0xef)
-        length = 3;
-    else if (p[0] >= 0xf0 && p[0] <= 0xf4)
-        length = 4;
-    else
-        return 0;
-    if (p[0] == 0xe0)
-        low = 0xa0;
-    if (p[0] == 0xed)
-        high = 0x9f;
-    if (p[0] == 0xf0)
-        low = 0x90;
-    if (p[0] == 0xf4)
-        high = 0x8f;
-    if (size < length || p[1] < low || p[1] > high)
-        return 0;
-    for (size_t i = 2; i < length; i++)
-        if ((p[i] & 0xc0) != 0x80)
-            return 0;
-    return length;
-}
-
-/* cJSON writes strings that end at a NUL and copies bytes unchecked, so the prompt is written
- * here. */
-static void write_string(struct buf *out, const char *text, size_t size)
-{
-    const unsigned char *p = (const unsigned char *)text;
-    buf_append(out, "\"", 1);
-    for (size_t i = 0; i < size;) {
-        size_t length = character_bytes(p + i, size - i);
-        if (length == 0)
-            buf_append_text(out, "\xef\xbf\xbd");
-        else if (p[i] == '"' || p[i] == '\\')
-            buf_append_format(out, "\\%c", p[i]);
-        else if (p[i] < 0x20)
-            buf_append_format(out, "\\u%04x", p[i]);
-        else
-            buf_append(out, p + i, length);
-        i += length ? length : 1;
-    }
-    buf_append(out, "\"", 1);
-}
-
 void client_json_write_completion(struct buf *out, const struct client_completion_request *request)
 {
     cJSON *root = cJSON_CreateObject();
@@ -338,9 +286,10 @@ void client_json_write_completion(struct buf *out, const struct client_completio
     if (request->retrieval)
         ASSERT(cJSON_AddTrueToObject(root, "retrieval"));
     print_to(out, root);
+    /* cJSON would copy bytes that are no UTF-8. */
     ASSERT(out->data[out->size - 1] == '}');
     out->size--;
     buf_append_text(out, ",\"prompt\":");
-    write_string(out, request->prompt, request->prompt_size);
+    json_append_string(out, request->prompt, request->prompt_size);
     buf_append(out, "}", 1);
 }

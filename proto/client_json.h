@@ -107,7 +107,7 @@ struct client_completion_request {
     bool retrieval;
 };
 /* The body of POST /v1/completions. Bytes of the prompt that are no UTF-8 become U+FFFD, as JSON
- * cannot hold them. Appends to `out`. */
+ * cannot hold them; the server refuses NULs. Appends to `out`. */
 void client_json_write_completion(struct buf *out, const struct client_completion_request *request);
 
 #endif
