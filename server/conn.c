@@ -358,6 +358,8 @@ static void finish_request(struct conn *conn)
     if (conn->state == CONN_BODY) { /* answered before the body was there */
         conn->state = CONN_REFUSED;
         conn->close_after = true;
+        conn->paused = false;
+        start_reading(conn);
         arm(conn, LINGER_MS);
     }
     if (conn->state != CONN_HANDLING)
@@ -444,6 +446,8 @@ static const char *reason(int http_status)
 static void append_head(struct request *request, int http_status, const char *type)
 {
     struct buf *out = &request->conn->out;
+    if (request->conn->state == CONN_BODY)
+        request->conn->close_after = true; /* the rest of the body will not be read */
     buf_append_format(out, "HTTP/1.1 %d %s\r\ncontent-type: %s\r\nx-request-id: %s\r\n",
                       http_status, reason(http_status), type, request->id);
     if (request->conn->close_after || request->conn->server->draining ||

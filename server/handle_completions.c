@@ -1,0 +1,654 @@
+/* handle_completions.c - POST /v1/completions: text in, text out, from a memory or from nothing.
+ * One job a prompt; what they say is gathered by choice, and streamed as it comes or sent whole. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+
+#include "proto/answer_json.h"
+#include "proto/base/assert.h"
+#include "proto/completion_request.h"
+#include "proto/json.h"
+#include "server/route.h"
+
+struct choice {
+    struct buf text;
+    size_t characters; /* of the text so far, for text_offset */
+    struct answer_logprobs logprobs;
+    struct buf retrieval;
+    uint32_t token_count;
+    const char *finish_reason;
+    double logprob_sum;
+};
+
+struct completion;
+
+struct part { /* one prompt */
+    struct completion *completion;
+    uint32_t index;
+    struct job *job;
+    struct tokenizer_tokens tokens;
+    int32_t *prompt; /* a copy for echo and passages: the job takes the tokens */
+    size_t prompt_count;
+    size_t text_bytes;
+    uint64_t cached;
+    struct choice *choices; /* [best_of] */
+    uint64_t *seen;         /* chunks whose text was sent */
+    size_t seen_count, seen_capacity;
+    int32_t *generated;     /* of choice 0, for passages that the answer itself has filled */
+    size_t generated_count;
+    bool done;
+};
+
+struct completion {
+    struct request *request;
+    struct server *server;
+    struct completion_request asked;
+    struct part *parts; /* [asked.prompt_count] */
+    uint32_t open;      /* jobs not done */
+    char id[LIMITS_ID_BYTES];
+    int64_t created;
+    struct answer_usage usage;
+    uv_work_t work;
+    enum status status;
+    struct error err;
+    bool gone;
+    uint64_t began_ns, first_token_ns;
+};
+
+static const struct tokenizer *tokenizer_of(const struct completion *c)
+{
+    return engine_tokenizer(c->server->engine);
+}
+
+static struct answer_head head_of(const struct completion *c)
+{
+    return (struct answer_head){.id = c->id,
+                                .model = engine_get_info(c->server->engine)->model_name,
+                                .created = c->created};
+}
+
+static void destroy(struct completion *c)
+{
+    for (size_t i = 0; c->parts && i < c->asked.prompt_count; i++) {
+        struct part *part = &c->parts[i];
+        for (size_t j = 0; part->choices && j < c->asked.best_of; j++) {
+            buf_close(&part->choices[j].text);
+            buf_close(&part->choices[j].retrieval);
+            answer_logprobs_close(&part->choices[j].logprobs);
+        }
+        tokenizer_tokens_close(&part->tokens);
+        free(part->choices);
+        free(part->prompt);
+        free(part->seen);
+        free(part->generated);
+    }
+    free(c->parts);
+    completion_request_close(&c->asked);
+    free(c);
+}
+
+/* ---- what is sent ---- */
+
+static void send_event(struct completion *c, const struct buf *json)
+{
+    struct buf event;
+    if (c->gone)
+        return;
+    buf_init(&event);
+    answer_json_event(&event, json);
+    if (!c->request->streaming)
+        request_stream_begin(c->request);
+    request_stream_write(c->request, event.data, event.size);
+    buf_close(&event);
+}
+
+static void send_chunk(struct completion *c, const struct answer_choice *choice)
+{
+    struct buf json;
+    const struct answer_head head = head_of(c);
+    buf_init(&json);
+    answer_json_chunk(&json, &head, choice, c->asked.include_usage);
+    send_event(c, &json);
+    buf_close(&json);
+}
+
+static size_t characters(const char *text, size_t size)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < size; i++)
+        count += ((unsigned char)text[i] & 0xc0) != 0x80;
+    return count;
+}
+
+/* ---- logprobs ---- */
+
+static void add_logprob(const struct completion *c, struct answer_logprobs *logprobs,
+                        int32_t token, double logprob, const struct sampler_top *tops,
+                        size_t top_count, size_t offset)
+{
+    struct answer_top named[LIMITS_LOGPROBS];
+    size_t size;
+    for (size_t i = 0; i < top_count; i++) {
+        named[i].text = tokenizer_bytes(tokenizer_of(c), tops[i].token, &size);
+        named[i].size = size;
+        named[i].logprob = (double)tops[i].logprob;
+    }
+    const char *text = tokenizer_bytes(tokenizer_of(c), token, &size);
+    answer_logprobs_add(logprobs, text, size, logprob, isnan(logprob) ? NULL : named, top_count,
+                        offset);
+}
+
+/* ---- retrieval ---- */
+
+/* The token at `position` of what this prompt's model has read: its memory, the prompt, and the
+ * answer; -1 when it cannot be had. */
+static int32_t token_at(const struct part *part, uint64_t position)
+{
+    const struct completion *c = part->completion;
+    int32_t token = -1;
+    if (position < part->cached) {
+        if (storage_read_tokens(c->server->storage, c->asked.memory, position, 1, &token))
+            token = -1;
+    } else if (position - part->cached < part->prompt_count) {
+        token = part->prompt[position - part->cached];
+    } else if (position - part->cached - part->prompt_count < part->generated_count) {
+        token = part->generated[position - part->cached - part->prompt_count];
+    }
+    return token;
+}
+
+static void append_passage(const struct part *part, uint64_t chunk, struct buf *out)
+{
+    const struct completion *c = part->completion;
+    const uint64_t s = engine_get_info(c->server->engine)->config->chunk_tokens;
+    int32_t tokens[LIMITS_CHUNK_TOKENS];
+    struct buf text;
+    buf_init(&text);
+    const bool stored = (chunk + 1) * s <= part->cached &&
+                        !storage_read_tokens(c->server->storage, c->asked.memory, chunk * s, s,
+                                             tokens);
+    for (uint64_t i = 0; i < s; i++) {
+        const int32_t token = stored ? tokens[i] : token_at(part, chunk * s + i);
+        size_t size = 0;
+        const char *bytes = token < 0 ? "" : tokenizer_bytes(tokenizer_of(c), token, &size);
+        if (size)
+            buf_append(&text, bytes, size);
+    }
+    buf_append_text(out, ",\"text\":");
+    json_append_string(out, text.data ? text.data : "", text.size);
+    buf_close(&text);
+}
+
+/* Whether the chunk's text was sent before; it is from now on. */
+static bool seen_before(struct part *part, uint64_t chunk)
+{
+    for (size_t i = 0; i < part->seen_count; i++)
+        if (part->seen[i] == chunk)
+            return true;
+    if (part->seen_count == part->seen_capacity) {
+        const size_t capacity = part->seen_capacity ? part->seen_capacity * 2 : 64;
+        uint64_t *grown = realloc(part->seen, capacity * sizeof *grown);
+        if (!grown)
+            return true;
+        part->seen = grown;
+        part->seen_capacity = capacity;
+    }
+    part->seen[part->seen_count++] = chunk;
+    return false;
+}
+
+/* {token_index, token, chunks:[{chunk, group, head, weight, token_start, token_end, text}]}; a
+ * chunk's text comes with its first mention alone. */
+static void append_retrieval(struct part *part, const struct choice *choice,
+                             const struct event *event, struct buf *out)
+{
+    const struct completion *c = part->completion;
+    const uint64_t s = engine_get_info(c->server->engine)->config->chunk_tokens;
+    size_t size;
+    const char *text = tokenizer_bytes(tokenizer_of(c), event->token, &size);
+    buf_append_format(out, "%s{\"token_index\":%u,\"token\":", out->size ? "," : "",
+                      choice->token_count);
+    json_append_string(out, text, size);
+    buf_append_text(out, ",\"chunks\":[");
+    for (uint32_t i = 0; i < event->pick_count; i++) {
+        const struct engine_pick *pick = &event->picks[i];
+        buf_append_format(out, "%s{\"chunk\":%llu,\"group\":%u,\"head\":%u,\"weight\":%.6g,",
+                          i ? "," : "", (unsigned long long)pick->chunk, pick->group, pick->head,
+                          (double)pick->weight);
+        buf_append_format(out, "\"token_start\":%llu,\"token_end\":%llu",
+                          (unsigned long long)(pick->chunk * s),
+                          (unsigned long long)((pick->chunk + 1) * s));
+        if (!seen_before(part, pick->chunk))
+            append_passage(part, pick->chunk, out);
+        buf_append_text(out, "}");
+    }
+    buf_append_text(out, "]}");
+}
+
+/* ---- events of a job ---- */
+
+static void take_token(struct part *part, const struct event *event)
+{
+    struct completion *c = part->completion;
+    struct choice *choice = &part->choices[event->choice];
+    const bool logprobs = c->asked.logprobs >= 0;
+    if (!c->first_token_ns)
+        c->first_token_ns = uv_hrtime();
+    c->usage.completion_tokens++;
+    if (event->choice == 0 && part->generated)
+        part->generated[part->generated_count++] = event->token;
+    if (c->asked.stream) { /* each chunk carries its own; nothing is kept */
+        answer_logprobs_close(&choice->logprobs);
+        buf_close(&choice->retrieval);
+    }
+    if (logprobs)
+        add_logprob(c, &choice->logprobs, event->token, (double)event->logprob, event->tops,
+                    event->top_count, choice->characters);
+    if (c->asked.retrieval)
+        append_retrieval(part, choice, event, &choice->retrieval);
+    choice->token_count++;
+    choice->characters += characters(event->text, event->text_size);
+    if (!c->asked.stream) {
+        if (event->text_size)
+            buf_append(&choice->text, event->text, event->text_size);
+    } else if (event->text_size || logprobs || c->asked.retrieval) {
+        const struct answer_choice answer = {
+            .index = part->index * (uint32_t)c->asked.n + event->choice,
+            .text = event->text,
+            .text_size = event->text_size,
+            .logprobs = logprobs ? &choice->logprobs : NULL,
+            .retrieval = c->asked.retrieval ? &choice->retrieval : NULL};
+        send_chunk(c, &answer);
+    }
+}
+
+/* The prompt's own text and log probabilities, before what follows. */
+static void take_echo(struct part *part, const struct event *event)
+{
+    struct completion *c = part->completion;
+    for (uint32_t k = 0; k < c->asked.best_of; k++) {
+        struct choice *choice = &part->choices[k];
+        for (size_t i = 0; i < part->prompt_count; i++) {
+            size_t size;
+            const char *text = tokenizer_bytes(tokenizer_of(c), part->prompt[i], &size);
+            add_logprob(c, &choice->logprobs, part->prompt[i], (double)event->echo_logprobs[i],
+                        event->echo_tops ? event->echo_tops + i * event->echo_top_count : NULL,
+                        event->echo_top_count, choice->characters);
+            choice->characters += characters(text, size);
+        }
+    }
+}
+
+/* The prompt as text, where it is echoed without log probabilities or beside them. */
+static void echo_text(struct part *part)
+{
+    struct completion *c = part->completion;
+    for (uint32_t k = 0; k < c->asked.best_of; k++) {
+        struct choice *choice = &part->choices[k];
+        for (size_t i = 0; i < part->prompt_count; i++) {
+            size_t size;
+            const char *text = tokenizer_bytes(tokenizer_of(c), part->prompt[i], &size);
+            if (size)
+                buf_append(&choice->text, text, size);
+        }
+        if (c->asked.logprobs < 0)
+            choice->characters = characters(choice->text.data ? choice->text.data : "",
+                                            choice->text.size);
+        if (!c->asked.stream)
+            continue;
+        const struct answer_choice answer = {.index = part->index * (uint32_t)c->asked.n + k,
+                                             .text = choice->text.data,
+                                             .text_size = choice->text.size,
+                                             .logprobs =
+                                                 c->asked.logprobs >= 0 ? &choice->logprobs : NULL};
+        send_chunk(c, &answer);
+        choice->text.size = 0;
+    }
+}
+
+static void finish_choice(struct part *part, const struct event *event)
+{
+    struct completion *c = part->completion;
+    struct choice *choice = &part->choices[event->choice];
+    choice->finish_reason = event->finish_reason == FINISH_STOP ? "stop" : "length";
+    choice->logprob_sum = event->cumulative_logprob;
+    if (!c->asked.stream)
+        return;
+    const struct answer_choice answer = {.index = part->index * (uint32_t)c->asked.n +
+                                                  event->choice,
+                                         .finish_reason = choice->finish_reason};
+    send_chunk(c, &answer);
+}
+
+/* The n most probable of best_of, by mean log probability as OpenAI ranks them. */
+static int by_probability(const void *a, const void *b)
+{
+    const struct choice *x = a, *y = b;
+    const double p = x->logprob_sum / (x->token_count ? x->token_count : 1);
+    const double q = y->logprob_sum / (y->token_count ? y->token_count : 1);
+    return (p < q) - (p > q);
+}
+
+static void answer_whole(struct completion *c)
+{
+    const size_t n = c->asked.n, total = c->asked.prompt_count * n;
+    struct answer_choice *choices = calloc(total, sizeof *choices);
+    ASSERT(choices);
+    for (size_t i = 0; i < c->asked.prompt_count; i++) {
+        struct part *part = &c->parts[i];
+        if (c->asked.best_of > n)
+            qsort(part->choices, c->asked.best_of, sizeof *part->choices, by_probability);
+        for (size_t j = 0; j < n; j++) {
+            const struct choice *choice = &part->choices[j];
+            choices[i * n + j] = (struct answer_choice){
+                .index = (uint32_t)(i * n + j),
+                .text = choice->text.data,
+                .text_size = choice->text.size,
+                .logprobs = c->asked.logprobs >= 0 ? &choice->logprobs : NULL,
+                .retrieval = c->asked.retrieval ? &choice->retrieval : NULL,
+                .finish_reason = choice->finish_reason};
+        }
+    }
+    struct buf body;
+    const struct answer_head head = head_of(c);
+    buf_init(&body);
+    answer_json_completion(&body, &head, choices, total, &c->usage);
+    request_answer_json(c->request, 200, &body);
+    buf_close(&body);
+    free(choices);
+}
+
+static void end_stream(struct completion *c)
+{
+    struct buf json;
+    const struct answer_head head = head_of(c);
+    buf_init(&json);
+    if (c->status) {
+        answer_json_error(&json, c->status,
+                          c->err.message[0] ? c->err.message : status_text(c->status),
+                          c->err.param);
+        send_event(c, &json);
+    } else {
+        if (c->asked.include_usage) {
+            answer_json_usage_chunk(&json, &head, &c->usage);
+            send_event(c, &json);
+        }
+        if (!c->request->streaming) /* nothing to say at all */
+            request_stream_begin(c->request);
+        request_stream_write(c->request, "data: [DONE]\n\n", 14);
+    }
+    request_stream_end(c->request);
+    buf_close(&json);
+}
+
+/* Every job is over: the answer, if it was not streamed, and the end. */
+static void finish(struct completion *c)
+{
+    struct request *request = c->request;
+    struct metrics *m = &c->server->metrics;
+    m->prompt_tokens += c->usage.prompt_tokens;
+    m->cached_tokens += c->usage.cached_tokens;
+    m->completion_tokens += c->usage.completion_tokens;
+    metrics_observe(&m->whole, (double)(uv_hrtime() - c->began_ns) * 1e-9);
+    if (c->first_token_ns)
+        metrics_observe(&m->first_token, (double)(c->first_token_ns - c->began_ns) * 1e-9);
+    if (!c->gone) {
+        if (request->streaming || (!c->status && c->asked.stream))
+            end_stream(c);
+        else if (c->status)
+            request_fail(request, c->status, &c->err);
+        else
+            answer_whole(c);
+    }
+    destroy(c);
+    request_done(request);
+}
+
+static void part_done(struct part *part, const struct event *event)
+{
+    struct completion *c = part->completion;
+    struct metrics *m = &c->server->metrics;
+    part->job = NULL;
+    c->open--;
+    metrics_observe(&m->queue, event->queue_seconds);
+    metrics_observe(&m->prefill, event->prefill_seconds);
+    if (event->completion_tokens > 1)
+        metrics_observe(&m->per_token,
+                        event->decode_seconds / (double)(event->completion_tokens - 1));
+    if (event->status && !c->status) { /* one fails, all do */
+        c->status = event->status;
+        if (event->error)
+            c->err = *event->error;
+        for (size_t i = 0; i < c->asked.prompt_count; i++)
+            if (c->parts[i].job)
+                job_cancel(c->parts[i].job);
+    }
+    if (!c->open)
+        finish(c);
+}
+
+static void event_cb(void *context, const struct event *event)
+{
+    struct part *part = context;
+    struct completion *c = part->completion;
+    switch (event->kind) {
+    case EVENT_STARTED:
+        part->cached = event->cached_tokens;
+        c->usage.prompt_tokens += event->prompt_tokens + event->cached_tokens;
+        c->usage.cached_tokens += event->cached_tokens;
+        if (c->asked.stream && !c->gone && !c->request->streaming)
+            request_stream_begin(c->request);
+        if (c->asked.echo && c->asked.logprobs < 0)
+            echo_text(part);
+        break;
+    case EVENT_PROGRESS:
+        break;
+    case EVENT_ECHO:
+        take_echo(part, event);
+        echo_text(part);
+        break;
+    case EVENT_TOKEN:
+        take_token(part, event);
+        break;
+    case EVENT_FINISHED:
+        finish_choice(part, event);
+        break;
+    case EVENT_DONE:
+        part_done(part, event);
+        break;
+    }
+}
+
+/* ---- from the request to jobs ---- */
+
+static void gone(struct request *request)
+{
+    struct completion *c = request->state;
+    c->gone = true;
+    for (size_t i = 0; i < c->asked.prompt_count; i++)
+        if (c->parts[i].job)
+            job_cancel(c->parts[i].job);
+}
+
+static void fill_sampling(const struct completion *c, struct sampler_params *params)
+{
+    const struct completion_request *r = &c->asked;
+    sampler_params_default(params);
+    params->temperature = (float)r->temperature;
+    params->top_k = (int32_t)r->top_k;
+    params->top_p = (float)r->top_p;
+    params->min_p = (float)r->min_p;
+    params->repetition_penalty = (float)r->repetition_penalty;
+    params->presence_penalty = (float)r->presence_penalty;
+    params->frequency_penalty = (float)r->frequency_penalty;
+    params->seed = r->seed;
+    params->want_logprobs = r->logprobs >= 0;
+    params->top_logprobs = r->logprobs > 0 ? (uint32_t)r->logprobs : 0;
+    params->bias_count = r->bias_count;
+    if (r->bias_count) {
+        struct sampler_bias *bias = malloc(r->bias_count * sizeof *bias);
+        ASSERT(bias);
+        for (size_t i = 0; i < r->bias_count; i++)
+            bias[i] = (struct sampler_bias){r->bias[i].token, r->bias[i].bias};
+        params->bias = bias;
+    }
+}
+
+static enum status submit(struct completion *c, struct part *part)
+{
+    const struct completion_request *r = &c->asked;
+    struct job_generate g = {.memory_write = r->memory_write,
+                             .tokens = part->tokens.ids,
+                             .token_count = part->tokens.count,
+                             .text_bytes = part->text_bytes,
+                             .choices = (uint32_t)r->best_of,
+                             .max_tokens = (uint32_t)r->max_tokens,
+                             .ignore_eos = r->ignore_eos,
+                             .stop_count = (uint32_t)r->stop_count,
+                             .echo_logprobs = r->echo && r->logprobs >= 0,
+                             .retrieval = r->retrieval};
+    memcpy(g.request_id, c->request->id, sizeof g.request_id);
+    memcpy(g.memory, r->memory, sizeof g.memory);
+    fill_sampling(c, &g.sampling);
+    for (size_t i = 0; i < r->stop_count; i++) {
+        g.stop[i] = strdup(r->stop[i]);
+        ASSERT(g.stop[i]);
+        g.stop_sizes[i] = strlen(g.stop[i]);
+    }
+    const enum status status =
+        job_submit_generate(c->server->engine_thread, &g, event_cb, part, &part->job);
+    if (status) {
+        for (size_t i = 0; i < r->stop_count; i++)
+            free(g.stop[i]);
+        free((void *)(uintptr_t)g.sampling.bias);
+    } else {
+        part->tokens = (struct tokenizer_tokens){0};
+        c->open++;
+    }
+    return status;
+}
+
+/* On the pool. */
+static void tokenize(uv_work_t *work)
+{
+    struct completion *c = work->data;
+    const int32_t vocab = (int32_t)engine_get_info(c->server->engine)->config->vocab_size;
+    for (size_t i = 0; i < c->asked.prompt_count && !c->status; i++) {
+        const struct completion_prompt *prompt = &c->asked.prompts[i];
+        struct part *part = &c->parts[i];
+        if (prompt->text) {
+            c->status = tokenizer_encode(tokenizer_of(c), prompt->text, prompt->text_size, true,
+                                         &part->tokens);
+            part->text_bytes = prompt->text_size;
+        } else if (prompt->id_count) {
+            part->tokens.ids = malloc(prompt->id_count * sizeof *part->tokens.ids);
+            if (!part->tokens.ids) {
+                c->status = STATUS_NO_MEMORY;
+                return;
+            }
+            memcpy(part->tokens.ids, prompt->ids, prompt->id_count * sizeof *prompt->ids);
+            part->tokens.count = part->tokens.capacity = prompt->id_count;
+        }
+        for (size_t j = 0; j < part->tokens.count && !c->status; j++) {
+            size_t size = 0;
+            if (!prompt->text && part->tokens.ids[j] >= vocab)
+                c->status = error_set_param(&c->err, STATUS_INVALID, "prompt",
+                                            "token id %d is not under the vocabulary size %d",
+                                            part->tokens.ids[j], vocab);
+            else if (!prompt->text) {
+                tokenizer_bytes(tokenizer_of(c), part->tokens.ids[j], &size);
+                part->text_bytes += size;
+            }
+        }
+        if ((c->asked.echo || c->asked.retrieval) && part->tokens.count) {
+            part->prompt = malloc(part->tokens.count * sizeof *part->prompt);
+            if (!part->prompt) {
+                c->status = STATUS_NO_MEMORY;
+                return;
+            }
+            memcpy(part->prompt, part->tokens.ids, part->tokens.count * sizeof *part->prompt);
+            part->prompt_count = part->tokens.count;
+        }
+    }
+}
+
+static void tokenized(uv_work_t *work, int cancelled)
+{
+    struct completion *c = work->data;
+    (void)cancelled;
+    for (size_t i = 0; i < c->asked.prompt_count && !c->status && !c->gone; i++) {
+        c->status = submit(c, &c->parts[i]);
+        if (c->status == STATUS_BUSY)
+            error_set(&c->err, STATUS_BUSY, "too many requests are waiting; try again soon");
+    }
+    for (size_t i = 0; i < c->asked.prompt_count && c->status; i++)
+        if (c->parts[i].job)
+            job_cancel(c->parts[i].job);
+    if (!c->open)
+        finish(c);
+}
+
+static enum status prepare(struct completion *c, struct error *err)
+{
+    const char *model = engine_get_info(c->server->engine)->model_name;
+    if (c->asked.model[0] && strcmp(c->asked.model, model) != 0)
+        return error_set_param(err, STATUS_NOT_FOUND, "model", "no model named %s; this server has %s",
+                               c->asked.model, model);
+    const int32_t vocab = (int32_t)engine_get_info(c->server->engine)->config->vocab_size;
+    struct sampler_params params;
+    fill_sampling(c, &params);
+    const enum status status = sampler_params_check(&params, vocab, err);
+    free((void *)(uintptr_t)params.bias);
+    if (status)
+        return status;
+    c->parts = calloc(c->asked.prompt_count, sizeof *c->parts);
+    if (!c->parts)
+        return STATUS_NO_MEMORY;
+    for (size_t i = 0; i < c->asked.prompt_count; i++) {
+        struct part *part = &c->parts[i];
+        part->completion = c;
+        part->index = (uint32_t)i;
+        part->choices = calloc(c->asked.best_of, sizeof *part->choices);
+        if (c->asked.retrieval)
+            part->generated = malloc((c->asked.max_tokens + 1) * sizeof *part->generated);
+        if (!part->choices || (c->asked.retrieval && !part->generated))
+            return STATUS_NO_MEMORY;
+    }
+    return STATUS_OK;
+}
+
+static void complete(struct request *request)
+{
+    struct completion *c = calloc(1, sizeof *c);
+    struct error err = {0};
+    enum status status = STATUS_NO_MEMORY;
+    if (c) {
+        c->request = request;
+        c->server = request->server;
+        status = completion_request_parse(request->body.data, request->body.size, &c->asked, &err);
+    }
+    if (!status)
+        status = prepare(c, &err);
+    if (status) {
+        if (c)
+            destroy(c);
+        request_fail(request, status, &err);
+        return;
+    }
+    server_new_id(c->server, "cmpl-", c->id);
+    c->created = (int64_t)time(NULL);
+    c->began_ns = request->began_ns;
+    if (!c->asked.has_seed)
+        ASSERT(getrandom(&c->asked.seed, sizeof c->asked.seed, 0) == sizeof c->asked.seed);
+    request->state = c;
+    request->gone_cb = gone;
+    request_hold(request);
+    c->work.data = c;
+    uv_queue_work(c->server->loop, &c->work, tokenize, tokenized);
+}
+
+const struct request_handler handle_completions = {
+    .name = "completions", .body_limit = LIMITS_JSON_BODY_BYTES, .end_cb = complete};

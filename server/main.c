@@ -1,0 +1,190 @@
+/* main.c - wiring: settings, engine, storage, the engine's thread, the listener, signals. */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/base/log.h"
+#include "server/bench.h"
+#include "server/config.h"
+#include "server/server.h"
+#include "storage/storage.h"
+
+struct process {
+    uv_loop_t loop;
+    struct config config;
+    struct server server;
+    uv_signal_t terminate, interrupt;
+    int signals;
+};
+
+static int fail(const char *what, const struct error *err)
+{
+    fprintf(stderr, "rambad: %s%s%s\n", what, *what ? ": " : "", err->message);
+    return 1;
+}
+
+/* ---- check ---- */
+
+static void print_problem(void *context, const char *message)
+{
+    (void)context;
+    printf("%s\n", message);
+}
+
+static int check_main(int argc, char **argv)
+{
+    if (argc != 2 || argv[1][0] == '-') {
+        fprintf(stderr, "usage: rambad check DIR\nVerifies every record of a data folder: "
+                        "checksums, holes, references. Exit code 0: nothing wrong.\n");
+        return argc == 2 && strcmp(argv[1], "--help") == 0 ? 0 : 2;
+    }
+    struct storage_check_report report;
+    struct error err = {0};
+    if (storage_check(argv[1], print_problem, NULL, &report, &err))
+        return fail("check", &err);
+    printf("%llu memories, %llu branches, %llu chunks, %llu tokens, %llu snapshots, %llu bytes: "
+           "%llu problems\n",
+           (unsigned long long)report.memories, (unsigned long long)report.branches,
+           (unsigned long long)report.chunks, (unsigned long long)report.tokens,
+           (unsigned long long)report.snapshots, (unsigned long long)report.bytes,
+           (unsigned long long)report.problems);
+    return report.problems ? 1 : 0;
+}
+
+/* ---- serve ---- */
+
+static enum status open_engine(const struct config *config, struct engine **engine,
+                               struct error *err)
+{
+    const struct engine_options options = {
+        .model_path = config->model,
+        .backend = strcmp(config->backend, "ref") == 0    ? ENGINE_BACKEND_REF
+                   : strcmp(config->backend, "cpu") == 0  ? ENGINE_BACKEND_CPU
+                   : strcmp(config->backend, "cuda") == 0 ? ENGINE_BACKEND_CUDA
+                                                          : ENGINE_BACKEND_AUTO,
+        .threads = (uint32_t)config->threads,
+        .host_memory_bytes = config->host_memory,
+        .memory_dtype = strcmp(config->memory_dtype, "fp32") == 0 ? ENGINE_DTYPE_FP32
+                                                                  : ENGINE_DTYPE_BF16};
+    return engine_open(&options, engine, err);
+}
+
+static enum status open_storage(const struct config *config, const struct engine *engine,
+                                struct storage **storage, struct error *err)
+{
+    const struct engine_info *info = engine_get_info(engine);
+    const struct storage_options options = {.path = config->data,
+                                            .kv_bytes = info->kv_bytes,
+                                            .landmark_bytes = info->landmark_bytes,
+                                            .chunk_tokens = info->config->chunk_tokens,
+                                            .model_fingerprint = info->fingerprint,
+                                            .model_name = info->model_name,
+                                            .map_bytes = config->map_size};
+    return storage_open(&options, storage, err);
+}
+
+static void closed_cb(void *context)
+{
+    struct process *process = context;
+    server_close(&process->server);
+    uv_close((uv_handle_t *)&process->terminate, NULL);
+    uv_close((uv_handle_t *)&process->interrupt, NULL);
+}
+
+static void drained_cb(void *context)
+{
+    struct process *process = context;
+    engine_thread_close(process->server.engine_thread, closed_cb, process);
+}
+
+static void signal_cb(uv_signal_t *handle, int number)
+{
+    struct process *process = handle->data;
+    if (process->signals++) {
+        log_event(LOG_WARN, "forced to end", NULL);
+        _Exit(1);
+    }
+    log_event(LOG_INFO, "draining", "signal", LOG_INT, (int64_t)number, NULL);
+    server_stop_listening(&process->server);
+    engine_thread_drain(process->server.engine_thread, process->config.drain_timeout * 1000,
+                        drained_cb, process);
+}
+
+static void watch_signals(struct process *process)
+{
+    signal(SIGPIPE, SIG_IGN);
+    uv_signal_init(&process->loop, &process->terminate);
+    uv_signal_init(&process->loop, &process->interrupt);
+    process->terminate.data = process->interrupt.data = process;
+    uv_signal_start(&process->terminate, signal_cb, SIGTERM);
+    uv_signal_start(&process->interrupt, signal_cb, SIGINT);
+}
+
+static int serve(struct process *process)
+{
+    struct server *server = &process->server;
+    const struct config *config = &process->config;
+    struct error err = {0};
+    struct engine *engine;
+    enum log_level level = LOG_INFO;
+    log_parse_level(config->log_level, &level);
+    log_set_level(level);
+    if (open_engine(config, &engine, &err))
+        return fail("", &err);
+    if (open_storage(config, engine, &server->storage, &err)) {
+        engine_close(engine);
+        return fail("", &err);
+    }
+    uv_loop_init(&process->loop);
+    server->loop = &process->loop;
+    server->config = config;
+    server->engine = engine;
+    const struct engine_thread_options options = {.engine = engine,
+                                                  .storage = server->storage,
+                                                  .running_max = (uint32_t)config->running,
+                                                  .queue_max = (uint32_t)config->queue,
+                                                  .session_bytes = config->session_memory};
+    int port = (int)config->port;
+    if (server_listen(server, &port, &err) ||
+        engine_thread_open(&process->loop, &options, &server->engine_thread, &err)) {
+        storage_close(server->storage);
+        return fail("", &err);
+    }
+    watch_signals(process);
+    log_event(LOG_INFO, "listening", "host", LOG_STR, config->host, "port", LOG_INT, (int64_t)port,
+              "model", LOG_STR, engine_get_info(engine)->model_name, "backend", LOG_STR,
+              engine_get_info(engine)->backend, "data", LOG_STR, config->data, "version", LOG_STR,
+              RAMBAD_VERSION, NULL);
+    uv_run(&process->loop, UV_RUN_DEFAULT);
+    storage_close(server->storage);
+    uv_loop_close(&process->loop);
+    log_event(LOG_INFO, "ended", NULL);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    static struct process process;
+    if (argc > 1 && strcmp(argv[1], "check") == 0)
+        return check_main(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "bench") == 0)
+        return bench_main(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "--version") == 0) {
+        printf("rambad %s\n", RAMBAD_VERSION);
+        return 0;
+    }
+    if (argc > 1 && strcmp(argv[1], "serve") == 0) {
+        argc--;
+        argv++;
+    }
+    struct error err = {0};
+    bool help;
+    if (config_read(argc, argv, &process.config, &help, &err))
+        return fail("", &err);
+    if (help) {
+        config_print_help();
+        return 0;
+    }
+    return serve(&process);
+}
