@@ -146,38 +146,24 @@ enum status client_json_append(const char *text, size_t size, struct client_appe
     return good ? STATUS_OK : STATUS_INVALID;
 }
 
-/* `retrieval` is [{token..., chunks:[{chunk, weight, text}]}], or those chunks at once. */
+/* `retrieval` is [{token..., chunks:[{chunk, weight, text}]}], the text at the first mention. */
 static void read_sources(const cJSON *list, struct client_completion *completion)
 {
-    const cJSON *item;
-    cJSON_ArrayForEach(item, list)
+    const cJSON *token, *one;
+    size_t count = 0;
+    cJSON_ArrayForEach(token, list) count += (size_t)cJSON_GetArraySize(field(token, "chunks"));
+    completion->sources = make(count, sizeof *completion->sources);
+    cJSON_ArrayForEach(token, list)
     {
-        const cJSON *inner = field(item, "chunks");
-        if (cJSON_IsArray(inner)) {
-            const cJSON *one;
-            cJSON_ArrayForEach(one, inner) completion->source_count +=
-                cJSON_IsObject(one) ? 1u : 0u;
-        } else {
-            completion->source_count += cJSON_IsObject(item) ? 1u : 0u;
-        }
-    }
-    completion->sources = make(completion->source_count, sizeof *completion->sources);
-    size_t n = 0;
-    cJSON_ArrayForEach(item, list)
-    {
-        const cJSON *inner = field(item, "chunks");
-        const cJSON *one = cJSON_IsArray(inner) ? inner->child : item;
-        for (; one; one = one == item ? NULL : one->next) {
-            if (!cJSON_IsObject(one))
-                continue;
-            struct client_source *source = &completion->sources[n++];
+        cJSON_ArrayForEach(one, field(token, "chunks"))
+        {
+            struct client_source *source = &completion->sources[completion->source_count++];
             size_t ignored;
-            source->chunk = whole(one, field(one, "chunk") ? "chunk" : "index");
+            source->chunk = whole(one, "chunk");
             source->weight = number(one, "weight");
             source->text = own_text(one, "text", &ignored);
         }
     }
-    ASSERT(n == completion->source_count);
 }
 
 enum status client_json_completion(const char *text, size_t size,

@@ -43,7 +43,7 @@ struct client_append {
 struct client_source {
     uint64_t chunk;
     double weight;
-    char *text; /* owned; "" when the server sent none */
+    char *text; /* owned; "" when an earlier part of the stream held it */
 };
 
 /* A completion, or one chunk of a streamed one; choice 0 alone. */

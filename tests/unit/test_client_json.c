@@ -100,6 +100,18 @@ static void test_completion(void **state)
     assert_int_equal(heard.completion_tokens, 4);
     assert_int_equal(heard.source_count, 0);
     client_json_completion_close(&heard);
+    static const char retrieval[] =
+        "{\"choices\":[{\"text\":\"x\",\"retrieval\":[{\"token_index\":0,\"chunks\":["
+        "{\"chunk\":7,\"weight\":0.5,\"text\":\"seven\"},{\"chunk\":9,\"weight\":0.25}]},"
+        "{\"token_index\":1,\"chunks\":[]}]}]}";
+    assert_int_equal(client_json_completion(retrieval, sizeof retrieval - 1, &heard), STATUS_OK);
+    assert_int_equal(heard.source_count, 2);
+    assert_int_equal(heard.sources[0].chunk, 7);
+    assert_string_equal(heard.sources[0].text, "seven");
+    assert_int_equal(heard.sources[1].chunk, 9);
+    assert_true(heard.sources[1].weight > 0.24 && heard.sources[1].weight < 0.26);
+    assert_string_equal(heard.sources[1].text, "");
+    client_json_completion_close(&heard);
     json.size = 0;
     answer_json_usage_chunk(&json, &head, &usage); /* no choice in it */
     assert_int_equal(client_json_completion(json.data, json.size, &heard), STATUS_OK);
