@@ -80,8 +80,9 @@ void answer_logprobs_add(struct answer_logprobs *l, const char *text, size_t siz
 
 static void append_head(struct buf *out, const struct answer_head *head)
 {
-    buf_append_format(out, "{\"id\":\"%s\",\"object\":\"text_completion\",\"created\":%lld,\"model\":",
-                      head->id, (long long)head->created);
+    buf_append_format(
+        out, "{\"id\":\"%s\",\"object\":\"text_completion\",\"created\":%lld,\"model\":", head->id,
+        (long long)head->created);
     append_text(out, head->model);
     buf_append_text(out, ",\"choices\":[");
 }
@@ -160,8 +161,8 @@ void answer_json_memory(struct buf *out, const struct answer_memory *memory)
                       (unsigned long long)memory->token_count,
                       (unsigned long long)memory->chunk_count,
                       (unsigned long long)memory->text_bytes);
-    buf_append_format(out, "\"bytes_on_disk\":%llu,\"parent\":",
-                      (unsigned long long)memory->bytes_on_disk);
+    buf_append_format(
+        out, "\"bytes_on_disk\":%llu,\"parent\":", (unsigned long long)memory->bytes_on_disk);
     append_text_or_null(out, memory->parent);
     buf_append_format(out, ",\"metadata\":%s}", memory->metadata);
 }

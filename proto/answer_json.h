@@ -11,8 +11,7 @@
 #include "proto/status.h"
 
 /* {"error":{...}}; param "" is written as null. */
-void answer_json_error(struct buf *out, enum status status, const char *message,
-                       const char *param);
+void answer_json_error(struct buf *out, enum status status, const char *message, const char *param);
 /* data: {json}\n\n around what `json` holds. */
 void answer_json_event(struct buf *out, const struct buf *json);
 

@@ -10,14 +10,33 @@
 
 #define MAX_TOKENS_LIMIT (1u << 24)
 
-static const char *const fields[] = {
-    "model",       "prompt",         "max_tokens",         "n",
-    "best_of",     "echo",           "logprobs",           "stop",
-    "temperature", "top_p",          "top_k",              "min_p",
-    "seed",        "stream",         "repetition_penalty", "presence_penalty",
-    "logit_bias",  "stream_options", "frequency_penalty",  "suffix",
-    "user",        "memory",         "memory_write",       "retrieval",
-    "include",     "ignore_eos",     NULL};
+static const char *const fields[] = {"model",
+                                     "prompt",
+                                     "max_tokens",
+                                     "n",
+                                     "best_of",
+                                     "echo",
+                                     "logprobs",
+                                     "stop",
+                                     "temperature",
+                                     "top_p",
+                                     "top_k",
+                                     "min_p",
+                                     "seed",
+                                     "stream",
+                                     "repetition_penalty",
+                                     "presence_penalty",
+                                     "logit_bias",
+                                     "stream_options",
+                                     "frequency_penalty",
+                                     "suffix",
+                                     "user",
+                                     "memory",
+                                     "memory_write",
+                                     "retrieval",
+                                     "include",
+                                     "ignore_eos",
+                                     NULL};
 
 static void *take(struct json_fields *f, size_t count, size_t size)
 {
@@ -43,7 +62,8 @@ static void set_ids(struct json_fields *f, const cJSON *array, struct completion
     {
         if (f->status)
             return;
-        if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble < 2147483648.0) ||
+        if (!cJSON_IsNumber(item) ||
+            !(item->valuedouble >= 0 && item->valuedouble < 2147483648.0) ||
             item->valuedouble != floor(item->valuedouble))
             json_fail(f, STATUS_INVALID, "prompt", "must hold strings or token ids");
         else
@@ -54,8 +74,7 @@ static void set_ids(struct json_fields *f, const cJSON *array, struct completion
 static void read_prompts(struct json_fields *f, struct completion_request *r)
 {
     const cJSON *prompt = cJSON_GetObjectItemCaseSensitive(f->root, "prompt"), *item;
-    const bool several =
-        cJSON_IsArray(prompt) && prompt->child && !cJSON_IsNumber(prompt->child);
+    const bool several = cJSON_IsArray(prompt) && prompt->child && !cJSON_IsNumber(prompt->child);
     const size_t count = several ? (size_t)cJSON_GetArraySize(prompt) : 1;
     if (!cJSON_IsString(prompt) && !cJSON_IsArray(prompt)) {
         json_fail(f, STATUS_INVALID, "prompt", prompt ? "must be text or token ids" : "is missing");
@@ -221,8 +240,8 @@ static void check_together(struct json_fields *f, const struct completion_reques
         json_fail(f, STATUS_INVALID, "n", "times the prompts is more than 128 sequences");
 }
 
-enum status completion_request_parse(const char *json, size_t size,
-                                     struct completion_request *out, struct error *err)
+enum status completion_request_parse(const char *json, size_t size, struct completion_request *out,
+                                     struct error *err)
 {
     cJSON *root;
     const enum status status = json_parse_object(json, size, &root, err);

@@ -69,8 +69,7 @@ static bool has_nul(const char *text, size_t size)
     return memchr(text, 0, size) != NULL;
 }
 
-enum status json_parse_object(const char *text, size_t size, struct cJSON **root,
-                              struct error *err)
+enum status json_parse_object(const char *text, size_t size, struct cJSON **root, struct error *err)
 {
     if (!size)
         return error_set(err, STATUS_INVALID, "the body is empty; a JSON object is expected");

@@ -5,29 +5,30 @@
 #define PROTO_STATUS_H
 
 /* name, `code` in the API, text, HTTP status, `type` of the API error body */
-#define STATUS_LIST(X)                                                                             \
-    X(OK, "ok", "ok", 200, "")                                                                     \
-    X(INVALID, "invalid", "invalid request", 400, "invalid_request_error")                         \
-    X(UNSUPPORTED, "unsupported", "not supported", 400, "invalid_request_error")                   \
-    X(UNAUTHORIZED, "unauthorized", "no valid API key", 401, "authentication_error")               \
-    X(FORBIDDEN, "forbidden", "not allowed", 403, "permission_error")                              \
-    X(NOT_FOUND, "not_found", "not found", 404, "not_found_error")                                 \
-    X(METHOD, "method", "method not allowed", 405, "invalid_request_error")                        \
-    X(TIMEOUT, "timeout", "timed out", 408, "timeout_error")                                       \
-    X(CONFLICT, "conflict", "conflict", 409, "conflict_error")                                     \
-    X(LENGTH_REQUIRED, "length_required", "length required", 411, "invalid_request_error")         \
-    X(TOO_LARGE, "too_large", "too large", 413, "invalid_request_error")                           \
-    X(MEDIA_TYPE, "media_type", "unsupported media type", 415, "invalid_request_error")            \
-    X(MISMATCH, "mismatch", "made by another model", 422, "invalid_request_error")                 \
-    X(BUSY, "busy", "busy", 429, "rate_limit_error")                                               \
-    X(HEADERS_TOO_LARGE, "headers_too_large", "header fields too large", 431, "invalid_request_error")\
-    X(CANCELLED, "cancelled", "cancelled", 499, "cancelled_error")                                 \
-    X(INTERNAL, "internal", "internal error", 500, "server_error")                                 \
-    X(IO, "io", "input/output error", 500, "server_error")                                         \
-    X(CORRUPT, "corrupt", "data is damaged", 500, "server_error")                                  \
-    X(UNAVAILABLE, "unavailable", "unavailable", 503, "server_error")                              \
-    X(CLOSED, "closed", "closed", 503, "server_error")                                             \
-    X(NO_MEMORY, "no_memory", "out of memory", 503, "server_error")                                \
+#define STATUS_LIST(X)                                                                     \
+    X(OK, "ok", "ok", 200, "")                                                             \
+    X(INVALID, "invalid", "invalid request", 400, "invalid_request_error")                 \
+    X(UNSUPPORTED, "unsupported", "not supported", 400, "invalid_request_error")           \
+    X(UNAUTHORIZED, "unauthorized", "no valid API key", 401, "authentication_error")       \
+    X(FORBIDDEN, "forbidden", "not allowed", 403, "permission_error")                      \
+    X(NOT_FOUND, "not_found", "not found", 404, "not_found_error")                         \
+    X(METHOD, "method", "method not allowed", 405, "invalid_request_error")                \
+    X(TIMEOUT, "timeout", "timed out", 408, "timeout_error")                               \
+    X(CONFLICT, "conflict", "conflict", 409, "conflict_error")                             \
+    X(LENGTH_REQUIRED, "length_required", "length required", 411, "invalid_request_error") \
+    X(TOO_LARGE, "too_large", "too large", 413, "invalid_request_error")                   \
+    X(MEDIA_TYPE, "media_type", "unsupported media type", 415, "invalid_request_error")    \
+    X(MISMATCH, "mismatch", "made by another model", 422, "invalid_request_error")         \
+    X(BUSY, "busy", "busy", 429, "rate_limit_error")                                       \
+    X(HEADERS_TOO_LARGE, "headers_too_large", "header fields too large", 431,              \
+      "invalid_request_error")                                                             \
+    X(CANCELLED, "cancelled", "cancelled", 499, "cancelled_error")                         \
+    X(INTERNAL, "internal", "internal error", 500, "server_error")                         \
+    X(IO, "io", "input/output error", 500, "server_error")                                 \
+    X(CORRUPT, "corrupt", "data is damaged", 500, "server_error")                          \
+    X(UNAVAILABLE, "unavailable", "unavailable", 503, "server_error")                      \
+    X(CLOSED, "closed", "closed", 503, "server_error")                                     \
+    X(NO_MEMORY, "no_memory", "out of memory", 503, "server_error")                        \
     X(DISK_FULL, "disk_full", "disk full", 507, "server_error")
 
 enum status {

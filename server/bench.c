@@ -27,7 +27,6 @@ static double now(void)
 
 /* ---- a memory in RAM, for what storage would hold ---- */
 
-
 /* The chunks of a bench are made of one run of text copied again and again: the past's length is
  * what is measured, not its words. Chunk i of any branch is the stored chunk i % kept. */
 struct ram {
@@ -46,8 +45,7 @@ static size_t append_room(void *context)
     return 1u << 20;
 }
 
-static enum status append(void *context, struct chunk_key key, const void *kv,
-                          const void *landmark)
+static enum status append(void *context, struct chunk_key key, const void *kv, const void *landmark)
 {
     struct ram *ram = context;
     const size_t slot = key.index % KEPT;
@@ -138,10 +136,10 @@ static double measure_bandwidth(uint32_t threads)
 static void *multiply(void *context)
 {
     struct probe *p = context;
-    const int n = 512;
+    enum { N = 512 };
     for (int i = 0; i < 40; i++)
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, n, n, n, 1, p->memory, n,
-                    p->memory + (size_t)n * n, n, 0, p->memory + 2 * (size_t)n * n, n);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, N, N, N, 1, p->memory, N,
+                    p->memory + N * N, N, 0, p->memory + 2 * N * N, N);
     return NULL;
 }
 
@@ -188,19 +186,19 @@ struct bench {
  * attention to the picks. */
 static double prefill_operations(const struct model_config *c, uint64_t context)
 {
-    const double weights = (double)model_config_parameters(c) -
-                           (double)c->vocab_size * c->hidden_size *
-                               (c->tie_word_embeddings ? 1 : 2);
+    const double weights =
+        (double)model_config_parameters(c) -
+        (double)c->vocab_size * c->hidden_size * (c->tie_word_embeddings ? 1 : 2);
     double hsa = 0;
     for (uint32_t i = 0; i < c->layer_count; i++)
         hsa += c->layers[i] == MODEL_LAYER_HSA;
-    const double scan = 2.0 * (double)(context / c->chunk_tokens) * c->retrieval_dim *
-                        c->group_count;
+    const double scan =
+        2.0 * (double)(context / c->chunk_tokens) * c->retrieval_dim * c->group_count;
     const double attend = 4.0 * c->topk * c->chunk_tokens * c->heads * c->head_dim * hsa;
     /* B, C and the state of every head, in blocks of 64 tokens. */
-    const double ssd = c->mamba_count * (2.0 * 64 * c->state_groups * c->state_size +
-                                         2.0 * 64 * c->inner_size +
-                                         4.0 * c->inner_size * c->state_size);
+    const double ssd =
+        c->mamba_count * (2.0 * 64 * c->state_groups * c->state_size + 2.0 * 64 * c->inner_size +
+                          4.0 * c->inner_size * c->state_size);
     return 2 * weights + scan + attend + ssd;
 }
 
@@ -212,10 +210,10 @@ static double decode_bytes(const struct bench *b, uint64_t context, uint32_t seq
     for (uint32_t i = 0; i < c->layer_count; i++)
         hsa += c->layers[i] == MODEL_LAYER_HSA;
     const double state = 2.0 * 4 * c->mamba_count * (double)c->inner_size * c->state_size;
-    const double landmarks = (double)(context / c->chunk_tokens) * (double)b->info->landmark_bytes *
-                             c->group_count;
-    const double pages = (double)b->info->kv_bytes * c->topk * c->retrieval_heads /
-                         c->kv_heads * hsa;
+    const double landmarks =
+        (double)(context / c->chunk_tokens) * (double)b->info->landmark_bytes * c->group_count;
+    const double pages =
+        (double)b->info->kv_bytes * c->topk * c->retrieval_heads / c->kv_heads * hsa;
     /* The chunk encoder runs once in S tokens; its weights are left out of the floor. */
     return (double)b->info->weight_bytes + sequences * (state + landmarks + pages);
 }
@@ -376,9 +374,9 @@ int bench_main(int argc, char **argv)
         fprintf(stderr, "rambad: %s cannot be written\n", csv);
     print_head(&b, threads);
     struct engine_session *first = session_at(&b, 0); /* fills the kept chunks with real ones */
-    prefill(&b, first, KEPT * b.info->config->chunk_tokens < 8192
-                           ? KEPT * b.info->config->chunk_tokens
-                           : 8192);
+    prefill(&b, first,
+            KEPT * b.info->config->chunk_tokens < 8192 ? KEPT * b.info->config->chunk_tokens
+                                                       : 8192);
     engine_session_destroy(first);
     for (const char *at = lengths; *at;) {
         char *end;

@@ -83,10 +83,9 @@ static enum status set(struct config *config, const struct setting *s, const cha
     uint64_t number = 0;
     char *end;
     errno = 0;
-    const bool good = s->kind == BYTES
-                          ? parse_bytes(value, &number)
-                          : (number = strtoull(value, &end, 10), isdigit((unsigned char)*value) &&
-                                                                     !*end && !errno);
+    const bool good = s->kind == BYTES ? parse_bytes(value, &number)
+                                       : (number = strtoull(value, &end, 10),
+                                          isdigit((unsigned char)*value) && !*end && !errno);
     if (!good)
         return error_set_param(err, STATUS_INVALID, s->name,
                                s->kind == BYTES ? "%s %s: \"%s\" is not a size such as 512M or 2G"
@@ -146,8 +145,8 @@ static enum status read_file(const char *path, struct config *config, bool *give
             value[--end] = 0;
         const size_t at = find(name, size);
         if (at == SETTINGS)
-            status = error_set(err, STATUS_INVALID, "%s line %d: no setting \"%.*s\"", path,
-                               number, (int)size, name);
+            status = error_set(err, STATUS_INVALID, "%s line %d: no setting \"%.*s\"", path, number,
+                               (int)size, name);
         else if (!given[at])
             status = set(config, &settings[at], value, path, err);
     }
@@ -215,8 +214,7 @@ static enum status check(const struct config *c, struct error *err)
     return STATUS_OK;
 }
 
-enum status config_read(int argc, char **argv, struct config *config, bool *help,
-                        struct error *err)
+enum status config_read(int argc, char **argv, struct config *config, bool *help, struct error *err)
 {
     bool given[SETTINGS] = {false};
     const char *file = getenv("RAMBAD_CONFIG");

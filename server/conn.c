@@ -12,7 +12,8 @@
 #include "server/route.h"
 
 #define READ_BYTES (64u << 10)
-#define PENDING_BYTES (64u << 10) /* pipelined behind a request under way; then the socket waits */
+#define PENDING_BYTES (64u << 10) /* pipelined behind a request under way; then the socket waits \
+                                   */
 #define LINGER_MS 2000            /* for a refused client to read its answer while it still sends */
 #define PING_MS 15000             /* below what proxies take for a dead stream */
 
@@ -235,8 +236,7 @@ static void process(struct conn *conn, const char *data, size_t size)
         size_t consumed = 0;
         if (conn->state == CONN_HEAD && !http_parser_inside(conn->parser))
             arm(conn, LIMITS_HEADER_TIMEOUT_MS);
-        const enum status status =
-            http_parser_feed(conn->parser, data, size, &consumed, &err);
+        const enum status status = http_parser_feed(conn->parser, data, size, &consumed, &err);
         if (status) {
             conn->in_process = false;
             refuse(conn, status, conn->err.message[0] ? &conn->err : &err);
@@ -349,11 +349,10 @@ static void finish_request(struct conn *conn)
     struct request *r = &conn->request;
     const double seconds = (double)(uv_hrtime() - r->began_ns) * 1e-9;
     if (r->handler) {
-        metrics_request(&conn->server->metrics, r->handler->name, status_http(r->answer_status),
-                        seconds);
+        metrics_request(&conn->server->metrics, r->handler->name, r->http_status);
         log_event(LOG_DEBUG, "request", "request", LOG_STR, r->id, "handler", LOG_STR,
-                  r->handler->name, "status", LOG_INT, (int64_t)status_http(r->answer_status),
-                  "seconds", LOG_NUM, seconds, NULL);
+                  r->handler->name, "status", LOG_INT, (int64_t)r->http_status, "seconds", LOG_NUM,
+                  seconds, NULL);
     }
     if (conn->state == CONN_BODY) { /* answered before the body was there */
         conn->state = CONN_REFUSED;
@@ -396,7 +395,7 @@ static void refuse(struct conn *conn, enum status status, const struct error *er
         request_fail(r, status, err);
     }
     metrics_request(&conn->server->metrics, r->handler ? r->handler->name : "none",
-                    status_http(status), 0);
+                    status_http(status));
     flush(conn);
     arm(conn, LINGER_MS);
 }
@@ -454,6 +453,7 @@ static void append_head(struct request *request, int http_status, const char *ty
         (request->head_complete && !request->head->keep_alive))
         buf_append_text(out, "connection: close\r\n");
     request->answered = true;
+    request->http_status = http_status;
 }
 
 static void completed(struct request *request)
@@ -463,8 +463,8 @@ static void completed(struct request *request)
         finish_request(request->conn);
 }
 
-static void answer(struct request *request, int http_status, const char *type,
-                   const char *headers, const char *body, size_t size)
+static void answer(struct request *request, int http_status, const char *type, const char *headers,
+                   const char *body, size_t size)
 {
     ASSERT(!request->answered);
     if (request->gone)
@@ -499,11 +499,9 @@ void request_fail(struct request *request, enum status status, const struct erro
         headers = "retry-after-ms: 1000\r\nretry-after: 1\r\n";
     else if (status == STATUS_BUSY || status == STATUS_UNAVAILABLE)
         headers = "retry-after-ms: 2000\r\nretry-after: 2\r\n";
-    request->answer_status = status;
     if (request->conn->state == CONN_REFUSED || !request->gone) {
         append_head(request, status_http(status), "application/json");
-        buf_append_format(&request->conn->out, "%scontent-length: %zu\r\n\r\n", headers,
-                          body.size);
+        buf_append_format(&request->conn->out, "%scontent-length: %zu\r\n\r\n", headers, body.size);
         buf_append(&request->conn->out, body.data, body.size);
         if (request->conn->state != CONN_REFUSED)
             completed(request);

@@ -40,7 +40,7 @@ struct request {
     void *state;
     void (*gone_cb)(struct request *request);
     bool gone, head_complete, answered, streaming, complete, held;
-    enum status answer_status;
+    int http_status;
     uint64_t began_ns;
 };
 

@@ -18,10 +18,10 @@ struct upload {
     struct request *request;
     struct server *server;
     struct job *job;
-    struct buf text;  /* received, not in a block yet */
-    size_t waiting;   /* blocks tokenised or with the engine, not durable */
-    bool working;     /* a block is on the pool */
-    bool ended;       /* the whole body is here */
+    struct buf text; /* received, not in a block yet */
+    size_t waiting;  /* blocks tokenised or with the engine, not durable */
+    bool working;    /* a block is on the pool */
+    bool ended;      /* the whole body is here */
     bool sent_last, job_done, gone, sse;
     uint64_t tokens, position, text_bytes, appended;
     uint64_t began_ns;
@@ -137,8 +137,8 @@ static void event_cb(void *context, const struct event *event)
 static void tokenize(uv_work_t *work)
 {
     struct upload *u = work->data;
-    u->block_status = tokenizer_encode(engine_tokenizer(u->server->engine), u->block,
-                                       u->block_size, false, &u->block_tokens);
+    u->block_status = tokenizer_encode(engine_tokenizer(u->server->engine), u->block, u->block_size,
+                                       false, &u->block_tokens);
 }
 
 static void tokenized(uv_work_t *work, int cancelled)

@@ -37,7 +37,7 @@ struct part { /* one prompt */
     struct choice *choices; /* [best_of] */
     uint64_t *seen;         /* chunks whose text was sent */
     size_t seen_count, seen_capacity;
-    int32_t *generated;     /* of choice 0, for passages that the answer itself has filled */
+    int32_t *generated; /* of choice 0, for passages that the answer itself has filled */
     size_t generated_count;
     bool done;
 };
@@ -125,9 +125,9 @@ static size_t characters(const char *text, size_t size)
 
 /* ---- logprobs ---- */
 
-static void add_logprob(const struct completion *c, struct answer_logprobs *logprobs,
-                        int32_t token, double logprob, const struct sampler_top *tops,
-                        size_t top_count, size_t offset)
+static void add_logprob(const struct completion *c, struct answer_logprobs *logprobs, int32_t token,
+                        double logprob, const struct sampler_top *tops, size_t top_count,
+                        size_t offset)
 {
     struct answer_top named[LIMITS_LOGPROBS];
     size_t size;
@@ -167,9 +167,9 @@ static void append_passage(const struct part *part, uint64_t chunk, struct buf *
     int32_t tokens[LIMITS_CHUNK_TOKENS];
     struct buf text;
     buf_init(&text);
-    const bool stored = (chunk + 1) * s <= part->cached &&
-                        !storage_read_tokens(c->server->storage, c->asked.memory, chunk * s, s,
-                                             tokens);
+    const bool stored =
+        (chunk + 1) * s <= part->cached &&
+        !storage_read_tokens(c->server->storage, c->asked.memory, chunk * s, s, tokens);
     for (uint64_t i = 0; i < s; i++) {
         const int32_t token = stored ? tokens[i] : token_at(part, chunk * s + i);
         size_t size = 0;
@@ -295,8 +295,8 @@ static void echo_text(struct part *part)
                 buf_append(&choice->text, text, size);
         }
         if (c->asked.logprobs < 0)
-            choice->characters = characters(choice->text.data ? choice->text.data : "",
-                                            choice->text.size);
+            choice->characters =
+                characters(choice->text.data ? choice->text.data : "", choice->text.size);
         if (!c->asked.stream)
             continue;
         const struct answer_choice answer = {.index = part->index * (uint32_t)c->asked.n + k,
@@ -317,8 +317,8 @@ static void finish_choice(struct part *part, const struct event *event)
     choice->logprob_sum = event->cumulative_logprob;
     if (!c->asked.stream)
         return;
-    const struct answer_choice answer = {.index = part->index * (uint32_t)c->asked.n +
-                                                  event->choice,
+    const struct answer_choice answer = {.index =
+                                             part->index * (uint32_t)c->asked.n + event->choice,
                                          .finish_reason = choice->finish_reason};
     send_chunk(c, &answer);
 }
@@ -595,8 +595,8 @@ static enum status prepare(struct completion *c, struct error *err)
 {
     const char *model = engine_get_info(c->server->engine)->model_name;
     if (c->asked.model[0] && strcmp(c->asked.model, model) != 0)
-        return error_set_param(err, STATUS_NOT_FOUND, "model", "no model named %s; this server has %s",
-                               c->asked.model, model);
+        return error_set_param(err, STATUS_NOT_FOUND, "model",
+                               "no model named %s; this server has %s", c->asked.model, model);
     const int32_t vocab = (int32_t)engine_get_info(c->server->engine)->config->vocab_size;
     struct sampler_params params;
     fill_sampling(c, &params);

@@ -42,8 +42,8 @@ static void append_memory(struct buf *out, const struct storage_memory *memory)
 static void fail_memory(struct request *request, enum status status, const char *id)
 {
     struct error err;
-    error_set(&err, status, status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s",
-              id, status_text(status));
+    error_set(&err, status, status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s", id,
+              status_text(status));
     request_fail(request, status, &err);
 }
 
@@ -162,9 +162,8 @@ static void create(struct request *request)
     }
     server_new_id(request->server, "mem_", wait->id);
     expect_write(wait, created);
-    const struct storage_memory_options options = {.id = wait->id,
-                                                   .from = asked.from[0] ? asked.from : NULL,
-                                                   .metadata = asked.metadata};
+    const struct storage_memory_options options = {
+        .id = wait->id, .from = asked.from[0] ? asked.from : NULL, .metadata = asked.metadata};
     request->server->metrics.forks += asked.from[0] != 0;
     const enum status queued =
         storage_memory_create(request->server->storage, &options, stored_cb, wait);
@@ -267,7 +266,7 @@ static void released_cb(void *context, enum status status)
         write_refused(wait, queued);
 }
 
-static void delete(struct request *request)
+static void delete (struct request *request)
 {
     struct wait *wait = wait_create(request);
     if (!wait)
@@ -315,7 +314,7 @@ static void read_chunks(uv_work_t *work)
         return;
     const uint64_t count = memory.chunk_count;
     storage_memory_close(&memory);
-    const uint64_t end = wait->from >= count              ? wait->from
+    const uint64_t end = wait->from >= count                ? wait->from
                          : count - wait->from < wait->limit ? count
                                                             : wait->from + wait->limit;
     uint64_t byte = 0;
@@ -386,7 +385,5 @@ const struct request_handler handle_memories_create = {
     .name = "memories_create", .body_limit = BODY_LIMIT, .end_cb = create};
 const struct request_handler handle_memories_list = {.name = "memories_list", .end_cb = list};
 const struct request_handler handle_memories_get = {.name = "memories_get", .end_cb = get};
-const struct request_handler handle_memories_delete = {.name = "memories_delete",
-                                                       .end_cb = delete};
-const struct request_handler handle_memories_chunks = {.name = "memories_chunks",
-                                                       .end_cb = chunks};
+const struct request_handler handle_memories_delete = {.name = "memories_delete", .end_cb = delete};
+const struct request_handler handle_memories_chunks = {.name = "memories_chunks", .end_cb = chunks};

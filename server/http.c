@@ -139,8 +139,8 @@ static int on_head(llhttp_t *llhttp)
     h->keep_alive = llhttp_should_keep_alive(llhttp) != 0;
     h->chunked = (llhttp->flags & F_CHUNKED) != 0;
     if (llhttp->flags & F_CONTENT_LENGTH)
-        h->content_length = llhttp->content_length > INT64_MAX ? INT64_MAX
-                                                               : (int64_t)llhttp->content_length;
+        h->content_length =
+            llhttp->content_length > INT64_MAX ? INT64_MAX : (int64_t)llhttp->content_length;
     const enum status status = p->callbacks.head_cb(p->context, h);
     return status ? stop(p, status) : 0;
 }
@@ -193,8 +193,8 @@ void http_parser_destroy(struct http_parser *p)
     free(p);
 }
 
-enum status http_parser_feed(struct http_parser *p, const char *data, size_t size,
-                             size_t *consumed, struct error *err)
+enum status http_parser_feed(struct http_parser *p, const char *data, size_t size, size_t *consumed,
+                             struct error *err)
 {
     ASSERT(!p->complete);
     const llhttp_errno_t result = llhttp_execute(&p->llhttp, data, size);

@@ -14,8 +14,8 @@
 /* The head of a request. Texts end with NUL and live until the next request begins. */
 struct http_head {
     char method[16];
-    char *path;  /* percent-decoded */
-    char *query; /* as sent, without the '?'; "" when there is none */
+    char *path;                               /* percent-decoded */
+    char *query;                              /* as sent, without the '?'; "" when there is none */
     char *content_type, *accept, *request_id; /* "" when absent */
     bool keep_alive, expect_continue, chunked;
     int64_t content_length; /* -1: not told */
@@ -32,8 +32,8 @@ struct http_callbacks {
     void (*end_cb)(void *context);
 };
 
-STATUS_CHECKED enum status http_parser_create(const struct http_callbacks *callbacks,
-                                              void *context, struct http_parser **out);
+STATUS_CHECKED enum status http_parser_create(const struct http_callbacks *callbacks, void *context,
+                                              struct http_parser **out);
 void http_parser_destroy(struct http_parser *parser);
 /* Parses; `*consumed` bytes were taken, all of them unless the request is complete or refused.
  * Anything but STATUS_OK ends the connection after it is answered: STATUS_INVALID (malformed),

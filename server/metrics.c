@@ -8,7 +8,7 @@ void metrics_init(struct metrics *metrics)
     *metrics = (struct metrics){0};
 }
 
-void metrics_request(struct metrics *metrics, const char *handler, int status, double seconds)
+void metrics_request(struct metrics *metrics, const char *handler, int status)
 {
     size_t i = 0;
     while (i < metrics->request_kinds && (metrics->requests[i].status != status ||
@@ -22,7 +22,6 @@ void metrics_request(struct metrics *metrics, const char *handler, int status, d
         metrics->request_kinds++;
     }
     metrics->requests[i].count++;
-    (void)seconds;
 }
 
 void metrics_observe(struct metrics_histogram *histogram, double seconds)
@@ -81,14 +80,12 @@ static void write_engine(struct buf *out, const struct engine_thread_stats *s)
     write_one(out, "counter", "steps_total", "Engine steps.", (double)s->steps);
     write_one(out, "counter", "step_rows_total", "Tokens that went through them.",
               (double)s->step_rows);
-    write_one(out, "counter", "step_seconds_total", "Time inside them.",
-              (double)s->step_ns * 1e-9);
+    write_one(out, "counter", "step_seconds_total", "Time inside them.", (double)s->step_ns * 1e-9);
     write_one(out, "counter", "chunks_encoded_total", "Chunk memories made.",
               (double)e->chunks_encoded);
     write_one(out, "gauge", "landmark_bytes", "Landmarks in RAM.", (double)e->landmark_bytes);
     write_one(out, "gauge", "pages_resident", "Chunk pages in RAM.", (double)e->pages_resident);
-    write_one(out, "gauge", "pages_capacity", "Chunk pages that may be.",
-              (double)e->page_capacity);
+    write_one(out, "gauge", "pages_capacity", "Chunk pages that may be.", (double)e->page_capacity);
     write_one(out, "gauge", "pages_pinned", "Chunk pages that wait for the disk or are in use.",
               (double)e->pages_pinned);
     write_one(out, "counter", "page_hits_total", "Chunks picked that were in RAM.",
@@ -113,8 +110,7 @@ static void write_storage(struct buf *out, const struct storage_stats *s)
     write_one(out, "counter", "commits_total", "Group commits.", (double)s->commits);
     write_one(out, "counter", "commit_seconds_total", "Time inside them.",
               (double)s->commit_ns * 1e-9);
-    write_one(out, "counter", "chunks_written_total", "Chunks on disk.",
-              (double)s->chunks_written);
+    write_one(out, "counter", "chunks_written_total", "Chunks on disk.", (double)s->chunks_written);
 }
 
 void metrics_write(const struct metrics *m, const struct engine_thread_stats *engine,

@@ -33,7 +33,7 @@ struct metrics {
 
 void metrics_init(struct metrics *metrics);
 /* `handler` lives for ever. */
-void metrics_request(struct metrics *metrics, const char *handler, int status, double seconds);
+void metrics_request(struct metrics *metrics, const char *handler, int status);
 void metrics_observe(struct metrics_histogram *histogram, double seconds);
 /* Prometheus text, version 0.0.4. */
 void metrics_write(const struct metrics *metrics, const struct engine_thread_stats *engine,

@@ -20,12 +20,12 @@ struct server {
     struct storage *storage;
     struct metrics metrics;
     uv_tcp_t listener;
-    uv_prepare_t flush;       /* one write per connection and turn of the loop */
+    uv_prepare_t flush; /* one write per connection and turn of the loop */
     struct list connections;
     size_t connection_count;
     bool draining;
     uint64_t request_count;
-    int64_t started_at;  /* seconds since 1970 */
+    int64_t started_at; /* seconds since 1970 */
 };
 
 /* Binds and listens. STATUS_INVALID (address), STATUS_CONFLICT (in use), STATUS_IO. `*port` is the
