@@ -445,8 +445,10 @@ static const char *reason(int http_status)
 static void append_head(struct request *request, int http_status, const char *type)
 {
     struct buf *out = &request->conn->out;
-    if (request->conn->state == CONN_BODY)
-        request->conn->close_after = true; /* the rest of the body will not be read */
+    /* An answer before the body's end: the rest of the body will not be read. A stream goes on
+     * beside the body. */
+    if (request->conn->state == CONN_BODY && !request->streaming)
+        request->conn->close_after = true;
     buf_append_format(out, "HTTP/1.1 %d %s\r\ncontent-type: %s\r\nx-request-id: %s\r\n",
                       http_status, reason(http_status), type, request->id);
     if (request->conn->close_after || request->conn->server->draining ||
@@ -513,10 +515,10 @@ void request_stream_begin(struct request *request)
 {
     if (request->gone)
         return;
+    request->streaming = true;
     append_head(request, 200, "text/event-stream");
     buf_append_text(&request->conn->out,
                     "cache-control: no-cache\r\ntransfer-encoding: chunked\r\n\r\n");
-    request->streaming = true;
 }
 
 void request_stream_write(struct request *request, const char *data, size_t size)

@@ -25,8 +25,9 @@
 
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
 #define MEMORIES_MAX 64
-#define OPERATIONS 24 /* of one memory */
-#define APPEND_MAX 65536
+#define OPERATIONS 12 /* of one memory */
+#define APPEND_MAX 40000
+#define KILLS_MAX 4 /* of one operation: those that are aimed too early must not use up all */
 
 struct operation {
     bool is_turn;
@@ -194,7 +195,7 @@ static double aim(struct crash *crash, const struct operation *operation, uint64
 {
     double likely =
         operation->is_turn ? crash->turn_s : crash->append_s_per_byte * (double)left + 0.005;
-    return likely * 1.2 * (double)draw(&crash->random, 1000000) / 1e6;
+    return likely * 1.3 * (double)draw(&crash->random, 1000000) / 1e6;
 }
 
 /* Brings one operation to its end through any number of kills. */
@@ -202,11 +203,12 @@ static void survive(struct crash *crash, struct memory *memory, const struct ope
 {
     struct buf answer;
     uint64_t before = memory->text_bytes, done = 0;
+    unsigned kills = 0;
     buf_init(&answer);
     for (;;) {
         struct killer killer;
         uint64_t left = operation->text.size - done;
-        bool armed = crash->kills < crash->kills_wanted;
+        bool armed = crash->kills < crash->kills_wanted && kills < KILLS_MAX;
         if (armed)
             killer_start(&killer, &crash->killed, aim(crash, operation, left));
         double start = daemon_now();
@@ -220,6 +222,7 @@ static void survive(struct crash *crash, struct memory *memory, const struct ope
         }
         if (cut) {
             crash->kills++;
+            kills++;
             *(operation->is_turn ? &crash->kills_turn : &crash->kills_append) += 1;
             restart(crash);
         } else if (operation->is_turn) {
