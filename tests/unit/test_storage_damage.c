@@ -1,0 +1,299 @@
+/* Damage on disk: every byte of every record flipped, every record taken away; `check` must notice
+ * each time, and a read must never hand out what is wrong. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+#include <lmdb.h>
+
+#include "tests/lib/store_helper.h"
+
+/* Small sizes: a test runs over every byte. */
+#define S 4u
+#define KV 24u
+#define LANDMARK 8u
+#define SNAPSHOT 33u
+
+static const char *const db_names[] = {"meta", "memory",   "branch", "child",   "collect",
+                                       "kv",   "landmark", "token",  "snapshot"};
+#define DB_COUNT (sizeof db_names / sizeof db_names[0])
+
+static struct storage *open_at(const char *path)
+{
+    struct storage_options options = {.path = path,
+                                      .kv_bytes = KV,
+                                      .landmark_bytes = LANDMARK,
+                                      .chunk_tokens = S,
+                                      .model_name = "m",
+                                      .map_bytes = 16 * LIMITS_MIB};
+    struct storage *storage = NULL;
+    struct error err = {0};
+    enum status status = storage_open(&options, &storage, &err);
+    if (status)
+        fail_msg("storage_open: %s: %s", status_text(status), err.message);
+    return storage;
+}
+
+static void write_to(struct storage *storage, const char *id, uint64_t position)
+{
+    struct storage_memory memory;
+    unsigned char kv[KV], landmark[LANDMARK], snapshot[SNAPSHOT];
+    int32_t tokens[64];
+    assert_int_equal(storage_memory_get(storage, id, &memory), STATUS_OK);
+    storage_memory_close(&memory);
+    for (uint64_t i = memory.chunk_count; i < position / S; i++) {
+        store_fill(kv, KV, memory.branch, i);
+        store_fill(landmark, LANDMARK, ~memory.branch, i);
+        assert_int_equal(storage_append(storage, memory.branch, i, kv, landmark, NULL, NULL),
+                         STATUS_OK);
+    }
+    for (uint64_t p = memory.token_count; p < position; p++)
+        tokens[p - memory.token_count] = store_token(1, p);
+    store_fill(snapshot, SNAPSHOT, memory.branch, position);
+    struct storage_commit commit = {.id = id,
+                                    .position = position,
+                                    .tokens = tokens,
+                                    .token_count = (size_t)(position - memory.token_count),
+                                    .snapshot = snapshot,
+                                    .snapshot_bytes = SNAPSHOT};
+    assert_int_equal(store_commit(storage, &commit), STATUS_OK);
+}
+
+/* A memory, a fork that went on, a fork of it that shares its snapshot, and a branch whose memory
+ * is deleted but which others stand on. */
+static int setup(void **state)
+{
+    char *path = store_helper_folder();
+    struct storage *storage = open_at(path);
+    assert_int_equal(store_create(storage, "gone", NULL), STATUS_OK);
+    write_to(storage, "gone", 9);
+    assert_int_equal(store_create(storage, "a", "gone"), STATUS_OK);
+    assert_int_equal(store_remove(storage, "gone"), STATUS_OK);
+    write_to(storage, "a", 18);
+    assert_int_equal(store_create(storage, "b", "a"), STATUS_OK);
+    struct storage_stats stats;
+    do
+        storage_get_stats(storage, &stats);
+    while (stats.branches_to_collect > 0);
+    storage_close(storage);
+    *state = path;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    store_helper_remove(*state);
+    return 0;
+}
+
+/* ---- raw access, between openings ---- */
+
+struct raw {
+    MDB_env *env;
+    MDB_txn *txn;
+    MDB_dbi dbi;
+};
+
+static struct raw raw_open(const char *path, size_t db)
+{
+    struct raw raw;
+    assert_int_equal(mdb_env_create(&raw.env), 0);
+    assert_int_equal(mdb_env_set_maxdbs(raw.env, DB_COUNT), 0);
+    assert_int_equal(mdb_env_open(raw.env, path, MDB_NOSYNC, 0600), 0);
+    assert_int_equal(mdb_txn_begin(raw.env, NULL, 0, &raw.txn), 0);
+    assert_int_equal(mdb_dbi_open(raw.txn, db_names[db], 0, &raw.dbi), 0);
+    return raw;
+}
+
+static void raw_close(struct raw *raw)
+{
+    assert_int_equal(mdb_txn_commit(raw->txn), 0);
+    mdb_env_close(raw->env);
+}
+
+struct record {
+    unsigned char key[64], value[2048];
+    size_t key_size, size;
+};
+
+/* Record `number` of a sub-database; false when there are not so many. */
+static bool raw_get(const char *path, size_t db, size_t number, struct record *record)
+{
+    struct raw raw = raw_open(path, db);
+    MDB_cursor *cursor;
+    MDB_val key, value;
+    assert_int_equal(mdb_cursor_open(raw.txn, raw.dbi, &cursor), 0);
+    int rc = mdb_cursor_get(cursor, &key, &value, MDB_FIRST);
+    for (size_t i = 0; rc == 0 && i < number; i++)
+        rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT);
+    if (rc == 0) {
+        assert_true(key.mv_size <= sizeof record->key && value.mv_size <= sizeof record->value);
+        record->key_size = key.mv_size;
+        record->size = value.mv_size;
+        memcpy(record->key, key.mv_data, key.mv_size);
+        memcpy(record->value, value.mv_data, value.mv_size);
+    }
+    mdb_cursor_close(cursor);
+    raw_close(&raw);
+    return rc == 0;
+}
+
+static void raw_put(const char *path, size_t db, const struct record *record)
+{
+    struct raw raw = raw_open(path, db);
+    MDB_val key = {record->key_size, (void *)(uintptr_t)record->key};
+    MDB_val value = {record->size, (void *)(uintptr_t)record->value};
+    assert_int_equal(mdb_put(raw.txn, raw.dbi, &key, &value, 0), 0);
+    raw_close(&raw);
+}
+
+static void raw_delete(const char *path, size_t db, const struct record *record)
+{
+    struct raw raw = raw_open(path, db);
+    MDB_val key = {record->key_size, (void *)(uintptr_t)record->key};
+    assert_int_equal(mdb_del(raw.txn, raw.dbi, &key, NULL), 0);
+    raw_close(&raw);
+}
+
+static bool is_noticed(const char *path)
+{
+    struct storage_check_report report;
+    struct error err;
+    return storage_check(path, NULL, NULL, &report, &err) != STATUS_OK || report.problems > 0;
+}
+
+/* ---- tests ---- */
+
+static void test_every_byte(void **state)
+{
+    struct record record;
+    size_t flips = 0, records = 0;
+    assert_false(is_noticed(*state));
+    for (size_t db = 0; db < DB_COUNT; db++) {
+        for (size_t n = 0; raw_get(*state, db, n, &record); n++, records++) {
+            for (size_t i = 0; i < record.size; i++, flips++) {
+                unsigned char before = record.value[i];
+                record.value[i] ^= (unsigned char)(1u << (flips % 8));
+                raw_put(*state, db, &record);
+                if (!is_noticed(*state))
+                    fail_msg("%s record %zu: byte %zu of %zu changed from %02x to %02x unnoticed",
+                             db_names[db], n, i, record.size, before, record.value[i]);
+                record.value[i] = before;
+            }
+            raw_put(*state, db, &record);
+        }
+    }
+    print_message("%zu bytes of %zu records\n", flips, records);
+    assert_true(records >= 15 && flips > 1000);
+    assert_false(is_noticed(*state));
+}
+
+static void test_every_record_missing(void **state)
+{
+    struct record record;
+    for (size_t db = 0; db < DB_COUNT; db++) {
+        for (size_t n = 0; raw_get(*state, db, n, &record); n++) {
+            raw_delete(*state, db, &record);
+            if (!is_noticed(*state))
+                fail_msg("%s record %zu taken away unnoticed", db_names[db], n);
+            raw_put(*state, db, &record);
+        }
+    }
+    assert_false(is_noticed(*state));
+}
+
+/* A record cut short or made longer, whatever its checksum. */
+static void test_every_length(void **state)
+{
+    struct record record;
+    for (size_t db = 0; db < DB_COUNT; db++) {
+        for (size_t n = 0; raw_get(*state, db, n, &record); n++) {
+            size_t size = record.size;
+            for (record.size = 0; record.size <= size + 8; record.size += 5) {
+                memset(record.value + size, 0, 16);
+                raw_put(*state, db, &record);
+                if (record.size != size && !is_noticed(*state))
+                    fail_msg("%s record %zu: %zu bytes for %zu unnoticed", db_names[db], n,
+                             record.size, size);
+            }
+            record.size = size;
+            raw_put(*state, db, &record);
+        }
+    }
+    assert_false(is_noticed(*state));
+}
+
+/* Reads through the public door: whatever byte is wrong, a read succeeds only with right bytes,
+ * and a store with one damaged memory still opens. */
+static void test_reads_of_damage(void **state)
+{
+    static const size_t dbs[] = {5, 6, 7, 8};
+    size_t refused = 0;
+    for (size_t d = 0; d < 4; d++) {
+        struct record record;
+        for (size_t n = 0; raw_get(*state, dbs[d], n, &record); n++) {
+            for (size_t i = 0; i < record.size; i += 3) {
+                struct storage_range *ranges;
+                size_t count, size;
+                uint64_t position;
+                int32_t tokens[18];
+                void *snapshot;
+                record.value[i] ^= 0x10;
+                raw_put(*state, dbs[d], &record);
+                struct storage *storage = open_at(*state);
+                assert_int_equal(storage_lineage(storage, "a", &ranges, &count), STATUS_OK);
+                for (uint64_t c = 0, r = 0; c < 18 / S; c++) {
+                    unsigned char got[KV], want[KV];
+                    while (r + 1 < count && c >= ranges[r + 1].first)
+                        r++;
+                    struct storage_read read = {ranges[r].branch, c, got};
+                    enum status status = storage_read_chunks(storage, &read, 1);
+                    store_fill(want, KV, ranges[r].branch, c);
+                    assert_true(status == STATUS_CORRUPT ||
+                                (status == STATUS_OK && memcmp(got, want, KV) == 0));
+                    refused += status != STATUS_OK;
+                    status = storage_read_landmarks(storage, ranges[r].branch, c, 1, got);
+                    store_fill(want, LANDMARK, ~ranges[r].branch, c);
+                    assert_true(status == STATUS_CORRUPT ||
+                                (status == STATUS_OK && memcmp(got, want, LANDMARK) == 0));
+                    refused += status != STATUS_OK;
+                }
+                enum status status = storage_read_tokens(storage, "a", 0, 18, tokens);
+                for (uint64_t p = 0; !status && p < 18; p++)
+                    assert_int_equal(tokens[p], store_token(1, p));
+                assert_true(status == STATUS_OK || status == STATUS_CORRUPT);
+                refused += status != STATUS_OK;
+                status = storage_snapshot(storage, "a", &snapshot, &size, &position);
+                assert_true(status == STATUS_OK || status == STATUS_CORRUPT);
+                refused += status != STATUS_OK;
+                if (!status) {
+                    unsigned char want[SNAPSHOT];
+                    store_fill(want, SNAPSHOT, ranges[count - 1].branch, 18);
+                    assert_true(size == SNAPSHOT && position == 18);
+                    assert_memory_equal(snapshot, want, SNAPSHOT);
+                    free(snapshot);
+                }
+                free(ranges);
+                storage_close(storage);
+                record.value[i] ^= 0x10;
+            }
+            raw_put(*state, dbs[d], &record);
+        }
+    }
+    assert_true(refused > 100);
+}
+
+int main(void)
+{
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+    const struct CMUnitTest tests[] = {
+        TEST(test_every_byte),
+        TEST(test_every_record_missing),
+        TEST(test_every_length),
+        TEST(test_reads_of_damage),
+    };
+    return cmocka_run_group_tests_name("storage_damage", tests, NULL, NULL);
+}
