@@ -8,8 +8,12 @@
 #include <stdint.h>
 
 #define CPU_LEVEL_NAME "avx512"
+#ifdef __clang__ /* which keeps 512-bit vectors as they are written and lacks the word for it */
+#define CPU_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#else
 #define CPU_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
 #define CPU_FN static inline __attribute__((always_inline, unused)) CPU_TARGET
 
 enum { V = 16, MR = 12, NR = 32 };
