@@ -27,6 +27,7 @@ from data import ANSWER, TEXT, Books, Builder, Encoder
 from model import Config, DEFAULTS, MambaLayer, Ramba
 
 LAST_STAGE = 3
+SAVE_SECONDS = 60
 
 
 def worker(settings, data, seed, stage, queue):
@@ -111,7 +112,7 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.cache_size_limit = 64  # one entry a shape and layer
             for layer in self.model.backbone.layers:
-                layer.compile()
+                layer.compile(dynamic=False)  # a dynamic second shape compiles for minutes
 
     def resume(self):
         saved = torch.load(self.path, map_location=self.device)
@@ -125,6 +126,9 @@ class Trainer:
                     "progress": (self.step, self.tokens, self.seconds, self.stage)},
                    self.path + ".new")
         os.replace(self.path + ".new", self.path)
+        export(self.model, self.settings, self.args)
+        with open(os.path.join(self.args.out, "export", "progress.json"), "w") as file:
+            json.dump([self.step, self.tokens, self.seconds, self.stage], file)
 
     def rate(self):
         """Warm-up, constant, and a linear way down over the last 40% of the total time."""
@@ -194,7 +198,7 @@ class Trainer:
             for i in range(args.workers)]
         for process in pool:
             process.start()
-        begin = last = time.time()
+        begin = last = saved = time.time()
         answers, last_tokens, last_log = {"short": Answers(), "long": Answers()}, self.tokens, self.step
         sums = np.zeros(5)
         stage_began = self.step
@@ -221,9 +225,11 @@ class Trainer:
                       f"attention {sums[4] / (args.log_every / 10):.3f} right short "
                       f"{answers['short'].right:.3f} long {answers['long'].right:.3f} "
                       f"lr {self.rate():.1e} skipped {self.skipped} {self.seconds:.0f}s", flush=True)
-                self.save() if self.step % 2000 == 0 else None
                 sums[:] = 0
                 last_log = self.step
+            if now - saved > SAVE_SECONDS:
+                self.save()
+                saved = now
             long_enough = self.step - stage_began > 150
             late = self.seconds / args.total_seconds > settings["advance_by"][self.stage]
             good = long_enough and answers["short"].right > settings["advance_at"][self.stage]
@@ -236,9 +242,6 @@ class Trainer:
         for process in pool:
             process.terminate()
         self.save()
-        export(self.model, settings, args)
-        with open(os.path.join(args.out, "export", "progress.json"), "w") as file:
-            json.dump([self.step, self.tokens, self.seconds, self.stage], file)
 
 
 def export(model, settings, args):
