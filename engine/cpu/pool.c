@@ -1,9 +1,12 @@
 /* pool.c - see pool.h.
- * A loop is published by raising `generation` (release); workers wait for it, first spinning for
- * some microseconds, as loops follow each other closely inside a step, then on a condition. */
+ * A loop is published as a new `ticket` (release): how many indices it has, and the next to take.
+ * Workers wait for one, first spinning for some microseconds, as loops follow each
+ * other closely inside a step, then on a condition. The loop has ended when every index is done:
+ * a worker that the system has put aside, and so took none, is not waited for. */
 #include "engine/cpu/pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -21,10 +24,8 @@ struct pool {
     struct worker *workers;
     void (*task)(void *argument, uint32_t index, uint32_t worker);
     void *argument;
-    uint32_t count;
-    atomic_uint next;       /* index to take */
-    atomic_uint busy;       /* workers not done with this generation */
-    atomic_uint generation; /* written by the caller, acquired by the workers */
+    _Atomic uint64_t ticket; /* the loop's count, above the next index */
+    atomic_uint done;        /* indices of this loop whose task has returned */
     atomic_bool closing;
     pthread_mutex_t lock;
     pthread_cond_t wake;
@@ -37,49 +38,65 @@ static inline void relax(void)
 #endif
 }
 
-static void work(struct pool *pool, uint32_t worker)
+static bool exhausted(uint64_t ticket)
 {
-    uint32_t index;
-    while ((index = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed)) < pool->count)
-        pool->task(pool->argument, index, worker);
+    return (uint32_t)ticket >= ticket >> 32;
 }
 
-static uint32_t await(struct pool *pool, uint32_t seen)
+/* Takes indices until none is left. Taking one is an exchange of the ticket as it stands, so the
+ * index is of the loop under way, which cannot end before `done` counts it: `task` and `argument`
+ * are that loop's. */
+static void work(struct pool *pool, uint32_t worker)
+{
+    uint64_t ticket = atomic_load_explicit(&pool->ticket, memory_order_acquire);
+    while (!exhausted(ticket)) {
+        if (!atomic_compare_exchange_weak_explicit(&pool->ticket, &ticket, ticket + 1,
+                                                   memory_order_acquire, memory_order_acquire))
+            continue;
+        pool->task(pool->argument, (uint32_t)ticket, worker);
+        /* Release: what the task wrote is seen by the caller, who acquires `done`. */
+        atomic_fetch_add_explicit(&pool->done, 1, memory_order_release);
+        ticket = atomic_load_explicit(&pool->ticket, memory_order_acquire);
+    }
+}
+
+static bool idle(struct pool *pool)
+{
+    return exhausted(atomic_load_explicit(&pool->ticket, memory_order_relaxed)) &&
+           !atomic_load_explicit(&pool->closing, memory_order_relaxed);
+}
+
+/* Until there is an index to take, or the pool closes. */
+static void await(struct pool *pool)
 {
     for (int i = 0; i < SPINS; i++) {
-        const uint32_t now = atomic_load_explicit(&pool->generation, memory_order_acquire);
-        if (now != seen)
-            return now;
+        if (!idle(pool))
+            return;
         relax();
     }
     pthread_mutex_lock(&pool->lock);
-    uint32_t now;
-    while ((now = atomic_load_explicit(&pool->generation, memory_order_acquire)) == seen)
+    while (idle(pool))
         pthread_cond_wait(&pool->wake, &pool->lock);
     pthread_mutex_unlock(&pool->lock);
-    return now;
 }
 
 static void *worker_main(void *context)
 {
     const struct worker *worker = context;
     struct pool *pool = worker->pool;
-    uint32_t seen = 0;
     for (;;) {
-        seen = await(pool, seen);
+        await(pool);
         if (atomic_load_explicit(&pool->closing, memory_order_relaxed))
             return NULL;
         work(pool, worker->index);
-        /* Release: what the tasks wrote is seen by the caller, who acquires `busy`. */
-        atomic_fetch_sub_explicit(&pool->busy, 1, memory_order_release);
     }
 }
 
-static void publish(struct pool *pool)
+/* Under the lock, or a worker could miss it between its last look and its wait. */
+static void publish(struct pool *pool, uint64_t ticket)
 {
-    /* Under the lock, or a worker could miss it between its last look and its wait. */
     pthread_mutex_lock(&pool->lock);
-    atomic_fetch_add_explicit(&pool->generation, 1, memory_order_release);
+    atomic_store_explicit(&pool->ticket, ticket, memory_order_release);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
 }
@@ -110,7 +127,7 @@ enum status pool_open(uint32_t threads, struct pool **out)
 void pool_close(struct pool *pool)
 {
     atomic_store_explicit(&pool->closing, true, memory_order_relaxed);
-    publish(pool);
+    publish(pool, 0);
     for (uint32_t i = 0; i < pool->threads; i++)
         pthread_join(pool->workers[i].thread, NULL);
     pthread_mutex_destroy(&pool->lock);
@@ -134,11 +151,12 @@ void pool_run(struct pool *pool, uint32_t count,
     }
     pool->task = task;
     pool->argument = argument;
-    pool->count = count;
-    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&pool->busy, pool->threads, memory_order_relaxed);
-    publish(pool);
+    atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
+    publish(pool, (uint64_t)count << 32);
     work(pool, 0);
-    while (atomic_load_explicit(&pool->busy, memory_order_acquire))
+    for (int i = 0; atomic_load_explicit(&pool->done, memory_order_acquire) != count; i++) {
         relax();
+        if (i > SPINS) /* a worker was put aside with a task in hand: give it a processor */
+            sched_yield();
+    }
 }
