@@ -103,6 +103,7 @@ struct job {
     struct append_block *block; /* under way */
     uint32_t commits_pending;
     bool last_seen;   /* the append's last block has been committed */
+    bool turn_open;   /* a block of the append has: the others go on with its turn */
     int32_t *written; /* generated tokens that the commit adds to the prompt */
     size_t written_count, written_capacity;
     uint64_t written_text_bytes;
@@ -144,7 +145,6 @@ struct engine_thread {
     struct list running; /* jobs admitted, oldest first; the prefilling ones take turns */
     struct list memories;
     size_t running_sequences, outstanding; /* storage answers to come */
-    uint64_t ephemeral_count;
     struct step_builder builder;
     struct engine_thread_stats counted;
 
@@ -184,6 +184,8 @@ void job_fail(struct job *job, enum status status, const char *format, ...)
 /* ---- live_memory.c ---- */
 
 struct live_memory *live_memory_find(struct engine_thread *thread, const char *id);
+/* Whether an idle one is what storage holds: false after a rewind. */
+bool live_memory_is_current(const struct live_memory *memory, const struct storage_memory *record);
 /* Opens the memory for `job`, which becomes its user: from RAM, else from storage.
  * STATUS_CONFLICT: another job uses it. */
 STATUS_CHECKED enum status live_memory_open(struct engine_thread *thread, const char *id,
@@ -198,7 +200,7 @@ void live_memory_drop_all(struct engine_thread *thread);
 STATUS_CHECKED enum status live_memory_load(struct engine_thread *thread, const char *id,
                                             uint64_t *position, struct engine_session **out,
                                             struct error *err);
-void live_memory_new_id(struct engine_thread *thread, char id[LIMITS_ID_BYTES]);
+void live_memory_new_id(char id[LIMITS_ID_BYTES]);
 /* Deletes an ephemeral memory, when storage gets to it. */
 void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id, uint64_t branch);
 

@@ -94,7 +94,8 @@ static bool commit_block(struct job *job)
                                          .token_count = block->token_count,
                                          .text_bytes = commit->text_bytes,
                                          .snapshot = snapshot,
-                                         .snapshot_bytes = size};
+                                         .snapshot_bytes = size,
+                                         .goes_on = job->turn_open};
     const enum status status = storage_commit(thread->storage, &write, reply_done_cb, reply);
     free(snapshot);
     if (status) {
@@ -106,6 +107,7 @@ static bool commit_block(struct job *job)
     }
     job->start_text_bytes += block->text_bytes;
     job->commits_pending++;
+    job->turn_open = true;
     job->last_seen = block->last;
     free(block->tokens);
     free(block);

@@ -87,7 +87,7 @@ static void make_ephemeral(struct job *job, struct sequence *s, const char *from
         job_fail(job, STATUS_NO_MEMORY, "out of memory");
         return;
     }
-    live_memory_new_id(job->thread, s->id);
+    live_memory_new_id(s->id);
     const struct storage_memory_options options = {.id = s->id, .from = from, .ephemeral = true};
     const enum status status =
         storage_memory_create(job->thread->storage, &options, reply_done_cb, reply);

@@ -2,7 +2,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
+#include "proto/base/assert.h"
 #include "server/engine_thread_private.h"
 
 struct live_memory *live_memory_find(struct engine_thread *thread, const char *id)
@@ -14,6 +16,11 @@ struct live_memory *live_memory_find(struct engine_thread *thread, const char *i
             return memory;
     }
     return NULL;
+}
+
+bool live_memory_is_current(const struct live_memory *memory, const struct storage_memory *record)
+{
+    return memory->branch == record->branch && memory->position == record->token_count;
 }
 
 enum status live_memory_load(struct engine_thread *thread, const char *id, uint64_t *position,
@@ -68,18 +75,21 @@ enum status live_memory_open(struct engine_thread *thread, const char *id, struc
                          "memory %s is being written by another request; try again when it is "
                          "done",
                          id);
-    if (memory) {
-        memory->user = job;
-        thread->counted.resumes_ram++;
-        *out = memory;
-        return STATUS_OK;
-    }
     struct storage_memory record;
     enum status status = storage_memory_get(thread->storage, id, &record);
     if (status)
         return error_set(err, status,
                          status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s", id,
                          status_text(status));
+    if (memory && live_memory_is_current(memory, &record)) {
+        storage_memory_close(&record);
+        memory->user = job;
+        thread->counted.resumes_ram++;
+        *out = memory;
+        return STATUS_OK;
+    }
+    if (memory)
+        live_memory_drop(thread, memory);
     memory = calloc(1, sizeof *memory);
     if (memory) {
         snprintf(memory->id, sizeof memory->id, "%s", id);
@@ -138,9 +148,12 @@ void live_memory_drop_all(struct engine_thread *thread)
         live_memory_drop(thread, LIST_ENTRY(thread->memories.next, struct live_memory, node));
 }
 
-void live_memory_new_id(struct engine_thread *thread, char id[LIMITS_ID_BYTES])
+void live_memory_new_id(char id[LIMITS_ID_BYTES])
 {
-    snprintf(id, LIMITS_ID_BYTES, "ephemeral_%llu", (unsigned long long)thread->ephemeral_count++);
+    uint64_t words[2]; /* nobody may guess and name it */
+    ASSERT(getrandom(words, sizeof words, 0) == sizeof words);
+    snprintf(id, LIMITS_ID_BYTES, "ephemeral_%016llx%08x", (unsigned long long)words[0],
+             (unsigned)words[1]);
 }
 
 static void ephemeral_deleted(struct reply *reply, enum status status)

@@ -43,11 +43,12 @@ static int check_main(int argc, char **argv)
     struct error err = {0};
     if (storage_check(argv[1], print_problem, NULL, &report, &err))
         return fail("check", &err);
-    printf("%llu memories, %llu branches, %llu chunks, %llu tokens, %llu snapshots, %llu bytes: "
+    printf("%llu memories, %llu branches, %llu chunks, %llu tokens, %llu turns, %llu snapshots, %llu "
+           "bytes: "
            "%llu problems\n",
            (unsigned long long)report.memories, (unsigned long long)report.branches,
            (unsigned long long)report.chunks, (unsigned long long)report.tokens,
-           (unsigned long long)report.snapshots, (unsigned long long)report.bytes,
+           (unsigned long long)report.turns, (unsigned long long)report.snapshots, (unsigned long long)report.bytes,
            (unsigned long long)report.problems);
     return report.problems ? 1 : 0;
 }
@@ -130,6 +131,7 @@ static int serve(struct process *process)
     enum log_level level = LOG_INFO;
     log_parse_level(config->log_level, &level);
     log_set_level(level);
+    signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes is a full disk, answered as such */
     if (open_engine(config, &engine, &err))
         return fail("", &err);
     if (open_storage(config, engine, &server->storage, &err)) {

@@ -5,6 +5,7 @@
 
 #include "proto/base/assert.h"
 #include "storage/run.h"
+#include "storage/turn.h"
 
 enum status branch_get(const struct storage *storage, MDB_txn *txn, uint64_t branch,
                        struct record_branch *record)
@@ -224,6 +225,11 @@ static enum status collect_branch(struct store_write *write, uint64_t branch, si
     if (record.owner[0])
         return STATUS_OK;
     status = branch_children(write->storage, write->txn, branch, &any_child, &reached);
+    if (!status)
+        status = turn_cut(write, branch, reached, budget, done);
+    if (status || !*done)
+        return status;
+    status = branch_get(write->storage, write->txn, branch, &record); /* it counted on */
     if (!status)
         status = cut(write, branch, &record, reached, budget, done);
     if (status)

@@ -8,6 +8,7 @@
 #include "storage/memory.h"
 #include "storage/run.h"
 #include "storage/snapshot.h"
+#include "storage/turn.h"
 
 struct check {
     struct storage *storage;
@@ -16,7 +17,7 @@ struct check {
     void (*problem_cb)(void *context, const char *message);
     void *context;
     struct record_counter counter;
-    /* Snapshots that memories name, for counting references: 8 bytes a memory. */
+    /* Snapshots that memories and turns name, for counting references: 8 bytes each. */
     uint64_t *snapshots;
     size_t snapshot_count;
 };
@@ -86,6 +87,11 @@ static void check_standing(struct check *check, const char *id, const struct rec
     else if (snapshot.position != memory->position)
         problem(check, "memory %s: committed to %" PRIu64 ", but its snapshot stands at %" PRIu64,
                 id, memory->position, snapshot.position);
+    struct record_turn turn;
+    if (!memory->ephemeral && memory->position > branch.fork_position &&
+        turn_get(check->storage, check->txn, memory->branch, memory->position, &turn) ==
+            STATUS_NOT_FOUND)
+        problem(check, "memory %s: stands at no turn", id);
 }
 
 static void check_memory(struct check *check, const MDB_val *key, const MDB_val *value)
@@ -158,6 +164,58 @@ static enum status check_runs(struct check *check, enum store_db db, uint64_t br
     return rc == MDB_NOTFOUND ? STATUS_OK : store_status(rc);
 }
 
+static void check_turn(struct check *check, uint64_t branch, const MDB_val *key,
+                       const MDB_val *value, const struct record_branch *record, uint64_t needed,
+                       bool collecting, uint64_t *space)
+{
+    struct record_turn turn;
+    struct record_snapshot snapshot;
+    uint64_t position =
+        key->mv_size == 16 ? record_key_read((const unsigned char *)key->mv_data + 8) : 0;
+    check->report->turns++;
+    if (record_turn_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &turn)) {
+        problem(check, "branch %" PRIu64 ": the record of its turn at %" PRIu64 " is damaged",
+                branch, position);
+        return;
+    }
+    if (position <= record->fork_position || (position > needed && !collecting))
+        problem(check, "branch %" PRIu64 ": has a turn at %" PRIu64 ", where nothing reaches it",
+                branch, position);
+    if (!turn.snapshot)
+        return;
+    check->snapshots[check->snapshot_count++] = turn.snapshot;
+    enum status status = snapshot_get(check->storage, check->txn, turn.snapshot, &snapshot);
+    if (status || snapshot.position != position)
+        problem(check, "branch %" PRIu64 ": the snapshot of its turn at %" PRIu64 " is %s", branch,
+                position,
+                status == STATUS_NOT_FOUND ? "missing"
+                : status                   ? "damaged"
+                                           : "another's");
+    if (!status)
+        *space += snapshot_space(check->storage, &snapshot);
+}
+
+static enum status check_turns(struct check *check, uint64_t branch,
+                               const struct record_branch *record, uint64_t needed,
+                               bool collecting, uint64_t *space)
+{
+    unsigned char from[RECORD_PAIR_KEY_BYTES];
+    MDB_cursor *cursor;
+    MDB_val key = {sizeof from, from}, value;
+    int rc = mdb_cursor_open(check->txn, check->storage->db[STORE_TURN], &cursor);
+    if (rc)
+        return store_status(rc);
+    record_pair_key(from, branch, 0);
+    for (rc = mdb_cursor_get(cursor, &key, &value, MDB_SET_RANGE);
+         rc == 0 && key.mv_size >= 8 && record_key_read(key.mv_data) == branch;
+         rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
+        check->report->bytes += value.mv_size;
+        check_turn(check, branch, &key, &value, record, needed, collecting, space);
+    }
+    mdb_cursor_close(cursor);
+    return rc == MDB_NOTFOUND ? STATUS_OK : store_status(rc);
+}
+
 /* Whether the branch waits for collection: then parts of what nobody reaches are gone already. */
 static bool is_collecting(struct check *check, uint64_t branch)
 {
@@ -179,6 +237,8 @@ static void check_contents(struct check *check, uint64_t branch,
     if (!status)
         status =
             check_runs(check, STORE_TOKEN, branch, record->fork_position, &token_end, &space);
+    if (!status)
+        status = check_turns(check, branch, record, needed, collecting, &space);
     if (status) {
         problem(check, "branch %" PRIu64 ": cannot be read: %s", branch, status_text(status));
         return;
@@ -297,7 +357,7 @@ static enum status check_orphans(struct check *check, enum store_db db)
         struct record_branch record;
         uint64_t branch = key.mv_size >= 8 ? record_key_read(key.mv_data) : 0;
         if (branch_get(check->storage, check->txn, branch, &record) == STATUS_NOT_FOUND)
-            problem(check, "branch %" PRIu64 ": has chunks or tokens, but does not exist", branch);
+            problem(check, "branch %" PRIu64 ": has chunks, tokens or turns, but does not exist", branch);
         if (branch == UINT64_MAX)
             break;
         record_pair_key(from, branch + 1, 0);
@@ -364,7 +424,7 @@ static void check_snapshot(struct check *check, const MDB_val *key, const MDB_va
         problem(check, "snapshot %" PRIu64 ": a piece is missing or damaged", snapshot);
     uint64_t references = count_references(check, snapshot);
     if (references != record.references)
-        problem(check, "snapshot %" PRIu64 ": %" PRIu64 " memories stand at it, it counts %" PRIu64,
+        problem(check, "snapshot %" PRIu64 ": %" PRIu64 " memories and turns stand at it, it counts %" PRIu64,
                 snapshot, references, record.references);
 }
 
@@ -372,8 +432,9 @@ static void check_snapshot(struct check *check, const MDB_val *key, const MDB_va
 
 static enum status check_all(struct check *check)
 {
-    uint64_t memories = store_count(check->storage, check->txn, STORE_MEMORY);
-    check->snapshots = calloc((size_t)memories + 1, sizeof *check->snapshots);
+    uint64_t names = store_count(check->storage, check->txn, STORE_MEMORY) +
+                     store_count(check->storage, check->txn, STORE_TURN);
+    check->snapshots = calloc((size_t)names + 1, sizeof *check->snapshots);
     if (!check->snapshots)
         return STATUS_NO_MEMORY;
     if (store_get_counter(check->storage, check->txn, &check->counter)) {
@@ -383,9 +444,9 @@ static enum status check_all(struct check *check)
     if (store_count(check->storage, check->txn, STORE_META) != 2)
         problem(check, "the table of first records has entries that do not belong there");
     enum status status = walk(check, STORE_MEMORY, check_memory);
-    qsort(check->snapshots, check->snapshot_count, sizeof *check->snapshots, compare_u64);
     if (!status)
         status = walk(check, STORE_BRANCH, check_branch);
+    qsort(check->snapshots, check->snapshot_count, sizeof *check->snapshots, compare_u64);
     if (!status)
         status = walk(check, STORE_CHILD, check_child);
     if (!status)
@@ -396,6 +457,8 @@ static enum status check_all(struct check *check)
         status = check_orphans(check, STORE_LANDMARK);
     if (!status)
         status = check_orphans(check, STORE_TOKEN);
+    if (!status)
+        status = check_orphans(check, STORE_TURN);
     if (!status)
         status = walk(check, STORE_SNAPSHOT, check_snapshot);
     return status;

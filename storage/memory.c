@@ -8,6 +8,7 @@
 #include "proto/base/log.h"
 #include "storage/branch.h"
 #include "storage/snapshot.h"
+#include "storage/turn.h"
 
 /* Memories looked at in one transaction of the recovery: its pages stay few. */
 #define RECOVER_BATCH 256
@@ -48,7 +49,29 @@ static enum status get_both(struct store_write *write, const char *id,
     return status;
 }
 
-enum status memory_create(struct store_write *write, const char *id, const char *from,
+/* Moves `source` back to the last place at or before `at` that has a snapshot; to the beginning
+ * when there is none. */
+static enum status step_back(struct store_write *write, struct record_memory *source, uint64_t at)
+{
+    struct turn_walk walk;
+    struct record_turn turn;
+    uint64_t position;
+    if (at >= source->position)
+        return STATUS_OK;
+    enum status status =
+        turn_walk_begin(&walk, write->storage, write->txn, source->branch, at);
+    do
+        status = status ? status : turn_walk_next(&walk, &position, &turn);
+    while (!status && turn.snapshot == 0);
+    if (status && status != STATUS_NOT_FOUND)
+        return status;
+    source->position = status ? 0 : position;
+    source->text_bytes = status ? 0 : turn.text_bytes;
+    source->snapshot = status ? 0 : turn.snapshot;
+    return STATUS_OK;
+}
+
+enum status memory_create(struct store_write *write, const char *id, const char *from, uint64_t at,
                           bool ephemeral, const char *metadata, size_t metadata_size)
 {
     struct record_memory record = {0}, source = {0};
@@ -57,6 +80,10 @@ enum status memory_create(struct store_write *write, const char *id, const char 
         return status ? status : STATUS_CONFLICT;
     if (from) {
         status = memory_get(write->storage, write->txn, from, &source);
+        if (!status && at > source.position)
+            status = STATUS_INVALID;
+        if (!status && at)
+            status = step_back(write, &source, at);
         if (status)
             return status;
     }
@@ -98,6 +125,28 @@ enum status memory_delete(struct store_write *write, const char *id)
     return status ? status : branch_disown(write, record.branch);
 }
 
+/* The commit's turn; it replaces the last one when it goes on with it. */
+static enum status commit_turn(struct store_write *write, const struct storage_commit *commit,
+                               const struct record_memory *memory, uint64_t old_position)
+{
+    struct record_turn turn, old;
+    enum status status = STATUS_OK;
+    if (commit->goes_on && old_position < commit->position) {
+        status = turn_get(write->storage, write->txn, memory->branch, old_position, &old);
+        if (!status && !old.bookmark[0])
+            status = turn_remove(write, memory->branch, old_position);
+        if (status == STATUS_NOT_FOUND)
+            status = STATUS_OK;
+    }
+    turn = (struct record_turn){.snapshot = memory->snapshot,
+                                .text_bytes = memory->text_bytes,
+                                .created_at = (int64_t)time(NULL)};
+    if (!status)
+        status = turn_put(write, memory->branch, memory->position, &turn);
+    return status ? status
+                  : turn_retain(write, commit->id, memory->branch, memory->position, false);
+}
+
 enum status memory_commit(struct store_write *write, const struct storage_commit *commit)
 {
     struct record_memory memory;
@@ -119,7 +168,9 @@ enum status memory_commit(struct store_write *write, const struct storage_commit
         return STATUS_NO_MEMORY;
     memcpy(metadata, memory.metadata, memory.metadata_size);
     memory.metadata = metadata;
-    uint64_t old_snapshot = memory.snapshot;
+    uint64_t old_snapshot = memory.snapshot, old_position = memory.position;
+    /* A fork's turns begin behind where it starts. */
+    bool is_turn = !memory.ephemeral && commit->position > branch.fork_position;
     memory.position = commit->position;
     memory.text_bytes = commit->text_bytes;
     if (commit->token_count)
@@ -129,9 +180,11 @@ enum status memory_commit(struct store_write *write, const struct storage_commit
         status = snapshot_release(write, old_snapshot);
     if (!status)
         status = snapshot_put(write, memory.branch, commit->position, commit->snapshot,
-                              commit->snapshot_bytes, &memory.snapshot);
+                              commit->snapshot_bytes, is_turn ? 2 : 1, &memory.snapshot);
     if (!status)
         status = put_memory(write, commit->id, &memory);
+    if (!status && is_turn)
+        status = commit_turn(write, commit, &memory, old_position);
     free(metadata);
     return status;
 }
@@ -142,6 +195,127 @@ enum status memory_truncate(struct store_write *write, const char *id)
     struct record_branch branch;
     enum status status = get_both(write, id, &memory, &branch);
     return status ? status : branch_truncate(write, memory.branch, &branch, memory.position);
+}
+
+/* The turn that a memory stands at gets its record, where the branch is its own. */
+static enum status settle_turn(struct store_write *write, const char *id,
+                               const struct record_memory *memory, uint64_t fork_position)
+{
+    struct record_turn turn = {.snapshot = memory->snapshot,
+                               .text_bytes = memory->text_bytes,
+                               .created_at = (int64_t)time(NULL)};
+    if (!memory->snapshot || memory->position <= fork_position)
+        return STATUS_OK;
+    enum status status = snapshot_reference(write, memory->snapshot);
+    if (!status)
+        status = turn_put(write, memory->branch, memory->position, &turn);
+    return status ? status : turn_retain(write, id, memory->branch, memory->position, false);
+}
+
+enum status memory_settle(struct store_write *write, const char *ephemeral, const char *id)
+{
+    struct record_memory from, old, memory;
+    struct record_branch branch;
+    enum status status = get_both(write, ephemeral, &from, &branch);
+    if (status)
+        return status;
+    if (!from.ephemeral)
+        return STATUS_INVALID;
+    status = memory_get(write->storage, write->txn, id, &old);
+    if (status && status != STATUS_NOT_FOUND)
+        return status;
+    bool existed = status == STATUS_OK;
+    memory = existed ? old : from;
+    /* The metadata lies in a page that the writes below may move. */
+    char *metadata = malloc(memory.metadata_size + 1);
+    if (!metadata)
+        return STATUS_NO_MEMORY;
+    memcpy(metadata, memory.metadata, memory.metadata_size);
+    memory.metadata = metadata;
+    memory.ephemeral = existed && old.ephemeral;
+    memory.branch = from.branch;
+    memory.position = from.position;
+    memory.text_bytes = from.text_bytes;
+    memory.snapshot = from.snapshot;
+    memset(branch.owner, 0, sizeof branch.owner);
+    memcpy(branch.owner, id, strlen(id));
+    status = store_delete(write, STORE_MEMORY, ephemeral, strlen(ephemeral));
+    if (!status)
+        status = branch_put(write, memory.branch, &branch);
+    if (!status && existed && old.snapshot)
+        status = snapshot_release(write, old.snapshot);
+    if (!status && existed)
+        status = branch_disown(write, old.branch);
+    if (!status)
+        status = put_memory(write, id, &memory);
+    if (!status)
+        status = settle_turn(write, id, &memory, branch.fork_position);
+    free(metadata);
+    return status;
+}
+
+/* ---- turns ---- */
+
+enum status memory_find_turn(const struct storage *storage, MDB_txn *txn,
+                             const struct record_memory *memory, uint64_t position,
+                             uint64_t *branch, struct record_turn *turn)
+{
+    struct turn_walk walk;
+    uint64_t found;
+    if (position > memory->position)
+        return STATUS_NOT_FOUND;
+    enum status status = turn_walk_begin(&walk, storage, txn, memory->branch, position);
+    if (!status)
+        status = turn_walk_next(&walk, &found, turn);
+    *branch = walk.branch;
+    return status ? status : found == position ? STATUS_OK : STATUS_NOT_FOUND;
+}
+
+/* A turn that the memory may change: on a branch that is its own or nobody's. */
+static enum status own_turn(struct store_write *write, const char *id, uint64_t position,
+                            struct record_memory *memory, uint64_t *branch,
+                            struct record_turn *turn)
+{
+    struct record_branch record;
+    enum status status = memory_get(write->storage, write->txn, id, memory);
+    if (!status)
+        status = memory_find_turn(write->storage, write->txn, memory, position, branch, turn);
+    if (!status)
+        status = branch_get(write->storage, write->txn, *branch, &record);
+    if (!status && record.owner[0] && strcmp(record.owner, id) != 0)
+        status = STATUS_CONFLICT;
+    return status;
+}
+
+enum status memory_bookmark(struct store_write *write, const char *id, uint64_t position,
+                            const char *bookmark)
+{
+    struct record_memory memory;
+    struct record_turn turn;
+    uint64_t branch;
+    enum status status = own_turn(write, id, position, &memory, &branch, &turn);
+    if (!status && !turn.snapshot && bookmark[0])
+        status = STATUS_CONFLICT;
+    if (status)
+        return status;
+    uint64_t head_branch = memory.branch, head = memory.position;
+    memset(turn.bookmark, 0, sizeof turn.bookmark);
+    memcpy(turn.bookmark, bookmark, strlen(bookmark));
+    status = turn_put(write, branch, position, &turn);
+    if (!status && !bookmark[0])
+        status = turn_retain(write, id, head_branch, head, true);
+    return status;
+}
+
+enum status memory_delete_turn(struct store_write *write, const char *id, uint64_t position)
+{
+    struct record_memory memory;
+    struct record_turn turn;
+    uint64_t branch;
+    enum status status = own_turn(write, id, position, &memory, &branch, &turn);
+    if (!status && position == memory.position)
+        status = STATUS_CONFLICT;
+    return status ? status : turn_remove(write, branch, position);
 }
 
 /* ---- recovery ---- */
@@ -211,6 +385,30 @@ static enum status recover_batch(struct storage *storage, const struct id *ids, 
         }
     }
     return store_write_commit(&write);
+}
+
+/* ---- migration ---- */
+
+enum status memory_migrate(struct store_write *write)
+{
+    char after[LIMITS_ID_BYTES] = "";
+    struct id *ids = calloc(RECOVER_BATCH, sizeof *ids);
+    size_t count = 1;
+    enum status status = ids ? STATUS_OK : STATUS_NO_MEMORY;
+    while (!status && count > 0) {
+        status = next_ids(write, after, ids, RECOVER_BATCH, &count);
+        for (size_t i = 0; !status && i < count; i++) {
+            struct record_memory memory;
+            struct record_branch branch;
+            status = get_both(write, ids[i].text, &memory, &branch);
+            if (!status && !memory.ephemeral)
+                status = settle_turn(write, ids[i].text, &memory, branch.fork_position);
+        }
+        if (count > 0)
+            memcpy(after, ids[count - 1].text, sizeof after);
+    }
+    free(ids);
+    return status;
 }
 
 enum status memory_recover(struct storage *storage, struct error *err)

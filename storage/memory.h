@@ -1,4 +1,5 @@
-/* memory.h - what the writer carries out: create, update, delete, commit, truncate, recover.
+/* memory.h - what the writer carries out: create, update, delete, commit, truncate, settle, turns,
+ * recover.
  * Thread: the writer thread, inside its transaction; memory_get on any.
  * Owns nothing. Private to storage/.
  *
@@ -14,17 +15,32 @@ STATUS_CHECKED enum status memory_get(const struct storage *storage, MDB_txn *tx
                                       struct record_memory *record);
 
 STATUS_CHECKED enum status memory_create(struct store_write *write, const char *id,
-                                         const char *from, bool ephemeral, const char *metadata,
-                                         size_t metadata_size);
+                                         const char *from, uint64_t at, bool ephemeral,
+                                         const char *metadata, size_t metadata_size);
 STATUS_CHECKED enum status memory_update(struct store_write *write, const char *id,
                                          const char *metadata, size_t metadata_size);
 STATUS_CHECKED enum status memory_delete(struct store_write *write, const char *id);
 STATUS_CHECKED enum status memory_commit(struct store_write *write,
                                          const struct storage_commit *commit);
 STATUS_CHECKED enum status memory_truncate(struct store_write *write, const char *id);
+/* The ephemeral memory takes the place of `id`, or becomes it. */
+STATUS_CHECKED enum status memory_settle(struct store_write *write, const char *ephemeral,
+                                         const char *id);
+/* Bookmarks a turn of the memory's own; "" takes the bookmark back. */
+STATUS_CHECKED enum status memory_bookmark(struct store_write *write, const char *id,
+                                           uint64_t position, const char *bookmark);
+/* Deletes a turn of the memory's own, not the one it stands at. */
+STATUS_CHECKED enum status memory_delete_turn(struct store_write *write, const char *id,
+                                              uint64_t position);
+/* The branch of the turn at `position` of a memory. STATUS_NOT_FOUND: there is no such turn. */
+STATUS_CHECKED enum status memory_find_turn(const struct storage *storage, MDB_txn *txn,
+                                            const struct record_memory *memory, uint64_t position,
+                                            uint64_t *branch, struct record_turn *turn);
 
 /* At opening: drops ephemeral memories and what lies past committed positions, some memories a
  * transaction. A damaged memory is logged and left to `check`; it does not close the others. */
 STATUS_CHECKED enum status memory_recover(struct storage *storage, struct error *err);
+/* A turn for every memory of a store of format 1, in one transaction. */
+STATUS_CHECKED enum status memory_migrate(struct store_write *write);
 
 #endif

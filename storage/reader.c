@@ -7,6 +7,7 @@
 #include "storage/memory.h"
 #include "storage/run.h"
 #include "storage/snapshot.h"
+#include "storage/turn.h"
 
 /* Asks the kernel for the pages of a value, so that a batch of reads waits once and not page by
  * page: the map is opened without read-ahead, which would fetch neighbours nobody asked for. */
@@ -47,8 +48,6 @@ static enum status fill_memory(const struct storage *storage, MDB_txn *txn, cons
         if (status)
             return status == STATUS_NOT_FOUND ? STATUS_CORRUPT : status;
         memory->snapshot_bytes = (size_t)snapshot.size;
-        if (snapshot.branch == record->branch)
-            memory->bytes_on_disk += snapshot_space(storage, &snapshot);
     }
     memory->metadata = malloc(record->metadata_size + 1);
     if (!memory->metadata)
@@ -139,6 +138,51 @@ enum status storage_memory_list(struct storage *storage, const char *after, size
             storage_memory_close(&memories[i]);
         *count = 0;
     }
+    return status;
+}
+
+static enum status list_turns(struct turn_walk *walk, size_t limit, struct storage_turn *turns,
+                              size_t *count, bool *has_more)
+{
+    struct record_turn turn;
+    uint64_t position;
+    for (;;) {
+        enum status status = turn_walk_next(walk, &position, &turn);
+        if (status)
+            return status == STATUS_NOT_FOUND ? STATUS_OK : status;
+        if (*count == limit) {
+            *has_more = true;
+            return STATUS_OK;
+        }
+        struct storage_turn *out = &turns[(*count)++];
+        *out = (struct storage_turn){.position = position,
+                                     .text_bytes = turn.text_bytes,
+                                     .created_at = turn.created_at,
+                                     .has_snapshot = turn.snapshot != 0};
+        memcpy(out->bookmark, turn.bookmark, sizeof out->bookmark);
+    }
+}
+
+enum status storage_turn_list(struct storage *storage, const char *id, uint64_t from, size_t limit,
+                              struct storage_turn *turns, size_t *count, bool *has_more)
+{
+    struct record_memory record;
+    struct turn_walk walk;
+    MDB_txn *txn;
+    *count = 0;
+    *has_more = false;
+    enum status status = store_read_begin(storage, &txn);
+    if (status)
+        return status;
+    status = memory_get(storage, txn, id, &record);
+    if (!status) {
+        uint64_t end = from < record.position ? from : record.position;
+        status = turn_walk_begin(&walk, storage, txn, record.branch, end);
+        status = status == STATUS_NOT_FOUND ? STATUS_CORRUPT : status;
+    }
+    if (!status)
+        status = list_turns(&walk, limit, turns, count, has_more);
+    store_read_end(storage, txn);
     return status;
 }
 

@@ -426,6 +426,31 @@ enum status record_snapshot_decode(const void *key, size_t key_size, const void 
     return small_close(&in);
 }
 
+void record_turn_encode(struct buf *out, const void *key, size_t key_size,
+                        const struct record_turn *turn)
+{
+    small_begin(out, RECORD_TURN);
+    put_u64(out, turn->snapshot);
+    put_u64(out, turn->text_bytes);
+    put_u64(out, (uint64_t)turn->created_at);
+    put_text(out, turn->bookmark, sizeof turn->bookmark);
+    small_end(out, key, key_size);
+}
+
+enum status record_turn_decode(const void *key, size_t key_size, const void *value, size_t size,
+                               struct record_turn *turn)
+{
+    struct cursor in;
+    if (key_size != RECORD_PAIR_KEY_BYTES ||
+        small_open(&in, RECORD_TURN, key, key_size, value, size))
+        return STATUS_CORRUPT;
+    turn->snapshot = take_u64(&in);
+    turn->text_bytes = take_u64(&in);
+    turn->created_at = (int64_t)take_u64(&in);
+    take_text(&in, turn->bookmark, sizeof turn->bookmark);
+    return small_close(&in);
+}
+
 /* ---- pieces ---- */
 
 void record_piece_encode(void *out, const void *key, size_t key_size, const void *bytes,

@@ -13,7 +13,7 @@
 #include "proto/status.h"
 
 /* Format of the folder. A reader refuses a higher one; a change of any layout below raises it. */
-#define RECORD_FORMAT 1
+#define RECORD_FORMAT 2 /* 1 knew no turns; storage_open migrates it */
 
 enum record_kind {
     RECORD_KV = 1,
@@ -24,7 +24,8 @@ enum record_kind {
     RECORD_MEMORY,
     RECORD_BRANCH,
     RECORD_SNAPSHOT,
-    RECORD_PIECE
+    RECORD_PIECE,
+    RECORD_TURN
 };
 
 /* All integers in values are little-endian. Integers in keys are big-endian, so that LMDB's order
@@ -101,16 +102,24 @@ struct record_branch {
     uint64_t fork_position; /* where it leaves its parent, in tokens */
     uint64_t chunk_end;     /* chunks [fork_position / S, chunk_end) are here */
     uint64_t token_end;     /* tokens [fork_position, token_end) are here */
-    uint64_t bytes;         /* disk space of its runs */
+    uint64_t bytes;         /* disk space of its runs and of the snapshots its turns name */
     uint32_t depth;         /* number of branches above it */
     char owner[LIMITS_ID_BYTES]; /* the memory that writes it; "" once that is deleted */
 };
 
 struct record_snapshot {
-    uint64_t references; /* memories that stand at it */
+    uint64_t references; /* memories that stand at it, and its turn */
     uint64_t branch, position;
     uint64_t size;
     uint32_t piece_bytes; /* size of all pieces but the last */
+};
+
+/* What a committed turn left. Key: branch, position, as a run's. */
+struct record_turn {
+    uint64_t snapshot; /* 0: dropped */
+    uint64_t text_bytes;
+    int64_t created_at;
+    char bookmark[LIMITS_BOOKMARK_BYTES]; /* "" for none */
 };
 
 void record_meta_encode(struct buf *out, const void *key, size_t key_size,
@@ -137,6 +146,10 @@ void record_snapshot_encode(struct buf *out, const void *key, size_t key_size,
 STATUS_CHECKED enum status record_snapshot_decode(const void *key, size_t key_size,
                                                   const void *value, size_t size,
                                                   struct record_snapshot *snapshot);
+void record_turn_encode(struct buf *out, const void *key, size_t key_size,
+                        const struct record_turn *turn);
+STATUS_CHECKED enum status record_turn_decode(const void *key, size_t key_size, const void *value,
+                                              size_t size, struct record_turn *turn);
 
 /* ---- pieces: the bytes of a snapshot, behind the same small header and a checksum ----
  * Key: snapshot (8 bytes), number from 1 (4 bytes); number 0 is the record_snapshot. */

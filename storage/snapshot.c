@@ -48,10 +48,11 @@ enum status snapshot_get(const struct storage *storage, MDB_txn *txn, uint64_t s
 }
 
 enum status snapshot_put(struct store_write *write, uint64_t branch, uint64_t position,
-                         const void *bytes, size_t size, uint64_t *snapshot)
+                         const void *bytes, size_t size, uint64_t references,
+                         uint64_t *snapshot)
 {
     struct record_counter counter;
-    struct record_snapshot record = {.references = 1, .branch = branch, .position = position};
+    struct record_snapshot record = {.references = references, .branch = branch, .position = position};
     ASSERT(size > 0);
     record.size = size;
     record.piece_bytes = PIECE_BYTES;

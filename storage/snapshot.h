@@ -6,10 +6,10 @@
 
 #include "storage/store.h"
 
-/* A new snapshot with one reference. `size` is at least 1. */
+/* A new snapshot with so many references. `size` is at least 1. */
 STATUS_CHECKED enum status snapshot_put(struct store_write *write, uint64_t branch,
                                         uint64_t position, const void *bytes, size_t size,
-                                        uint64_t *snapshot);
+                                        uint64_t references, uint64_t *snapshot);
 STATUS_CHECKED enum status snapshot_reference(struct store_write *write, uint64_t snapshot);
 /* Gives a reference back; with the last one the snapshot goes. */
 STATUS_CHECKED enum status snapshot_release(struct store_write *write, uint64_t snapshot);

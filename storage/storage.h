@@ -9,7 +9,12 @@
  * *memory* names a branch and a committed position in it, with a snapshot (the recurrent state and
  * everything else the engine needs) at exactly that position. The snapshot decides: what a branch
  * holds past the committed position is not part of the memory and is dropped at opening; a missing
- * chunk before it is corruption. */
+ * chunk before it is corruption.
+ *
+ * Every commit of a memory that is not ephemeral is a *turn*, a place in its past: its history is
+ * its turns and those of the branches it starts in. The last `keep_snapshots` turns and bookmarked
+ * ones keep their snapshot and can be forked for nothing; to any other place the tokens lead from
+ * the nearest snapshot before it. */
 #ifndef STORAGE_STORAGE_H
 #define STORAGE_STORAGE_H
 
@@ -31,6 +36,7 @@ struct storage_options {
     const char *model_name;      /* for the message of that refusal; copied */
     size_t map_bytes;            /* 0: LIMITS_MAP_BYTES; the most the file may grow to */
     size_t queue_bytes;          /* 0: LIMITS_WRITER_QUEUE_BYTES */
+    uint32_t keep_snapshots;     /* of each memory's last turns; 0: LIMITS_KEEP_SNAPSHOTS */
     bool read_only;              /* for `check`; takes no lock and starts no writer; with kv_bytes 0
                                     sizes and model are taken as they are */
 };
@@ -57,13 +63,16 @@ typedef void (*storage_done_cb)(void *context, enum status status);
 
 struct storage_memory_options {
     const char *id;       /* caller's choice, unique, shorter than LIMITS_ID_BYTES */
-    const char *from;     /* NULL: empty; else fork that memory at its committed position */
+    const char *from;     /* NULL: empty; else fork that memory */
+    uint64_t at;          /* 0: at its committed position; else at its last snapshot before or at
+                             this position, at the beginning when there is none */
     const char *metadata; /* JSON object text, stored as it is; NULL: "{}" */
     bool ephemeral;       /* not listed, dropped at the next opening */
 };
 
 /* Creates an empty memory, or a fork that shares all of `from` by reference. Copied. The callback
- * gets STATUS_CONFLICT (id taken), STATUS_NOT_FOUND (no `from`), STATUS_TOO_LARGE (more than
+ * gets STATUS_CONFLICT (id taken), STATUS_NOT_FOUND (no `from`), STATUS_INVALID (`at` lies behind
+ * the committed position), STATUS_TOO_LARGE (more than
  * LIMITS_LINEAGE forks above each other), STATUS_DISK_FULL, STATUS_IO. */
 STATUS_CHECKED enum status storage_memory_create(struct storage *storage,
                                                  const struct storage_memory_options *options,
@@ -94,6 +103,7 @@ struct storage_commit {
     uint64_t text_bytes;     /* bytes of text appended to the memory so far, in all */
     const void *snapshot;    /* replaces the memory's snapshot */
     size_t snapshot_bytes;   /* at least 1 */
+    bool goes_on; /* with the turn of the last commit, whose place in the history this takes */
 };
 
 /* Makes the memory's new position durable together with everything queued before it. Copied.
@@ -108,6 +118,25 @@ STATUS_CHECKED enum status storage_commit(struct storage *storage,
 STATUS_CHECKED enum status storage_truncate(struct storage *storage, const char *id,
                                             storage_done_cb done_cb, void *context);
 
+/* The ephemeral memory takes the place of memory `id`, which keeps its metadata and loses its own
+ * branch as by a delete; or becomes `id` where there is none. How a memory is rewound: make an
+ * ephemeral fork at an earlier position, write to it what leads to the place wanted, settle it.
+ * STATUS_INVALID: the first is not ephemeral. STATUS_NOT_FOUND, STATUS_DISK_FULL, STATUS_IO. */
+STATUS_CHECKED enum status storage_memory_settle(struct storage *storage, const char *ephemeral,
+                                                 const char *id, storage_done_cb done_cb,
+                                                 void *context);
+/* Names a turn, so that its snapshot stays; NULL takes the name back. The callback gets
+ * STATUS_NOT_FOUND (no such memory or turn), STATUS_CONFLICT (another memory's turn, or its snapshot
+ * is gone). STATUS_INVALID: LIMITS_BOOKMARK_BYTES or longer. */
+STATUS_CHECKED enum status storage_turn_bookmark(struct storage *storage, const char *id,
+                                                 uint64_t position, const char *bookmark,
+                                                 storage_done_cb done_cb, void *context);
+/* Forgets a turn and its snapshot; what it said stays. STATUS_CONFLICT: another memory's turn, or
+ * the one that the memory stands at. */
+STATUS_CHECKED enum status storage_turn_delete(struct storage *storage, const char *id,
+                                               uint64_t position, storage_done_cb done_cb,
+                                               void *context);
+
 /* ---- reads: any thread, committed data only ---- */
 
 struct storage_memory {
@@ -116,7 +145,8 @@ struct storage_memory {
     uint64_t branch;
     int64_t created_at; /* seconds since 1970 */
     uint64_t token_count, chunk_count, text_bytes;
-    uint64_t bytes_on_disk; /* of its own branch and snapshot; what it shares counts for the owner */
+    uint64_t bytes_on_disk; /* of its own branch, snapshots included; what it shares counts for the
+                               owner */
     size_t snapshot_bytes;  /* 0 while the memory is empty */
     bool ephemeral;
     char *metadata; /* JSON text; free with storage_memory_close */
@@ -131,6 +161,18 @@ void storage_memory_close(struct storage_memory *memory);
 STATUS_CHECKED enum status storage_memory_list(struct storage *storage, const char *after,
                                                size_t limit, struct storage_memory *memories,
                                                size_t *count, bool *has_more);
+struct storage_turn {
+    uint64_t position, text_bytes;
+    int64_t created_at;
+    bool has_snapshot;
+    char bookmark[LIMITS_BOOKMARK_BYTES]; /* "" for none */
+};
+/* The memory's turns at or before `from` (UINT64_MAX: all), newest first: at most `limit`;
+ * `*has_more` says whether there are others. STATUS_NOT_FOUND, STATUS_CORRUPT. */
+STATUS_CHECKED enum status storage_turn_list(struct storage *storage, const char *id,
+                                             uint64_t from, size_t limit,
+                                             struct storage_turn *turns, size_t *count,
+                                             bool *has_more);
 struct storage_range { /* the shape of the engine's chunk_range */
     uint64_t branch;
     uint64_t first;
@@ -170,7 +212,7 @@ void storage_get_stats(struct storage *storage, struct storage_stats *stats);
 /* ---- offline ---- */
 
 struct storage_check_report {
-    uint64_t memories, branches, chunks, tokens, snapshots, bytes;
+    uint64_t memories, branches, chunks, tokens, turns, snapshots, bytes;
     uint64_t problems;
 };
 /* Verifies every record of the folder: checksums, no holes before committed positions, references,

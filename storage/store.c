@@ -24,7 +24,8 @@
 #define CHUNK_BYTES_MOST (64 * LIMITS_MIB)
 
 static const char *const db_names[STORE_DB_COUNT] = {
-    "meta", "memory", "branch", "child", "collect", "kv", "landmark", "token", "snapshot"};
+    "meta", "memory", "branch", "child", "collect",
+    "kv",   "landmark", "token", "snapshot", "turn"};
 static const char format_key[] = "format", counter_key[] = "counter";
 
 enum status store_status(int rc)
@@ -67,7 +68,15 @@ enum status store_write_begin(struct storage *storage, struct store_write *write
 {
     store_assert_writer(storage);
     *write = (struct store_write){.storage = storage};
-    return store_status(mdb_txn_begin(storage->env, NULL, 0, &write->txn));
+    int rc = mdb_txn_begin(storage->env, NULL, 0, &write->txn);
+    if (rc == MDB_PANIC) {
+        /* The page that says which commit is the last could not be written, and LMDB takes nothing
+         * more: what is on disk can only be told by opening it again. */
+        log_event(LOG_ERROR, "storage_broken", "folder", LOG_STR, storage->path, "error", LOG_STR,
+                  "writing a commit failed half-way; look at the disk, then start again", NULL);
+        _exit(1);
+    }
+    return store_status(rc);
 }
 
 enum status store_write_commit(struct store_write *write)
@@ -340,11 +349,12 @@ static enum status write_meta(struct store_write *write, const struct storage_op
 }
 
 static enum status check_meta(struct storage *storage, const struct storage_options *options,
-                              const MDB_val *value, struct error *err)
+                              const MDB_val *value, struct record_meta *out, struct error *err)
 {
     struct record_meta meta;
     enum status status = record_meta_decode(format_key, sizeof format_key - 1, value->mv_data,
                                             value->mv_size, &meta);
+    *out = meta;
     if (status == STATUS_UNSUPPORTED)
         return error_set(err, status,
                          "the store in %s has format %u, which is newer than this program's (%d)",
@@ -369,10 +379,58 @@ static enum status check_meta(struct storage *storage, const struct storage_opti
                              storage->path, meta.chunk_tokens, (unsigned long long)meta.kv_bytes,
                              (unsigned long long)meta.landmark_bytes);
     }
+    if (storage->read_only && meta.format < RECORD_FORMAT)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "the store in %s has format %u; rambad serve brings it to format %d",
+                         storage->path, meta.format, RECORD_FORMAT);
     storage->kv_bytes = (size_t)meta.kv_bytes;
     storage->landmark_bytes = (size_t)meta.landmark_bytes;
     storage->chunk_tokens = meta.chunk_tokens;
     return STATUS_OK;
+}
+
+/* Brings a store of an older format to ours, in the transaction that opened it. */
+static enum status migrate(struct store_write *write, struct record_meta *meta)
+{
+    uint32_t old = meta->format;
+    struct buf buf;
+    enum status status = memory_migrate(write);
+    if (status)
+        return status;
+    meta->format = RECORD_FORMAT;
+    buf_init(&buf);
+    record_meta_encode(&buf, format_key, sizeof format_key - 1, meta);
+    status = store_put(write, STORE_META, format_key, sizeof format_key - 1, buf.data, buf.size);
+    buf_close(&buf);
+    if (!status)
+        log_event(LOG_INFO, "storage_migrated", "folder", LOG_STR, write->storage->path, "from",
+                  LOG_INT, (int64_t)old, "to", LOG_INT, (int64_t)RECORD_FORMAT, NULL);
+    return status;
+}
+
+/* Reads the first record, which says whether this is a store of ours, or writes it to a new one. */
+static enum status open_meta(struct store_write *write, const struct storage_options *options,
+                             struct record_meta *meta, struct error *err)
+{
+    struct storage *storage = write->storage;
+    MDB_val value;
+    enum status status =
+        store_get(storage, write->txn, STORE_META, format_key, sizeof format_key - 1, &value);
+    if (status == STATUS_OK)
+        return check_meta(storage, options, &value, meta, err);
+    bool known = false; /* whether there are other tables: then their first record is lost */
+    for (int i = 0; i < STORE_DB_COUNT; i++) {
+        MDB_dbi db;
+        known |= i != STORE_META && mdb_dbi_open(write->txn, db_names[i], 0, &db) == 0;
+    }
+    if (status != STATUS_NOT_FOUND || storage->read_only || known)
+        return error_set(err, STATUS_CORRUPT, "the first record of the store in %s is missing",
+                         storage->path);
+    *meta = (struct record_meta){.format = RECORD_FORMAT};
+    status = write_meta(write, options);
+    return status ? error_set(err, status, "cannot write to the store in %s: %s", storage->path,
+                              status_text(status))
+                  : STATUS_OK;
 }
 
 /* Opens the sub-databases, creating them and the first record in a new store. */
@@ -380,11 +438,15 @@ static enum status open_databases(struct storage *storage, const struct storage_
                                   struct error *err)
 {
     struct store_write write = {.storage = storage};
+    struct record_meta meta = {0};
     enum status status = STATUS_OK;
+    unsigned flags = storage->read_only ? 0 : MDB_CREATE;
     int rc = mdb_txn_begin(storage->env, NULL, storage->read_only ? MDB_RDONLY : 0, &write.txn);
-    for (int i = 0; !rc && i < STORE_DB_COUNT; i++)
-        rc = mdb_dbi_open(write.txn, db_names[i], storage->read_only ? 0 : MDB_CREATE,
-                          &storage->db[i]);
+    for (int i = 0; !rc && !status && i < STORE_DB_COUNT; i++) {
+        rc = mdb_dbi_open(write.txn, db_names[i], flags, &storage->db[i]);
+        if (!rc && i == STORE_META)
+            status = open_meta(&write, options, &meta, err);
+    }
     if (rc) {
         store_write_abort(&write);
         /* An environment without our sub-databases is somebody else's file, or damaged. */
@@ -392,31 +454,22 @@ static enum status open_databases(struct storage *storage, const struct storage_
         return error_set(err, status, "cannot open the tables of the store in %s: %s",
                          storage->path, mdb_strerror(rc));
     }
-    MDB_val value;
-    status = store_get(storage, write.txn, STORE_META, format_key, sizeof format_key - 1, &value);
-    if (status == STATUS_OK) {
-        status = check_meta(storage, options, &value, err);
-    } else if (status == STATUS_NOT_FOUND && !storage->read_only &&
-               store_count(storage, write.txn, STORE_MEMORY) == 0 &&
-               store_count(storage, write.txn, STORE_BRANCH) == 0) {
-        status = write_meta(&write, options);
+    bool old = !status && meta.format < RECORD_FORMAT;
+    if (old) {
+        status = migrate(&write, &meta);
         if (status)
-            error_set(err, status, "cannot write to the store in %s: %s", storage->path,
-                      status_text(status));
-    } else {
-        status = error_set(err, STATUS_CORRUPT, "the first record of the store in %s is missing",
-                           storage->path);
+            error_set(err, status,
+                      "cannot bring the store in %s to format %d: %s; it is as it was",
+                      storage->path, RECORD_FORMAT, status_text(status));
     }
-    if (status || (write.mutations == 0 && storage->read_only)) {
-        /* Handles opened in a read transaction stay only when it is committed. */
-        if (status)
-            store_write_abort(&write);
-        else
-            status = store_write_commit(&write);
+    if (status) {
+        store_write_abort(&write);
         return status;
     }
+    /* Handles opened in a read transaction stay only when it is committed. */
+    bool wrote = write.mutations > 0;
     status = store_write_commit(&write);
-    if (!status)
+    if (!status && wrote)
         status = sync_folder(storage->path);
     return status ? error_set(err, status, "cannot write to the store in %s: %s", storage->path,
                               status_text(status))
@@ -471,6 +524,8 @@ static struct storage *allocate(const struct storage_options *options)
     storage->reserve_bytes = storage->map_bytes / 8 < RESERVE_BYTES_MOST ? storage->map_bytes / 8
                                                                          : RESERVE_BYTES_MOST;
     storage->reserve_bytes -= storage->reserve_bytes % page;
+    storage->keep_snapshots =
+        options->keep_snapshots ? options->keep_snapshots : LIMITS_KEEP_SNAPSHOTS;
     storage->queue_bytes = options->queue_bytes ? options->queue_bytes : LIMITS_WRITER_QUEUE_BYTES;
     storage->writer_thread = pthread_self();
     pthread_rwlock_init(&storage->map_lock, NULL);
@@ -493,12 +548,11 @@ enum status storage_open(const struct storage_options *options, struct storage *
     }
     if (!status)
         status = open_env(storage, err);
-    if (!status)
-        status = open_databases(storage, options, err);
     if (!status) {
         MDB_stat stat;
         mdb_env_stat(storage->env, &stat);
         storage->page_bytes = stat.ms_psize;
+        status = open_databases(storage, options, err);
     }
     if (!status && !storage->read_only) {
         /* Recovery frees more than it takes, and may use the reserve for it. */

@@ -22,6 +22,7 @@ enum store_db {
     STORE_LANDMARK, /* runs of landmarks */
     STORE_TOKEN,    /* runs of token ids */
     STORE_SNAPSHOT, /* snapshot, piece number -> record_snapshot, pieces */
+    STORE_TURN,     /* branch, position -> record_turn */
     STORE_DB_COUNT
 };
 
@@ -38,6 +39,7 @@ struct storage {
     size_t page_bytes;
     size_t map_bytes, reserve_bytes;
     size_t queue_bytes;
+    uint32_t keep_snapshots;
     bool reserve_released; /* writer thread */
     bool read_only;
     int lock_fd; /* -1: none */

@@ -26,7 +26,10 @@ enum item_kind {
     ITEM_DELETE,
     ITEM_APPEND,
     ITEM_COMMIT,
-    ITEM_TRUNCATE
+    ITEM_TRUNCATE,
+    ITEM_SETTLE,
+    ITEM_BOOKMARK,
+    ITEM_DELETE_TURN
 };
 
 struct item {
@@ -40,7 +43,9 @@ struct item {
     uint64_t branch, index; /* append; commit: the branch once it is known */
     const void *kv, *landmark;
     char id[LIMITS_ID_BYTES];
-    char from[LIMITS_ID_BYTES]; /* create: "" for none */
+    char from[LIMITS_ID_BYTES]; /* create: "" for none; settle: the ephemeral memory */
+    uint64_t at;                /* create; bookmark, delete turn: the turn's position */
+    char bookmark[LIMITS_BOOKMARK_BYTES];
     bool ephemeral;
     size_t metadata_size; /* create, update: in `payload` */
     struct storage_commit commit;
@@ -199,8 +204,8 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
     enum status status;
     switch (item->kind) {
     case ITEM_CREATE:
-        return memory_create(write, item->id, item->from[0] ? item->from : NULL, item->ephemeral,
-                             metadata, item->metadata_size);
+        return memory_create(write, item->id, item->from[0] ? item->from : NULL, item->at,
+                             item->ephemeral, metadata, item->metadata_size);
     case ITEM_UPDATE:
         return memory_update(write, item->id, metadata, item->metadata_size);
     case ITEM_COMMIT:
@@ -214,6 +219,15 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
         if (!status)
             set_remove(&writer->failed, memory.branch);
         return status;
+    case ITEM_SETTLE:
+        status = memory_get(write->storage, write->txn, item->id, &memory);
+        if (!status)
+            set_remove(&writer->failed, memory.branch);
+        return memory_settle(write, item->from, item->id);
+    case ITEM_BOOKMARK:
+        return memory_bookmark(write, item->id, item->at, item->bookmark);
+    case ITEM_DELETE_TURN:
+        return memory_delete_turn(write, item->id, item->at);
     case ITEM_APPEND:
         break;
     }
@@ -309,13 +323,20 @@ static void collect_all(struct writer *writer)
 
 /* ---- groups ---- */
 
+/* Whether it makes room, so that the reserve is there for it. */
+static bool item_frees(const struct item *item)
+{
+    return item->kind == ITEM_DELETE || item->kind == ITEM_TRUNCATE || item->kind == ITEM_SETTLE ||
+           item->kind == ITEM_DELETE_TURN;
+}
+
 /* One item in a transaction of its own, after the group with it in had failed. */
 static void retry_alone(struct writer *writer, struct item *item)
 {
     struct list alone;
     list_init(&alone);
     list_push_back(&alone, &item->node);
-    bool frees = item->kind == ITEM_DELETE || item->kind == ITEM_TRUNCATE;
+    bool frees = item_frees(item);
     bool doomed = item->kind == ITEM_APPEND && set_has(&writer->failed, item->branch);
     enum status status = doomed ? STATUS_IO : attempt(writer, &alone);
     if (status == STATUS_DISK_FULL && (frees || writer->collect)) {
@@ -325,7 +346,7 @@ static void retry_alone(struct writer *writer, struct item *item)
             collect_all(writer);
         status = attempt(writer, &alone);
     }
-    if (!status && item->kind == ITEM_DELETE)
+    if (!status && frees)
         writer->collect = true; /* room for the items that follow */
     if (status) {
         item->status = status;
@@ -385,8 +406,8 @@ static void carry_out_group(struct writer *writer, struct list *group)
         struct item *item = LIST_ENTRY(node, struct item, node);
         bytes += item->bytes;
         items++;
-        if (item->kind == ITEM_DELETE || item->kind == ITEM_TRUNCATE)
-            writer->collect = true; /* a truncate may have borrowed the reserve */
+        if (item_frees(item))
+            writer->collect = true; /* the reserve may have been borrowed */
     }
     /* The room is there before its owners hear of it. */
     pthread_mutex_lock(&writer->mutex);
@@ -571,6 +592,7 @@ static enum status queue_metadata(struct storage *storage, enum item_kind kind,
     if (!item)
         return STATUS_NO_MEMORY;
     item->ephemeral = options->ephemeral;
+    item->at = options->at;
     item->metadata_size = size;
     memcpy(item->payload, metadata, size);
     if (set_id(item->id, options->id) || (options->from && set_id(item->from, options->from))) {
@@ -619,6 +641,56 @@ enum status storage_truncate(struct storage *storage, const char *id, storage_do
                              void *context)
 {
     return queue_id(storage, ITEM_TRUNCATE, id, done_cb, context);
+}
+
+enum status storage_memory_settle(struct storage *storage, const char *ephemeral, const char *id,
+                                  storage_done_cb done_cb, void *context)
+{
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    struct item *item = new_item(ITEM_SETTLE, 0, done_cb, context);
+    if (!item)
+        return STATUS_NO_MEMORY;
+    if (set_id(item->id, id) || set_id(item->from, ephemeral) ||
+        strcmp(item->id, item->from) == 0) {
+        free(item);
+        return STATUS_INVALID;
+    }
+    return enqueue(storage, item);
+}
+
+static enum status queue_turn(struct storage *storage, enum item_kind kind, const char *id,
+                              uint64_t position, const char *bookmark, storage_done_cb done_cb,
+                              void *context)
+{
+    size_t size = bookmark ? strnlen(bookmark, LIMITS_BOOKMARK_BYTES) : 0;
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    if (size == LIMITS_BOOKMARK_BYTES)
+        return STATUS_INVALID;
+    struct item *item = new_item(kind, 0, done_cb, context);
+    if (!item)
+        return STATUS_NO_MEMORY;
+    item->at = position;
+    if (size)
+        memcpy(item->bookmark, bookmark, size);
+    if (set_id(item->id, id)) {
+        free(item);
+        return STATUS_INVALID;
+    }
+    return enqueue(storage, item);
+}
+
+enum status storage_turn_bookmark(struct storage *storage, const char *id, uint64_t position,
+                                  const char *bookmark, storage_done_cb done_cb, void *context)
+{
+    return queue_turn(storage, ITEM_BOOKMARK, id, position, bookmark, done_cb, context);
+}
+
+enum status storage_turn_delete(struct storage *storage, const char *id, uint64_t position,
+                                storage_done_cb done_cb, void *context)
+{
+    return queue_turn(storage, ITEM_DELETE_TURN, id, position, NULL, done_cb, context);
 }
 
 enum status storage_append(struct storage *storage, uint64_t branch, uint64_t index,

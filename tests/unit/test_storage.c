@@ -244,7 +244,7 @@ static void test_round_trip(void **state)
     storage_close(storage);
     struct storage_check_report report = assert_clean(*state);
     assert_int_equal(report.memories, 1);
-    assert_int_equal(report.snapshots, 1);
+    assert_int_equal(report.snapshots, LIMITS_KEEP_SNAPSHOTS);
 }
 
 static void test_bad_calls(void **state)

@@ -18,7 +18,7 @@
 #define SNAPSHOT 33u
 
 static const char *const db_names[] = {"meta", "memory",   "branch", "child",   "collect",
-                                       "kv",   "landmark", "token",  "snapshot"};
+                                       "kv",   "landmark", "token",  "snapshot", "turn"};
 #define DB_COUNT (sizeof db_names / sizeof db_names[0])
 
 static struct storage *open_at(const char *path)

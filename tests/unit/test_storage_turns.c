@@ -1,0 +1,535 @@
+/* The past of memories: turns, forks and rewinds to any of them, what is kept and what is not. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+
+#include <cmocka.h>
+
+#include "proto/base/hash.h"
+#include "tests/lib/store_helper.h"
+
+#define S 8u
+#define KV 600u
+#define LANDMARK 40u
+#define SNAPSHOT 5000u
+#define MAX_TOKENS 4096u
+#define KEEP 3u
+#define OLD_STORE "tests/golden/store-format-1"
+
+static struct storage *open_at(const char *path)
+{
+    struct storage_options options = {.path = path,
+                                      .kv_bytes = KV,
+                                      .landmark_bytes = LANDMARK,
+                                      .chunk_tokens = S,
+                                      .model_fingerprint = 7,
+                                      .model_name = "m",
+                                      .map_bytes = 256 * LIMITS_MIB,
+                                      .keep_snapshots = KEEP};
+    struct storage *storage = NULL;
+    struct error err = {0};
+    enum status status = storage_open(&options, &storage, &err);
+    if (status)
+        fail_msg("storage_open: %s: %s", status_text(status), err.message);
+    return storage;
+}
+
+static void print_problem(void *context, const char *message)
+{
+    (void)context;
+    print_message("  problem: %s\n", message);
+}
+
+static struct storage_check_report assert_clean(const char *path)
+{
+    struct storage_check_report report;
+    struct error err = {0};
+    assert_int_equal(storage_check(path, print_problem, NULL, &report, &err), STATUS_OK);
+    assert_int_equal(report.problems, 0);
+    return report;
+}
+
+/* ---- a memory as it should be: everything in it follows from its tokens ---- */
+
+struct past {
+    char id[LIMITS_ID_BYTES];
+    uint64_t count;
+    int32_t tokens[MAX_TOKENS];
+    bool is_turn[MAX_TOKENS + 1]; /* whether one was ever committed at this position */
+};
+
+static uint64_t hash_of(const struct past *past, uint64_t from, uint64_t end)
+{
+    return hash64(past->tokens + from, (size_t)(end - from) * sizeof *past->tokens, from);
+}
+
+static void chunk_of(const struct past *past, uint64_t index, unsigned char *kv,
+                     unsigned char *landmark)
+{
+    uint64_t hash = hash_of(past, index * S, (index + 1) * S);
+    store_fill(kv, KV, hash, index);
+    store_fill(landmark, LANDMARK, ~hash, index);
+}
+
+static struct storage_memory get(struct storage *storage, const char *id)
+{
+    struct storage_memory memory;
+    assert_int_equal(storage_memory_get(storage, id, &memory), STATUS_OK);
+    storage_memory_close(&memory);
+    return memory;
+}
+
+/* Writes what `past` says on to `position` as one commit to memory `id`. */
+static void commit_to(struct storage *storage, const struct past *past, const char *id,
+                      uint64_t position, bool goes_on)
+{
+    unsigned char kv[KV], landmark[LANDMARK], snapshot[SNAPSHOT];
+    struct storage_memory memory = get(storage, id);
+    for (uint64_t i = memory.token_count / S; i < position / S; i++) {
+        chunk_of(past, i, kv, landmark);
+        assert_int_equal(storage_append(storage, memory.branch, i, kv, landmark, NULL, NULL),
+                         STATUS_OK);
+    }
+    store_fill(snapshot, SNAPSHOT, hash_of(past, 0, position), position);
+    struct storage_commit commit = {.id = id,
+                                    .position = position,
+                                    .tokens = past->tokens + memory.token_count,
+                                    .token_count = (size_t)(position - memory.token_count),
+                                    .text_bytes = position * 3,
+                                    .snapshot = snapshot,
+                                    .snapshot_bytes = SNAPSHOT,
+                                    .goes_on = goes_on};
+    assert_int_equal(store_commit(storage, &commit), STATUS_OK);
+}
+
+static void write_turn(struct storage *storage, struct past *past, uint64_t count, uint64_t seed,
+                       bool goes_on)
+{
+    for (uint64_t i = 0; i < count; i++)
+        past->tokens[past->count + i] = store_token(seed, past->count + i);
+    past->count += count;
+    past->is_turn[past->count] = true;
+    commit_to(storage, past, past->id, past->count, goes_on);
+}
+
+static size_t list(struct storage *storage, const char *id, struct storage_turn *turns)
+{
+    size_t count;
+    bool more;
+    assert_int_equal(storage_turn_list(storage, id, UINT64_MAX, MAX_TOKENS, turns, &count, &more),
+                     STATUS_OK);
+    assert_false(more);
+    return count;
+}
+
+/* Everything that can be read of a memory, against its past. */
+static void assert_past(struct storage *storage, const struct past *past)
+{
+    unsigned char kv[KV], landmark[LANDMARK], want_kv[KV], want_landmark[LANDMARK];
+    int32_t tokens[MAX_TOKENS];
+    struct storage_memory memory = get(storage, past->id);
+    struct storage_range *ranges;
+    size_t range_count;
+    assert_int_equal(memory.token_count, past->count);
+    assert_int_equal(memory.text_bytes, past->count * 3);
+    assert_int_equal(storage_read_tokens(storage, past->id, 0, (size_t)past->count, tokens),
+                     STATUS_OK);
+    assert_memory_equal(tokens, past->tokens, past->count * sizeof *tokens);
+    assert_int_equal(storage_lineage(storage, past->id, &ranges, &range_count), STATUS_OK);
+    for (uint64_t i = 0; i < past->count / S; i++) {
+        size_t r = range_count - 1;
+        while (ranges[r].first > i)
+            r--;
+        struct storage_read read = {.branch = ranges[r].branch, .index = i, .kv = kv};
+        assert_int_equal(storage_read_chunks(storage, &read, 1), STATUS_OK);
+        assert_int_equal(storage_read_landmarks(storage, ranges[r].branch, i, 1, landmark),
+                         STATUS_OK);
+        chunk_of(past, i, want_kv, want_landmark);
+        assert_memory_equal(kv, want_kv, KV);
+        assert_memory_equal(landmark, want_landmark, LANDMARK);
+    }
+    free(ranges);
+    if (past->count == 0)
+        return;
+    void *snapshot;
+    unsigned char want[SNAPSHOT];
+    size_t size;
+    uint64_t position;
+    assert_int_equal(storage_snapshot(storage, past->id, &snapshot, &size, &position), STATUS_OK);
+    store_fill(want, SNAPSHOT, hash_of(past, 0, past->count), past->count);
+    assert_int_equal(size, SNAPSHOT);
+    assert_memory_equal(snapshot, want, SNAPSHOT);
+    free(snapshot);
+    struct storage_turn *turns = calloc(MAX_TOKENS, sizeof *turns);
+    size_t count = list(storage, past->id, turns);
+    for (size_t i = 0; i < count; i++) {
+        assert_true(i == 0 || turns[i].position < turns[i - 1].position);
+        assert_true(turns[i].position <= past->count);
+        assert_true(past->is_turn[turns[i].position]);
+        assert_int_equal(turns[i].text_bytes, turns[i].position * 3);
+    }
+    free(turns);
+}
+
+/* ---- the calls, waited for ---- */
+
+static enum status fork_at(struct storage *storage, const char *id, const char *from, uint64_t at,
+                           bool ephemeral)
+{
+    struct storage_memory_options options = {
+        .id = id, .from = from, .at = at, .ephemeral = ephemeral};
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait));
+}
+
+static enum status settle(struct storage *storage, const char *ephemeral, const char *id)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(&wait,
+                             storage_memory_settle(storage, ephemeral, id, store_wait_cb, &wait));
+}
+
+static enum status bookmark(struct storage *storage, const char *id, uint64_t position,
+                            const char *name)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(
+        &wait, storage_turn_bookmark(storage, id, position, name, store_wait_cb, &wait));
+}
+
+static enum status delete_turn(struct storage *storage, const char *id, uint64_t position)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(&wait,
+                             storage_turn_delete(storage, id, position, store_wait_cb, &wait));
+}
+
+/* An ephemeral fork "e" of `past` that stands at `at`: from the nearest snapshot, what is missing
+ * written again. Returns the tokens that took. */
+static uint64_t reach(struct storage *storage, const struct past *past, uint64_t at)
+{
+    assert_int_equal(fork_at(storage, "e", at ? past->id : NULL, at, true), STATUS_OK);
+    uint64_t position = get(storage, "e").token_count;
+    assert_true(position <= at);
+    if (position < at)
+        commit_to(storage, past, "e", at, false);
+    return at - position;
+}
+
+static void wait_collected(struct storage *storage)
+{
+    struct storage_stats stats;
+    do
+        storage_get_stats(storage, &stats);
+    while (stats.branches_to_collect > 0);
+}
+
+/* ---- tests ---- */
+
+static void test_history(void **state)
+{
+    struct storage *storage = open_at(*state);
+    struct past *a = calloc(1, sizeof *a);
+    struct storage_turn turns[64];
+    strcpy(a->id, "a");
+    assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
+    assert_int_equal(list(storage, "a", turns), 0);
+    for (unsigned i = 0; i < 10; i++)
+        write_turn(storage, a, 20, 1, false);
+    write_turn(storage, a, 7, 1, true); /* the tenth turn goes on */
+    assert_int_equal(list(storage, "a", turns), 10);
+    for (unsigned i = 0; i < 10; i++) {
+        assert_int_equal(turns[i].position, i ? 200 - 20 * i : 207);
+        assert_int_equal(turns[i].has_snapshot, i < KEEP);
+    }
+    /* Page by page it is the same. */
+    size_t count;
+    bool more;
+    assert_int_equal(storage_turn_list(storage, "a", 180, 3, turns, &count, &more), STATUS_OK);
+    assert_true(more && count == 3 && turns[0].position == 180 && turns[2].position == 140);
+    assert_int_equal(storage_turn_list(storage, "b", 0, 3, turns, &count, &more), STATUS_NOT_FOUND);
+
+    /* A bookmark keeps its snapshot however many turns follow; without it, it goes. */
+    assert_int_equal(bookmark(storage, "a", 180, "before the storm"), STATUS_OK);
+    assert_int_equal(bookmark(storage, "a", 100, "too late"), STATUS_CONFLICT);
+    assert_int_equal(bookmark(storage, "a", 101, "no turn"), STATUS_NOT_FOUND);
+    for (unsigned i = 0; i < 5; i++)
+        write_turn(storage, a, 3, 1, false);
+    assert_int_equal(list(storage, "a", turns), 15);
+    assert_int_equal(turns[6].position, 180);
+    assert_true(turns[6].has_snapshot && !turns[5].has_snapshot);
+    assert_string_equal(turns[6].bookmark, "before the storm");
+    assert_int_equal(bookmark(storage, "a", 180, NULL), STATUS_OK);
+    assert_int_equal(list(storage, "a", turns), 15);
+    assert_true(!turns[6].has_snapshot && turns[2].has_snapshot);
+
+    /* Any turn but the last can be forgotten; what it said stays. */
+    assert_int_equal(delete_turn(storage, "a", a->count), STATUS_CONFLICT);
+    assert_int_equal(delete_turn(storage, "a", a->count - 3), STATUS_OK);
+    assert_int_equal(delete_turn(storage, "a", a->count - 3), STATUS_NOT_FOUND);
+    assert_int_equal(delete_turn(storage, "a", 60), STATUS_OK);
+    assert_int_equal(list(storage, "a", turns), 13);
+    assert_past(storage, a);
+    storage_close(storage);
+    assert_int_equal(assert_clean(*state).turns, 13);
+    free(a);
+}
+
+static void test_rewind(void **state)
+{
+    struct storage *storage = open_at(*state);
+    struct past *a = calloc(1, sizeof *a), *b = calloc(1, sizeof *b);
+    struct storage_turn turns[64];
+    strcpy(a->id, "a");
+    assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
+    for (unsigned i = 0; i < 10; i++)
+        write_turn(storage, a, 21, 1, false);
+    *b = *a;
+    strcpy(b->id, "b");
+
+    /* Behind the end there is nothing to fork. */
+    assert_int_equal(fork_at(storage, "b", "a", 211, false), STATUS_INVALID);
+    /* A retained turn is there at once, a dropped one is written again from nothing. */
+    assert_int_equal(reach(storage, a, 189), 0);
+    assert_int_equal(settle(storage, "e", "b"), STATUS_OK);
+    b->count = 189;
+    assert_past(storage, b);
+    assert_string_equal(get(storage, "b").parent, "a");
+    assert_int_equal(reach(storage, a, 63), 63);
+    assert_int_equal(settle(storage, "e", "a"), STATUS_OK);
+    a->count = 63;
+    assert_past(storage, a);
+    assert_past(storage, b);
+    assert_int_equal(settle(storage, "a", "b"), STATUS_INVALID);
+    assert_int_equal(settle(storage, "e", "b"), STATUS_NOT_FOUND);
+    wait_collected(storage);
+    assert_past(storage, a);
+    assert_past(storage, b);
+    /* The branch that `a` left belongs to nobody: `b` reaches its turns and may change them. */
+    assert_int_equal(list(storage, "b", turns), 9);
+    assert_int_equal(bookmark(storage, "b", 168, "here"), STATUS_OK);
+    assert_int_equal(fork_at(storage, "c", "b", 168, false), STATUS_OK);
+    assert_int_equal(get(storage, "c").token_count, 168);
+    /* What another memory wrote is not b's to change. */
+    assert_int_equal(fork_at(storage, "d", "a", 0, false), STATUS_OK);
+    assert_int_equal(bookmark(storage, "d", 63, "mine"), STATUS_CONFLICT);
+
+    /* To the beginning, and on along another way. */
+    assert_int_equal(reach(storage, a, 0), 0);
+    assert_int_equal(settle(storage, "e", "a"), STATUS_OK);
+    a->count = 0;
+    assert_past(storage, a);
+    write_turn(storage, a, 50, 2, false);
+    assert_past(storage, a);
+    const char *all[] = {"a", "c", "d"};
+    for (size_t i = 0; i < 3; i++)
+        assert_int_equal(store_remove(storage, all[i]), STATUS_OK);
+    wait_collected(storage);
+    assert_past(storage, b);
+    assert_int_equal(store_remove(storage, "b"), STATUS_OK);
+    wait_collected(storage);
+    storage_close(storage);
+    struct storage_check_report report = assert_clean(*state);
+    assert_int_equal(report.branches + report.turns + report.snapshots + report.chunks, 0);
+    free(a);
+    free(b);
+}
+
+/* 1,000 forks take no chunk, no token and no snapshot. */
+static void test_many_forks(void **state)
+{
+    struct storage *storage = open_at(*state);
+    struct past *a = calloc(1, sizeof *a);
+    struct storage_stats before, after;
+    char id[16];
+    strcpy(a->id, "a");
+    assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
+    for (unsigned i = 0; i < 4; i++)
+        write_turn(storage, a, 1000, 1, false);
+    storage_get_stats(storage, &before);
+    for (unsigned i = 0; i < 1000; i++) {
+        snprintf(id, sizeof id, "f%u", i);
+        assert_int_equal(fork_at(storage, id, "a", i % 2 ? 3000 : 0, false), STATUS_OK);
+    }
+    storage_get_stats(storage, &after);
+    print_message("1,000 forks: %llu bytes each\n",
+                  (unsigned long long)(after.map_used_bytes - before.map_used_bytes) / 1000);
+    assert_true(after.map_used_bytes - before.map_used_bytes < 1000 * SNAPSHOT / 4);
+    strcpy(a->id, "f8");
+    assert_past(storage, a);
+    a->count = 3000;
+    strcpy(a->id, "f999");
+    assert_past(storage, a);
+    storage_close(storage);
+    struct storage_check_report report = assert_clean(*state);
+    assert_int_equal(report.chunks, 500);
+    assert_int_equal(report.snapshots, KEEP);
+    free(a);
+}
+
+/* A store of the first format, written by the program of that time: two memories of 100 and, its
+ * fork, of 130 tokens. */
+static void test_migration(void **state)
+{
+    char command[1024];
+    struct storage_turn turns[4];
+    struct storage_check_report report;
+    struct error err = {0};
+    snprintf(command, sizeof command, "cp %s/data.mdb %s/", OLD_STORE, (const char *)*state);
+    assert_int_equal(system(command), 0);
+    assert_int_equal(storage_check(*state, NULL, NULL, &report, &err), STATUS_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "rambad serve"));
+    struct storage *storage = open_at(*state);
+    struct past *a = calloc(1, sizeof *a);
+    for (uint64_t i = 0; i < 130; i++)
+        a->tokens[i] = store_token(1, i);
+    a->is_turn[100] = a->is_turn[130] = true;
+    strcpy(a->id, "old");
+    a->count = 100;
+    assert_past(storage, a);
+    assert_int_equal(list(storage, "old", turns), 1);
+    strcpy(a->id, "old fork");
+    a->count = 130;
+    assert_past(storage, a);
+    assert_int_equal(list(storage, "old fork", turns), 2);
+    assert_true(turns[1].position == 100 && turns[1].has_snapshot);
+    write_turn(storage, a, 40, 9, false);
+    assert_past(storage, a);
+    storage_close(storage);
+    assert_int_equal(assert_clean(*state).turns, 3);
+    free(a);
+}
+
+/* ---- anything, in any order ---- */
+
+#define PASTS 6
+#define STEPS 1500
+
+static uint64_t draw(uint64_t *random, uint64_t below)
+{
+    *random = hash64(random, sizeof *random, 99);
+    return *random % below;
+}
+
+static uint64_t some_turn(const struct past *past, uint64_t *random)
+{
+    uint64_t at = past->count ? draw(random, past->count) + 1 : 0;
+    if (draw(random, 3) > 0)
+        while (at > 0 && !past->is_turn[at])
+            at--;
+    return at;
+}
+
+/* Forks or rewinds: past `to` becomes past `from` as it was at `at`. */
+static void go_to(struct storage *storage, struct past *to, const struct past *from, uint64_t at)
+{
+    char id[LIMITS_ID_BYTES];
+    reach(storage, from, at);
+    strcpy(id, to->id);
+    assert_int_equal(settle(storage, "e", id), STATUS_OK);
+    if (to != from)
+        *to = *from;
+    strcpy(to->id, id);
+    to->count = at;
+    memset(to->is_turn + at + 1, 0, MAX_TOKENS - (size_t)at);
+    to->is_turn[at] = at > 0; /* it may be a new one */
+}
+
+static void test_random(void **state)
+{
+    uint64_t seed, random, id = 0;
+    struct past *pasts = calloc(PASTS, sizeof *pasts);
+    struct storage *storage = open_at(*state);
+    const char *given = getenv("RAMBAD_SEED");
+    if (given)
+        seed = strtoull(given, NULL, 10);
+    else
+        assert_int_equal(getrandom(&seed, sizeof seed, 0), sizeof seed);
+    print_message("RAMBAD_SEED=%llu\n", (unsigned long long)seed);
+    random = seed;
+    for (unsigned step = 0; step < STEPS; step++) {
+        struct past *p = &pasts[draw(&random, PASTS)], *q = &pasts[draw(&random, PASTS)];
+        uint64_t what = draw(&random, 100), at;
+        if (!p->id[0]) {
+            snprintf(p->id, sizeof p->id, "m%llu", (unsigned long long)id++);
+            if (q != p && q->id[0] && what < 80) {
+                go_to(storage, p, q, some_turn(q, &random));
+            } else {
+                char name[LIMITS_ID_BYTES];
+                strcpy(name, p->id);
+                *p = (struct past){0};
+                strcpy(p->id, name);
+                assert_int_equal(store_create(storage, p->id, NULL), STATUS_OK);
+            }
+        } else if (what < 45) {
+            uint64_t count = 1 + draw(&random, 60);
+            if (p->count + count <= MAX_TOKENS)
+                write_turn(storage, p, count, draw(&random, UINT64_MAX), what < 10);
+        } else if (what < 65) {
+            go_to(storage, p, p, some_turn(p, &random));
+        } else if (what < 75) {
+            at = some_turn(p, &random);
+            enum status status = bookmark(storage, p->id, at, what < 70 ? "kept" : NULL);
+            assert_true(status == STATUS_OK || status == STATUS_CONFLICT ||
+                        status == STATUS_NOT_FOUND);
+        } else if (what < 83) {
+            at = some_turn(p, &random);
+            enum status status = delete_turn(storage, p->id, at);
+            assert_true(status == STATUS_OK || status == STATUS_CONFLICT ||
+                        status == STATUS_NOT_FOUND);
+        } else if (what < 88) {
+            assert_int_equal(store_remove(storage, p->id), STATUS_OK);
+            p->id[0] = 0;
+        } else if (what < 91) {
+            storage_close(storage);
+            assert_clean(*state);
+            storage = open_at(*state);
+        }
+        for (unsigned i = 0; i < PASTS; i++)
+            if (pasts[i].id[0] && (i == step % PASTS || &pasts[i] == p))
+                assert_past(storage, &pasts[i]);
+    }
+    for (unsigned i = 0; i < PASTS; i++) {
+        if (!pasts[i].id[0])
+            continue;
+        assert_past(storage, &pasts[i]);
+        assert_int_equal(store_remove(storage, pasts[i].id), STATUS_OK);
+    }
+    wait_collected(storage);
+    storage_close(storage);
+    struct storage_check_report report = assert_clean(*state);
+    assert_int_equal(report.branches + report.turns + report.snapshots + report.chunks, 0);
+    free(pasts);
+}
+
+static int setup(void **state)
+{
+    *state = store_helper_folder();
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    store_helper_remove(*state);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_history, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_rewind, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_many_forks, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_migration, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_random, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
