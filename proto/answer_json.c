@@ -167,6 +167,21 @@ void answer_json_memory(struct buf *out, const struct answer_memory *memory)
     buf_append_format(out, ",\"metadata\":%s}", memory->metadata);
 }
 
+void answer_json_turn(struct buf *out, const struct answer_turn *turn)
+{
+    buf_append_format(out, "{\"object\":\"memory.turn\",\"position\":%llu,\"parent\":",
+                      (unsigned long long)turn->position);
+    if (turn->parent < 0)
+        buf_append_text(out, "null");
+    else
+        buf_append_format(out, "%lld", (long long)turn->parent);
+    buf_append_format(out, ",\"text_bytes\":%llu,\"created_at\":%lld,\"snapshot\":%s,\"bookmark\":",
+                      (unsigned long long)turn->text_bytes, (long long)turn->created_at,
+                      turn->has_snapshot ? "true" : "false");
+    append_text_or_null(out, turn->bookmark);
+    buf_append_text(out, "}");
+}
+
 void answer_json_append(struct buf *out, const struct answer_append *append, bool progress)
 {
     buf_append_format(out, "{\"object\":\"memory.append%s\",\"memory\":\"%s\",",

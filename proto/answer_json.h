@@ -64,6 +64,15 @@ struct answer_memory {
 };
 void answer_json_memory(struct buf *out, const struct answer_memory *memory);
 
+struct answer_turn {
+    uint64_t position, text_bytes;
+    int64_t created_at;
+    int64_t parent; /* position of the turn before it; under 0: none */
+    bool has_snapshot;
+    const char *bookmark; /* "": null */
+};
+void answer_json_turn(struct buf *out, const struct answer_turn *turn);
+
 struct answer_append {
     const char *memory;
     uint64_t tokens, position, text_bytes;

@@ -7,6 +7,8 @@
 
 #include "proto/json.h"
 
+#define POSITION_MAX ((uint64_t)1 << 53) /* as far as JSON's numbers are exact */
+
 /* At most 16 pairs of short strings, as the API page says. */
 static void check_metadata(struct json_fields *f, const cJSON *metadata)
 {
@@ -27,7 +29,7 @@ static void check_metadata(struct json_fields *f, const cJSON *metadata)
 enum status memory_request_parse(const char *json, size_t size, struct memory_request *out,
                                  struct error *err)
 {
-    static const char *const known[] = {"from", "metadata", NULL};
+    static const char *const known[] = {"from", "at", "metadata", NULL};
     *out = (struct memory_request){0};
     if (!size)
         return STATUS_OK;
@@ -38,6 +40,9 @@ enum status memory_request_parse(const char *json, size_t size, struct memory_re
     struct json_fields f = {.root = root, .err = err};
     json_refuse_others(&f, known);
     json_read_text(&f, "from", out->from, sizeof out->from);
+    json_read_count(&f, "at", 1, POSITION_MAX, &out->at);
+    if (out->at && !out->from[0])
+        json_fail(&f, STATUS_INVALID, "at", "is a position of the memory that \"from\" names");
     const cJSON *metadata = cJSON_GetObjectItemCaseSensitive(root, "metadata");
     if (metadata && !cJSON_IsNull(metadata)) {
         check_metadata(&f, metadata);
@@ -55,4 +60,38 @@ void memory_request_close(struct memory_request *request)
 {
     cJSON_free(request->metadata);
     *request = (struct memory_request){0};
+}
+
+/* A body of these fields alone, the first of them wanted. */
+static enum status parse_position(const char *json, size_t size, const char *const *known,
+                                  uint64_t *position, char *name, struct error *err)
+{
+    cJSON *root;
+    *position = UINT64_MAX;
+    const enum status status = json_parse_object(json, size, &root, err);
+    if (status)
+        return status;
+    struct json_fields f = {.root = root, .err = err};
+    json_refuse_others(&f, known);
+    json_read_count(&f, known[0], 0, POSITION_MAX, position);
+    if (name)
+        json_read_text(&f, known[1], name, LIMITS_BOOKMARK_BYTES);
+    if (!f.status && *position == UINT64_MAX)
+        json_fail(&f, STATUS_INVALID, known[0], "is missing: a position of the memory, in tokens");
+    cJSON_Delete(root);
+    return f.status;
+}
+
+enum status memory_rewind_parse(const char *json, size_t size, uint64_t *to, struct error *err)
+{
+    static const char *const known[] = {"to", NULL};
+    return parse_position(json, size, known, to, NULL, err);
+}
+
+enum status memory_bookmark_parse(const char *json, size_t size, struct memory_bookmark *out,
+                                  struct error *err)
+{
+    static const char *const known[] = {"position", "bookmark", NULL};
+    *out = (struct memory_bookmark){0};
+    return parse_position(json, size, known, &out->position, out->name, err);
 }

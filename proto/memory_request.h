@@ -1,4 +1,4 @@
-/* memory_request.h - the body of POST /v1/memories as a plain struct.
+/* memory_request.h - the bodies of requests about memories as plain structs.
  * Thread: any (pure functions). Owns its metadata until memory_request_close. */
 #ifndef PROTO_MEMORY_REQUEST_H
 #define PROTO_MEMORY_REQUEST_H
@@ -8,6 +8,7 @@
 
 struct memory_request {
     char from[LIMITS_ID_BYTES]; /* "" for an empty memory */
+    uint64_t at;                /* fork it as it was at this position; 0: as it is */
     char *metadata;             /* JSON object text; NULL when not given */
 };
 
@@ -15,5 +16,17 @@ struct memory_request {
 STATUS_CHECKED enum status memory_request_parse(const char *json, size_t size,
                                                 struct memory_request *out, struct error *err);
 void memory_request_close(struct memory_request *request);
+
+/* The body of POST /v1/memories/{id}/rewind: {"to": position}. */
+STATUS_CHECKED enum status memory_rewind_parse(const char *json, size_t size, uint64_t *to,
+                                               struct error *err);
+
+struct memory_bookmark {
+    uint64_t position;
+    char name[LIMITS_BOOKMARK_BYTES]; /* "": take it back */
+};
+/* The body of POST /v1/memories/{id}/turns: {"position", "bookmark"}. */
+STATUS_CHECKED enum status memory_bookmark_parse(const char *json, size_t size,
+                                                 struct memory_bookmark *out, struct error *err);
 
 #endif

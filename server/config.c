@@ -36,6 +36,8 @@ static const struct setting settings[] = {
     {"running", "N", "32", "sequences generated at once, at most 32", COUNT, FIELD(running)},
     {"queue", "N", "256", "requests that may wait; then 429", COUNT, FIELD(queue)},
     {"map-size", "SIZE", "1T", "what the store's file may grow to", BYTES, FIELD(map_size)},
+    {"keep-snapshots", "N", "4", "turns of a memory that can be forked for nothing", COUNT,
+     FIELD(keep_snapshots)},
     {"drain-timeout", "SECONDS", "30", "after SIGTERM, for running requests to end", COUNT,
      FIELD(drain_timeout)},
     {"log-level", "LEVEL", "info", "debug, info, warn or error", TEXT, FIELD(log_level)},

@@ -13,6 +13,7 @@ struct config {
     char host[64], data[1024], model[1024], backend[16], memory_dtype[8], log_level[8];
     uint64_t port, threads, running, queue, drain_timeout; /* seconds */
     uint64_t host_memory, session_memory, map_size;        /* bytes */
+    uint64_t keep_snapshots;
 };
 
 /* Reads the flags from argv[1] on, then RAMBAD_* of the environment, then the file of --config.

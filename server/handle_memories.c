@@ -1,135 +1,14 @@
 /* handle_memories.c - /v1/memories: create, fork, list, get, delete, and what a memory's chunks
  * say. */
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "proto/answer_json.h"
 #include "proto/memory_request.h"
+#include "server/reach.h"
 #include "server/route.h"
-
-#define LIST_DEFAULT 20
-#define LIST_MAX 100
-
-/* A request that waits for another thread: the writer, the engine or the pool. */
-struct wait {
-    struct request *request;
-    struct server *server;
-    uv_async_t async; /* the writer's way back to the loop */
-    uv_work_t work;
-    enum status status;
-    struct error err;
-    char id[LIMITS_ID_BYTES];
-    uint64_t from, limit;
-    struct buf body;
-    void (*then)(struct wait *wait);
-};
-
-static void append_memory(struct buf *out, const struct storage_memory *memory)
-{
-    const struct answer_memory answer = {.id = memory->id,
-                                         .parent = memory->parent,
-                                         .metadata = memory->metadata,
-                                         .created_at = memory->created_at,
-                                         .token_count = memory->token_count,
-                                         .chunk_count = memory->chunk_count,
-                                         .text_bytes = memory->text_bytes,
-                                         .bytes_on_disk = memory->bytes_on_disk};
-    answer_json_memory(out, &answer);
-}
-
-static void fail_memory(struct request *request, enum status status, const char *id)
-{
-    struct error err;
-    error_set(&err, status, status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s", id,
-              status_text(status));
-    request_fail(request, status, &err);
-}
-
-static void answer_memory(struct request *request, int http_status, const char *id)
-{
-    struct storage_memory memory;
-    const enum status status = storage_memory_get(request->server->storage, id, &memory);
-    if (!status && memory.ephemeral) {
-        storage_memory_close(&memory);
-        fail_memory(request, STATUS_NOT_FOUND, id);
-        return;
-    }
-    if (status) {
-        fail_memory(request, status, id);
-        return;
-    }
-    struct buf body;
-    buf_init(&body);
-    append_memory(&body, &memory);
-    request_answer_json(request, http_status, &body);
-    buf_close(&body);
-    storage_memory_close(&memory);
-}
-
-static void gone(struct request *request)
-{
-    (void)request; /* what was asked for goes on; nobody hears of it */
-}
-
-static struct wait *wait_create(struct request *request)
-{
-    struct wait *wait = calloc(1, sizeof *wait);
-    if (!wait) {
-        request_fail(request, STATUS_NO_MEMORY, NULL);
-        return NULL;
-    }
-    wait->request = request;
-    wait->server = request->server;
-    request_hold(request);
-    request->gone_cb = gone;
-    return wait;
-}
-
-static void wait_end(struct wait *wait)
-{
-    struct request *request = wait->request;
-    buf_close(&wait->body);
-    free(wait);
-    request_done(request);
-}
-
-/* ---- from the writer thread back to the loop ---- */
-
-static void async_closed(uv_handle_t *handle)
-{
-    struct wait *wait = handle->data;
-    wait->then(wait);
-}
-
-static void async_cb(uv_async_t *async)
-{
-    uv_close((uv_handle_t *)async, async_closed);
-}
-
-/* On the writer thread. */
-static void stored_cb(void *context, enum status status)
-{
-    struct wait *wait = context;
-    wait->status = status;
-    uv_async_send(&wait->async);
-}
-
-/* `then` runs on the loop after the write that is queued next. */
-static void expect_write(struct wait *wait, void (*then)(struct wait *wait))
-{
-    wait->then = then;
-    uv_async_init(wait->server->loop, &wait->async, async_cb);
-    wait->async.data = wait;
-}
-
-/* The write was not taken: answers through the same way. */
-static void write_refused(struct wait *wait, enum status status)
-{
-    wait->status = status;
-    uv_async_send(&wait->async);
-}
+#include "server/wait.h"
 
 /* ---- create ---- */
 
@@ -140,7 +19,7 @@ static void created(struct wait *wait)
             error_set_param(&wait->err, STATUS_NOT_FOUND, "from", "no memory of that name to fork");
         request_fail(wait->request, wait->status, &wait->err);
     } else {
-        answer_memory(wait->request, 201, wait->id);
+        wait_answer_memory(wait->request, 201, wait->id);
     }
     wait_end(wait);
 }
@@ -155,63 +34,54 @@ static void create(struct request *request)
         request_fail(request, status, &err);
         return;
     }
+    request->server->metrics.forks += asked.from[0] != 0;
+    if (asked.at) {
+        reach_fork(request, &asked);
+        memory_request_close(&asked);
+        return;
+    }
     struct wait *wait = wait_create(request);
     if (!wait) {
         memory_request_close(&asked);
         return;
     }
     server_new_id(request->server, "mem_", wait->id);
-    expect_write(wait, created);
+    wait_for_write(wait, created);
     const struct storage_memory_options options = {
         .id = wait->id, .from = asked.from[0] ? asked.from : NULL, .metadata = asked.metadata};
-    request->server->metrics.forks += asked.from[0] != 0;
     const enum status queued =
-        storage_memory_create(request->server->storage, &options, stored_cb, wait);
+        storage_memory_create(request->server->storage, &options, wait_stored_cb, wait);
     memory_request_close(&asked);
     if (queued)
-        write_refused(wait, queued);
+        wait_refused(wait, queued);
 }
 
 /* ---- get, list, delete ---- */
 
 static void get(struct request *request)
 {
-    answer_memory(request, 200, request->argument);
-}
-
-/* A count in the query; false when it is there and is none. */
-static bool query_count(const struct request *request, const char *name, uint64_t max,
-                        uint64_t *out)
-{
-    char text[32], *end;
-    if (!http_query(request->head->query, name, text, sizeof text))
-        return true;
-    errno = 0;
-    const unsigned long long value = strtoull(text, &end, 10);
-    if (*end || end == text || errno || text[0] == '-' || value > max)
-        return false;
-    *out = value;
-    return true;
+    wait_answer_memory(request, 200, request->argument);
 }
 
 static void list(struct request *request)
 {
-    uint64_t limit = LIST_DEFAULT;
+    uint64_t limit = WAIT_LIST_DEFAULT;
     char after[LIMITS_ID_BYTES];
     struct error err = {0};
-    if (!query_count(request, "limit", LIST_MAX, &limit) || !limit) {
-        error_set_param(&err, STATUS_INVALID, "limit", "\"limit\" must be from 1 to %d", LIST_MAX);
+    if (!wait_query_count(request, "limit", WAIT_LIST_MAX, &limit) || !limit) {
+        error_set_param(&err, STATUS_INVALID, "limit", "\"limit\" must be from 1 to %d",
+                        WAIT_LIST_MAX);
         request_fail(request, STATUS_INVALID, &err);
         return;
     }
     const bool has_after = http_query(request->head->query, "after", after, sizeof after);
-    struct storage_memory memories[LIST_MAX];
+    struct storage_memory memories[WAIT_LIST_MAX];
     size_t count = 0;
     bool has_more = false;
     const enum status status = storage_memory_list(
         request->server->storage, has_after ? after : NULL, limit, memories, &count, &has_more);
     if (status) {
-        fail_memory(request, status, has_after ? after : "");
+        wait_fail_memory(request, status, has_after ? after : "");
         return;
     }
     struct buf body;
@@ -219,7 +89,7 @@ static void list(struct request *request)
     buf_append_text(&body, "{\"object\":\"list\",\"data\":[");
     for (size_t i = 0; i < count; i++) {
         buf_append_text(&body, i ? "," : "");
-        append_memory(&body, &memories[i]);
+        wait_append_memory(&body, &memories[i]);
     }
     buf_append_text(&body, "],\"first_id\":");
     buf_append_format(&body, count ? "\"%s\"" : "null", count ? memories[0].id : "");
@@ -235,7 +105,7 @@ static void list(struct request *request)
 static void deleted(struct wait *wait)
 {
     if (wait->status) {
-        fail_memory(wait->request, wait->status, wait->id);
+        wait_fail_memory(wait->request, wait->status, wait->id);
     } else {
         struct buf body;
         buf_init(&body);
@@ -259,11 +129,11 @@ static void released_cb(void *context, enum status status)
         wait_end(wait);
         return;
     }
-    expect_write(wait, deleted);
+    wait_for_write(wait, deleted);
     const enum status queued =
-        storage_memory_delete(wait->server->storage, wait->id, stored_cb, wait);
+        storage_memory_delete(wait->server->storage, wait->id, wait_stored_cb, wait);
     if (queued)
-        write_refused(wait, queued);
+        wait_refused(wait, queued);
 }
 
 static void delete (struct request *request)
@@ -352,7 +222,7 @@ static void chunks_read(uv_work_t *work, int cancelled)
     struct wait *wait = work->data;
     (void)cancelled;
     if (wait->status)
-        fail_memory(wait->request, wait->status, wait->id);
+        wait_fail_memory(wait->request, wait->status, wait->id);
     else
         request_answer_json(wait->request, 200, &wait->body);
     wait_end(wait);
@@ -360,12 +230,12 @@ static void chunks_read(uv_work_t *work, int cancelled)
 
 static void chunks(struct request *request)
 {
-    uint64_t from = 0, limit = LIST_DEFAULT;
+    uint64_t from = 0, limit = WAIT_LIST_DEFAULT;
     struct error err = {0};
-    if (!query_count(request, "from", UINT64_MAX >> 16, &from) ||
-        !query_count(request, "limit", LIST_MAX, &limit) || !limit) {
+    if (!wait_query_count(request, "from", UINT64_MAX >> 16, &from) ||
+        !wait_query_count(request, "limit", WAIT_LIST_MAX, &limit) || !limit) {
         error_set(&err, STATUS_INVALID, "\"from\" must be a chunk's index, \"limit\" from 1 to %d",
-                  LIST_MAX);
+                  WAIT_LIST_MAX);
         request_fail(request, STATUS_INVALID, &err);
         return;
     }

@@ -81,7 +81,8 @@ static enum status open_storage(const struct config *config, const struct engine
                                             .chunk_tokens = info->config->chunk_tokens,
                                             .model_fingerprint = info->fingerprint,
                                             .model_name = info->model_name,
-                                            .map_bytes = config->map_size};
+                                            .map_bytes = config->map_size,
+                                            .keep_snapshots = (uint32_t)config->keep_snapshots};
     return storage_open(&options, storage, err);
 }
 

@@ -1,0 +1,125 @@
+/* wait.c - see wait.h. */
+#include "server/wait.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "proto/answer_json.h"
+
+static void gone(struct request *request)
+{
+    (void)request; /* what was asked for goes on; nobody hears of it */
+}
+
+struct wait *wait_create(struct request *request)
+{
+    struct wait *wait = calloc(1, sizeof *wait);
+    if (!wait) {
+        request_fail(request, STATUS_NO_MEMORY, NULL);
+        return NULL;
+    }
+    wait->request = request;
+    wait->server = request->server;
+    request_hold(request);
+    request->gone_cb = gone;
+    return wait;
+}
+
+void wait_end(struct wait *wait)
+{
+    struct request *request = wait->request;
+    buf_close(&wait->body);
+    free(wait);
+    request_done(request);
+}
+
+/* ---- from the writer thread back to the loop ---- */
+
+static void async_closed(uv_handle_t *handle)
+{
+    struct wait *wait = handle->data;
+    wait->then(wait);
+}
+
+static void async_cb(uv_async_t *async)
+{
+    uv_close((uv_handle_t *)async, async_closed);
+}
+
+/* On the writer thread. */
+void wait_stored_cb(void *context, enum status status)
+{
+    struct wait *wait = context;
+    wait->status = status;
+    uv_async_send(&wait->async);
+}
+
+void wait_for_write(struct wait *wait, void (*then)(struct wait *wait))
+{
+    wait->then = then;
+    uv_async_init(wait->server->loop, &wait->async, async_cb);
+    wait->async.data = wait;
+}
+
+void wait_refused(struct wait *wait, enum status status)
+{
+    wait->status = status;
+    uv_async_send(&wait->async);
+}
+
+/* ---- answers ---- */
+
+void wait_append_memory(struct buf *out, const struct storage_memory *memory)
+{
+    const struct answer_memory answer = {.id = memory->id,
+                                         .parent = memory->parent,
+                                         .metadata = memory->metadata,
+                                         .created_at = memory->created_at,
+                                         .token_count = memory->token_count,
+                                         .chunk_count = memory->chunk_count,
+                                         .text_bytes = memory->text_bytes,
+                                         .bytes_on_disk = memory->bytes_on_disk};
+    answer_json_memory(out, &answer);
+}
+
+void wait_fail_memory(struct request *request, enum status status, const char *id)
+{
+    struct error err;
+    error_set(&err, status, status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s", id,
+              status_text(status));
+    request_fail(request, status, &err);
+}
+
+void wait_answer_memory(struct request *request, int http_status, const char *id)
+{
+    struct storage_memory memory;
+    const enum status status = storage_memory_get(request->server->storage, id, &memory);
+    if (!status && memory.ephemeral) {
+        storage_memory_close(&memory);
+        wait_fail_memory(request, STATUS_NOT_FOUND, id);
+        return;
+    }
+    if (status) {
+        wait_fail_memory(request, status, id);
+        return;
+    }
+    struct buf body;
+    buf_init(&body);
+    wait_append_memory(&body, &memory);
+    request_answer_json(request, http_status, &body);
+    buf_close(&body);
+    storage_memory_close(&memory);
+}
+
+bool wait_query_count(const struct request *request, const char *name, uint64_t max, uint64_t *out)
+{
+    char text[32], *end;
+    if (!http_query(request->head->query, name, text, sizeof text))
+        return true;
+    errno = 0;
+    const unsigned long long value = strtoull(text, &end, 10);
+    if (*end || end == text || errno || text[0] == '-' || value > max)
+        return false;
+    *out = value;
+    return true;
+}

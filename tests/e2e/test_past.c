@@ -1,0 +1,274 @@
+/* Any place of a memory's past: forks and rewinds to turns whose snapshot is kept, and to others by
+ * reading the tokens again. Each must answer as the memory did when it stood there, before and
+ * after a kill -9. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include <cmocka.h>
+
+#include "tests/lib/daemon.h"
+#include "tests/lib/store_helper.h"
+
+#define MODEL "tests/golden/wide-stickbreaking-topk8"
+#define TURNS 9 /* more than keep their snapshot */
+
+struct past {
+    char *folder;
+    struct daemon daemon;
+    char id[LIMITS_ID_BYTES];
+    uint64_t position[TURNS]; /* after each turn */
+    struct client_completion answer[TURNS];
+};
+
+static int call(const struct past *past, const char *method, const char *path, const char *body,
+                struct buf *answer)
+{
+    answer->size = 0;
+    return daemon_call(&past->daemon, method, path, body ? "application/json" : NULL, body,
+                       body ? strlen(body) : 0, answer);
+}
+
+/* Asks the memory to go on; its turn when `write`. */
+static struct client_completion ask(const struct past *past, const char *id, const char *prompt,
+                                    bool write)
+{
+    struct client_completion completion;
+    struct buf body, answer;
+    buf_init(&body);
+    buf_init(&answer);
+    client_json_write_completion(&body,
+                                 &(struct client_completion_request){.memory = id,
+                                                                     .memory_write = write,
+                                                                     .prompt = prompt,
+                                                                     .prompt_size = strlen(prompt),
+                                                                     .max_tokens = 40,
+                                                                     .seed = -1});
+    assert_int_equal(daemon_call(&past->daemon, "POST", "/v1/completions", "application/json",
+                                 body.data, body.size, &answer),
+                     200);
+    assert_int_equal(client_json_completion(answer.data, answer.size, &completion), STATUS_OK);
+    buf_close(&body);
+    buf_close(&answer);
+    return completion;
+}
+
+static void assert_stands_at(const struct past *past, const char *id, unsigned turn)
+{
+    struct client_completion now = ask(past, id, "What now?", false);
+    assert_int_equal(daemon_get_memory(&past->daemon, id).token_count, past->position[turn]);
+    assert_int_equal(now.text_size, past->answer[turn].text_size);
+    assert_memory_equal(now.text, past->answer[turn].text, now.text_size);
+    client_json_completion_close(&now);
+}
+
+static struct client_memory fork_at(const struct past *past, const char *id, uint64_t at)
+{
+    char body[200];
+    struct client_memory memory;
+    struct buf answer;
+    buf_init(&answer);
+    snprintf(body, sizeof body, "{\"from\":\"%s\",\"at\":%llu}", id, (unsigned long long)at);
+    int code = call(past, "POST", "/v1/memories", body, &answer);
+    if (code != 201)
+        fail_msg("HTTP %d: %s", code, buf_text(&answer));
+    assert_int_equal(client_json_memory(answer.data, answer.size, &memory), STATUS_OK);
+    assert_string_equal(memory.parent, id);
+    assert_int_equal(memory.token_count, at);
+    buf_close(&answer);
+    return memory;
+}
+
+static int rewind_to(const struct past *past, const char *id, uint64_t to, struct buf *answer)
+{
+    char path[160], body[64];
+    snprintf(path, sizeof path, "/v1/memories/%s/rewind", id);
+    snprintf(body, sizeof body, "{\"to\":%llu}", (unsigned long long)to);
+    return call(past, "POST", path, body, answer);
+}
+
+static void remove_memory(const struct past *past, const char *id)
+{
+    char path[160];
+    struct buf answer;
+    buf_init(&answer);
+    snprintf(path, sizeof path, "/v1/memories/%s", id);
+    assert_int_equal(call(past, "DELETE", path, NULL, &answer), 200);
+    buf_close(&answer);
+}
+
+/* An append of some blocks, then turns. */
+static void live(struct past *past)
+{
+    char path[160], prompt[64];
+    struct buf text, answer;
+    buf_init(&text);
+    buf_init(&answer);
+    daemon_create_memory(&past->daemon, NULL, past->id);
+    for (unsigned i = 0; i < 6000; i++)
+        buf_append_format(&text, "%u. ", i * i % 977);
+    snprintf(path, sizeof path, "/v1/memories/%s/append", past->id);
+    assert_int_equal(
+        daemon_call(&past->daemon, "POST", path, "text/plain", text.data, text.size, &answer), 200);
+    for (unsigned i = 0; i < TURNS; i++) {
+        if (i > 0) {
+            snprintf(prompt, sizeof prompt, "And then, number %u, what did it say?", i);
+            struct client_completion turn = ask(past, past->id, prompt, true);
+            client_json_completion_close(&turn);
+        }
+        past->position[i] = daemon_get_memory(&past->daemon, past->id).token_count;
+        past->answer[i] = ask(past, past->id, "What now?", false);
+    }
+    buf_close(&text);
+    buf_close(&answer);
+}
+
+static void test_turns(struct past *past)
+{
+    char path[160], want[160];
+    struct buf answer;
+    buf_init(&answer);
+    snprintf(path, sizeof path, "/v1/memories/%s/turns?limit=3", past->id);
+    assert_int_equal(call(past, "GET", path, NULL, &answer), 200);
+    for (unsigned i = 0; i < 3; i++) {
+        snprintf(want, sizeof want, "\"position\":%llu,\"parent\":%llu,",
+                 (unsigned long long)past->position[TURNS - 1 - i],
+                 (unsigned long long)past->position[TURNS - 2 - i]);
+        assert_non_null(strstr(buf_text(&answer), want));
+    }
+    assert_non_null(strstr(buf_text(&answer), "\"has_more\":true"));
+    /* A long append is one turn, and the oldest. */
+    snprintf(path, sizeof path, "/v1/memories/%s/turns?from=%llu", past->id,
+             (unsigned long long)past->position[0]);
+    assert_int_equal(call(past, "GET", path, NULL, &answer), 200);
+    snprintf(want, sizeof want,
+             "{\"object\":\"list\",\"data\":[{\"object\":\"memory.turn\","
+             "\"position\":%llu,\"parent\":null,",
+             (unsigned long long)past->position[0]);
+    assert_true(strncmp(buf_text(&answer), want, strlen(want)) == 0);
+    assert_non_null(strstr(buf_text(&answer), "\"snapshot\":false"));
+    assert_non_null(strstr(buf_text(&answer), "\"has_more\":false"));
+    buf_close(&answer);
+}
+
+static void test_bookmarks(struct past *past)
+{
+    char path[160], body[160];
+    struct buf answer;
+    buf_init(&answer);
+    snprintf(path, sizeof path, "/v1/memories/%s/turns", past->id);
+    snprintf(body, sizeof body, "{\"position\":%llu,\"bookmark\":\"a good place\"}",
+             (unsigned long long)past->position[TURNS - 3]);
+    assert_int_equal(call(past, "POST", path, body, &answer), 200);
+    assert_non_null(strstr(buf_text(&answer), "\"bookmark\":\"a good place\""));
+    snprintf(body, sizeof body, "{\"position\":%llu}",
+             (unsigned long long)past->position[TURNS - 3]);
+    assert_int_equal(call(past, "POST", path, body, &answer), 200);
+    assert_non_null(strstr(buf_text(&answer), "\"bookmark\":null"));
+    snprintf(body, sizeof body, "{\"position\":%llu,\"bookmark\":\"too late\"}",
+             (unsigned long long)past->position[0]);
+    assert_int_equal(call(past, "POST", path, body, &answer), 409);
+    assert_int_equal(call(past, "POST", path, "{\"position\":1,\"bookmark\":\"x\"}", &answer), 404);
+    assert_int_equal(call(past, "POST", path, "{\"bookmark\":\"x\"}", &answer), 400);
+    snprintf(path, sizeof path, "/v1/memories/%s/turns?position=%llu", past->id,
+             (unsigned long long)past->position[TURNS - 1]);
+    assert_int_equal(call(past, "DELETE", path, NULL, &answer), 409);
+    buf_close(&answer);
+}
+
+static void test_refusals(struct past *past)
+{
+    char body[160];
+    struct buf answer;
+    buf_init(&answer);
+    snprintf(body, sizeof body, "{\"from\":\"%s\",\"at\":%llu}", past->id,
+             (unsigned long long)past->position[TURNS - 1] + 1);
+    assert_int_equal(call(past, "POST", "/v1/memories", body, &answer), 400);
+    assert_int_equal(call(past, "POST", "/v1/memories", "{\"at\":5}", &answer), 400);
+    assert_int_equal(call(past, "POST", "/v1/memories", "{\"from\":\"mem_0\",\"at\":5}", &answer),
+                     404);
+    assert_int_equal(rewind_to(past, "mem_0", 5, &answer), 404);
+    assert_int_equal(rewind_to(past, past->id, past->position[TURNS - 1] + 1, &answer), 400);
+    buf_close(&answer);
+}
+
+static void test_past(void **state)
+{
+    struct past *past = *state;
+    struct buf answer;
+    buf_init(&answer);
+    daemon_start(&past->daemon);
+    live(past);
+    test_turns(past);
+    test_bookmarks(past);
+    test_refusals(past);
+    for (unsigned round = 0; round < 2; round++) {
+        for (unsigned i = 0; i < TURNS; i++) {
+            struct client_memory fork = fork_at(past, past->id, past->position[i]);
+            assert_stands_at(past, fork.id, i);
+            remove_memory(past, fork.id);
+        }
+        if (round == 0) {
+            daemon_kill(&past->daemon);
+            daemon_start(&past->daemon);
+        }
+    }
+    /* Between turns too; and what goes on from there is what goes on from the memory itself. */
+    struct client_memory fork = fork_at(past, past->id, past->position[3] + 17);
+    assert_int_equal(rewind_to(past, past->id, past->position[3] + 17, &answer), 200);
+    for (unsigned i = 0; i < 2; i++) {
+        struct client_completion a = ask(past, past->id, "Go on.", true),
+                                 b = ask(past, fork.id, "Go on.", true);
+        assert_string_equal(a.text, b.text);
+        client_json_completion_close(&a);
+        client_json_completion_close(&b);
+    }
+    assert_int_equal(daemon_get_memory(&past->daemon, past->id).token_count,
+                     daemon_get_memory(&past->daemon, fork.id).token_count);
+    assert_int_equal(rewind_to(past, past->id, past->position[2], &answer), 200);
+    assert_stands_at(past, past->id, 2);
+    daemon_kill(&past->daemon);
+    daemon_start(&past->daemon);
+    assert_stands_at(past, past->id, 2);
+    assert_int_equal(rewind_to(past, past->id, past->position[1], &answer), 200);
+    assert_stands_at(past, past->id, 1);
+    assert_int_equal(rewind_to(past, past->id, 0, &answer), 200);
+    assert_int_equal(daemon_get_memory(&past->daemon, past->id).token_count, 0);
+    remove_memory(past, past->id);
+    remove_memory(past, fork.id);
+    daemon_stop(&past->daemon);
+    daemon_check(&past->daemon);
+    buf_close(&answer);
+}
+
+static int teardown(void **state)
+{
+    struct past *past = *state;
+    daemon_kill(&past->daemon);
+    return 0;
+}
+
+int main(void)
+{
+    struct past *past = calloc(1, sizeof *past);
+    char path[1024];
+    if (!past)
+        return 1;
+    past->folder = store_helper_folder();
+    snprintf(path, sizeof path, "%s/data", past->folder);
+    mkdir(path, 0700);
+    daemon_init(&past->daemon, MODEL, path);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_prestate_setup_teardown(test_past, NULL, teardown, past),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    store_helper_remove(past->folder);
+    for (unsigned i = 0; i < TURNS; i++)
+        client_json_completion_close(&past->answer[i]);
+    free(past);
+    return failed;
+}
