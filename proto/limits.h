@@ -17,10 +17,11 @@
 #define LIMITS_URL_BYTES ((size_t)8 << 10)       /* ids and a few query fields */
 #define LIMITS_JSON_BODY_BYTES (16 * LIMITS_MIB) /* a JSON body is held whole; text is streamed */
 #define LIMITS_OUTPUT_BYTES (1 * LIMITS_MIB)     /* unsent bytes of a reader too slow to keep */
+#define LIMITS_ANSWER_BYTES (64 * LIMITS_MIB)    /* an answer that is not streamed is held whole */
 #define LIMITS_CONNECTIONS 1024                  /* each costs a few KiB */
-#define LIMITS_HEADER_TIMEOUT_MS 10000           /* a slow header holds a connection */
-#define LIMITS_IDLE_TIMEOUT_MS 75000             /* above the 60 s of common load balancers */
-#define LIMITS_BODY_TIMEOUT_MS 30000             /* without one byte of the body arriving */
+#define LIMITS_HEADER_TIMEOUT_S 10               /* a slow header holds a connection */
+#define LIMITS_IDLE_TIMEOUT_S 75                 /* above the 60 s of common load balancers */
+#define LIMITS_BODY_TIMEOUT_S 30                 /* without one byte of the body arriving */
 
 /* Requests. */
 #define LIMITS_QUEUE_REQUESTS 256 /* waiting for the engine, then 429 */
@@ -30,6 +31,7 @@
 #define LIMITS_STOP_STRINGS 4     /* as the API page says */
 #define LIMITS_STOP_BYTES 256 /* a stop string is held back from the stream while it may match */
 #define LIMITS_LOGPROBS 20    /* as the API's top_logprobs */
+#define LIMITS_ECHO_LOGPROBS ((size_t)1 << 20) /* values echoed with a prompt, tens of bytes each */
 #define LIMITS_LOGIT_BIAS 1024
 #define LIMITS_METADATA_PAIRS 16 /* as the API page says, with the two below */
 #define LIMITS_METADATA_KEY 64

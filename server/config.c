@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "proto/limits.h"
+
 enum kind { TEXT, COUNT, BYTES };
 
 struct setting {
@@ -16,6 +18,8 @@ struct setting {
     size_t offset, size;
 };
 
+#define TEXT_OF_(number) #number
+#define TEXT_OF(number) TEXT_OF_(number)
 #define FIELD(member) offsetof(struct config, member), sizeof((struct config *)0)->member
 
 static const struct setting settings[] = {
@@ -33,15 +37,26 @@ static const struct setting settings[] = {
      FIELD(session_memory)},
     {"memory-dtype", "TYPE", "bf16", "bf16 or fp32: how chunk memories are kept", TEXT,
      FIELD(memory_dtype)},
-    {"running", "N", "32", "sequences generated at once, at most 32", COUNT, FIELD(running)},
-    {"queue", "N", "256", "requests that may wait; then 429", COUNT, FIELD(queue)},
+    {"running", "N", TEXT_OF(LIMITS_RUNNING), "sequences generated at once, at most 32", COUNT,
+     FIELD(running)},
+    {"queue", "N", TEXT_OF(LIMITS_QUEUE_REQUESTS), "requests that may wait; then 429", COUNT,
+     FIELD(queue)},
     {"map-size", "SIZE", "1T", "what the store's file may grow to", BYTES, FIELD(map_size)},
     {"keep-snapshots", "N", "4", "turns of a memory that can be forked for nothing", COUNT,
      FIELD(keep_snapshots)},
+    {"connections", "N", TEXT_OF(LIMITS_CONNECTIONS), "open at once; then 503", COUNT,
+     FIELD(connections)},
+    {"header-timeout", "SECONDS", TEXT_OF(LIMITS_HEADER_TIMEOUT_S),
+     "for a request's head to arrive; then 408", COUNT, FIELD(header_timeout)},
+    {"body-timeout", "SECONDS", TEXT_OF(LIMITS_BODY_TIMEOUT_S),
+     "without a byte of its body; then 408", COUNT, FIELD(body_timeout)},
+    {"idle-timeout", "SECONDS", TEXT_OF(LIMITS_IDLE_TIMEOUT_S), "for a connection between requests",
+     COUNT, FIELD(idle_timeout)},
     {"drain-timeout", "SECONDS", "30", "after SIGTERM, for running requests to end", COUNT,
      FIELD(drain_timeout)},
     {"log-level", "LEVEL", "info", "debug, info, warn or error", TEXT, FIELD(log_level)},
 };
+#define TIMEOUT_MAX 86400
 #define SETTINGS (sizeof settings / sizeof *settings)
 
 /* 512M, 2G, 1T, or bytes. */
@@ -50,7 +65,7 @@ static bool parse_bytes(const char *text, uint64_t *out)
     char *end;
     errno = 0;
     const unsigned long long number = strtoull(text, &end, 10);
-    if (end == text || errno || *text == '-')
+    if (!isdigit((unsigned char)*text) || errno)
         return false;
     static const char units[] = "KMGT";
     unsigned shift = 0;
@@ -152,6 +167,8 @@ static enum status read_file(const char *path, struct config *config, bool *give
         else if (!given[at])
             status = set(config, &settings[at], value, path, err);
     }
+    if (!status && ferror(file)) /* a folder, for one */
+        status = error_set(err, STATUS_IO, "--config %s cannot be read", path);
     fclose(file);
     return status;
 }
@@ -166,7 +183,8 @@ static enum status read_flags(int argc, char **argv, struct config *config, bool
             return STATUS_OK;
         }
         if (strncmp(flag, "--", 2) != 0)
-            return error_set(err, STATUS_INVALID, "\"%s\" is not a flag; see --help", flag);
+            return error_set(err, STATUS_INVALID, "\"%s\" is no command and no flag; see --help",
+                             flag);
         const size_t size = strcspn(flag + 2, "=");
         const bool is_file = size == 6 && strncmp(flag + 2, "config", 6) == 0;
         const size_t at = find(flag + 2, size);
@@ -210,9 +228,22 @@ static enum status check(const struct config *c, struct error *err)
     if (!one_of(c->log_level, levels))
         return error_set_param(err, STATUS_INVALID, "log-level",
                                "log-level: debug, info, warn or error, not %s", c->log_level);
-    if (c->threads > 1024 || c->running < 1 || c->running > 32 || c->queue > 65536)
-        return error_set(err, STATUS_INVALID,
-                         "threads: at most 1024; running: 1 to 32; queue: at most 65536");
+    const struct {
+        const char *name;
+        uint64_t value, min, max;
+    } ranges[] = {{"threads", c->threads, 0, 1024},
+                  {"running", c->running, 1, LIMITS_RUNNING},
+                  {"queue", c->queue, 1, 65536},
+                  {"connections", c->connections, 1, 65536},
+                  {"header-timeout", c->header_timeout, 1, TIMEOUT_MAX},
+                  {"body-timeout", c->body_timeout, 1, TIMEOUT_MAX},
+                  {"idle-timeout", c->idle_timeout, 1, TIMEOUT_MAX},
+                  {"drain-timeout", c->drain_timeout, 0, TIMEOUT_MAX}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max)
+            return error_set_param(err, STATUS_INVALID, ranges[i].name, "%s: from %llu to %llu",
+                                   ranges[i].name, (unsigned long long)ranges[i].min,
+                                   (unsigned long long)ranges[i].max);
     return STATUS_OK;
 }
 

@@ -2,6 +2,7 @@
 #include "server/conn.h"
 
 #include <ctype.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,25 +13,34 @@
 #include "server/route.h"
 
 #define READ_BYTES (64u << 10)
-#define PENDING_BYTES (64u << 10) /* pipelined behind a request under way; then the socket waits \
+#define PENDING_BYTES                                                                            \
+    (64u << 10)                   /* pipelined behind a request under way; then the socket waits \
                                    */
-#define LINGER_MS 2000            /* for a refused client to read its answer while it still sends */
+#define LINGER_MS 2000            /* for a client to take its last answer while it still sends */
 #define PING_MS 15000             /* below what proxies take for a dead stream */
+#define PAUSE_LOOK_MS 1000        /* how often a client that we keep waiting is looked after */
+#define NOWHERE_BYTES (64u << 10) /* a body that is read although nothing takes it */
 
-enum conn_state { CONN_HEAD, CONN_BODY, CONN_HANDLING, CONN_REFUSED, CONN_CLOSING };
+enum conn_state { CONN_HEAD, CONN_BODY, CONN_HANDLING, CONN_LINGERING, CONN_CLOSING };
 
 struct conn {
     struct list node;
     struct server *server;
     uv_tcp_t tcp;
     uv_timer_t timer;
+    uv_shutdown_t shutdown;
     struct http_parser *parser;
     enum conn_state state;
     struct request request;
     struct buf in, out;
-    struct error err; /* why head_cb refused */
-    size_t writing;   /* bytes handed to uv_write and not done */
+    struct error err;     /* why head_cb refused */
+    size_t writing;       /* bytes handed to uv_write and not done */
+    size_t unsent_before; /* at the last look of the timer */
+    size_t largest_write; /* of the stream under way */
     bool reading, paused, close_after, in_process;
+    bool waiting;  /* between requests: not one byte of the next is here */
+    bool ended;    /* the client has sent its last */
+    bool shutting; /* we have */
     int handles;
 };
 
@@ -43,6 +53,9 @@ struct write {
 
 static void process(struct conn *conn, const char *data, size_t size);
 static void finish_request(struct conn *conn);
+static void start_reading(struct conn *conn);
+static void arm(struct conn *conn, uint64_t ms);
+static void flush(struct conn *conn);
 
 /* ---- the end of a connection ---- */
 
@@ -66,6 +79,17 @@ static void handle_closed(uv_handle_t *handle)
     free_if_over(conn);
 }
 
+static void tell_gone(struct request *request)
+{
+    if (!request->held || request->gone)
+        return;
+    request->gone = true;
+    if (!request->complete)
+        request->server->metrics.disconnects++;
+    if (request->gone_cb)
+        request->gone_cb(request);
+}
+
 /* Closes now. A request under way hears of it, once. */
 static void close_now(struct conn *conn)
 {
@@ -74,22 +98,55 @@ static void close_now(struct conn *conn)
     conn->state = CONN_CLOSING;
     uv_close((uv_handle_t *)&conn->tcp, handle_closed);
     uv_close((uv_handle_t *)&conn->timer, handle_closed);
-    struct request *r = &conn->request;
-    if (r->held && !r->gone) {
-        r->gone = true;
-        if (r->gone_cb)
-            r->gone_cb(r);
-    }
+    tell_gone(&conn->request);
+}
+
+/* The last answer is on its way. What the client still sends is read and dropped for a while:
+ * closing on unread bytes would reset the connection and could take the answer with it. */
+static void linger(struct conn *conn)
+{
+    if (conn->state == CONN_CLOSING)
+        return;
+    conn->state = CONN_LINGERING;
+    conn->close_after = true;
+    conn->paused = false;
+    conn->in.size = 0;
+    if (!conn->ended)
+        start_reading(conn);
+    arm(conn, LINGER_MS);
+    flush(conn);
+}
+
+/* While we do not read, the end of the connection stands behind what was sent before it. */
+static bool has_hung_up(const struct conn *conn)
+{
+    struct pollfd look = {.events = POLLRDHUP};
+    if (conn->reading || uv_fileno((const uv_handle_t *)&conn->tcp, &look.fd))
+        return false;
+    return poll(&look, 1, 0) == 1 && (look.revents & (POLLRDHUP | POLLHUP | POLLERR));
 }
 
 /* ---- output ---- */
 
+static void shut_cb(uv_shutdown_t *shutdown, int status)
+{
+    (void)shutdown;
+    (void)status; /* the timer, or the client's own end, closes */
+}
+
 static void close_if_flushed(struct conn *conn)
 {
-    if (conn->state == CONN_CLOSING || !conn->close_after || conn->out.size || conn->writing)
+    if (conn->state != CONN_LINGERING || conn->out.size || conn->writing)
         return;
-    if (conn->state != CONN_REFUSED)
+    if (conn->ended) {
         close_now(conn);
+    } else if (!conn->shutting) {
+        conn->shutting = true;
+        if (uv_shutdown(&conn->shutdown, (uv_stream_t *)&conn->tcp, shut_cb))
+            close_now(conn);
+        else
+            arm(conn, LINGER_MS);
+    }
 }
 
 static void written(uv_write_t *uv, int status)
@@ -153,36 +210,70 @@ static void arm(struct conn *conn, uint64_t ms)
 
 static void refuse(struct conn *conn, enum status status, const struct error *err);
 
+/* Whether bytes wait for the client and it has taken some since the last look. */
+static bool takes_output(struct conn *conn)
+{
+    const size_t unsent = uv_stream_get_write_queue_size((uv_stream_t *)&conn->tcp);
+    const bool moved = unsent && unsent != conn->unsent_before;
+    conn->unsent_before = unsent;
+    return moved;
+}
+
+/* A request takes its time. A client that waits hears from us now and then, or it would take us for
+ * dead. */
+static void look_after(struct request *request)
+{
+    if (request->complete || request->gone)
+        return;
+    if (has_hung_up(request->conn)) {
+        close_now(request->conn);
+        return;
+    }
+    if (uv_hrtime() - request->spoke_ns < PING_MS * UINT64_C(1000000))
+        return;
+    request->spoke_ns = uv_hrtime();
+    if (request->wants_stream && !request->answered)
+        request_stream_begin(request);
+    if (request->streaming)
+        request_stream_write(request, ": ping\n\n", 8);
+}
+
 static void timer_cb(uv_timer_t *timer)
 {
     struct conn *conn = timer->data;
+    const struct config *config = conn->server->config;
     struct error err;
     switch (conn->state) {
     case CONN_HEAD:
-        if (!http_parser_inside(conn->parser)) {
+        if (takes_output(conn)) {
+            arm(conn, config->idle_timeout * 1000);
+        } else if (!http_parser_inside(conn->parser)) {
             close_now(conn);
-            break;
+        } else {
+            error_set(&err, STATUS_TIMEOUT, "the request's head did not arrive within %llu s",
+                      (unsigned long long)config->header_timeout);
+            refuse(conn, STATUS_TIMEOUT, &err);
         }
-        error_set(&err, STATUS_TIMEOUT, "the request's head did not arrive within %d s",
-                  LIMITS_HEADER_TIMEOUT_MS / 1000);
-        refuse(conn, STATUS_TIMEOUT, &err);
         break;
     case CONN_BODY:
         if (conn->paused) { /* it is we who wait */
-            arm(conn, LIMITS_BODY_TIMEOUT_MS);
+            look_after(&conn->request);
+            arm(conn, PAUSE_LOOK_MS);
             break;
         }
-        error_set(&err, STATUS_TIMEOUT, "nothing of the request's body arrived for %d s",
-                  LIMITS_BODY_TIMEOUT_MS / 1000);
+        error_set(&err, STATUS_TIMEOUT, "nothing of the request's body arrived for %llu s",
+                  (unsigned long long)config->body_timeout);
         refuse(conn, STATUS_TIMEOUT, &err);
         break;
     case CONN_HANDLING:
-        if (conn->request.streaming && !conn->request.complete)
-            request_stream_write(&conn->request, ": ping\n\n", 8);
-        arm(conn, PING_MS);
+        look_after(&conn->request);
+        arm(conn, conn->reading ? PING_MS : PAUSE_LOOK_MS);
         break;
-    case CONN_REFUSED:
-        close_now(conn);
+    case CONN_LINGERING:
+        if (takes_output(conn))
+            arm(conn, config->body_timeout * 1000);
+        else
+            close_now(conn);
         break;
     case CONN_CLOSING:
         break;
@@ -203,25 +294,35 @@ static void read_cb(uv_stream_t *stream, ssize_t size, const uv_buf_t *data)
 {
     struct conn *conn = stream->data;
     if (size < 0) {
-        close_now(conn);
+        /* A client that is gone takes its request back; one that has only sent its last still gets
+         * the answers that are complete. */
+        conn->ended = true;
+        conn->reading = false;
+        if (size != UV_EOF || conn->request.held || (!conn->out.size && !conn->writing))
+            close_now(conn);
+        else
+            linger(conn);
         return;
     }
-    if (size == 0 || conn->state == CONN_REFUSED)
+    if (size == 0 || conn->state == CONN_LINGERING)
         return;
     if (conn->state == CONN_HANDLING || conn->in.size) {
         buf_append(&conn->in, data->base, (size_t)size);
         if (conn->in.size > PENDING_BYTES) {
             uv_read_stop(stream);
             conn->reading = false;
+            arm(conn, PAUSE_LOOK_MS);
         }
         return;
     }
     process(conn, data->base, (size_t)size);
+    if (conn->paused && has_hung_up(conn))
+        close_now(conn);
 }
 
 static void start_reading(struct conn *conn)
 {
-    if (conn->reading || conn->paused || conn->state == CONN_CLOSING)
+    if (conn->reading || conn->paused || conn->ended || conn->state == CONN_CLOSING)
         return;
     conn->reading = uv_read_start((uv_stream_t *)&conn->tcp, alloc_cb, read_cb) == 0;
     if (!conn->reading)
@@ -234,8 +335,10 @@ static void process(struct conn *conn, const char *data, size_t size)
     conn->in_process = true;
     while (size && (conn->state == CONN_HEAD || conn->state == CONN_BODY)) {
         size_t consumed = 0;
-        if (conn->state == CONN_HEAD && !http_parser_inside(conn->parser))
-            arm(conn, LIMITS_HEADER_TIMEOUT_MS);
+        if (conn->waiting) { /* once: bytes that come drop by drop win no time */
+            conn->waiting = false;
+            arm(conn, conn->server->config->header_timeout * 1000);
+        }
         const enum status status = http_parser_feed(conn->parser, data, size, &consumed, &err);
         if (status) {
             conn->in_process = false;
@@ -244,13 +347,15 @@ static void process(struct conn *conn, const char *data, size_t size)
         }
         data += consumed;
         size -= consumed;
-        if (conn->state == CONN_BODY)
-            arm(conn, LIMITS_BODY_TIMEOUT_MS);
+        if (conn->state == CONN_BODY && !conn->paused)
+            arm(conn, conn->server->config->body_timeout * 1000);
         if (conn->state == CONN_HANDLING && conn->request.complete && !conn->request.held)
             finish_request(conn);
     }
     conn->in_process = false;
-    if (size && conn->state != CONN_CLOSING && conn->state != CONN_REFUSED)
+    if (conn->state == CONN_BODY && conn->request.complete && !conn->request.held)
+        finish_request(conn);
+    if (size && conn->state != CONN_CLOSING && conn->state != CONN_LINGERING)
         buf_append(&conn->in, data, size);
 }
 
@@ -281,7 +386,31 @@ static void reset_request(struct conn *conn)
     buf_close(&body);
     conn->request = (struct request){.conn = conn, .server = conn->server};
     buf_init(&conn->request.body);
-    conn->err.message[0] = 0;
+    conn->err.message[0] = conn->err.param[0] = 0;
+    conn->largest_write = 0;
+}
+
+/* A path or a method that nothing takes: answered like any request, the connection goes on. */
+static void nowhere_end(struct request *request)
+{
+    request_fail(request, request->refusal, &request->conn->err);
+}
+
+static const struct request_handler nowhere = {
+    .name = "none", .body_limit = NOWHERE_BYTES, .end_cb = nowhere_end};
+
+static enum status find_handler(struct conn *conn, const struct http_head *head)
+{
+    struct request *r = &conn->request;
+    r->refusal = route_find(head, &r->handler, r->argument);
+    if (!r->refusal)
+        return STATUS_OK;
+    r->handler = &nowhere;
+    if (r->refusal == STATUS_NOT_FOUND)
+        error_set(&conn->err, r->refusal, "there is nothing at %.200s", head->path);
+    else
+        error_set(&conn->err, r->refusal, "%.200s does not take %s", head->path, head->method);
+    return head->chunked || head->content_length > (int64_t)NOWHERE_BYTES ? r->refusal : STATUS_OK;
 }
 
 static enum status head_cb(void *context, const struct http_head *head)
@@ -290,28 +419,33 @@ static enum status head_cb(void *context, const struct http_head *head)
     struct request *r = &conn->request;
     r->head = head;
     r->head_complete = true;
-    r->began_ns = uv_hrtime();
+    r->began_ns = r->spoke_ns = uv_hrtime();
     if (plain_id(head->request_id))
         snprintf(r->id, sizeof r->id, "%s", head->request_id);
     else
         server_new_id(conn->server, "req_", r->id);
-    enum status status = route_find(head, &r->handler, r->argument);
-    if (status == STATUS_NOT_FOUND)
-        return error_set(&conn->err, status, "there is nothing at %.200s", head->path);
+    const enum status status = find_handler(conn, head);
     if (status)
-        return error_set(&conn->err, status, "%s does not take %s", head->path, head->method);
-    const bool health = r->handler == &handle_health_live || r->handler == &handle_health_ready;
-    if (conn->server->draining && !health)
+        return status;
+    if (conn->server->draining && !r->handler->while_draining)
         return error_set(&conn->err, STATUS_UNAVAILABLE, "the server is shutting down");
+    const char *unknown = r->refusal ? NULL : http_query_unknown(head->query, r->handler->query);
+    if (unknown) {
+        r->handler = &nowhere;
+        r->refusal =
+            error_set(&conn->err, STATUS_UNSUPPORTED, "\"%.*s\" is not a query field of %.200s",
+                      (int)strcspn(unknown, "=&") < 60 ? (int)strcspn(unknown, "=&") : 60, unknown,
+                      head->path);
+    }
     if (!r->handler->body_cb && head->content_length > (int64_t)r->handler->body_limit)
         return error_set(&conn->err, STATUS_TOO_LARGE, "the body may hold at most %zu bytes",
                          r->handler->body_limit);
-    if (head->expect_continue)
-        buf_append_text(&conn->out, "HTTP/1.1 100 Continue\r\n\r\n");
     conn->state = CONN_BODY;
-    arm(conn, LIMITS_BODY_TIMEOUT_MS);
+    arm(conn, conn->server->config->body_timeout * 1000);
     if (r->handler->begin_cb)
         r->handler->begin_cb(r);
+    if (head->expect_continue && !r->answered)
+        buf_append_text(&conn->out, "HTTP/1.1 100 Continue\r\n\r\n");
     return STATUS_OK;
 }
 
@@ -319,8 +453,8 @@ static enum status body_cb(void *context, const char *data, size_t size)
 {
     struct conn *conn = context;
     struct request *r = &conn->request;
-    if (r->complete)
-        return STATUS_OK; /* answered early: the rest is read and dropped */
+    if (r->complete || conn->state == CONN_CLOSING)
+        return STATUS_OK; /* answered early, or gone: the rest is dropped */
     if (r->handler->body_cb) {
         r->handler->body_cb(r, data, size);
         return STATUS_OK;
@@ -336,6 +470,8 @@ static void end_cb(void *context)
 {
     struct conn *conn = context;
     struct request *r = &conn->request;
+    if (conn->state == CONN_CLOSING)
+        return;
     conn->state = CONN_HANDLING;
     arm(conn, PING_MS);
     if (!r->complete)
@@ -346,31 +482,19 @@ static void end_cb(void *context)
 /* The answer is complete and nobody holds the request: on to the next, or the end. */
 static void finish_request(struct conn *conn)
 {
-    struct request *r = &conn->request;
-    const double seconds = (double)(uv_hrtime() - r->began_ns) * 1e-9;
-    if (r->handler) {
-        metrics_request(&conn->server->metrics, r->handler->name, r->http_status);
-        log_event(LOG_DEBUG, "request", "request", LOG_STR, r->id, "handler", LOG_STR,
-                  r->handler->name, "status", LOG_INT, (int64_t)r->http_status, "seconds", LOG_NUM,
-                  seconds, NULL);
-    }
-    if (conn->state == CONN_BODY) { /* answered before the body was there */
-        conn->state = CONN_REFUSED;
-        conn->close_after = true;
-        conn->paused = false;
-        start_reading(conn);
-        arm(conn, LINGER_MS);
-    }
-    if (conn->state != CONN_HANDLING)
+    const struct request *r = &conn->request;
+    if (conn->state == CONN_CLOSING || conn->state == CONN_LINGERING)
         return;
-    conn->close_after |= !r->head->keep_alive || conn->server->draining;
+    /* In another state it was answered before all of it was here. */
+    if (conn->state != CONN_HANDLING || conn->close_after || !r->head->keep_alive ||
+        conn->server->draining) {
+        linger(conn);
+        return;
+    }
     reset_request(conn);
-    if (conn->close_after) {
-        flush(conn);
-        return;
-    }
     conn->state = CONN_HEAD;
-    arm(conn, LIMITS_IDLE_TIMEOUT_MS);
+    conn->waiting = true;
+    arm(conn, conn->server->config->idle_timeout * 1000);
     http_parser_next(conn->parser);
     process_pending(conn);
     start_reading(conn);
@@ -380,24 +504,17 @@ static void finish_request(struct conn *conn)
 static void refuse(struct conn *conn, enum status status, const struct error *err)
 {
     struct request *r = &conn->request;
-    if (conn->state == CONN_CLOSING || conn->state == CONN_REFUSED)
+    if (conn->state == CONN_CLOSING || conn->state == CONN_LINGERING)
         return;
-    conn->state = CONN_REFUSED;
     conn->close_after = true;
-    if (r->held && !r->gone) { /* an append whose body broke off */
-        r->gone = true;
-        if (r->gone_cb)
-            r->gone_cb(r);
-    }
-    if (!r->answered) {
-        if (!r->id[0])
-            server_new_id(conn->server, "req_", r->id);
+    if (!r->id[0])
+        server_new_id(conn->server, "req_", r->id);
+    if (!r->answered)
         request_fail(r, status, err);
-    }
-    metrics_request(&conn->server->metrics, r->handler ? r->handler->name : "none",
-                    status_http(status));
-    flush(conn);
-    arm(conn, LINGER_MS);
+    else if (r->streaming && !r->complete)
+        request_stream_fail(r, status, err);
+    tell_gone(r); /* an append whose body broke off */
+    linger(conn);
 }
 
 void request_hold(struct request *request)
@@ -412,6 +529,7 @@ void request_done(struct request *request)
     request->held = false;
     request->state = NULL;
     request->gone_cb = NULL;
+    request->wants_stream = false;
     if (conn->state == CONN_CLOSING)
         free_if_over(conn);
     else if (request->complete && !conn->in_process)
@@ -422,45 +540,58 @@ void request_done(struct request *request)
 
 static const char *reason(int http_status)
 {
-    switch (http_status) {
-    case 200:
-        return "OK";
-    case 201:
-        return "Created";
-    case 400:
-        return "Bad Request";
-    case 404:
-        return "Not Found";
-    case 409:
-        return "Conflict";
-    case 429:
-        return "Too Many Requests";
-    case 503:
-        return "Service Unavailable";
-    default:
-        return http_status < 500 ? "Client Error" : "Server Error";
-    }
+    static const struct {
+        int status;
+        const char *text;
+    } reasons[] = {{200, "OK"},
+                   {201, "Created"},
+                   {400, "Bad Request"},
+                   {401, "Unauthorized"},
+                   {403, "Forbidden"},
+                   {404, "Not Found"},
+                   {405, "Method Not Allowed"},
+                   {408, "Request Timeout"},
+                   {409, "Conflict"},
+                   {411, "Length Required"},
+                   {413, "Content Too Large"},
+                   {415, "Unsupported Media Type"},
+                   {422, "Unprocessable Content"},
+                   {429, "Too Many Requests"},
+                   {431, "Request Header Fields Too Large"},
+                   {500, "Internal Server Error"},
+                   {503, "Service Unavailable"},
+                   {507, "Insufficient Storage"}};
+    for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
+        if (reasons[i].status == http_status)
+            return reasons[i].text;
+    return http_status < 500 ? "Client Error" : "Server Error";
 }
 
 static void append_head(struct request *request, int http_status, const char *type)
 {
-    struct buf *out = &request->conn->out;
+    struct conn *conn = request->conn;
     /* An answer before the body's end: the rest of the body will not be read. A stream goes on
      * beside the body. */
-    if (request->conn->state == CONN_BODY && !request->streaming)
-        request->conn->close_after = true;
-    buf_append_format(out, "HTTP/1.1 %d %s\r\ncontent-type: %s\r\nx-request-id: %s\r\n",
+    if (conn->state == CONN_BODY && !request->streaming)
+        conn->close_after = true;
+    buf_append_format(&conn->out, "HTTP/1.1 %d %s\r\ncontent-type: %s\r\nx-request-id: %s\r\n",
                       http_status, reason(http_status), type, request->id);
-    if (request->conn->close_after || request->conn->server->draining ||
+    if (conn->close_after || conn->server->draining ||
         (request->head_complete && !request->head->keep_alive))
-        buf_append_text(out, "connection: close\r\n");
+        buf_append_text(&conn->out, "connection: close\r\n");
     request->answered = true;
     request->http_status = http_status;
 }
 
 static void completed(struct request *request)
 {
+    const char *name = request->handler ? request->handler->name : "none";
     request->complete = true;
+    metrics_request(&request->server->metrics, name, request->http_status);
+    log_event(LOG_DEBUG, "request", "request", LOG_STR, request->id, "handler", LOG_STR, name,
+              "argument", LOG_STR, request->argument, "status", LOG_INT,
+              (int64_t)request->http_status, "seconds", LOG_NUM,
+              request->began_ns ? (double)(uv_hrtime() - request->began_ns) * 1e-9 : 0.0, NULL);
     if (!request->held && !request->conn->in_process)
         finish_request(request->conn);
 }
@@ -468,9 +599,9 @@ static void completed(struct request *request)
 static void answer(struct request *request, int http_status, const char *type, const char *headers,
                    const char *body, size_t size)
 {
-    ASSERT(!request->answered);
     if (request->gone)
         return;
+    ASSERT(!request->answered);
     append_head(request, http_status, type);
     buf_append_format(&request->conn->out, "%scontent-length: %zu\r\n\r\n", headers, size);
     if (size && !(request->head_complete && strcmp(request->head->method, "HEAD") == 0))
@@ -489,26 +620,32 @@ void request_answer_json(struct request *request, int http_status, const struct 
     answer(request, http_status, "application/json", "", body->data, body->size);
 }
 
+static void append_error(struct buf *out, enum status status, const struct error *err)
+{
+    answer_json_error(out, status, err && err->message[0] ? err->message : status_text(status),
+                      err ? err->param : "");
+}
+
 void request_fail(struct request *request, enum status status, const struct error *err)
 {
-    struct buf body;
-    const char *headers = "";
+    struct buf body, headers;
     buf_init(&body);
-    answer_json_error(&body, status, err && err->message[0] ? err->message : status_text(status),
-                      err ? err->param : "");
-    /* A busy memory is free after a turn, a full queue after a few. */
-    if (status == STATUS_CONFLICT)
-        headers = "retry-after-ms: 1000\r\nretry-after: 1\r\n";
+    buf_init(&headers);
+    append_error(&body, status, err);
+    /* A busy memory is free after a turn, a full queue after a few; a conflict with a field stays
+     * one. */
+    if (status == STATUS_CONFLICT && err && err->param[0])
+        buf_append_text(&headers, "x-should-retry: false\r\n");
+    else if (status == STATUS_CONFLICT)
+        buf_append_text(&headers, "retry-after-ms: 1000\r\nretry-after: 1\r\n");
     else if (status == STATUS_BUSY || status == STATUS_UNAVAILABLE)
-        headers = "retry-after-ms: 2000\r\nretry-after: 2\r\n";
-    if (request->conn->state == CONN_REFUSED || !request->gone) {
-        append_head(request, status_http(status), "application/json");
-        buf_append_format(&request->conn->out, "%scontent-length: %zu\r\n\r\n", headers, body.size);
-        buf_append(&request->conn->out, body.data, body.size);
-        if (request->conn->state != CONN_REFUSED)
-            completed(request);
-    }
+        buf_append_text(&headers, "retry-after-ms: 2000\r\nretry-after: 2\r\n");
+    else if (status == STATUS_METHOD)
+        route_append_allow(request->head->path, &headers);
+    answer(request, status_http(status), "application/json", buf_text(&headers), body.data,
+           body.size);
     buf_close(&body);
+    buf_close(&headers);
 }
 
 void request_stream_begin(struct request *request)
@@ -516,9 +653,12 @@ void request_stream_begin(struct request *request)
     if (request->gone)
         return;
     request->streaming = true;
+    /* HTTP/1.0 knows no chunks: there the connection's end is the stream's. */
+    request->chunked = !request->head->http_1_0;
+    request->conn->close_after |= !request->chunked;
     append_head(request, 200, "text/event-stream");
-    buf_append_text(&request->conn->out,
-                    "cache-control: no-cache\r\ntransfer-encoding: chunked\r\n\r\n");
+    buf_append_format(&request->conn->out, "cache-control: no-cache\r\n%s\r\n",
+                      request->chunked ? "transfer-encoding: chunked\r\n" : "");
 }
 
 void request_stream_write(struct request *request, const char *data, size_t size)
@@ -526,10 +666,15 @@ void request_stream_write(struct request *request, const char *data, size_t size
     struct conn *conn = request->conn;
     if (request->gone || !size)
         return;
-    buf_append_format(&conn->out, "%zx\r\n", size);
+    const size_t unsent = conn->out.size + conn->writing;
+    if (request->chunked)
+        buf_append_format(&conn->out, "%zx\r\n", size);
     buf_append(&conn->out, data, size);
-    buf_append_text(&conn->out, "\r\n");
-    if (conn->out.size + conn->writing > LIMITS_OUTPUT_BYTES) {
+    if (request->chunked)
+        buf_append_text(&conn->out, "\r\n");
+    if (size > conn->largest_write) /* an echoed prompt may be longer than the limit by itself */
+        conn->largest_write = size;
+    if (unsent > LIMITS_OUTPUT_BYTES + conn->largest_write) {
         log_event(LOG_WARN, "reader too slow", "request", LOG_STR, request->id, NULL);
         close_now(conn);
     }
@@ -539,8 +684,22 @@ void request_stream_end(struct request *request)
 {
     if (request->gone)
         return;
-    buf_append_text(&request->conn->out, "0\r\n\r\n");
+    if (request->chunked)
+        buf_append_text(&request->conn->out, "0\r\n\r\n");
     completed(request);
+}
+
+void request_stream_fail(struct request *request, enum status status, const struct error *err)
+{
+    struct buf json, event;
+    buf_init(&json);
+    buf_init(&event);
+    append_error(&json, status, err);
+    answer_json_event(&event, &json);
+    request_stream_write(request, event.data, event.size);
+    request_stream_end(request);
+    buf_close(&json);
+    buf_close(&event);
 }
 
 void request_pause(struct request *request)
@@ -550,6 +709,7 @@ void request_pause(struct request *request)
     if (conn->reading && conn->state != CONN_CLOSING)
         uv_read_stop((uv_stream_t *)&conn->tcp);
     conn->reading = false;
+    arm(conn, PAUSE_LOOK_MS);
 }
 
 void request_resume(struct request *request)
@@ -559,7 +719,7 @@ void request_resume(struct request *request)
         return;
     conn->paused = false;
     if (conn->state == CONN_BODY)
-        arm(conn, LIMITS_BODY_TIMEOUT_MS);
+        arm(conn, conn->server->config->body_timeout * 1000);
     start_reading(conn);
 }
 
@@ -586,13 +746,13 @@ void conn_accept(struct server *server)
         return;
     }
     uv_tcp_nodelay(&conn->tcp, 1);
-    if (server->connection_count > LIMITS_CONNECTIONS) {
+    if (server->connection_count > server->config->connections) {
         struct error err;
         error_set(&err, STATUS_UNAVAILABLE, "too many connections");
         refuse(conn, STATUS_UNAVAILABLE, &err);
         return;
     }
-    arm(conn, LIMITS_HEADER_TIMEOUT_MS);
+    arm(conn, server->config->header_timeout * 1000);
     start_reading(conn);
 }
 
@@ -605,6 +765,19 @@ void conn_drain_all(struct server *server)
             !conn->writing)
             close_now(conn);
     }
+}
+
+bool conn_all_answered(const struct server *server)
+{
+    LIST_EACH(node, &server->connections)
+    {
+        const struct conn *conn = LIST_ENTRY(node, struct conn, node);
+        const bool at_work = conn->state == CONN_BODY || conn->state == CONN_HANDLING;
+        const bool unsent = conn->state != CONN_CLOSING && (conn->out.size || conn->writing);
+        if (conn->request.held || at_work || unsent)
+            return false;
+    }
+    return true;
 }
 
 void conn_close_all(struct server *server)

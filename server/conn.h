@@ -5,7 +5,8 @@
  * pipelined ones wait in a bounded buffer, then in the socket.
  *
  *   HEAD -> BODY -> HANDLING -> HEAD (keep-alive)
- *   All states can reach CLOSING: error, time-out, end of file, answer with "close". */
+ *   All three can reach LINGERING, after the last answer: one with "close", or an error that ends
+ *   the connection. All states can reach CLOSING: time-out, end of file, a client that is gone. */
 #ifndef SERVER_CONN_H
 #define SERVER_CONN_H
 
@@ -19,6 +20,8 @@ struct request;
 struct request_handler {
     const char *name; /* for metrics and the log */
     size_t body_limit;
+    const char *const *query; /* names it takes, NULL at the end; NULL: none */
+    bool while_draining;      /* is answered to the last */
     /* A stream of text: part of the body. It may stop the flow with request_pause. */
     void (*body_cb)(struct request *request, const char *data, size_t size);
     /* The body begins: for handlers with a body_cb. */
@@ -39,9 +42,13 @@ struct request {
      * after it the handler must not answer, only clean up and call request_done. */
     void *state;
     void (*gone_cb)(struct request *request);
-    bool gone, head_complete, answered, streaming, complete, held;
+    /* The answer will be an event stream: a client that waits long gets its head with the first
+     * sign of life. Set by the handler while it holds the request. */
+    bool wants_stream;
+    bool gone, head_complete, answered, streaming, chunked, complete, held;
+    enum status refusal; /* of a request that no handler takes */
     int http_status;
-    uint64_t began_ns;
+    uint64_t began_ns, spoke_ns; /* when it came; the last sign of life to its client */
 };
 
 /* A handler that answers later holds the request until request_done; without request_hold it must
@@ -52,12 +59,15 @@ void request_done(struct request *request);
 void request_answer(struct request *request, int http_status, const char *type, const char *body,
                     size_t size);
 void request_answer_json(struct request *request, int http_status, const struct buf *body);
-/* The error body; for STATUS_BUSY and STATUS_CONFLICT with a hint when to come again. */
+/* The error body; for STATUS_BUSY and STATUS_CONFLICT with a hint when to come again. A conflict
+ * that names a field (err->param) is one that waiting does not change. */
 void request_fail(struct request *request, enum status status, const struct error *err);
 /* An answer in parts, text/event-stream: head, any number of writes, the end. */
 void request_stream_begin(struct request *request);
 void request_stream_write(struct request *request, const char *data, size_t size);
 void request_stream_end(struct request *request);
+/* An error as the stream's last event. */
+void request_stream_fail(struct request *request, enum status status, const struct error *err);
 /* The body's flow, for handlers with a body_cb. */
 void request_pause(struct request *request);
 void request_resume(struct request *request);
@@ -67,6 +77,8 @@ void conn_accept(struct server *server);
 void conn_flush_all(struct server *server);
 /* Closes idle ones now, the others when their answer is complete. */
 void conn_drain_all(struct server *server);
+/* No request is under way and no answer unsent. */
+bool conn_all_answered(const struct server *server);
 void conn_close_all(struct server *server);
 
 #endif

@@ -288,10 +288,15 @@ void job_append_block(struct job *job, int32_t *tokens, size_t token_count, uint
     wake(job->thread);
 }
 
+static void cancel(struct job *job, enum status why)
+{
+    atomic_store(&job->cancelled, (int)why);
+    wake(job->thread);
+}
+
 void job_cancel(struct job *job)
 {
-    atomic_store(&job->cancelled, true);
-    wake(job->thread);
+    cancel(job, STATUS_CANCELLED);
 }
 
 /* ---- jobs, on the engine's thread ---- */
@@ -412,8 +417,10 @@ static void check_cancelled(struct list *jobs)
     LIST_EACH_SAFE(node, jobs)
     {
         struct job *job = LIST_ENTRY(node, struct job, node);
-        if (atomic_load(&job->cancelled) && job->state != JOB_COMMITTING)
-            job_fail(job, STATUS_CANCELLED, "cancelled");
+        const enum status why = (enum status)atomic_load(&job->cancelled);
+        if (why && job->state != JOB_COMMITTING)
+            job_fail(job, why, "%s",
+                     why == STATUS_UNAVAILABLE ? "the server is shutting down" : status_text(why));
         if (job->state == JOB_ABORTING)
             abort_step(job);
     }
@@ -663,7 +670,7 @@ static void deadline_cb(uv_timer_t *timer)
     struct engine_thread *thread = timer->data;
     LIST_EACH(node, &thread->jobs)
     {
-        job_cancel(LIST_ENTRY(node, struct job, loop_node));
+        cancel(LIST_ENTRY(node, struct job, loop_node), STATUS_UNAVAILABLE);
     }
 }
 

@@ -23,7 +23,7 @@ STATUS_CHECKED enum status engine_thread_open(uv_loop_t *loop,
                                               const struct engine_thread_options *options,
                                               struct engine_thread **out, struct error *err);
 /* No new jobs (STATUS_UNAVAILABLE); running ones go on. drained_cb runs on the loop when none is
- * left. Cancels them all after deadline_ms. */
+ * left. Ends them all with STATUS_UNAVAILABLE after deadline_ms. */
 void engine_thread_drain(struct engine_thread *engine_thread, uint64_t deadline_ms,
                          void (*drained_cb)(void *context), void *context);
 /* After drained_cb: stops the thread, closes the engine; closed_cb runs on the loop once the

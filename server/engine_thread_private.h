@@ -86,8 +86,8 @@ struct job {
     struct job_append append;
     job_event_cb event_cb;
     void *context;
-    atomic_bool cancelled; /* set by the loop */
-    struct list blocks;    /* of an append, from the loop; under the thread's lock */
+    atomic_int cancelled; /* an enum status, set by the loop: why it shall end early; 0: not */
+    struct list blocks;   /* of an append, from the loop; under the thread's lock */
 
     enum job_state state;
     enum status status; /* why it ends */

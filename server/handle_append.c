@@ -55,18 +55,15 @@ static void end_if_over(struct upload *u)
                                          .seconds = seconds};
     server->metrics.appended_tokens += u->tokens;
     server->metrics.appended_bytes += u->appended;
-    if (!u->gone && u->status && !request->streaming) {
+    if (!u->gone && u->status && request->streaming) {
+        request_stream_fail(request, u->status, &u->err);
+    } else if (!u->gone && u->status) {
         request_fail(request, u->status, &u->err);
     } else if (!u->gone) {
-        if (u->status)
-            answer_json_error(&json, u->status,
-                              u->err.message[0] ? u->err.message : status_text(u->status), "");
-        else
-            answer_json_append(&json, &answer, false);
+        answer_json_append(&json, &answer, false);
         if (request->streaming) {
             answer_json_event(&event, &json);
-            if (!u->status)
-                buf_append_text(&event, "data: [DONE]\n\n");
+            buf_append_text(&event, "data: [DONE]\n\n");
             request_stream_write(request, event.data, event.size);
             request_stream_end(request);
         } else {
@@ -259,6 +256,7 @@ static void begin(struct request *request)
     }
     request->state = u;
     request->gone_cb = gone;
+    request->wants_stream = u->sse;
     request_hold(request);
 }
 
@@ -282,5 +280,8 @@ static void end(struct request *request)
     next_block(u);
 }
 
-const struct request_handler handle_append = {
-    .name = "append", .begin_cb = begin, .body_cb = body, .end_cb = end};
+const struct request_handler handle_append = {.name = "append",
+                                              .query = (const char *const[]){"offset", NULL},
+                                              .begin_cb = begin,
+                                              .body_cb = body,
+                                              .end_cb = end};

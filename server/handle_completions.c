@@ -38,7 +38,7 @@ struct part { /* one prompt */
     uint64_t *seen;         /* chunks whose text was sent */
     size_t seen_count, seen_capacity;
     int32_t *generated; /* of choice 0, for passages that the answer itself has filled */
-    size_t generated_count;
+    size_t generated_count, generated_capacity;
     bool done;
 };
 
@@ -51,6 +51,7 @@ struct completion {
     char id[LIMITS_ID_BYTES];
     int64_t created;
     struct answer_usage usage;
+    size_t gathered; /* bytes of an answer that is not streamed */
     uv_work_t work;
     enum status status;
     struct error err;
@@ -230,6 +231,33 @@ static void append_retrieval(struct part *part, const struct choice *choice,
 
 /* ---- events of a job ---- */
 
+static size_t choice_bytes(const struct choice *choice)
+{
+    const struct answer_logprobs *l = &choice->logprobs;
+    return choice->text.size + choice->retrieval.size + l->tokens.size + l->values.size +
+           l->tops.size + l->offsets.size;
+}
+
+static void keep_generated(struct part *part, int32_t token)
+{
+    if (part->generated_count == part->generated_capacity) {
+        const size_t capacity = part->generated_capacity ? part->generated_capacity * 2 : 64;
+        part->generated = realloc(part->generated, capacity * sizeof *part->generated);
+        ASSERT(part->generated);
+        part->generated_capacity = capacity;
+    }
+    part->generated[part->generated_count++] = token;
+}
+
+/* One fails, all do: the other jobs are called back. */
+static void end_early(struct completion *c, enum status status)
+{
+    c->status = status;
+    for (size_t i = 0; i < c->asked.prompt_count; i++)
+        if (c->parts[i].job)
+            job_cancel(c->parts[i].job);
+}
+
 static void take_token(struct part *part, const struct event *event)
 {
     struct completion *c = part->completion;
@@ -238,8 +266,9 @@ static void take_token(struct part *part, const struct event *event)
     if (!c->first_token_ns)
         c->first_token_ns = uv_hrtime();
     c->usage.completion_tokens++;
-    if (event->choice == 0 && part->generated)
-        part->generated[part->generated_count++] = event->token;
+    if (event->choice == 0 && c->asked.retrieval)
+        keep_generated(part, event->token);
+    const size_t before = choice_bytes(choice);
     if (c->asked.stream) { /* each chunk carries its own; nothing is kept */
         answer_logprobs_close(&choice->logprobs);
         buf_close(&choice->retrieval);
@@ -254,6 +283,12 @@ static void take_token(struct part *part, const struct event *event)
     if (!c->asked.stream) {
         if (event->text_size)
             buf_append(&choice->text, event->text, event->text_size);
+        c->gathered += choice_bytes(choice) - before;
+        if (c->gathered > LIMITS_ANSWER_BYTES)
+            end_early(c, error_set(&c->err, STATUS_TOO_LARGE,
+                                   "the answer has grown past %zu MiB; ask for it with \"stream\": "
+                                   "true, or for less",
+                                   LIMITS_ANSWER_BYTES / LIMITS_MIB));
     } else if (event->text_size || logprobs || c->asked.retrieval) {
         const struct answer_choice answer = {
             .index = part->index * (uint32_t)c->asked.n + event->choice,
@@ -366,20 +401,13 @@ static void end_stream(struct completion *c)
     struct buf json;
     const struct answer_head head = head_of(c);
     buf_init(&json);
-    if (c->status) {
-        answer_json_error(&json, c->status,
-                          c->err.message[0] ? c->err.message : status_text(c->status),
-                          c->err.param);
+    if (c->asked.include_usage) {
+        answer_json_usage_chunk(&json, &head, &c->usage);
         send_event(c, &json);
-    } else {
-        if (c->asked.include_usage) {
-            answer_json_usage_chunk(&json, &head, &c->usage);
-            send_event(c, &json);
-        }
-        if (!c->request->streaming) /* nothing to say at all */
-            request_stream_begin(c->request);
-        request_stream_write(c->request, "data: [DONE]\n\n", 14);
     }
+    if (!c->request->streaming) /* nothing to say at all */
+        request_stream_begin(c->request);
+    request_stream_write(c->request, "data: [DONE]\n\n", 14);
     request_stream_end(c->request);
     buf_close(&json);
 }
@@ -392,14 +420,17 @@ static void finish(struct completion *c)
     m->prompt_tokens += c->usage.prompt_tokens;
     m->cached_tokens += c->usage.cached_tokens;
     m->completion_tokens += c->usage.completion_tokens;
-    metrics_observe(&m->whole, (double)(uv_hrtime() - c->began_ns) * 1e-9);
+    if (!c->status)
+        metrics_observe(&m->whole, (double)(uv_hrtime() - c->began_ns) * 1e-9);
     if (c->first_token_ns)
         metrics_observe(&m->first_token, (double)(c->first_token_ns - c->began_ns) * 1e-9);
     if (!c->gone) {
-        if (request->streaming || (!c->status && c->asked.stream))
-            end_stream(c);
+        if (c->status && request->streaming)
+            request_stream_fail(request, c->status, &c->err);
         else if (c->status)
             request_fail(request, c->status, &c->err);
+        else if (c->asked.stream)
+            end_stream(c);
         else
             answer_whole(c);
     }
@@ -418,13 +449,10 @@ static void part_done(struct part *part, const struct event *event)
     if (event->completion_tokens > 1)
         metrics_observe(&m->per_token,
                         event->decode_seconds / (double)(event->completion_tokens - 1));
-    if (event->status && !c->status) { /* one fails, all do */
-        c->status = event->status;
+    if (event->status && !c->status) {
         if (event->error)
             c->err = *event->error;
-        for (size_t i = 0; i < c->asked.prompt_count; i++)
-            if (c->parts[i].job)
-                job_cancel(c->parts[i].job);
+        end_early(c, event->status);
     }
     if (!c->open)
         finish(c);
@@ -468,7 +496,8 @@ static void gone(struct request *request)
 {
     struct completion *c = request->state;
     c->gone = true;
-    for (size_t i = 0; i < c->asked.prompt_count; i++)
+    /* On the pool still: it sees that on its way back. */
+    for (uint32_t i = 0; c->open && i < c->asked.prompt_count; i++)
         if (c->parts[i].job)
             job_cancel(c->parts[i].job);
 }
@@ -513,6 +542,8 @@ static enum status submit(struct completion *c, struct part *part)
     memcpy(g.request_id, c->request->id, sizeof g.request_id);
     memcpy(g.memory, r->memory, sizeof g.memory);
     fill_sampling(c, &g.sampling);
+    if (!r->has_seed)
+        ASSERT(getrandom(&g.sampling.seed, sizeof g.sampling.seed, 0) == sizeof g.sampling.seed);
     for (size_t i = 0; i < r->stop_count; i++) {
         g.stop[i] = strdup(r->stop[i]);
         ASSERT(g.stop[i]);
@@ -531,123 +562,129 @@ static enum status submit(struct completion *c, struct part *part)
     return status;
 }
 
-/* On the pool. */
-static void tokenize(uv_work_t *work)
+/* The prompt's tokens, from its text or as they were given. */
+static enum status make_tokens(struct completion *c, struct part *part,
+                               const struct completion_prompt *prompt)
 {
-    struct completion *c = work->data;
     const int32_t vocab = (int32_t)engine_get_info(c->server->engine)->config->vocab_size;
-    for (size_t i = 0; i < c->asked.prompt_count && !c->status; i++) {
-        const struct completion_prompt *prompt = &c->asked.prompts[i];
-        struct part *part = &c->parts[i];
-        if (prompt->text) {
-            c->status = tokenizer_encode(tokenizer_of(c), prompt->text, prompt->text_size, true,
-                                         &part->tokens);
-            part->text_bytes = prompt->text_size;
-        } else if (prompt->id_count) {
-            part->tokens.ids = malloc(prompt->id_count * sizeof *part->tokens.ids);
-            if (!part->tokens.ids) {
-                c->status = STATUS_NO_MEMORY;
-                return;
-            }
-            memcpy(part->tokens.ids, prompt->ids, prompt->id_count * sizeof *prompt->ids);
-            part->tokens.count = part->tokens.capacity = prompt->id_count;
-        }
-        for (size_t j = 0; j < part->tokens.count && !c->status; j++) {
-            size_t size = 0;
-            if (!prompt->text && part->tokens.ids[j] >= vocab)
-                c->status = error_set_param(&c->err, STATUS_INVALID, "prompt",
-                                            "token id %d is not under the vocabulary size %d",
-                                            part->tokens.ids[j], vocab);
-            else if (!prompt->text) {
-                tokenizer_bytes(tokenizer_of(c), part->tokens.ids[j], &size);
-                part->text_bytes += size;
-            }
-        }
-        if ((c->asked.echo || c->asked.retrieval) && part->tokens.count) {
-            part->prompt = malloc(part->tokens.count * sizeof *part->prompt);
-            if (!part->prompt) {
-                c->status = STATUS_NO_MEMORY;
-                return;
-            }
-            memcpy(part->prompt, part->tokens.ids, part->tokens.count * sizeof *part->prompt);
-            part->prompt_count = part->tokens.count;
-        }
+    if (prompt->text) {
+        part->text_bytes = prompt->text_size;
+        return tokenizer_encode(tokenizer_of(c), prompt->text, prompt->text_size, true,
+                                &part->tokens);
     }
+    if (!prompt->id_count)
+        return STATUS_OK;
+    part->tokens.ids = malloc(prompt->id_count * sizeof *part->tokens.ids);
+    if (!part->tokens.ids)
+        return STATUS_NO_MEMORY;
+    memcpy(part->tokens.ids, prompt->ids, prompt->id_count * sizeof *prompt->ids);
+    part->tokens.count = part->tokens.capacity = prompt->id_count;
+    for (size_t i = 0; i < prompt->id_count; i++) {
+        size_t size;
+        if (prompt->ids[i] >= vocab)
+            return error_set_param(&c->err, STATUS_INVALID, "prompt",
+                                   "token id %d is not under the vocabulary size %d",
+                                   prompt->ids[i], vocab);
+        tokenizer_bytes(tokenizer_of(c), prompt->ids[i], &size);
+        part->text_bytes += size;
+    }
+    return STATUS_OK;
 }
 
-static void tokenized(uv_work_t *work, int cancelled)
+static enum status prepare_part(struct completion *c, uint32_t index)
+{
+    struct part *part = &c->parts[index];
+    part->completion = c;
+    part->index = index;
+    part->choices = calloc(c->asked.best_of, sizeof *part->choices);
+    if (!part->choices)
+        return STATUS_NO_MEMORY;
+    const enum status status = make_tokens(c, part, &c->asked.prompts[index]);
+    if (status)
+        return status;
+    const size_t count = part->tokens.count;
+    const bool echo_logprobs = c->asked.echo && c->asked.logprobs >= 0;
+    if (echo_logprobs && count * (1 + (size_t)c->asked.logprobs) > LIMITS_ECHO_LOGPROBS)
+        return error_set_param(&c->err, STATUS_TOO_LARGE, "echo",
+                               "\"logprobs\" of a prompt of %zu tokens are too many to echo",
+                               count);
+    if ((c->asked.echo || c->asked.retrieval) && count) {
+        part->prompt = malloc(count * sizeof *part->prompt);
+        if (!part->prompt)
+            return STATUS_NO_MEMORY;
+        memcpy(part->prompt, part->tokens.ids, count * sizeof *part->prompt);
+        part->prompt_count = count;
+    }
+    return STATUS_OK;
+}
+
+static enum status check_asked(struct completion *c)
+{
+    const struct engine_info *info = engine_get_info(c->server->engine);
+    if (c->asked.model[0] && strcmp(c->asked.model, info->model_name) != 0)
+        return error_set_param(&c->err, STATUS_NOT_FOUND, "model",
+                               "no model named %s; this server has %s", c->asked.model,
+                               info->model_name);
+    struct sampler_params params;
+    fill_sampling(c, &params);
+    const enum status status =
+        sampler_params_check(&params, (int32_t)info->config->vocab_size, &c->err);
+    free((void *)(uintptr_t)params.bias);
+    return status;
+}
+
+/* On the pool: the body may be long, and its tokens many. */
+static void prepare(uv_work_t *work)
+{
+    struct completion *c = work->data;
+    const struct buf *body = &c->request->body;
+    c->status = completion_request_parse(body->data, body->size, &c->asked, &c->err);
+    if (!c->status)
+        c->status = check_asked(c);
+    if (c->status)
+        return;
+    c->parts = calloc(c->asked.prompt_count, sizeof *c->parts);
+    if (!c->parts)
+        c->status = STATUS_NO_MEMORY;
+    for (size_t i = 0; i < c->asked.prompt_count && !c->status; i++)
+        c->status = prepare_part(c, (uint32_t)i);
+}
+
+static void prepared(uv_work_t *work, int cancelled)
 {
     struct completion *c = work->data;
     (void)cancelled;
+    c->request->wants_stream = c->asked.stream;
     for (size_t i = 0; i < c->asked.prompt_count && !c->status && !c->gone; i++) {
-        c->status = submit(c, &c->parts[i]);
-        if (c->status == STATUS_BUSY)
-            error_set(&c->err, STATUS_BUSY, "too many requests are waiting; try again soon");
+        const enum status status = submit(c, &c->parts[i]);
+        if (status == STATUS_BUSY)
+            error_set(&c->err, status, "too many requests are waiting; try again soon");
+        else if (status == STATUS_UNAVAILABLE)
+            error_set(&c->err, status, "the server is shutting down");
+        if (status)
+            end_early(c, status);
     }
-    for (size_t i = 0; i < c->asked.prompt_count && c->status; i++)
-        if (c->parts[i].job)
-            job_cancel(c->parts[i].job);
     if (!c->open)
         finish(c);
-}
-
-static enum status prepare(struct completion *c, struct error *err)
-{
-    const char *model = engine_get_info(c->server->engine)->model_name;
-    if (c->asked.model[0] && strcmp(c->asked.model, model) != 0)
-        return error_set_param(err, STATUS_NOT_FOUND, "model",
-                               "no model named %s; this server has %s", c->asked.model, model);
-    const int32_t vocab = (int32_t)engine_get_info(c->server->engine)->config->vocab_size;
-    struct sampler_params params;
-    fill_sampling(c, &params);
-    const enum status status = sampler_params_check(&params, vocab, err);
-    free((void *)(uintptr_t)params.bias);
-    if (status)
-        return status;
-    c->parts = calloc(c->asked.prompt_count, sizeof *c->parts);
-    if (!c->parts)
-        return STATUS_NO_MEMORY;
-    for (size_t i = 0; i < c->asked.prompt_count; i++) {
-        struct part *part = &c->parts[i];
-        part->completion = c;
-        part->index = (uint32_t)i;
-        part->choices = calloc(c->asked.best_of, sizeof *part->choices);
-        if (c->asked.retrieval)
-            part->generated = malloc((c->asked.max_tokens + 1) * sizeof *part->generated);
-        if (!part->choices || (c->asked.retrieval && !part->generated))
-            return STATUS_NO_MEMORY;
-    }
-    return STATUS_OK;
 }
 
 static void complete(struct request *request)
 {
     struct completion *c = calloc(1, sizeof *c);
-    struct error err = {0};
-    enum status status = STATUS_NO_MEMORY;
-    if (c) {
-        c->request = request;
-        c->server = request->server;
-        status = completion_request_parse(request->body.data, request->body.size, &c->asked, &err);
-    }
-    if (!status)
-        status = prepare(c, &err);
-    if (status) {
-        if (c)
-            destroy(c);
-        request_fail(request, status, &err);
+    if (!c) {
+        request_fail(request, STATUS_NO_MEMORY, NULL);
         return;
     }
+    c->request = request;
+    c->server = request->server;
     server_new_id(c->server, "cmpl-", c->id);
     c->created = (int64_t)time(NULL);
     c->began_ns = request->began_ns;
-    if (!c->asked.has_seed)
-        ASSERT(getrandom(&c->asked.seed, sizeof c->asked.seed, 0) == sizeof c->asked.seed);
     request->state = c;
     request->gone_cb = gone;
     request_hold(request);
     c->work.data = c;
-    uv_queue_work(c->server->loop, &c->work, tokenize, tokenized);
+    uv_queue_work(c->server->loop, &c->work, prepare, prepared);
 }
 
 const struct request_handler handle_completions = {

@@ -28,6 +28,9 @@ static void metrics(struct request *request)
     buf_close(&body);
 }
 
-const struct request_handler handle_health_live = {.name = "health", .end_cb = live};
-const struct request_handler handle_health_ready = {.name = "health", .end_cb = ready};
-const struct request_handler handle_metrics = {.name = "metrics", .end_cb = metrics};
+const struct request_handler handle_health_live = {
+    .name = "health", .while_draining = true, .end_cb = live};
+const struct request_handler handle_health_ready = {
+    .name = "health", .while_draining = true, .end_cb = ready};
+const struct request_handler handle_metrics = {
+    .name = "metrics", .while_draining = true, .end_cb = metrics};

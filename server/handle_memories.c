@@ -253,7 +253,13 @@ static void chunks(struct request *request)
 
 const struct request_handler handle_memories_create = {
     .name = "memories_create", .body_limit = BODY_LIMIT, .end_cb = create};
-const struct request_handler handle_memories_list = {.name = "memories_list", .end_cb = list};
+const struct request_handler handle_memories_list = {
+    .name = "memories_list",
+    .query = (const char *const[]){"limit", "after", NULL},
+    .end_cb = list};
 const struct request_handler handle_memories_get = {.name = "memories_get", .end_cb = get};
 const struct request_handler handle_memories_delete = {.name = "memories_delete", .end_cb = delete};
-const struct request_handler handle_memories_chunks = {.name = "memories_chunks", .end_cb = chunks};
+const struct request_handler handle_memories_chunks = {
+    .name = "memories_chunks",
+    .query = (const char *const[]){"from", "limit", NULL},
+    .end_cb = chunks};

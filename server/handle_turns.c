@@ -149,9 +149,11 @@ static void rewind_memory(struct request *request)
         reach_rewind(request, request->argument, to);
 }
 
-const struct request_handler handle_turns_list = {.name = "turns_list", .end_cb = list};
+const struct request_handler handle_turns_list = {
+    .name = "turns_list", .query = (const char *const[]){"from", "limit", NULL}, .end_cb = list};
 const struct request_handler handle_turns_bookmark = {
     .name = "turns_bookmark", .body_limit = BODY_LIMIT, .end_cb = bookmark};
-const struct request_handler handle_turns_delete = {.name = "turns_delete", .end_cb = delete};
+const struct request_handler handle_turns_delete = {
+    .name = "turns_delete", .query = (const char *const[]){"position", NULL}, .end_cb = delete};
 const struct request_handler handle_memories_rewind = {
     .name = "memories_rewind", .body_limit = BODY_LIMIT, .end_cb = rewind_memory};

@@ -138,6 +138,8 @@ static int on_head(llhttp_t *llhttp)
     h->expect_continue = strcasecmp(buf_text(&p->kept[KEPT_EXPECT]), "100-continue") == 0;
     h->keep_alive = llhttp_should_keep_alive(llhttp) != 0;
     h->chunked = (llhttp->flags & F_CHUNKED) != 0;
+    h->http_1_0 = llhttp->http_major < 1 || (llhttp->http_major == 1 && llhttp->http_minor == 0);
+    llhttp->upgrade = 0; /* an offer of another protocol may be passed over, and is */
     if (llhttp->flags & F_CONTENT_LENGTH)
         h->content_length =
             llhttp->content_length > INT64_MAX ? INT64_MAX : (int64_t)llhttp->content_length;
@@ -208,8 +210,6 @@ enum status http_parser_feed(struct http_parser *p, const char *data, size_t siz
     }
     if (p->status)
         return error_set(err, p->status, "%s", status_text(p->status));
-    if (result == HPE_PAUSED_UPGRADE)
-        return error_set(err, STATUS_INVALID, "protocol upgrades are not supported");
     return error_set(err, STATUS_INVALID, "malformed HTTP request: %s",
                      llhttp_get_error_reason(&p->llhttp));
 }
@@ -223,6 +223,21 @@ void http_parser_next(struct http_parser *p)
 bool http_parser_inside(const struct http_parser *p)
 {
     return p->inside;
+}
+
+const char *http_query_unknown(const char *query, const char *const *names)
+{
+    while (*query) {
+        const size_t size = strcspn(query, "=&");
+        size_t i = 0;
+        while (names && names[i] && !(strlen(names[i]) == size && !memcmp(names[i], query, size)))
+            i++;
+        if (size && (!names || !names[i]))
+            return query;
+        query += strcspn(query, "&");
+        query += *query == '&';
+    }
+    return NULL;
 }
 
 bool http_query(const char *query, const char *name, char *out, size_t room)

@@ -17,7 +17,7 @@ struct http_head {
     char *path;                               /* percent-decoded */
     char *query;                              /* as sent, without the '?'; "" when there is none */
     char *content_type, *accept, *request_id; /* "" when absent */
-    bool keep_alive, expect_continue, chunked;
+    bool keep_alive, expect_continue, chunked, http_1_0;
     int64_t content_length; /* -1: not told */
 };
 
@@ -48,5 +48,8 @@ bool http_parser_inside(const struct http_parser *parser);
 /* The value of `name` in a query string, percent-decoded into `out`; false when it is not there or
  * does not fit. */
 bool http_query(const char *query, const char *name, char *out, size_t room);
+/* The first field of the query whose name is not in `names` (NULL at the end; NULL: none are
+ * taken), where it stands in `query`; NULL when there is none. */
+const char *http_query_unknown(const char *query, const char *const *names);
 
 #endif

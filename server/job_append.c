@@ -26,6 +26,7 @@ void job_append_start(struct job *job)
         job_fail(job, STATUS_CONFLICT,
                  "the memory holds %llu bytes of text, not %lld; go on from there",
                  (unsigned long long)memory->text_bytes, (long long)expected);
+        memcpy(job->err.param, "offset", sizeof "offset");
         return;
     }
     job->start_text_bytes = memory->text_bytes;

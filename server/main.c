@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "proto/base/log.h"
 #include "server/bench.h"
@@ -43,13 +44,14 @@ static int check_main(int argc, char **argv)
     struct error err = {0};
     if (storage_check(argv[1], print_problem, NULL, &report, &err))
         return fail("check", &err);
-    printf("%llu memories, %llu branches, %llu chunks, %llu tokens, %llu turns, %llu snapshots, %llu "
-           "bytes: "
-           "%llu problems\n",
-           (unsigned long long)report.memories, (unsigned long long)report.branches,
-           (unsigned long long)report.chunks, (unsigned long long)report.tokens,
-           (unsigned long long)report.turns, (unsigned long long)report.snapshots, (unsigned long long)report.bytes,
-           (unsigned long long)report.problems);
+    printf(
+        "%llu memories, %llu branches, %llu chunks, %llu tokens, %llu turns, %llu snapshots, %llu "
+        "bytes: "
+        "%llu problems\n",
+        (unsigned long long)report.memories, (unsigned long long)report.branches,
+        (unsigned long long)report.chunks, (unsigned long long)report.tokens,
+        (unsigned long long)report.turns, (unsigned long long)report.snapshots,
+        (unsigned long long)report.bytes, (unsigned long long)report.problems);
     return report.problems ? 1 : 0;
 }
 
@@ -108,9 +110,18 @@ static void signal_cb(uv_signal_t *handle, int number)
         _Exit(1);
     }
     log_event(LOG_INFO, "draining", "signal", LOG_INT, (int64_t)number, NULL);
-    server_stop_listening(&process->server);
-    engine_thread_drain(process->server.engine_thread, process->config.drain_timeout * 1000,
-                        drained_cb, process);
+    server_drain(&process->server, process->config.drain_timeout * 1000, drained_cb, process);
+}
+
+/* Connections and the store's files count against one limit, which is often set low. */
+static void raise_file_limit(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit))
+        return;
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit))
+        log_event(LOG_WARN, "the limit of open files stays low", NULL);
 }
 
 static void watch_signals(struct process *process)
@@ -133,6 +144,7 @@ static int serve(struct process *process)
     log_parse_level(config->log_level, &level);
     log_set_level(level);
     signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes is a full disk, answered as such */
+    raise_file_limit();
     if (open_engine(config, &engine, &err))
         return fail("", &err);
     if (open_storage(config, engine, &server->storage, &err)) {
@@ -151,6 +163,7 @@ static int serve(struct process *process)
     int port = (int)config->port;
     if (server_listen(server, &port, &err) ||
         engine_thread_open(&process->loop, &options, &server->engine_thread, &err)) {
+        engine_close(engine);
         storage_close(server->storage);
         return fail("", &err);
     }
@@ -183,8 +196,10 @@ int main(int argc, char **argv)
     }
     struct error err = {0};
     bool help;
-    if (config_read(argc, argv, &process.config, &help, &err))
-        return fail("", &err);
+    if (config_read(argc, argv, &process.config, &help, &err)) {
+        fail("", &err);
+        return 2;
+    }
     if (help) {
         config_print_help();
         return 0;

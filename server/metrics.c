@@ -133,6 +133,8 @@ void metrics_write(const struct metrics *m, const struct engine_thread_stats *en
     write_one(out, "counter", "appended_bytes_total", "Bytes appended to memories.",
               (double)m->appended_bytes);
     write_one(out, "counter", "forks_total", "Forks of memories.", (double)m->forks);
+    write_one(out, "counter", "disconnects_total",
+              "Requests whose client went away before the answer.", (double)m->disconnects);
     write_histogram(out, "queue_seconds", "Time in the queue.", &m->queue);
     write_histogram(out, "prefill_seconds", "Time for the prompt.", &m->prefill);
     write_histogram(out, "first_token_seconds", "From the request to its first token.",

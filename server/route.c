@@ -61,3 +61,17 @@ enum status route_find(const struct http_head *head, const struct request_handle
     }
     return status;
 }
+
+void route_append_allow(const char *path, struct buf *out)
+{
+    char argument[LIMITS_ID_BYTES];
+    const char *before = "allow: ";
+    for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
+        if (!match(routes[i].path, path, argument))
+            continue;
+        const bool get = strcmp(routes[i].method, "GET") == 0;
+        buf_append_format(out, "%s%s%s", before, routes[i].method, get ? ", HEAD" : "");
+        before = ", ";
+    }
+    buf_append_text(out, "\r\n");
+}

@@ -10,6 +10,9 @@ STATUS_CHECKED enum status route_find(const struct http_head *head,
                                       const struct request_handler **handler,
                                       char argument[LIMITS_ID_BYTES]);
 
+/* The header line "allow: GET, HEAD" with what `path` takes. */
+void route_append_allow(const char *path, struct buf *out);
+
 extern const struct request_handler handle_models_list, handle_models_get;
 extern const struct request_handler handle_completions;
 extern const struct request_handler handle_memories_create, handle_memories_list,

@@ -10,6 +10,8 @@
 #include "proto/base/log.h"
 #include "server/conn.h"
 
+#define CUTOFF_MS 2000 /* behind the last answer, for a client to take it */
+
 static void connection_cb(uv_stream_t *stream, int status)
 {
     if (status < 0)
@@ -20,7 +22,13 @@ static void connection_cb(uv_stream_t *stream, int status)
 
 static void flush_cb(uv_prepare_t *prepare)
 {
-    conn_flush_all(prepare->data);
+    struct server *server = prepare->data;
+    conn_flush_all(server);
+    if (!server->drained_cb || !server->engine_drained || !conn_all_answered(server))
+        return;
+    void (*drained_cb)(void *context) = server->drained_cb;
+    server->drained_cb = NULL;
+    drained_cb(server->drained_context);
 }
 
 enum status server_listen(struct server *server, int *port, struct error *err)
@@ -35,7 +43,8 @@ enum status server_listen(struct server *server, int *port, struct error *err)
         return error_set(err, STATUS_INVALID, "--host %s is not an IP address", host);
     ASSERT(!uv_tcp_init(server->loop, &server->listener));
     ASSERT(!uv_prepare_init(server->loop, &server->flush));
-    server->listener.data = server->flush.data = server;
+    ASSERT(!uv_timer_init(server->loop, &server->cutoff));
+    server->listener.data = server->flush.data = server->cutoff.data = server;
     int rc = uv_tcp_bind(&server->listener, (struct sockaddr *)&address, 0);
     if (!rc)
         rc = uv_listen((uv_stream_t *)&server->listener, 511, connection_cb);
@@ -49,21 +58,34 @@ enum status server_listen(struct server *server, int *port, struct error *err)
     return STATUS_OK;
 }
 
-void server_stop_listening(struct server *server)
+static void engine_drained_cb(void *context)
+{
+    struct server *server = context;
+    server->engine_drained = true;
+}
+
+static void cutoff_cb(uv_timer_t *timer)
+{
+    conn_close_all(timer->data);
+}
+
+void server_drain(struct server *server, uint64_t deadline_ms, void (*drained_cb)(void *context),
+                  void *context)
 {
     server->draining = true;
-    if (!uv_is_closing((uv_handle_t *)&server->listener))
-        uv_close((uv_handle_t *)&server->listener, NULL);
+    server->drained_cb = drained_cb;
+    server->drained_context = context;
     conn_drain_all(server);
+    uv_timer_start(&server->cutoff, cutoff_cb, deadline_ms + CUTOFF_MS, 0);
+    engine_thread_drain(server->engine_thread, deadline_ms, engine_drained_cb, server);
 }
 
 void server_close(struct server *server)
 {
-    if (!uv_is_closing((uv_handle_t *)&server->listener))
-        uv_close((uv_handle_t *)&server->listener, NULL);
-    conn_flush_all(server);
+    uv_close((uv_handle_t *)&server->listener, NULL);
     conn_close_all(server);
     uv_close((uv_handle_t *)&server->flush, NULL);
+    uv_close((uv_handle_t *)&server->cutoff, NULL);
 }
 
 void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES])

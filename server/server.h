@@ -21,9 +21,12 @@ struct server {
     struct metrics metrics;
     uv_tcp_t listener;
     uv_prepare_t flush; /* one write per connection and turn of the loop */
+    uv_timer_t cutoff;  /* of clients that do not take their answers while we drain */
     struct list connections;
     size_t connection_count;
-    bool draining;
+    bool draining, engine_drained;
+    void (*drained_cb)(void *context);
+    void *drained_context;
     uint64_t request_count;
     int64_t started_at; /* seconds since 1970 */
 };
@@ -31,8 +34,11 @@ struct server {
 /* Binds and listens. STATUS_INVALID (address), STATUS_CONFLICT (in use), STATUS_IO. `*port` is the
  * port bound (the asked one, or any when that was 0). */
 STATUS_CHECKED enum status server_listen(struct server *server, int *port, struct error *err);
-/* No new connections, and no further request on the old ones. */
-void server_stop_listening(struct server *server);
+/* New work is refused from here on; health and metrics are still answered. drained_cb runs on the
+ * loop when what was under way is answered, or cut off: jobs after `deadline_ms`, clients that do
+ * not take their answers a little later. */
+void server_drain(struct server *server, uint64_t deadline_ms, void (*drained_cb)(void *context),
+                  void *context);
 /* Closes what is left of the connections and the handles. */
 void server_close(struct server *server);
 /* `prefix` and 24 hexadecimal digits nobody can guess. */

@@ -13,7 +13,7 @@
 /* A server acknowledges every few blocks, so far less than this is ever waiting. */
 #define KEPT_MAX (64 * LIMITS_MIB)
 /* Under the server's patience with a silent body. */
-#define SILENCE_MS (LIMITS_BODY_TIMEOUT_MS / 6)
+#define SILENCE_MS (LIMITS_BODY_TIMEOUT_S * 1000 / 6)
 
 enum status source_open(struct source *source, const char *path, struct error *err)
 {
