@@ -5,39 +5,19 @@ import random
 import numpy as np
 
 import tasks
-from bpe import Tokenizer
 
 TEXT, ANSWER = 1, 2  # what a target counts as; 0: not trained on
 CHUNK = 64
 
 
-class Encoder:
-    """Text to ids with special tokens recognised, and pieces cached."""
-
-    def __init__(self, path):
-        self.tokenizer = Tokenizer(path)
-        self.eos = self.tokenizer.specials["<|endoftext|>"]
-
-    def __call__(self, text):
-        out = []
-        while text:
-            cuts = [(text.find(s), s) for s in self.tokenizer.specials if s in text]
-            if not cuts:
-                return out + self.tokenizer.encode(text)
-            at, special = min(cuts)
-            out += self.tokenizer.encode(text[:at]) + [self.tokenizer.specials[special]]
-            text = text[at + len(special):]
-        return out
-
-
 class Books:
     """The token stream of the books, and where text may be cut in two without changing its tokens."""
 
-    def __init__(self, path, encoder):
+    def __init__(self, path, tokenizer):
         self.ids = np.load(path)
-        names = encoder.tokenizer.names
-        space = np.zeros(len(names), bool)
-        for i, name in names.items():
+        self.end = tokenizer.end
+        space = np.zeros(tokenizer.size, bool)
+        for i, name in tokenizer.names.items():
             space[i] = name[0] in "ĠĊ"
         starts = space[self.ids]
         self.cut = starts & ~np.concatenate([[True], starts[:-1]])
@@ -50,8 +30,8 @@ class Books:
 
 
 class Builder:
-    def __init__(self, encoder, books, seed):
-        self.encoder, self.books, self.rng = encoder, books, random.Random(seed)
+    def __init__(self, tokenizer, books, seed):
+        self.tokenizer, self.books, self.rng = tokenizer, books, random.Random(seed)
 
     def plain(self, length):
         """A row of book text; sometimes with a state reset somewhere in it."""
@@ -71,8 +51,28 @@ class Builder:
             count = (length - length // 4) // (digits + 3)
             return [tasks.pair(rng, taken, rng.choice([1, 2, 2]), digits)
                     for _ in range(min(count, 60))]
+        if rng.random() < 0.08:  # a haystack made of needles
+            kind = rng.choice(["numbers", "words", "uuids"])
+            count = length // (2 * len(self.tokenizer.encode(tasks.niah(rng, kind).text)))
+            return tasks.distinct([tasks.niah(rng, kind) for _ in range(count)])
         count = rng.randint(4, 9) if length <= 512 else rng.randint(6, 28)
-        return tasks.distinct([tasks.mixed(rng) for _ in range(count)])
+        needles = tasks.distinct([tasks.mixed(rng) for _ in range(count)])
+        return needles + self.passages(max(0, count // 4 - 1))
+
+    def passages(self, count):
+        """Book text to be quoted from: what memory of any text means, without a form."""
+        needles = []
+        for _ in range(count):
+            words = self.tokenizer.decode(self.books.take(self.rng, 48)[0]).split()[:-1]
+            if len(words) < 20:
+                continue
+            head = self.rng.randint(5, 9)
+            opening, rest = " ".join(words[:head]), " ".join(words[head:head + 8])
+            question = self.rng.choice([f'\n"{opening}', f"\n{opening}",
+                                        f'\nQuestion: What follows "{opening}"?\nAnswer:'])
+            needles.append(tasks.Needle("passage", "\n" + " ".join(words), [(question, " " + rest)],
+                                        opening))
+        return needles
 
     def questions(self, needles, room):
         """Tokens and marks of as many questions as fit, in random order, and of each question
@@ -83,9 +83,9 @@ class Builder:
         for which in order:
             needle = needles[which]
             question, answer = self.rng.choice(needle.questions)
-            q, a = self.encoder(question), self.encoder(answer)
-            if needle.kind != "pair" and not answer.endswith("<|im_end|>"):
-                a = a + [self.encoder.eos]
+            q, a = self.tokenizer.encode(question), self.tokenizer.encode(answer)
+            if needle.kind not in ("pair", "passage") and not answer.endswith("<|im_end|>"):
+                a = a + [self.tokenizer.end]
             if len(ids) + len(q) + len(a) > room:
                 continue
             asked.append((len(ids), len(ids) + len(q), a, which))
@@ -106,11 +106,24 @@ class Builder:
             places[i] = known = places[i] if places[i] >= 0 else known
         return places
 
+    def haystack(self, length):
+        """Book text, or the noise of RULER's first needle task."""
+        if self.rng.random() > 0.06:
+            return self.books.take(self.rng, length)
+        noise = self.tokenizer.encode(" " + tasks.NOISE.strip())
+        text = np.array(noise * (length // len(noise) + 1), np.uint16)[:length]
+        return text, np.arange(length) % len(noise) == 0
+
     def asked(self, stage, length):
         """A row of one haystack and its questions."""
         rng = self.rng
-        needles = self.needles(stage, length)
-        texts = [self.encoder(n.text) for n in needles]
+        needles, texts = self.needles(stage, length), []
+        for needle in needles:
+            texts.append(self.tokenizer.encode(needle.text))
+            if stage > 1 and sum(map(len, texts)) > length * 0.55:  # leave room for a haystack
+                texts.pop()
+                break
+        needles = needles[:len(texts)]
         asked, asked_marks, starts = self.questions(needles, length // 4)
         where = {}  # needle -> the place of its last occurrence in a chunk that can be read
         room = length - len(asked)
@@ -134,9 +147,9 @@ class Builder:
         else:
             if rng.random() < 0.3:
                 kind = rng.choice(["numbers", "words", "uuids"])
-                ids = self.encoder(tasks.niah_intro(kind, rng.random() < 0.5))
+                ids = self.tokenizer.encode(tasks.niah_intro(kind, rng.random() < 0.5))
                 marks = [0] * len(ids)
-            text, cut = self.books.take(rng, room - len(ids) - sum(map(len, texts)))
+            text, cut = self.haystack(room - len(ids) - sum(map(len, texts)))
             places = sorted(rng.choices(np.flatnonzero(cut).tolist(), k=len(texts)))
             order = list(range(len(texts)))
             rng.shuffle(order)

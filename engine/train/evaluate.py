@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 
 import tasks
-from data import Books, Encoder
+from data import Books
 from model import Ramba
+from tokenizer import Tokenizer
 
 TAIL = 4096
 
@@ -53,9 +54,9 @@ TASKS = {
 }
 
 
-def haystack(encoder, books, rng, needles, length):
+def haystack(tokenizer, books, rng, needles, length):
     """Token ids [length], and which of them are book text."""
-    texts = [encoder(needle.text) for needle in needles]
+    texts = [tokenizer.encode(needle.text) for needle in needles]
     room = length - sum(map(len, texts))
     if room > len(books.ids) - 128:  # the books again and again, from one place
         at = rng.randrange(len(books.ids))
@@ -77,19 +78,19 @@ def haystack(encoder, books, rng, needles, length):
     return np.concatenate(ids).astype(np.int64), np.concatenate(book)
 
 
-def ask(model, session, encoder, needle, rng, device):
+def ask(model, session, tokenizer, needle, rng, device):
     question, answer = rng.choice(needle.questions)
-    question, answer = encoder(question), encoder(answer)
+    question, answer = tokenizer.encode(question), tokenizer.encode(answer)
     session = {**session, "states": dict(session["states"])}
     ids = torch.tensor(question + answer, device=device)
     logits = model.head(model.stream(session, ids))[0, len(question) - 1:-1]
     return bool((logits.argmax(-1) == ids[len(question):]).all())
 
 
-def case(model, encoder, books, names, length, seed, device, piece):
+def case(model, tokenizer, books, names, length, seed, device, piece):
     rng = random.Random(seed)
     needles = [TASKS[name](rng) for name in names]
-    ids, book = haystack(encoder, books, rng, needles, length)
+    ids, book = haystack(tokenizer, books, rng, needles, length)
     session, ids = {}, torch.from_numpy(ids).to(device)
     head = max(0, length - TAIL)
     for at in range(0, head, piece):
@@ -97,7 +98,7 @@ def case(model, encoder, books, names, length, seed, device, piece):
     logits = model.head(model.stream(session, ids[head:]))[0, :-1]
     losses = F.cross_entropy(logits.float(), ids[head + 1:], reduction="none")
     loss = losses[torch.from_numpy(book[head + 1:]).to(device)].mean().item()
-    right = [ask(model, session, encoder, needle, rng, device) for needle in needles]
+    right = [ask(model, session, tokenizer, needle, rng, device) for needle in needles]
     return loss, right
 
 
@@ -118,8 +119,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Ramba.load(args.model).to(device)
     model.hsa = not args.no_hsa
-    encoder = Encoder(os.path.join(args.data, "tokenizer.json"))
-    books = Books(os.path.join(args.data, "held.npy"), encoder)
+    tokenizer = Tokenizer.load(args.data)
+    books = Books(os.path.join(args.data, "held.npy"), tokenizer)
     lengths = [int(length) for length in args.lengths.split(",")]
     cases = [int(count) for count in args.cases.split(",")]
     cases = cases * len(lengths) if len(cases) == 1 else cases
@@ -131,7 +132,7 @@ def main():
         for number in range(count):
             if time.time() - begin > args.seconds:
                 break
-            results.append(case(model, encoder, books, names, length, args.seed + number, device,
+            results.append(case(model, tokenizer, books, names, length, args.seed + number, device,
                                 args.piece))
         if not results:
             break

@@ -22,7 +22,7 @@ DEFAULTS = dict(
     slide_window=0, residual_in_fp32=True)
 
 
-BANK = 4096  # landmarks of earlier plain text kept for the distraction loss
+BANK = 16384  # landmarks of earlier plain text kept for the distraction loss
 
 
 class Config(dict):

@@ -1,7 +1,8 @@
 """Makes the trainer's data: python3 engine/train/prepare.py CONFIG --corpus DIR --out DIR
 
 Trains the tokenizer on the books that CONFIG does not hold out, and writes OUT/tokenizer.json,
-train.npy and held.npy (uint16 token ids, an end-of-text token between books). Takes about a minute.
+tokenizer_config.json, train.npy and held.npy (uint16 token ids, an end-of-text token between
+books). Takes a few minutes.
 """
 import argparse
 import json
@@ -9,9 +10,7 @@ import os
 
 import numpy as np
 
-import bpe
-
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+import tokenizer
 
 
 def read(path):
@@ -40,16 +39,12 @@ def main():
     held = {name: books.pop(name) for name in config["held_out"]}
     # Both ways in which long text comes: as printed, and one line a paragraph.
     books.update({name + " unwrapped": unwrap(text) for name, text in books.items()})
-    vocab, merges = bpe.train(books.values(), config["model"]["vocab_size"], SPECIALS)
-    path = os.path.join(args.out, "tokenizer.json")
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(bpe.tokenizer_json(vocab, merges, SPECIALS), file, ensure_ascii=False)
-    encoder = bpe.Tokenizer(path)
-    end = encoder.specials["<|endoftext|>"]
+    tokenizer.write(tokenizer.train(books.values(), config["model"]["vocab_size"]), args.out)
+    words = tokenizer.Tokenizer.load(args.out)
     for name, texts in [("train", books), ("held", held)]:
         ids = []
         for text in texts.values():
-            ids += encoder.encode(text) + [end]
+            ids += words.encode(text) + [words.end]
         np.save(os.path.join(args.out, name + ".npy"), np.array(ids, np.uint16))
         print(f"{name}: {len(texts)} texts, {len(ids)} tokens, "
               f"{sum(len(t.encode()) for t in texts.values()) / len(ids):.2f} bytes a token")

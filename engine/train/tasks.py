@@ -76,8 +76,17 @@ def chat_question(question):
     return f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
+def fragments(rng, count):
+    """A run of text that no language model could guess."""
+    out = ""
+    for _ in range(count):
+        out += rng.choice(["", " "]) + "".join(
+            rng.choice(string.ascii_lowercase) for _ in range(rng.randint(1, 4)))
+    return out.strip()
+
+
 def passkey(rng):
-    value = number(rng)
+    value = number(rng) if rng.random() < 0.7 else fragments(rng, 10)
     return Needle("passkey", f"\n|The passkey is: {value}|",
                   [("\n|What is the passkey? The passkey is", f" {value}|")], "passkey")
 
@@ -106,6 +115,10 @@ def niah_intro(kind, single=True):
                 f"it. I will quiz you about the {one} afterwards.\n")
     return (f"Some special magic {kind} are hidden within the following text. Make sure to memorize "
             f"them. I will quiz you about the {kind} afterwards.\n")
+
+
+NOISE = ("The grass is green. The sky is blue. The sun is yellow. Here we go. There and back "
+         "again. ")
 
 
 def phone(rng, name=None):
@@ -207,6 +220,60 @@ def fact(rng, held_out=False):
         return Needle("fact", rng.choice([" ", "\n"]) + sentence, [asked], question)
 
 
+ATTRIBUTES = """code number name password price address colour owner date age weight place title
+secret pin room birthday combination size score rank length nickname licence balance flavour motto
+token capital origin level deadline target score height width volume temperature amount total
+rent salary fine debt reward passphrase username callsign channel frequency""".split()
+MONTHS = """January February March April May June July August September October November
+December""".split()
+
+
+def _value(rng):
+    kind = rng.randrange(12)
+    if kind < 4:
+        return number(rng, rng.choice([1, 2, 3, 4, 4, 5, 6, 7, 8]))
+    return [ruler_key(rng), rng.choice(NOUNS), f"{rng.choice(FIRST)} {rng.choice(LAST)}",
+            rng.choice(TOWNS), f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1700, 2030)}",
+            f"{rng.choice(string.ascii_uppercase)}{rng.randrange(1, 100)}-"
+            f"{rng.randrange(100)}{rng.choice(string.ascii_uppercase)}",
+            f"{rng.randint(0, 23)}:{rng.randint(10, 59)}", f"the {rng.choice(ADJECTIVES)} one"][kind - 4]
+
+
+def _subject(rng):
+    first, noun, adjective = rng.choice(FIRST), rng.choice(NOUNS), rng.choice(ADJECTIVES)
+    return rng.choice([
+        f"the {adjective} {noun}", f"the {rng.choice(THINGS)} of {first}", f"{first}'s {noun}",
+        f"{first}'s {adjective} {rng.choice(THINGS)}", f"the {noun} in {rng.choice(TOWNS)}",
+        f"the {noun} near the {rng.choice(NOUNS)}", f"my {rng.choice(RELATIONS)}'s {noun}",
+        f"project {noun.capitalize()}", f"{first} {rng.choice(LAST)}", f"my {adjective} {noun}",
+        f"the {rng.choice(COLOURS)} {noun}", f"the {adjective} {noun} club"])
+
+
+def statement(rng):
+    """A fact of no fixed form: the user's own facts are of none either."""
+    subject, attribute, value = _subject(rng), rng.choice(ATTRIBUTES), _value(rng)
+    if rng.random() < 0.2:
+        attribute = f"{rng.choice(ADJECTIVES)} {attribute}"
+    of = f"the {attribute} of {subject}"
+    whose = f"{subject}'s {attribute}" if rng.random() < 0.5 else of
+    if rng.random() < 0.25:
+        whose = of = rng.choice([f"the {attribute} for {subject}", f"the {attribute} to {subject}"])
+    told = rng.choice([
+        f"{of[0].upper()}{of[1:]} is {value}.", f"{whose[0].upper()}{whose[1:]} is {value}.",
+        f"Remember that {of} is {value}.", f"Please note: {whose} is {value}.",
+        f"I changed {of} to {value}.", f"They say that {whose} is {value}.",
+        f"By the way, {whose} is {value}.", f"From today on {of} is {value}.",
+        f"{of[0].upper()}{of[1:]} was set to {value}.", f"{of[0].upper()}{of[1:]}: {value}."])
+    question = rng.choice([
+        f"What is {of}?", f"What is {whose}?", f"What was {of}?", f"Tell me {of}.",
+        f"Do you remember {whose}?", f"What did I say about {of}?", f"Which is {of}?"])
+    form = plain_question if rng.random() < 0.6 else chat_question
+    end = "<|im_end|>" if form is chat_question else ""
+    lead = " " if form is plain_question else ""
+    return Needle("statement", rng.choice([" ", "\n"]) + told,
+                  [(form(question), f"{lead}{value}.{end}")], f"{attribute} {subject}")
+
+
 def pair(rng, taken, letters, digits):
     """The dense curriculum's atom: a short key and a few digits."""
     while True:
@@ -218,10 +285,10 @@ def pair(rng, taken, letters, digits):
     return Needle("pair", f" {key}{value}", [(f" {key}", value)], key)
 
 
-def mixed(rng, only=None):
+def mixed(rng):
     """One needle of the full mix."""
-    kind = only or rng.choices(["passkey", "niah", "fact", "phone"], [2, 5, 5, 1])[0]
-    return {"passkey": passkey, "niah": niah, "fact": fact, "phone": phone}[kind](rng)
+    makers = [passkey, niah, fact, statement, phone]
+    return rng.choices(makers, [2, 5, 4, 4, 1])[0](rng)
 
 
 def distinct(needles):

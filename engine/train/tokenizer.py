@@ -5,7 +5,6 @@ GPT-2's pattern. No merge holds a digit, so that a number is always one token a 
 small copies digits far better than it spells numbers cut at random places.
 """
 
-import argparse
 import collections
 import heapq
 import json
@@ -179,6 +178,10 @@ class Tokenizer:
             return Tokenizer(json.load(file))
 
     @property
+    def end(self):
+        return self.added[SPECIAL[0]]
+
+    @property
     def size(self):
         return max(max(self.vocab.values()), max(self.added.values(), default=0)) + 1
 
@@ -240,24 +243,9 @@ def tokenizer_config():
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Train the tokenizer.")
-    parser.add_argument("texts", nargs="+")
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--out", required=True, help="folder for tokenizer.json")
-    args = parser.parse_args()
-
-    def read():
-        for path in args.texts:
-            with open(path, encoding="utf-8") as file:
-                yield file.read()
-
-    os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "tokenizer.json"), "w", encoding="utf-8") as file:
-        json.dump(train(read(), args.vocab), file, ensure_ascii=False)
-    with open(os.path.join(args.out, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+def write(values, folder):
+    """tokenizer.json and tokenizer_config.json, as Hugging Face's tools and the daemon read them."""
+    with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as file:
+        json.dump(values, file, ensure_ascii=False)
+    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
         json.dump(tokenizer_config(), file, indent=1)
-
-
-if __name__ == "__main__":
-    main()

@@ -22,17 +22,17 @@ import torch
 import torch.nn.functional as F
 
 import safetensors_io
-import tasks
-from data import ANSWER, TEXT, Books, Builder, Encoder
+from data import ANSWER, TEXT, Books, Builder
 from model import Config, DEFAULTS, MambaLayer, Ramba
+from tokenizer import Tokenizer
 
 LAST_STAGE = 3
 SAVE_SECONDS = 60
 
 
 def worker(settings, data, seed, stage, queue):
-    encoder = Encoder(os.path.join(data, "tokenizer.json"))
-    builder = Builder(encoder, Books(os.path.join(data, "train.npy"), encoder), seed)
+    tokenizer = Tokenizer.load(data)
+    builder = Builder(tokenizer, Books(os.path.join(data, "train.npy"), tokenizer), seed)
     while True:
         now = stage.value
         shape = "long" if now == LAST_STAGE and builder.rng.random() < settings["long_share"] else "short"
@@ -77,7 +77,7 @@ class Answers:
         ends = np.flatnonzero(flat & ~np.concatenate([flat[1:], [False]])) + 1
         good = (wrong[ends] == wrong[starts]).mean() if len(starts) else 0.0
         self.count += 1
-        keep = max(0.95, 0) if self.count > 20 else 1 - 1 / self.count
+        keep = 0.95 if self.count > 20 else 1 - 1 / self.count
         self.right = keep * self.right + (1 - keep) * good
 
 
