@@ -1,27 +1,32 @@
-"""Exact-match accuracy of a model by task and length: python3 engine/train/evaluate.py MODEL
---data DIR [--cases 50] [--lengths 4096,16384] [--tasks ...] [--no-hsa] [--out FILE.csv]
+"""Exact-match accuracy by task and length, over held-out books:
 
-Haystacks are cut from DIR/held.npy, books that were never trained on. One haystack holds one needle
-of each task, each at a uniform depth of its own, and is read once; then each question is asked from
-that same state. An answer is right when greedy decoding gives it exactly, to its last token, which
-is so when each of its tokens is the most likely one after the right ones before it. The case's seed
-is --seed plus its number. `text` is the mean loss over the last 4,096 tokens of the haystack.
+  python3 engine/train/evaluate.py --url http://127.0.0.1:8080 --data DIR [--out FILE.csv]
+  python3 engine/train/evaluate.py --model engine/models/ramba-6m --data DIR [--no-hsa]
+
+The first asks a running daemon through its API: one memory a case, its haystack appended, each
+question asked without writing. The second runs the model in PyTorch, where the chunk memories can
+be switched off to see what the recurrent state can do alone.
+
+Haystacks are cut from DIR/held.npy (see prepare.py), books that were never trained on. A haystack
+holds one needle of each task, each at a uniform depth of its own, and is read once. An answer is
+right when greedy decoding begins with it exactly. A case's seed is --seed plus its number, so that
+every row can be made again. `text` is the mean loss over the last 4,096 tokens (PyTorch only).
+With --out: a CSV, the same as JSON, and the plot of accuracy against length (PNG).
 """
 import argparse
 import csv
 import json
-import math
 import os
 import random
+import sys
 import time
+import urllib.error
+import urllib.request
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 import tasks
 from data import Books
-from model import Ramba
 from tokenizer import Tokenizer
 
 TAIL = 4096
@@ -42,115 +47,232 @@ def other_form(rng):
             return needle
 
 
+def numbers_of(key):
+    return lambda rng: tasks.niah(rng, "numbers", key(rng))
+
+
+def unknown_key(rng):
+    """Two words that no training key was made of."""
+    return "-".join(rng.choice(UNKNOWN) for _ in range(2))
+
+
+UNKNOWN = """aardvark abacus absent accordion agreeable alligator annoyed anxious avocado awkward
+bagpipe bashful bassoon bewildered blushing cactus caterpillar cauliflower chubby clumsy cobra
+colossal corduroy crowded cultured dazzling delightful dimple disgusted doubtful elated enchanting
+envelope evanescent exuberant flamingo flippant foolish frantic gigantic gopher grotesque grumpy
+handsome helpless hilarious hippopotamus homeless immense itchy jackfruit jealous juicy kangaroo
+lazuli macaroni mammoth motionless mushroom mysterious nervous nutty obedient obnoxious octopus
+outrageous outstanding panicky perfect pineapple poised precious prickly puzzled quaint repulsive
+rhinoceros scary selfish shrill sparkling splendid squid stormy teeny tense terrible thoughtful
+troubled unsightly upset uptight vexed victorious vivacious wandering wicked zealous zebra
+zucchini""".split()
+
 TASKS = {
     "passkey": tasks.passkey,
-    "niah_numbers": lambda rng: tasks.niah(rng, "numbers"),
+    "niah_numbers": numbers_of(tasks.ruler_key),
     "niah_words": lambda rng: tasks.niah(rng, "words"),
     "niah_uuids": lambda rng: tasks.niah(rng, "uuids"),
+    "niah_unknown": numbers_of(unknown_key),
     "phone": tasks.phone,
     "locker": locker,
     "fact": other_form,
     "fact_held_out": lambda rng: tasks.fact(rng, held_out=True),
+    "statement": tasks.statement,
 }
 
 
-def haystack(tokenizer, books, rng, needles, length):
+def spread(books, rng, length):
+    """`length` tokens of book text, again and again from one place where there is too little."""
+    if length <= len(books.ids) - 128:
+        return books.take(rng, length)
+    at = rng.randrange(len(books.ids))
+    repeats = -(-(length + at) // len(books.ids))
+    return (np.tile(books.ids, repeats)[at:at + length], np.tile(books.cut, repeats)[at:at + length])
+
+
+def noise(tokenizer, length):
+    """RULER's first haystack: one line repeated."""
+    line = tokenizer.encode(" " + tasks.NOISE.strip())
+    ids = np.array(line * (length // len(line) + 1), np.uint16)[:length]
+    return ids, np.arange(length) % len(line) == 0
+
+
+def haystack(tokenizer, books, rng, needles, length, of_noise):
     """Token ids [length], and which of them are book text."""
-    texts = [tokenizer.encode(needle.text) for needle in needles]
-    room = length - sum(map(len, texts))
-    if room > len(books.ids) - 128:  # the books again and again, from one place
-        at = rng.randrange(len(books.ids))
-        repeats = -(-(room + at) // len(books.ids))
-        text = np.tile(books.ids, repeats)[at:at + room]
-        cut = np.tile(books.cut, repeats)[at:at + room]
-    else:
-        text, cut = books.take(rng, room)
+    pieces = [tokenizer.encode(needle.text) for needle in needles]
+    room = length - sum(map(len, pieces))
+    text, cut = noise(tokenizer, room) if of_noise else spread(books, rng, room)
     places = np.flatnonzero(cut)
     ids, book, before = [], [], 0
-    order = list(range(len(texts)))
-    rng.shuffle(order)
-    for which, place in zip(order, sorted(rng.choice(places) for _ in texts)):
-        ids += [text[before:place], np.array(texts[which])]
-        book += [np.ones(place - before, bool), np.zeros(len(texts[which]), bool)]
+    rng.shuffle(pieces)
+    for piece, place in zip(pieces, sorted(rng.choice(places) for _ in pieces)):
+        ids += [text[before:place], np.array(piece)]
+        book += [np.ones(place - before, bool), np.zeros(len(piece), bool)]
         before = place
     ids.append(text[before:])
     book.append(np.ones(len(text) - before, bool))
     return np.concatenate(ids).astype(np.int64), np.concatenate(book)
 
 
-def ask(model, session, tokenizer, needle, rng, device):
-    question, answer = rng.choice(needle.questions)
-    question, answer = tokenizer.encode(question), tokenizer.encode(answer)
-    session = {**session, "states": dict(session["states"])}
-    ids = torch.tensor(question + answer, device=device)
-    logits = model.head(model.stream(session, ids))[0, len(question) - 1:-1]
-    return bool((logits.argmax(-1) == ids[len(question):]).all())
+class Daemon:
+    """A model behind the API."""
+
+    def __init__(self, url, key):
+        self.url, self.key = url.rstrip("/"), key
+        self.name = self.call("GET", "/v1/models")["data"][0]["id"]
+
+    def call(self, method, path, body=None, kind="application/json"):
+        headers = {"content-type": kind}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url + path, body, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=24 * 3600) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            sys.exit(f"{method} {path}: {error.code} {error.read().decode(errors='replace')}")
+        except urllib.error.URLError as error:
+            sys.exit(f"{self.url}: {error.reason}; is the daemon running there?")
+
+    def read(self, tokenizer, ids, book):
+        memory = self.call("POST", "/v1/memories", b"{}")["id"]
+        self.call("POST", f"/v1/memories/{memory}/append", tokenizer.decode(ids).encode(),
+                  "text/plain")
+        return memory, None
+
+    def ask(self, memory, tokenizer, question, answer):
+        body = {"memory": memory, "memory_write": False, "prompt": question, "temperature": 0,
+                "max_tokens": len(tokenizer.encode(answer)) + 4}
+        text = self.call("POST", "/v1/completions", json.dumps(body).encode())["choices"][0]["text"]
+        return text.startswith(answer.replace("<|im_end|>", ""))
+
+    def forget(self, memory):
+        self.call("DELETE", f"/v1/memories/{memory}")
 
 
-def case(model, tokenizer, books, names, length, seed, device, piece):
+class Local:
+    """A model in PyTorch, on CUDA where there is one."""
+
+    def __init__(self, folder, hsa, piece):
+        import torch
+
+        from model import Ramba
+        torch.set_grad_enabled(False)
+        self.torch, self.piece = torch, piece
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = Ramba.load(folder).to(self.device)
+        self.model.hsa = hsa
+        self.name = os.path.basename(os.path.normpath(folder)) + ("" if hsa else " without HSA")
+
+    def read(self, tokenizer, ids, book):
+        session, head = {}, max(0, len(ids) - TAIL)
+        ids = self.torch.from_numpy(ids).to(self.device)
+        for at in range(0, head, self.piece):
+            self.model.stream(session, ids[at:min(at + self.piece, head)])
+        logits = self.model.head(self.model.stream(session, ids[head:]))[0, :-1]
+        losses = self.torch.nn.functional.cross_entropy(logits.float(), ids[head + 1:],
+                                                        reduction="none")
+        return session, losses[self.torch.from_numpy(book[head + 1:]).to(self.device)].mean().item()
+
+    def ask(self, session, tokenizer, question, answer):
+        """Greedy decoding gives the answer when each of its tokens is the most likely one after
+        the right ones before it."""
+        question, answer = tokenizer.encode(question), tokenizer.encode(answer)
+        session = {**session, "states": dict(session["states"])}
+        ids = self.torch.tensor(question + answer, device=self.device)
+        logits = self.model.head(self.model.stream(session, ids))[0, len(question) - 1:-1]
+        return bool((logits.argmax(-1) == ids[len(question):]).all())
+
+    def forget(self, session):
+        pass
+
+
+def case(target, tokenizer, books, names, length, seed, of_noise):
     rng = random.Random(seed)
     needles = [TASKS[name](rng) for name in names]
-    ids, book = haystack(tokenizer, books, rng, needles, length)
-    session, ids = {}, torch.from_numpy(ids).to(device)
-    head = max(0, length - TAIL)
-    for at in range(0, head, piece):
-        model.stream(session, ids[at:min(at + piece, head)])
-    logits = model.head(model.stream(session, ids[head:]))[0, :-1]
-    losses = F.cross_entropy(logits.float(), ids[head + 1:], reduction="none")
-    loss = losses[torch.from_numpy(book[head + 1:]).to(device)].mean().item()
-    right = [ask(model, session, tokenizer, needle, rng, device) for needle in needles]
+    ids, book = haystack(tokenizer, books, rng, needles, length, of_noise)
+    held, loss = target.read(tokenizer, ids, book)
+    right = [target.ask(held, tokenizer, *rng.choice(needle.questions)) for needle in needles]
+    target.forget(held)
     return loss, right
+
+
+def plot(rows, names, title, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for name in names:
+        axes.plot([row["length"] for row in rows], [100 * row[name] for row in rows], marker="o",
+                  label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([row["length"] for row in rows],
+                    [f"{row['length'] // 1024}K" for row in rows])
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("right answers, %")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("--url", help="a running daemon")
+    parser.add_argument("--key", default=os.environ.get("RAMBA_API_KEY"), help="its API key")
+    parser.add_argument("--model", help="a model's folder, to be run in PyTorch")
+    parser.add_argument("--no-hsa", action="store_true", help="the recurrent state alone")
     parser.add_argument("--data", required=True, help="what prepare.py made")
     parser.add_argument("--cases", default="50", help="for all lengths, or one number a length")
     parser.add_argument("--lengths", default="4096,16384,65536")
     parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--noise", action="store_true", help="one line repeated, no books")
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--piece", type=int, default=8192, help="tokens read at a time")
-    parser.add_argument("--no-hsa", action="store_true", help="the recurrent state alone")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
-    parser.add_argument("--out", help="a CSV file; the same as JSON beside it")
+    parser.add_argument("--piece", type=int, default=8192, help="PyTorch: tokens read at a time")
+    parser.add_argument("--out", help="a CSV file; a JSON and a PNG beside it")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Ramba.load(args.model).to(device)
-    model.hsa = not args.no_hsa
+    if bool(args.url) == bool(args.model):
+        parser.error("name a daemon with --url or a folder with --model")
+    names = args.tasks.split(",")
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        parser.error(f"no task {unknown[0]}; there are {', '.join(TASKS)}")
+    target = Daemon(args.url, args.key) if args.url else Local(args.model, not args.no_hsa, args.piece)
     tokenizer = Tokenizer.load(args.data)
     books = Books(os.path.join(args.data, "held.npy"), tokenizer)
     lengths = [int(length) for length in args.lengths.split(",")]
     cases = [int(count) for count in args.cases.split(",")]
     cases = cases * len(lengths) if len(cases) == 1 else cases
-    names, rows, begin = args.tasks.split(","), [], time.time()
-    print(f"seeds {args.seed} to {args.seed + max(cases) - 1}, hsa {model.hsa}, {device}")
+    rows, begin = [], time.time()
+    print(f"{target.name}, seeds from {args.seed}")
     print("length  cases  text   " + " ".join(f"{name:>13}" for name in names) + "  seconds")
     for length, count in zip(lengths, cases):
         results = []
         for number in range(count):
-            if time.time() - begin > args.seconds:
-                break
-            results.append(case(model, tokenizer, books, names, length, args.seed + number, device,
-                                args.piece))
-        if not results:
-            break
-        loss = sum(r[0] for r in results) / len(results)
-        right = [sum(r[1][i] for r in results) / len(results) for i in range(len(names))]
-        rows.append({"length": length, "cases": len(results), "text": round(loss, 4),
+            results.append(case(target, tokenizer, books, names, length, args.seed + number,
+                                args.noise))
+            if sys.stderr.isatty():
+                print(f"\r{length}: {number + 1} of {count}", end="\r", file=sys.stderr)
+        losses = [loss for loss, _ in results if loss is not None]
+        loss = round(sum(losses) / len(losses), 4) if losses else None
+        right = [sum(r[i] for _, r in results) / count for i in range(len(names))]
+        rows.append({"length": length, "cases": count, "text": loss,
                      **{name: round(share, 4) for name, share in zip(names, right)}})
-        print(f"{length:<8}{len(results):<6} {loss:.4f} " + " ".join(f"{r:13.3f}" for r in right)
-              + f"  {time.time() - begin:.0f}", flush=True)
-    if args.out:
-        with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["length", "cases", "text", *names])
-            writer.writeheader()
-            writer.writerows(rows)
-        with open(os.path.splitext(args.out)[0] + ".json", "w") as file:
-            json.dump({"seed": args.seed, "hsa": model.hsa, "rows": rows}, file, indent=1)
+        print(f"{length:<8}{count:<6} {'-' if loss is None else loss:<6} "
+              + " ".join(f"{r:13.3f}" for r in right) + f"  {time.time() - begin:.0f}", flush=True)
+        if args.out:
+            base = os.path.splitext(args.out)[0]
+            with open(base + ".csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, ["length", "cases", "text", *names])
+                writer.writeheader()
+                writer.writerows(rows)
+            with open(base + ".json", "w") as file:
+                json.dump({"model": target.name, "seed": args.seed, "rows": rows}, file, indent=1)
+            plot(rows, names, f"{target.name}: held-out books", base + ".png")
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    main()
