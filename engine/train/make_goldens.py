@@ -270,14 +270,12 @@ def make(name, options, folder):
 def make_shipped(model_folder, folder, text):
     """Goldens of a trained model; its weights stay where they are."""
     model = ramba.Reference.load(model_folder)
-    ids = torch.tensor(tokenizer.Tokenizer.load(model_folder).encode(text)[:300])
+    ids = torch.tensor(tokenizer.Tokenizer.load(model_folder).encode(text)[:1000])
     length = len(ids)
-    positions = [0, 1, 63, 64, 127, 128, 200, length - 1]
-    golden, margin = golden_of(model, ids, positions, positions + [150, 250])
+    positions = [0, 1, 63, 64, 127, 128, 200, 640, length - 1]
+    golden, margin = golden_of(model, ids, positions, positions + [150, 250, 500, 800])
     os.makedirs(folder, exist_ok=True)
     safetensors_io.save(golden, os.path.join(folder, "golden.safetensors"))
-    with open(os.path.join(folder, "model.txt"), "w", encoding="utf-8") as file:
-        file.write(os.path.relpath(os.path.abspath(model_folder), ROOT) + "\n")
     print(f"{folder}: {length} tokens, smallest margin {margin:.1e}")
 
 

@@ -103,7 +103,7 @@ static struct tokenizer *open_published(const char *name)
     const char *path = golden_shared(relative);
     enum status status = tokenizer_open(path, &tokenizer, &err);
     if (status == STATUS_NOT_FOUND) {
-        print_message("SKIPPED: no %s (set RAMBA_SHARED)\n", path);
+        print_message("SKIPPED: no %s (set RAMBAD_SHARED)\n", path);
         skip();
     }
     if (status)

@@ -59,7 +59,7 @@ const int64_t *golden_integers(const struct golden *golden, const char *name, si
 const char *golden_shared(const char *name)
 {
     static char path[4096];
-    const char *root = getenv("RAMBA_SHARED");
+    const char *root = getenv("RAMBAD_SHARED");
     snprintf(path, sizeof path, "%s/%s", root ? root : "../shared", name);
     return path;
 }

@@ -20,7 +20,7 @@ void golden_close(struct golden *golden);
 const float *golden_floats(const struct golden *golden, const char *name, size_t *count);
 const int64_t *golden_integers(const struct golden *golden, const char *name, size_t *count);
 
-/* FOLDER/NAME of the published data: $RAMBA_SHARED, by default ../shared. */
+/* FOLDER/NAME of the published data: $RAMBAD_SHARED, by default ../shared. */
 const char *golden_shared(const char *name);
 
 #endif
