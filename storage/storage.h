@@ -22,6 +22,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "proto/base/buf.h"
 #include "proto/limits.h"
 #include "proto/status.h"
 
@@ -208,6 +209,36 @@ struct storage_stats {
     uint64_t branches_to_collect;     /* deleted, not all of it freed yet */
 };
 void storage_get_stats(struct storage *storage, struct storage_stats *stats);
+
+/* ---- moving: a memory as one file (proto/memory_file.h), piece by piece ----
+ * On any thread but the writer's, one call at a time; the calls wait for the disk. Memory in use is
+ * a few parts and one snapshot, whatever the length. */
+
+struct storage_export;
+/* The memory as it stands now; what becomes of it afterwards does not show in the file.
+ * STATUS_NOT_FOUND, STATUS_DISK_FULL, STATUS_IO, STATUS_CORRUPT, STATUS_NO_MEMORY. */
+STATUS_CHECKED enum status storage_export_open(struct storage *storage, const char *id,
+                                               struct storage_export **out);
+/* Appends the next part to `out`, at most about 1 MiB; `*done` with the last one. */
+STATUS_CHECKED enum status storage_export_next(struct storage_export *file, struct buf *out,
+                                               bool *done);
+void storage_export_close(struct storage_export *file);
+
+struct storage_import;
+/* `vocabulary`: how many tokens the model knows. STATUS_DISK_FULL, STATUS_IO, STATUS_NO_MEMORY. */
+STATUS_CHECKED enum status storage_import_open(struct storage *storage, uint32_t vocabulary,
+                                               struct storage_import **out);
+/* The file's next bytes, as they come. STATUS_MISMATCH (another model's), STATUS_CORRUPT (altered),
+ * STATUS_UNSUPPORTED (a newer format) say in `err` which part; also STATUS_DISK_FULL, STATUS_IO,
+ * STATUS_NO_MEMORY. After a failure only storage_import_close may follow. */
+STATUS_CHECKED enum status storage_import_feed(struct storage_import *file, const void *data,
+                                               size_t size, struct error *err);
+/* The file is over: its memory is there under `id` from now on. STATUS_CORRUPT: it was cut.
+ * STATUS_CONFLICT: there is an `id`. */
+STATUS_CHECKED enum status storage_import_finish(struct storage_import *file, const char *id,
+                                                 struct error *err);
+/* Without a finish nothing is left of what was fed. */
+void storage_import_close(struct storage_import *file);
 
 /* ---- offline ---- */
 

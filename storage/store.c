@@ -11,6 +11,7 @@
 
 #include "proto/base/assert.h"
 #include "proto/base/log.h"
+#include "proto/memory_file.h"
 #include "storage/memory.h"
 #include "storage/writer.h"
 
@@ -144,6 +145,29 @@ void store_read_end(struct storage *storage, MDB_txn *txn)
 {
     mdb_txn_abort(txn);
     pthread_rwlock_unlock(&storage->map_lock);
+}
+
+enum status store_read_model(struct storage *storage, struct memory_file_manifest *manifest)
+{
+    struct record_meta meta;
+    MDB_val value;
+    MDB_txn *txn;
+    enum status status = store_read_begin(storage, &txn);
+    if (status)
+        return status;
+    status = store_get(storage, txn, STORE_META, format_key, sizeof format_key - 1, &value);
+    if (!status)
+        status = record_meta_decode(format_key, sizeof format_key - 1, value.mv_data,
+                                    value.mv_size, &meta);
+    store_read_end(storage, txn);
+    if (status)
+        return status;
+    manifest->fingerprint = meta.fingerprint;
+    manifest->chunk_tokens = meta.chunk_tokens;
+    manifest->kv_bytes = meta.kv_bytes;
+    manifest->landmark_bytes = meta.landmark_bytes;
+    memcpy(manifest->model, meta.model_name, sizeof manifest->model);
+    return STATUS_OK;
 }
 
 enum status store_get(const struct storage *storage, MDB_txn *txn, enum store_db db,

@@ -29,6 +29,7 @@ enum store_db {
 #define STORE_CHILD_KEY_BYTES 24
 
 struct writer;
+struct memory_file_manifest;
 
 struct storage {
     char *path;
@@ -84,6 +85,9 @@ void store_reserve_restore(struct storage *storage);
 
 /* ---- reading, in either kind of transaction ---- */
 
+/* What the store's first record says of the model: fingerprint, name, sizes. */
+STATUS_CHECKED enum status store_read_model(struct storage *storage,
+                                            struct memory_file_manifest *manifest);
 STATUS_CHECKED enum status store_read_begin(struct storage *storage, MDB_txn **txn);
 void store_read_end(struct storage *storage, MDB_txn *txn);
 

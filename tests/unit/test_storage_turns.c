@@ -10,170 +10,9 @@
 #include <cmocka.h>
 
 #include "proto/base/hash.h"
-#include "tests/lib/store_helper.h"
+#include "tests/lib/store_past.h"
 
-#define S 8u
-#define KV 600u
-#define LANDMARK 40u
-#define SNAPSHOT 5000u
-#define MAX_TOKENS 4096u
-#define KEEP 3u
 #define OLD_STORE "tests/golden/store-format-1"
-
-static struct storage *open_at(const char *path)
-{
-    struct storage_options options = {.path = path,
-                                      .kv_bytes = KV,
-                                      .landmark_bytes = LANDMARK,
-                                      .chunk_tokens = S,
-                                      .model_fingerprint = 7,
-                                      .model_name = "m",
-                                      .map_bytes = 256 * LIMITS_MIB,
-                                      .keep_snapshots = KEEP};
-    struct storage *storage = NULL;
-    struct error err = {0};
-    enum status status = storage_open(&options, &storage, &err);
-    if (status)
-        fail_msg("storage_open: %s: %s", status_text(status), err.message);
-    return storage;
-}
-
-static void print_problem(void *context, const char *message)
-{
-    (void)context;
-    print_message("  problem: %s\n", message);
-}
-
-static struct storage_check_report assert_clean(const char *path)
-{
-    struct storage_check_report report;
-    struct error err = {0};
-    assert_int_equal(storage_check(path, print_problem, NULL, &report, &err), STATUS_OK);
-    assert_int_equal(report.problems, 0);
-    return report;
-}
-
-/* ---- a memory as it should be: everything in it follows from its tokens ---- */
-
-struct past {
-    char id[LIMITS_ID_BYTES];
-    uint64_t count;
-    int32_t tokens[MAX_TOKENS];
-    bool is_turn[MAX_TOKENS + 1]; /* whether one was ever committed at this position */
-};
-
-static uint64_t hash_of(const struct past *past, uint64_t from, uint64_t end)
-{
-    return hash64(past->tokens + from, (size_t)(end - from) * sizeof *past->tokens, from);
-}
-
-static void chunk_of(const struct past *past, uint64_t index, unsigned char *kv,
-                     unsigned char *landmark)
-{
-    uint64_t hash = hash_of(past, index * S, (index + 1) * S);
-    store_fill(kv, KV, hash, index);
-    store_fill(landmark, LANDMARK, ~hash, index);
-}
-
-static struct storage_memory get(struct storage *storage, const char *id)
-{
-    struct storage_memory memory;
-    assert_int_equal(storage_memory_get(storage, id, &memory), STATUS_OK);
-    storage_memory_close(&memory);
-    return memory;
-}
-
-/* Writes what `past` says on to `position` as one commit to memory `id`. */
-static void commit_to(struct storage *storage, const struct past *past, const char *id,
-                      uint64_t position, bool goes_on)
-{
-    unsigned char kv[KV], landmark[LANDMARK], snapshot[SNAPSHOT];
-    struct storage_memory memory = get(storage, id);
-    for (uint64_t i = memory.token_count / S; i < position / S; i++) {
-        chunk_of(past, i, kv, landmark);
-        assert_int_equal(storage_append(storage, memory.branch, i, kv, landmark, NULL, NULL),
-                         STATUS_OK);
-    }
-    store_fill(snapshot, SNAPSHOT, hash_of(past, 0, position), position);
-    struct storage_commit commit = {.id = id,
-                                    .position = position,
-                                    .tokens = past->tokens + memory.token_count,
-                                    .token_count = (size_t)(position - memory.token_count),
-                                    .text_bytes = position * 3,
-                                    .snapshot = snapshot,
-                                    .snapshot_bytes = SNAPSHOT,
-                                    .goes_on = goes_on};
-    assert_int_equal(store_commit(storage, &commit), STATUS_OK);
-}
-
-static void write_turn(struct storage *storage, struct past *past, uint64_t count, uint64_t seed,
-                       bool goes_on)
-{
-    for (uint64_t i = 0; i < count; i++)
-        past->tokens[past->count + i] = store_token(seed, past->count + i);
-    past->count += count;
-    past->is_turn[past->count] = true;
-    commit_to(storage, past, past->id, past->count, goes_on);
-}
-
-static size_t list(struct storage *storage, const char *id, struct storage_turn *turns)
-{
-    size_t count;
-    bool more;
-    assert_int_equal(storage_turn_list(storage, id, UINT64_MAX, MAX_TOKENS, turns, &count, &more),
-                     STATUS_OK);
-    assert_false(more);
-    return count;
-}
-
-/* Everything that can be read of a memory, against its past. */
-static void assert_past(struct storage *storage, const struct past *past)
-{
-    unsigned char kv[KV], landmark[LANDMARK], want_kv[KV], want_landmark[LANDMARK];
-    int32_t tokens[MAX_TOKENS];
-    struct storage_memory memory = get(storage, past->id);
-    struct storage_range *ranges;
-    size_t range_count;
-    assert_int_equal(memory.token_count, past->count);
-    assert_int_equal(memory.text_bytes, past->count * 3);
-    assert_int_equal(storage_read_tokens(storage, past->id, 0, (size_t)past->count, tokens),
-                     STATUS_OK);
-    assert_memory_equal(tokens, past->tokens, past->count * sizeof *tokens);
-    assert_int_equal(storage_lineage(storage, past->id, &ranges, &range_count), STATUS_OK);
-    for (uint64_t i = 0; i < past->count / S; i++) {
-        size_t r = range_count - 1;
-        while (ranges[r].first > i)
-            r--;
-        struct storage_read read = {.branch = ranges[r].branch, .index = i, .kv = kv};
-        assert_int_equal(storage_read_chunks(storage, &read, 1), STATUS_OK);
-        assert_int_equal(storage_read_landmarks(storage, ranges[r].branch, i, 1, landmark),
-                         STATUS_OK);
-        chunk_of(past, i, want_kv, want_landmark);
-        assert_memory_equal(kv, want_kv, KV);
-        assert_memory_equal(landmark, want_landmark, LANDMARK);
-    }
-    free(ranges);
-    if (past->count == 0)
-        return;
-    void *snapshot;
-    unsigned char want[SNAPSHOT];
-    size_t size;
-    uint64_t position;
-    assert_int_equal(storage_snapshot(storage, past->id, &snapshot, &size, &position), STATUS_OK);
-    store_fill(want, SNAPSHOT, hash_of(past, 0, past->count), past->count);
-    assert_int_equal(size, SNAPSHOT);
-    assert_memory_equal(snapshot, want, SNAPSHOT);
-    free(snapshot);
-    struct storage_turn *turns = calloc(MAX_TOKENS, sizeof *turns);
-    size_t count = list(storage, past->id, turns);
-    for (size_t i = 0; i < count; i++) {
-        assert_true(i == 0 || turns[i].position < turns[i - 1].position);
-        assert_true(turns[i].position <= past->count);
-        assert_true(past->is_turn[turns[i].position]);
-        assert_int_equal(turns[i].text_bytes, turns[i].position * 3);
-    }
-    free(turns);
-}
 
 /* ---- the calls, waited for ---- */
 
@@ -214,13 +53,13 @@ static enum status delete_turn(struct storage *storage, const char *id, uint64_t
 
 /* An ephemeral fork "e" of `past` that stands at `at`: from the nearest snapshot, what is missing
  * written again. Returns the tokens that took. */
-static uint64_t reach(struct storage *storage, const struct past *past, uint64_t at)
+static uint64_t reach(struct storage *storage, const struct store_past *past, uint64_t at)
 {
     assert_int_equal(fork_at(storage, "e", at ? past->id : NULL, at, true), STATUS_OK);
-    uint64_t position = get(storage, "e").token_count;
+    uint64_t position = store_past_get(storage, "e").token_count;
     assert_true(position <= at);
     if (position < at)
-        commit_to(storage, past, "e", at, false);
+        store_past_commit(storage, past, "e", at, false);
     return at - position;
 }
 
@@ -236,19 +75,19 @@ static void wait_collected(struct storage *storage)
 
 static void test_history(void **state)
 {
-    struct storage *storage = open_at(*state);
-    struct past *a = calloc(1, sizeof *a);
+    struct storage *storage = store_past_open(*state);
+    struct store_past *a = calloc(1, sizeof *a);
     struct storage_turn turns[64];
     strcpy(a->id, "a");
     assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
-    assert_int_equal(list(storage, "a", turns), 0);
+    assert_int_equal(store_past_turns(storage, "a", turns), 0);
     for (unsigned i = 0; i < 10; i++)
-        write_turn(storage, a, 20, 1, false);
-    write_turn(storage, a, 7, 1, true); /* the tenth turn goes on */
-    assert_int_equal(list(storage, "a", turns), 10);
+        store_past_write(storage, a, 20, 1, false);
+    store_past_write(storage, a, 7, 1, true); /* the tenth turn goes on */
+    assert_int_equal(store_past_turns(storage, "a", turns), 10);
     for (unsigned i = 0; i < 10; i++) {
         assert_int_equal(turns[i].position, i ? 200 - 20 * i : 207);
-        assert_int_equal(turns[i].has_snapshot, i < KEEP);
+        assert_int_equal(turns[i].has_snapshot, i < STORE_PAST_KEEP);
     }
     /* Page by page it is the same. */
     size_t count;
@@ -262,13 +101,13 @@ static void test_history(void **state)
     assert_int_equal(bookmark(storage, "a", 100, "too late"), STATUS_CONFLICT);
     assert_int_equal(bookmark(storage, "a", 101, "no turn"), STATUS_NOT_FOUND);
     for (unsigned i = 0; i < 5; i++)
-        write_turn(storage, a, 3, 1, false);
-    assert_int_equal(list(storage, "a", turns), 15);
+        store_past_write(storage, a, 3, 1, false);
+    assert_int_equal(store_past_turns(storage, "a", turns), 15);
     assert_int_equal(turns[6].position, 180);
     assert_true(turns[6].has_snapshot && !turns[5].has_snapshot);
     assert_string_equal(turns[6].bookmark, "before the storm");
     assert_int_equal(bookmark(storage, "a", 180, NULL), STATUS_OK);
-    assert_int_equal(list(storage, "a", turns), 15);
+    assert_int_equal(store_past_turns(storage, "a", turns), 15);
     assert_true(!turns[6].has_snapshot && turns[2].has_snapshot);
 
     /* Any turn but the last can be forgotten; what it said stays. */
@@ -276,22 +115,22 @@ static void test_history(void **state)
     assert_int_equal(delete_turn(storage, "a", a->count - 3), STATUS_OK);
     assert_int_equal(delete_turn(storage, "a", a->count - 3), STATUS_NOT_FOUND);
     assert_int_equal(delete_turn(storage, "a", 60), STATUS_OK);
-    assert_int_equal(list(storage, "a", turns), 13);
-    assert_past(storage, a);
+    assert_int_equal(store_past_turns(storage, "a", turns), 13);
+    store_past_assert(storage, a);
     storage_close(storage);
-    assert_int_equal(assert_clean(*state).turns, 13);
+    assert_int_equal(store_past_check(*state).turns, 13);
     free(a);
 }
 
 static void test_rewind(void **state)
 {
-    struct storage *storage = open_at(*state);
-    struct past *a = calloc(1, sizeof *a), *b = calloc(1, sizeof *b);
+    struct storage *storage = store_past_open(*state);
+    struct store_past *a = calloc(1, sizeof *a), *b = calloc(1, sizeof *b);
     struct storage_turn turns[64];
     strcpy(a->id, "a");
     assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
     for (unsigned i = 0; i < 10; i++)
-        write_turn(storage, a, 21, 1, false);
+        store_past_write(storage, a, 21, 1, false);
     *b = *a;
     strcpy(b->id, "b");
 
@@ -301,23 +140,23 @@ static void test_rewind(void **state)
     assert_int_equal(reach(storage, a, 189), 0);
     assert_int_equal(settle(storage, "e", "b"), STATUS_OK);
     b->count = 189;
-    assert_past(storage, b);
-    assert_string_equal(get(storage, "b").parent, "a");
+    store_past_assert(storage, b);
+    assert_string_equal(store_past_get(storage, "b").parent, "a");
     assert_int_equal(reach(storage, a, 63), 63);
     assert_int_equal(settle(storage, "e", "a"), STATUS_OK);
     a->count = 63;
-    assert_past(storage, a);
-    assert_past(storage, b);
+    store_past_assert(storage, a);
+    store_past_assert(storage, b);
     assert_int_equal(settle(storage, "a", "b"), STATUS_INVALID);
     assert_int_equal(settle(storage, "e", "b"), STATUS_NOT_FOUND);
     wait_collected(storage);
-    assert_past(storage, a);
-    assert_past(storage, b);
+    store_past_assert(storage, a);
+    store_past_assert(storage, b);
     /* The branch that `a` left belongs to nobody: `b` reaches its turns and may change them. */
-    assert_int_equal(list(storage, "b", turns), 9);
+    assert_int_equal(store_past_turns(storage, "b", turns), 9);
     assert_int_equal(bookmark(storage, "b", 168, "here"), STATUS_OK);
     assert_int_equal(fork_at(storage, "c", "b", 168, false), STATUS_OK);
-    assert_int_equal(get(storage, "c").token_count, 168);
+    assert_int_equal(store_past_get(storage, "c").token_count, 168);
     /* What another memory wrote is not b's to change. */
     assert_int_equal(fork_at(storage, "d", "a", 0, false), STATUS_OK);
     assert_int_equal(bookmark(storage, "d", 63, "mine"), STATUS_CONFLICT);
@@ -326,18 +165,18 @@ static void test_rewind(void **state)
     assert_int_equal(reach(storage, a, 0), 0);
     assert_int_equal(settle(storage, "e", "a"), STATUS_OK);
     a->count = 0;
-    assert_past(storage, a);
-    write_turn(storage, a, 50, 2, false);
-    assert_past(storage, a);
+    store_past_assert(storage, a);
+    store_past_write(storage, a, 50, 2, false);
+    store_past_assert(storage, a);
     const char *all[] = {"a", "c", "d"};
     for (size_t i = 0; i < 3; i++)
         assert_int_equal(store_remove(storage, all[i]), STATUS_OK);
     wait_collected(storage);
-    assert_past(storage, b);
+    store_past_assert(storage, b);
     assert_int_equal(store_remove(storage, "b"), STATUS_OK);
     wait_collected(storage);
     storage_close(storage);
-    struct storage_check_report report = assert_clean(*state);
+    struct storage_check_report report = store_past_check(*state);
     assert_int_equal(report.branches + report.turns + report.snapshots + report.chunks, 0);
     free(a);
     free(b);
@@ -346,14 +185,14 @@ static void test_rewind(void **state)
 /* 1,000 forks take no chunk, no token and no snapshot. */
 static void test_many_forks(void **state)
 {
-    struct storage *storage = open_at(*state);
-    struct past *a = calloc(1, sizeof *a);
+    struct storage *storage = store_past_open(*state);
+    struct store_past *a = calloc(1, sizeof *a);
     struct storage_stats before, after;
     char id[16];
     strcpy(a->id, "a");
     assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
     for (unsigned i = 0; i < 4; i++)
-        write_turn(storage, a, 1000, 1, false);
+        store_past_write(storage, a, 1000, 1, false);
     storage_get_stats(storage, &before);
     for (unsigned i = 0; i < 1000; i++) {
         snprintf(id, sizeof id, "f%u", i);
@@ -362,16 +201,16 @@ static void test_many_forks(void **state)
     storage_get_stats(storage, &after);
     print_message("1,000 forks: %llu bytes each\n",
                   (unsigned long long)(after.map_used_bytes - before.map_used_bytes) / 1000);
-    assert_true(after.map_used_bytes - before.map_used_bytes < 1000 * SNAPSHOT / 4);
+    assert_true(after.map_used_bytes - before.map_used_bytes < 1000 * STORE_PAST_SNAPSHOT / 4);
     strcpy(a->id, "f8");
-    assert_past(storage, a);
+    store_past_assert(storage, a);
     a->count = 3000;
     strcpy(a->id, "f999");
-    assert_past(storage, a);
+    store_past_assert(storage, a);
     storage_close(storage);
-    struct storage_check_report report = assert_clean(*state);
+    struct storage_check_report report = store_past_check(*state);
     assert_int_equal(report.chunks, 500);
-    assert_int_equal(report.snapshots, KEEP);
+    assert_int_equal(report.snapshots, STORE_PAST_KEEP);
     free(a);
 }
 
@@ -387,24 +226,24 @@ static void test_migration(void **state)
     assert_int_equal(system(command), 0);
     assert_int_equal(storage_check(*state, NULL, NULL, &report, &err), STATUS_UNSUPPORTED);
     assert_non_null(strstr(err.message, "rambad serve"));
-    struct storage *storage = open_at(*state);
-    struct past *a = calloc(1, sizeof *a);
+    struct storage *storage = store_past_open(*state);
+    struct store_past *a = calloc(1, sizeof *a);
     for (uint64_t i = 0; i < 130; i++)
         a->tokens[i] = store_token(1, i);
     a->is_turn[100] = a->is_turn[130] = true;
     strcpy(a->id, "old");
     a->count = 100;
-    assert_past(storage, a);
-    assert_int_equal(list(storage, "old", turns), 1);
+    store_past_assert(storage, a);
+    assert_int_equal(store_past_turns(storage, "old", turns), 1);
     strcpy(a->id, "old fork");
     a->count = 130;
-    assert_past(storage, a);
-    assert_int_equal(list(storage, "old fork", turns), 2);
+    store_past_assert(storage, a);
+    assert_int_equal(store_past_turns(storage, "old fork", turns), 2);
     assert_true(turns[1].position == 100 && turns[1].has_snapshot);
-    write_turn(storage, a, 40, 9, false);
-    assert_past(storage, a);
+    store_past_write(storage, a, 40, 9, false);
+    store_past_assert(storage, a);
     storage_close(storage);
-    assert_int_equal(assert_clean(*state).turns, 3);
+    assert_int_equal(store_past_check(*state).turns, 3);
     free(a);
 }
 
@@ -419,7 +258,7 @@ static uint64_t draw(uint64_t *random, uint64_t below)
     return *random % below;
 }
 
-static uint64_t some_turn(const struct past *past, uint64_t *random)
+static uint64_t some_turn(const struct store_past *past, uint64_t *random)
 {
     uint64_t at = past->count ? draw(random, past->count) + 1 : 0;
     if (draw(random, 3) > 0)
@@ -429,7 +268,8 @@ static uint64_t some_turn(const struct past *past, uint64_t *random)
 }
 
 /* Forks or rewinds: past `to` becomes past `from` as it was at `at`. */
-static void go_to(struct storage *storage, struct past *to, const struct past *from, uint64_t at)
+static void go_to(struct storage *storage, struct store_past *to, const struct store_past *from,
+                  uint64_t at)
 {
     char id[LIMITS_ID_BYTES];
     reach(storage, from, at);
@@ -439,15 +279,15 @@ static void go_to(struct storage *storage, struct past *to, const struct past *f
         *to = *from;
     strcpy(to->id, id);
     to->count = at;
-    memset(to->is_turn + at + 1, 0, MAX_TOKENS - (size_t)at);
+    memset(to->is_turn + at + 1, 0, STORE_PAST_TOKENS - (size_t)at);
     to->is_turn[at] = at > 0; /* it may be a new one */
 }
 
 static void test_random(void **state)
 {
     uint64_t seed, random, id = 0;
-    struct past *pasts = calloc(PASTS, sizeof *pasts);
-    struct storage *storage = open_at(*state);
+    struct store_past *pasts = calloc(PASTS, sizeof *pasts);
+    struct storage *storage = store_past_open(*state);
     const char *given = getenv("RAMBAD_SEED");
     if (given)
         seed = strtoull(given, NULL, 10);
@@ -456,7 +296,7 @@ static void test_random(void **state)
     print_message("RAMBAD_SEED=%llu\n", (unsigned long long)seed);
     random = seed;
     for (unsigned step = 0; step < STEPS; step++) {
-        struct past *p = &pasts[draw(&random, PASTS)], *q = &pasts[draw(&random, PASTS)];
+        struct store_past *p = &pasts[draw(&random, PASTS)], *q = &pasts[draw(&random, PASTS)];
         uint64_t what = draw(&random, 100), at;
         if (!p->id[0]) {
             snprintf(p->id, sizeof p->id, "m%llu", (unsigned long long)id++);
@@ -465,14 +305,14 @@ static void test_random(void **state)
             } else {
                 char name[LIMITS_ID_BYTES];
                 strcpy(name, p->id);
-                *p = (struct past){0};
+                *p = (struct store_past){0};
                 strcpy(p->id, name);
                 assert_int_equal(store_create(storage, p->id, NULL), STATUS_OK);
             }
         } else if (what < 45) {
             uint64_t count = 1 + draw(&random, 60);
-            if (p->count + count <= MAX_TOKENS)
-                write_turn(storage, p, count, draw(&random, UINT64_MAX), what < 10);
+            if (p->count + count <= STORE_PAST_TOKENS)
+                store_past_write(storage, p, count, draw(&random, UINT64_MAX), what < 10);
         } else if (what < 65) {
             go_to(storage, p, p, some_turn(p, &random));
         } else if (what < 75) {
@@ -490,22 +330,22 @@ static void test_random(void **state)
             p->id[0] = 0;
         } else if (what < 91) {
             storage_close(storage);
-            assert_clean(*state);
-            storage = open_at(*state);
+            store_past_check(*state);
+            storage = store_past_open(*state);
         }
         for (unsigned i = 0; i < PASTS; i++)
             if (pasts[i].id[0] && (i == step % PASTS || &pasts[i] == p))
-                assert_past(storage, &pasts[i]);
+                store_past_assert(storage, &pasts[i]);
     }
     for (unsigned i = 0; i < PASTS; i++) {
         if (!pasts[i].id[0])
             continue;
-        assert_past(storage, &pasts[i]);
+        store_past_assert(storage, &pasts[i]);
         assert_int_equal(store_remove(storage, pasts[i].id), STATUS_OK);
     }
     wait_collected(storage);
     storage_close(storage);
-    struct storage_check_report report = assert_clean(*state);
+    struct storage_check_report report = store_past_check(*state);
     assert_int_equal(report.branches + report.turns + report.snapshots + report.chunks, 0);
     free(pasts);
 }

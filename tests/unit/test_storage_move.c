@@ -1,0 +1,360 @@
+/* Memories that leave a store as a file and come into another: whole, or not at all. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include <cmocka.h>
+#include <zstd.h>
+
+#include "proto/base/hash.h"
+#include "proto/memory_file.h"
+#include "tests/lib/store_past.h"
+
+#define VOCABULARY 65536u
+
+static void export_to(struct storage *storage, const char *id, struct buf *out)
+{
+    struct storage_export *file;
+    bool done = false;
+    assert_int_equal(storage_export_open(storage, id, &file), STATUS_OK);
+    while (!done)
+        assert_int_equal(storage_export_next(file, out, &done), STATUS_OK);
+    storage_export_close(file);
+}
+
+/* In pieces of at most `piece` bytes. */
+static enum status import_from(struct storage *storage, const char *id, const char *data,
+                               size_t size, size_t piece, struct error *err)
+{
+    struct storage_import *file;
+    enum status status = storage_import_open(storage, VOCABULARY, &file);
+    assert_int_equal(status, STATUS_OK);
+    for (size_t at = 0; !status && at < size; at += piece)
+        status = storage_import_feed(file, data + at, size - at < piece ? size - at : piece, err);
+    if (!status)
+        status = storage_import_finish(file, id, err);
+    storage_import_close(file);
+    return status;
+}
+
+/* A memory "a" of four turns over two branches. */
+static struct store_past *make(struct storage *storage)
+{
+    struct store_past *past = calloc(1, sizeof *past);
+    struct storage_memory_options options = {.id = "a", .from = "old", .metadata = "{\"k\":\"v\"}"};
+    struct store_wait wait;
+    strcpy(past->id, "old");
+    assert_int_equal(store_create(storage, "old", NULL), STATUS_OK);
+    store_past_write(storage, past, 60, 1, false);
+    store_past_write(storage, past, 33, 1, false);
+    strcpy(past->id, "a");
+    store_wait_init(&wait);
+    assert_int_equal(
+        store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait)),
+        STATUS_OK);
+    store_past_write(storage, past, 40, 2, false);
+    store_past_write(storage, past, 10, 2, false);
+    return past;
+}
+
+static void test_round_trip(void **state)
+{
+    struct storage *storage = store_past_open(*state);
+    struct store_past *past = make(storage);
+    struct buf file, again;
+    struct error err = {0};
+    buf_init(&file);
+    buf_init(&again);
+    export_to(storage, "a", &file);
+    /* Piece by piece or at once, it is the same memory, and the same file again. */
+    for (size_t piece = 1; piece < file.size * 3; piece *= 3) {
+        assert_int_equal(import_from(storage, "b", file.data, file.size, piece, &err), STATUS_OK);
+        strcpy(past->id, "b");
+        store_past_assert(storage, past);
+        struct storage_memory memory;
+        assert_int_equal(storage_memory_get(storage, "b", &memory), STATUS_OK);
+        assert_string_equal(memory.metadata, "{\"k\":\"v\"}");
+        storage_memory_close(&memory);
+        assert_int_equal(store_remove(storage, "b"), STATUS_OK);
+    }
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 1000, &err), STATUS_OK);
+    /* It goes on, and is its own. */
+    assert_int_equal(store_remove(storage, "a"), STATUS_OK);
+    assert_int_equal(store_remove(storage, "old"), STATUS_OK);
+    store_past_write(storage, past, 50, 3, false);
+    store_past_assert(storage, past);
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 1000, &err), STATUS_CONFLICT);
+    /* The shortest ones. */
+    static const unsigned counts[] = {0, 1, 7, 8, 9, 16};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        struct store_past *small = calloc(1, sizeof *small);
+        strcpy(small->id, "s");
+        assert_int_equal(store_create(storage, "s", NULL), STATUS_OK);
+        if (counts[i])
+            store_past_write(storage, small, counts[i], 4, false);
+        again.size = 0;
+        export_to(storage, "s", &again);
+        strcpy(small->id, "t");
+        assert_int_equal(import_from(storage, "t", again.data, again.size, 64, &err), STATUS_OK);
+        store_past_assert(storage, small);
+        assert_int_equal(store_remove(storage, "s"), STATUS_OK);
+        assert_int_equal(store_remove(storage, "t"), STATUS_OK);
+        free(small);
+    }
+    assert_int_equal(storage_export_open(storage, "nobody", &(struct storage_export *){NULL}),
+                     STATUS_NOT_FOUND);
+    storage_close(storage);
+    assert_int_equal(store_past_check(*state).memories, 1);
+    buf_close(&file);
+    buf_close(&again);
+    free(past);
+}
+
+/* While it is exported the memory goes on, is rewound and deleted: the file does not change. */
+static void test_view(void **state)
+{
+    struct storage *storage = store_past_open(*state);
+    struct store_past *past = make(storage), *later = calloc(1, sizeof *later);
+    struct buf file, calm;
+    struct error err = {0};
+    struct storage_export *out;
+    bool done = false;
+    buf_init(&file);
+    buf_init(&calm);
+    export_to(storage, "a", &calm);
+    assert_int_equal(storage_export_open(storage, "a", &out), STATUS_OK);
+    *later = *past;
+    for (unsigned i = 0; !done; i++) {
+        assert_int_equal(storage_export_next(out, &file, &done), STATUS_OK);
+        if (i < 3)
+            store_past_write(storage, later, 30, i, false);
+        if (i == 3)
+            assert_int_equal(store_remove(storage, "a"), STATUS_OK);
+        if (i == 4)
+            assert_int_equal(store_remove(storage, "old"), STATUS_OK);
+    }
+    storage_export_close(out);
+    assert_int_equal(file.size, calm.size);
+    assert_memory_equal(file.data, calm.data, file.size);
+    strcpy(past->id, "b");
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 77, &err), STATUS_OK);
+    store_past_assert(storage, past);
+    storage_close(storage);
+    assert_int_equal(store_past_check(*state).memories, 1);
+    buf_close(&file);
+    buf_close(&calm);
+    free(past);
+    free(later);
+}
+
+/* Every byte changed, and every length: refused with the part named, or (a bit that zstd does not
+ * use) the same memory; never anything left. */
+static void test_damage(void **state)
+{
+    struct storage *storage = store_past_open(*state);
+    struct store_past *past = make(storage);
+    struct buf file;
+    unsigned harmless = 0;
+    buf_init(&file);
+    export_to(storage, "a", &file);
+    strcpy(past->id, "b");
+    /* In the order of a shuffled deck, so that a short run sees all of the file. */
+    const size_t steps = getenv("RAMBAD_LONG") ? file.size : 400;
+    uint64_t seed;
+    assert_int_equal(getrandom(&seed, sizeof seed, 0), sizeof seed);
+    print_message("seed %llu, %zu bytes\n", (unsigned long long)seed, file.size);
+    for (size_t i = 0; i < steps; i++) {
+        struct error err = {0};
+        const uint64_t random = hash64(&i, sizeof i, seed);
+        const size_t at = steps == file.size ? i : random % file.size;
+        const char before = file.data[at];
+        file.data[at] = (char)(before ^ (1 << (random >> 40) % 8));
+        enum status status = import_from(storage, "b", file.data, file.size, 4096, &err);
+        file.data[at] = before;
+        if (status == STATUS_OK) {
+            harmless++;
+            store_past_assert(storage, past);
+            assert_int_equal(store_remove(storage, "b"), STATUS_OK);
+        } else {
+            if (status != STATUS_CORRUPT || !strstr(err.message, "part "))
+                fail_msg("byte %zu: %s: %s", at, status_text(status), err.message);
+        }
+        status = import_from(storage, "b", file.data, at, 4096, &err);
+        if (status != STATUS_CORRUPT || !strstr(err.message, "part "))
+            fail_msg("cut at %zu: %s: %s", at, status_text(status), err.message);
+    }
+    print_message("%u of %zu changes were harmless\n", harmless, steps);
+    assert_true(harmless < steps / 20);
+    struct error err = {0};
+    buf_append(&file, file.data, 20);
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 4096, &err), STATUS_CORRUPT);
+    storage_close(storage);
+    store_past_check(*state);
+    storage = store_past_open(*state); /* drops what a full queue may have left */
+    storage_close(storage);
+    assert_int_equal(store_past_check(*state).memories, 2);
+    buf_close(&file);
+    free(past);
+}
+
+/* ---- files that are well made, but not by us ---- */
+
+struct frames {
+    struct buf parts[64];
+    size_t count;
+};
+
+/* The unpacked parts. */
+static void take_apart(const struct buf *file, struct frames *frames)
+{
+    size_t at = 0;
+    while (at < file->size) {
+        size_t size = ZSTD_findFrameCompressedSize(file->data + at, file->size - at);
+        struct buf *part = &frames->parts[frames->count++];
+        buf_init(part);
+        buf_reserve(part, 1 << 20);
+        part->size = ZSTD_decompress(part->data, part->capacity, file->data + at, size);
+        assert_false(ZSTD_isError(part->size));
+        at += size;
+    }
+}
+
+static void put_together(const struct frames *frames, struct buf *file)
+{
+    file->size = 0;
+    for (size_t i = 0; i < frames->count; i++) {
+        const struct buf *part = &frames->parts[i];
+        buf_reserve(file, ZSTD_compressBound(part->size));
+        file->size += ZSTD_compress(file->data + file->size, file->capacity - file->size,
+                                    part->data, part->size, 1);
+    }
+}
+
+/* A new payload with a right checksum. */
+static void seal(struct buf *part, const char *payload, size_t size, uint64_t seed)
+{
+    struct memory_file_part header;
+    assert_int_equal(memory_file_read_header((unsigned char *)part->data, &header), STATUS_OK);
+    part->size = MEMORY_FILE_HEADER_BYTES;
+    buf_append(part, payload, size);
+    header.bytes = size;
+    memory_file_write_header((unsigned char *)part->data, &header,
+                             part->data + MEMORY_FILE_HEADER_BYTES, seed);
+}
+
+static void test_foreign(void **state)
+{
+    struct storage *storage = store_past_open(*state);
+    struct store_past *past = make(storage);
+    struct buf file, json;
+    struct frames frames = {0}, other = {0};
+    struct error err = {0};
+    struct memory_file_part header;
+    buf_init(&file);
+    buf_init(&json);
+    export_to(storage, "a", &file);
+    take_apart(&file, &frames);
+    file.size = 0;
+    export_to(storage, "old", &file);
+    take_apart(&file, &other);
+    assert_int_equal(memory_file_read_header((unsigned char *)frames.parts[0].data, &header),
+                     STATUS_OK);
+    const uint64_t seed = header.checksum;
+
+    /* Two parts in the other's place; a part of another file; a part twice; one left out. */
+    struct buf kept = frames.parts[1];
+    frames.parts[1] = frames.parts[2];
+    frames.parts[2] = kept;
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 4096, &err), STATUS_CORRUPT);
+    frames.parts[2] = frames.parts[1];
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 4096, &err), STATUS_CORRUPT);
+    frames.parts[1] = kept;
+    kept = frames.parts[frames.count - 2];
+    frames.parts[frames.count - 2] = other.parts[other.count - 2];
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 4096, &err), STATUS_CORRUPT);
+    frames.parts[frames.count - 2] = kept;
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 4096, &err), STATUS_OK);
+
+    /* A token that is none, under a right checksum. */
+    struct buf *tokens = &frames.parts[3];
+    const int32_t bad[] = {-1, (int32_t)VOCABULARY};
+    for (size_t i = 0; i < 2; i++) {
+        buf_consume(&json, json.size);
+        buf_append(&json, tokens->data + MEMORY_FILE_HEADER_BYTES,
+                   tokens->size - MEMORY_FILE_HEADER_BYTES);
+        memcpy(json.data + 8, &bad[i], sizeof bad[i]);
+        seal(tokens, json.data, json.size, seed);
+        put_together(&frames, &file);
+        assert_int_equal(import_from(storage, "c", file.data, file.size, 4096, &err),
+                         STATUS_CORRUPT);
+        assert_non_null(strstr(err.message, "part 3 (tokens 0 to "));
+    }
+
+    /* Another model's, a newer format's, and one that is no manifest. */
+    struct memory_file_manifest manifest;
+    assert_int_equal(memory_file_read_manifest(frames.parts[0].data + MEMORY_FILE_HEADER_BYTES,
+                                               frames.parts[0].size - MEMORY_FILE_HEADER_BYTES,
+                                               &manifest, &err),
+                     STATUS_OK);
+    manifest.fingerprint++;
+    strcpy(manifest.model, "somebody-else");
+    json.size = 0;
+    memory_file_write_manifest(&json, &manifest);
+    seal(&frames.parts[0], json.data, json.size, 0);
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "c", file.data, file.size, 4096, &err), STATUS_MISMATCH);
+    assert_non_null(strstr(err.message, "somebody-else"));
+    manifest.format++;
+    json.size = 0;
+    memory_file_write_manifest(&json, &manifest);
+    seal(&frames.parts[0], json.data, json.size, 0);
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "c", file.data, file.size, 4096, &err),
+                     STATUS_UNSUPPORTED);
+    seal(&frames.parts[0], "{\"format\":1}", 12, 0);
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "c", file.data, file.size, 4096, &err), STATUS_CORRUPT);
+    assert_int_equal(import_from(storage, "c", "hello, memory", 13, 4, &err), STATUS_CORRUPT);
+    assert_int_equal(import_from(storage, "c", "", 0, 4, &err), STATUS_CORRUPT);
+
+    memory_file_manifest_close(&manifest);
+    for (size_t i = 0; i < 64; i++) {
+        buf_close(&frames.parts[i]);
+        buf_close(&other.parts[i]);
+    }
+    buf_close(&file);
+    buf_close(&json);
+    storage_close(storage);
+    store_past_check(*state);
+    free(past);
+}
+
+static int setup(void **state)
+{
+    *state = store_helper_folder();
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    store_helper_remove(*state);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_round_trip, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_view, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_damage, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_foreign, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
