@@ -238,12 +238,14 @@ static void print_to(struct buf *out, cJSON *root)
     cJSON_Delete(root);
 }
 
-void client_json_write_create(struct buf *out, const char *from, const char *name)
+void client_json_write_create(struct buf *out, const char *from, uint64_t at, const char *name)
 {
     cJSON *root = cJSON_CreateObject();
     ASSERT(root);
     if (from)
         ASSERT(cJSON_AddStringToObject(root, "from", from));
+    if (at)
+        ASSERT(cJSON_AddNumberToObject(root, "at", (double)at));
     if (name) {
         cJSON *metadata = cJSON_AddObjectToObject(root, "metadata");
         ASSERT(metadata && cJSON_AddStringToObject(metadata, "name", name));

@@ -91,8 +91,9 @@ STATUS_CHECKED enum status client_json_chunk_list(const char *text, size_t size,
                                                   struct client_chunk_list *list);
 void client_json_chunk_list_close(struct client_chunk_list *list);
 
-/* The body of POST /v1/memories; `from` and `name` may be NULL. Appends to `out`. */
-void client_json_write_create(struct buf *out, const char *from, const char *name);
+/* The body of POST /v1/memories; `from` and `name` may be NULL, `at` 0: where it stands. Appends to
+ * `out`. */
+void client_json_write_create(struct buf *out, const char *from, uint64_t at, const char *name);
 
 struct client_completion_request {
     const char *memory; /* NULL: none */

@@ -149,6 +149,16 @@ static void close_if_flushed(struct conn *conn)
     }
 }
 
+/* More to write, or the end, once nothing waits any more. */
+static void drained(struct conn *conn)
+{
+    struct request *r = &conn->request;
+    if (r->download && !r->complete && !r->gone && !conn->out.size && !conn->writing)
+        r->drained_cb(r);
+    else
+        close_if_flushed(conn);
+}
+
 static void written(uv_write_t *uv, int status)
 {
     struct write *write = (struct write *)uv;
@@ -159,7 +169,7 @@ static void written(uv_write_t *uv, int status)
     if (status < 0)
         close_now(conn);
     else
-        close_if_flushed(conn);
+        drained(conn);
 }
 
 static void flush(struct conn *conn)
@@ -187,7 +197,7 @@ static void flush(struct conn *conn)
             return;
         }
     }
-    close_if_flushed(conn);
+    drained(conn);
 }
 
 void conn_flush_all(struct server *server)
@@ -232,6 +242,11 @@ static void look_after(struct request *request)
     if (uv_hrtime() - request->spoke_ns < PING_MS * UINT64_C(1000000))
         return;
     request->spoke_ns = uv_hrtime();
+    if (request->download) { /* a part waits for its reader, or storage for the disk */
+        if (request->conn->writing && !takes_output(request->conn))
+            close_now(request->conn);
+        return;
+    }
     if (request->wants_stream && !request->answered)
         request_stream_begin(request);
     if (request->streaming)
@@ -659,6 +674,25 @@ void request_stream_begin(struct request *request)
     append_head(request, 200, "text/event-stream");
     buf_append_format(&request->conn->out, "cache-control: no-cache\r\n%s\r\n",
                       request->chunked ? "transfer-encoding: chunked\r\n" : "");
+}
+
+void request_download_begin(struct request *request, const char *name)
+{
+    if (request->gone)
+        return;
+    request->streaming = request->download = true;
+    request->chunked = !request->head->http_1_0;
+    request->conn->close_after |= !request->chunked;
+    append_head(request, 200, "application/octet-stream");
+    buf_append_format(&request->conn->out,
+                      "content-disposition: attachment; filename=\"%s\"\r\n%s\r\n", name,
+                      request->chunked ? "transfer-encoding: chunked\r\n" : "");
+}
+
+void request_download_cut(struct request *request)
+{
+    if (!request->gone)
+        close_now(request->conn);
 }
 
 void request_stream_write(struct request *request, const char *data, size_t size)

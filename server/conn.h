@@ -42,10 +42,13 @@ struct request {
      * after it the handler must not answer, only clean up and call request_done. */
     void *state;
     void (*gone_cb)(struct request *request);
+    /* Of a download: all that was written so far has left. May write, never end it. */
+    void (*drained_cb)(struct request *request);
     /* The answer will be an event stream: a client that waits long gets its head with the first
      * sign of life. Set by the handler while it holds the request. */
     bool wants_stream;
     bool gone, head_complete, answered, streaming, chunked, complete, held;
+    bool download; /* a stream of bytes that are no events */
     enum status refusal; /* of a request that no handler takes */
     int http_status;
     uint64_t began_ns, spoke_ns; /* when it came; the last sign of life to its client */
@@ -64,6 +67,10 @@ void request_answer_json(struct request *request, int http_status, const struct 
 void request_fail(struct request *request, enum status status, const struct error *err);
 /* An answer in parts, text/event-stream: head, any number of writes, the end. */
 void request_stream_begin(struct request *request);
+/* The same for a file, without the comments that keep an event stream alive; the writer keeps to
+ * the pace of the reader by waiting for drained_cb. One that cannot go on is cut, not ended. */
+void request_download_begin(struct request *request, const char *name);
+void request_download_cut(struct request *request);
 void request_stream_write(struct request *request, const char *data, size_t size);
 void request_stream_end(struct request *request);
 /* An error as the stream's last event. */

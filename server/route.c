@@ -17,6 +17,8 @@ static const struct {
     {"DELETE", "/v1/memories/{}", &handle_memories_delete},
     {"POST", "/v1/memories/{}/append", &handle_append},
     {"GET", "/v1/memories/{}/chunks", &handle_memories_chunks},
+    {"GET", "/v1/memories/{}/export", &handle_memories_export},
+    {"POST", "/v1/memories/import", &handle_memories_import},
     {"GET", "/v1/memories/{}/turns", &handle_turns_list},
     {"POST", "/v1/memories/{}/turns", &handle_turns_bookmark},
     {"DELETE", "/v1/memories/{}/turns", &handle_turns_delete},

@@ -19,6 +19,7 @@ extern const struct request_handler handle_memories_create, handle_memories_list
     handle_memories_get, handle_memories_delete, handle_memories_chunks;
 extern const struct request_handler handle_turns_list, handle_turns_bookmark, handle_turns_delete,
     handle_memories_rewind;
+extern const struct request_handler handle_memories_export, handle_memories_import;
 extern const struct request_handler handle_append;
 extern const struct request_handler handle_health_live, handle_health_ready, handle_metrics;
 

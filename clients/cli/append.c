@@ -229,7 +229,7 @@ int cli_append(struct cli *cli, int argc, char **argv)
     if (options.create) { /* a memory made of a file is named after it */
         const char *slash = strrchr(options.path, '/');
         const char *name = options.name ? options.name : slash ? slash + 1 : options.path;
-        code = cli_create_memory(cli, NULL, strcmp(name, "-") ? name : NULL, &memory);
+        code = cli_create_memory(cli, NULL, 0, strcmp(name, "-") ? name : NULL, &memory);
     } else {
         code = cli_get_memory(cli, options.memory, &memory);
     }

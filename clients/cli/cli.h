@@ -32,6 +32,9 @@ int cli_list(struct cli *cli, int argc, char **argv);
 int cli_show(struct cli *cli, int argc, char **argv);
 int cli_new(struct cli *cli, int argc, char **argv);
 int cli_fork(struct cli *cli, int argc, char **argv);
+int cli_export(struct cli *cli, int argc, char **argv);
+int cli_import(struct cli *cli, int argc, char **argv);
+int cli_rewind(struct cli *cli, int argc, char **argv);
 int cli_remove(struct cli *cli, int argc, char **argv);
 
 /* From here on the first SIGINT ends the running call and the second the program. */
@@ -53,8 +56,9 @@ bool cli_number(const char *text, uint64_t max, uint64_t *out);
 
 /* GET of a memory by id, or by the name given at its creation. Says why when it fails. */
 int cli_get_memory(struct cli *cli, const char *name, struct client_memory *memory);
-/* POST /v1/memories; `from` and `name` may be NULL. Says why when it fails. */
-int cli_create_memory(struct cli *cli, const char *from, const char *name,
+/* POST /v1/memories; `from` and `name` may be NULL; `at`: where to fork, 0 for as it is. Says why when
+ * it fails. */
+int cli_create_memory(struct cli *cli, const char *from, uint64_t at, const char *name,
                       struct client_memory *memory);
 
 /* "12.3 MiB"; `out` is returned. */

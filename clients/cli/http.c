@@ -18,6 +18,7 @@ struct exchange {
     struct http_answer *answer;
     struct buf line;  /* of the event stream, so far */
     bool is_stream;   /* the answer is one */
+    bool is_good;     /* its first line says 2xx */
     bool ended_early; /* event_cb asked for it */
 };
 
@@ -80,6 +81,8 @@ static size_t on_body(char *data, size_t one, size_t size, void *context)
 {
     struct exchange *x = context;
     size *= one;
+    if (x->call->body_cb && x->is_good)
+        return x->call->body_cb(x->call->body_context, data, size) ? size : 0;
     if (!x->is_stream) {
         if (x->answer->body.size + size > 4 * LIMITS_JSON_BODY_BYTES)
             return 0;
@@ -107,6 +110,8 @@ static size_t on_header(char *data, size_t one, size_t size, void *context)
     size *= one;
     char line[128];
     snprintf(line, sizeof line, "%.*s", (int)(size < 127 ? size : 127), data);
+    if (strncmp(line, "HTTP/", 5) == 0)
+        x->is_good = strncmp(line + strcspn(line, " "), " 2", 2) == 0;
     if (strncasecmp(line, "content-type: text/event-stream", 31) == 0)
         x->is_stream = x->call->event_cb != NULL;
     if (strncasecmp(line, "retry-after-ms:", 15) == 0)
@@ -133,11 +138,14 @@ static struct curl_slist *make_headers(const struct http *http, const struct htt
 {
     struct curl_slist *list = NULL;
     list = curl_slist_append(list, call->event_cb ? "Accept: text/event-stream"
-                                                  : "Accept: application/json");
+                                   : call->body_cb ? "Accept: */*"
+                                                   : "Accept: application/json");
     if (call->json)
         list = curl_slist_append(list, "Content-Type: application/json");
     if (call->read_cb) {
-        list = curl_slist_append(list, "Content-Type: text/plain");
+        char type[128];
+        snprintf(type, sizeof type, "Content-Type: %.100s", call->type ? call->type : "text/plain");
+        list = curl_slist_append(list, type);
         list = curl_slist_append(list, "Transfer-Encoding: chunked");
     }
     list = curl_slist_append(list, "Expect:"); /* no round trip before a body */

@@ -46,8 +46,11 @@ struct http_call {
     const char *path;   /* "/v1/memories", with its query */
     const char *json;   /* body, or NULL */
     size_t json_size;
-    http_read_cb read_cb; /* streamed text body of any length, instead of `json` */
+    http_read_cb read_cb; /* streamed body of any length, instead of `json` */
     void *read_context;
+    const char *type;      /* of the streamed body; NULL: text/plain */
+    http_event_cb body_cb; /* takes the answer's body as it comes; false ends the call */
+    void *body_context;
     http_event_cb event_cb; /* asks for an event stream; NULL: a whole answer */
     void *event_context;
 };

@@ -24,11 +24,15 @@ static const char help[] =
     "  ramba show MEMORY               what one holds\n"
     "  ramba new                       make an empty memory; prints its id\n"
     "  ramba fork MEMORY               copy a memory at once; both go their own ways\n"
+    "  ramba rewind MEMORY POSITION    take a memory back to an earlier position, in tokens\n"
+    "  ramba export MEMORY FILE        write a memory to a file (FILE -: standard output)\n"
+    "  ramba import FILE               make a memory of such a file; prints its id\n"
     "  ramba rm MEMORY...              delete memories\n"
     "\n"
     "MEMORY is an id (mem_...) or the name a memory was given.\n"
     "\n"
     "  --name NAME        append --new, new, fork: a name for the memory\n"
+    "  --at POSITION      fork: as it was at this position, in tokens\n"
     "  --skip BYTES       append: leave out the file's first bytes, as after an interruption\n"
     "  --wait SECONDS     append: how long to wait for a server that went away (120)\n"
     "  --write            ask: let the memory keep question and answer\n"
@@ -54,6 +58,7 @@ struct command {
 static const struct command commands[] = {
     {"append", cli_append}, {"ask", cli_ask}, {"chat", cli_chat}, {"ls", cli_list},
     {"show", cli_show},     {"new", cli_new}, {"fork", cli_fork}, {"rm", cli_remove},
+    {"rewind", cli_rewind}, {"export", cli_export}, {"import", cli_import},
 };
 
 static void vsay(const struct cli *cli, const char *format, va_list args)

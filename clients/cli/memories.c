@@ -98,14 +98,14 @@ int cli_get_memory(struct cli *cli, const char *name, struct client_memory *memo
     return code;
 }
 
-int cli_create_memory(struct cli *cli, const char *from, const char *name,
+int cli_create_memory(struct cli *cli, const char *from, uint64_t at, const char *name,
                       struct client_memory *memory)
 {
     struct buf body;
     struct http_answer answer;
     int code = CLI_OK;
     buf_init(&body);
-    client_json_write_create(&body, from, name);
+    client_json_write_create(&body, from, at, name);
     struct http_call call = {
         .method = "POST", .path = "/v1/memories", .json = body.data, .json_size = body.size};
     if (!http_do(&cli->http, &call, &answer))
@@ -176,11 +176,15 @@ int cli_show(struct cli *cli, int argc, char **argv)
 static int create(struct cli *cli, int argc, char **argv, bool is_fork)
 {
     const char *value, *name = NULL, *from = NULL;
+    uint64_t at = 0;
     struct client_memory memory;
     for (int i = 1; i < argc; i++) {
         if ((value = cli_value(argc, argv, &i, "--name")))
             name = value;
-        else if (argv[i][0] == '-')
+        else if (is_fork && (value = cli_value(argc, argv, &i, "--at"))) {
+            if (!cli_number(value, INT64_MAX, &at) || at == 0)
+                return cli_usage(cli, "--at wants a position in tokens, not '%s'", value);
+        } else if (argv[i][0] == '-')
             return cli_usage(cli, "unknown option '%s'", argv[i]);
         else if (is_fork && !from)
             from = argv[i];
@@ -196,7 +200,7 @@ static int create(struct cli *cli, int argc, char **argv, bool is_fork)
     }
     char id[LIMITS_ID_BYTES];
     memcpy(id, from ? memory.id : "", from ? sizeof id : 1);
-    int code = cli_create_memory(cli, from ? id : NULL, name, &memory);
+    int code = cli_create_memory(cli, from ? id : NULL, at, name, &memory);
     if (code == CLI_OK)
         printf("%s\n", memory.id);
     return code;
@@ -210,6 +214,30 @@ int cli_new(struct cli *cli, int argc, char **argv)
 int cli_fork(struct cli *cli, int argc, char **argv)
 {
     return create(cli, argc, argv, true);
+}
+
+int cli_rewind(struct cli *cli, int argc, char **argv)
+{
+    struct client_memory memory;
+    struct http_answer answer;
+    struct buf body;
+    char path[160];
+    uint64_t to;
+    if (argc != 3 || !cli_number(argv[2], INT64_MAX, &to))
+        return cli_usage(cli, "wants MEMORY POSITION, a number of tokens");
+    int code = cli_get_memory(cli, argv[1], &memory);
+    if (code)
+        return code;
+    snprintf(path, sizeof path, "/v1/memories/%s/rewind", memory.id);
+    buf_init(&body);
+    buf_append_format(&body, "{\"to\":%llu}", (unsigned long long)to);
+    struct http_call call = {
+        .method = "POST", .path = path, .json = body.data, .json_size = body.size};
+    if (!http_do(&cli->http, &call, &answer))
+        code = cli_fail_http(cli, &answer);
+    http_answer_close(&answer);
+    buf_close(&body);
+    return code;
 }
 
 int cli_remove(struct cli *cli, int argc, char **argv)

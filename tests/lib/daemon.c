@@ -220,7 +220,7 @@ void daemon_create_memory(const struct daemon *daemon, const char *from, char id
     struct client_memory memory;
     buf_init(&request);
     buf_init(&answer);
-    client_json_write_create(&request, from, NULL);
+    client_json_write_create(&request, from, 0, NULL);
     int code = daemon_call(daemon, "POST", "/v1/memories", "application/json", request.data,
                            request.size, &answer);
     if (code != 201)

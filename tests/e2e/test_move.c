@@ -1,0 +1,200 @@
+/* A memory moves: out of one daemon as a file, into another by the command line, and goes on there
+ * token for token as if it had never moved. Files that are cut, altered or another model's are
+ * refused, and the daemon goes on. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include <cmocka.h>
+
+#include "tests/lib/daemon.h"
+#include "tests/lib/store_helper.h"
+
+#define MODEL "tests/golden/wide-stickbreaking-topk8"
+#define OTHER_MODEL "tests/golden/encoder1-kv1-gqa-bf16"
+#define TURNS 3
+
+struct move {
+    char *folder;
+    struct daemon here, there, foreign;
+};
+
+static struct client_completion ask(const struct daemon *daemon, const char *id, unsigned turn)
+{
+    struct client_completion completion;
+    struct buf body, answer;
+    char prompt[64];
+    buf_init(&body);
+    buf_init(&answer);
+    snprintf(prompt, sizeof prompt, "Question %u: what was it?", turn);
+    client_json_write_completion(&body,
+                                 &(struct client_completion_request){.memory = id,
+                                                                     .memory_write = true,
+                                                                     .prompt = prompt,
+                                                                     .prompt_size = strlen(prompt),
+                                                                     .max_tokens = 64,
+                                                                     .seed = -1});
+    assert_int_equal(daemon_call(daemon, "POST", "/v1/completions", "application/json", body.data,
+                                 body.size, &answer),
+                     200);
+    assert_int_equal(client_json_completion(answer.data, answer.size, &completion), STATUS_OK);
+    buf_close(&body);
+    buf_close(&answer);
+    return completion;
+}
+
+static void fill(const struct daemon *daemon, const char *id)
+{
+    char path[160];
+    struct buf text, answer;
+    buf_init(&text);
+    buf_init(&answer);
+    for (unsigned i = 0; i < 20000; i++)
+        buf_append_format(&text, "%u. ", i * i % 977);
+    snprintf(path, sizeof path, "/v1/memories/%s/append", id);
+    assert_int_equal(daemon_call(daemon, "POST", path, "text/plain", text.data, text.size, &answer),
+                     200);
+    buf_close(&text);
+    buf_close(&answer);
+}
+
+static void read_file(const char *path, struct buf *out)
+{
+    char block[65536];
+    size_t got;
+    FILE *file = fopen(path, "r");
+    assert_non_null(file);
+    while ((got = fread(block, 1, sizeof block, file)) > 0)
+        buf_append(out, block, got);
+    fclose(file);
+}
+
+static int import(const struct daemon *daemon, const char *data, size_t size, struct buf *answer)
+{
+    answer->size = 0;
+    return daemon_call(daemon, "POST", "/v1/memories/import", "application/octet-stream", data,
+                       size, answer);
+}
+
+static void test_refusals(const struct move *move, struct buf *file)
+{
+    struct buf answer;
+    buf_init(&answer);
+    assert_int_equal(import(&move->there, file->data, file->size / 2, &answer), 400);
+    assert_non_null(strstr(buf_text(&answer), "part "));
+    assert_non_null(strstr(buf_text(&answer), "cut"));
+    file->data[file->size / 3] ^= 4;
+    assert_int_equal(import(&move->there, file->data, file->size, &answer), 400);
+    assert_non_null(strstr(buf_text(&answer), "part "));
+    file->data[file->size / 3] ^= 4;
+    assert_int_equal(import(&move->foreign, file->data, file->size, &answer), 422);
+    assert_non_null(strstr(buf_text(&answer), "wide-stickbreaking-topk8"));
+    assert_int_equal(import(&move->there, NULL, 0, &answer), 400);
+    answer.size = 0;
+    assert_int_equal(daemon_call(&move->there, "GET", "/v1/memories", NULL, NULL, 0, &answer), 200);
+    assert_non_null(strstr(buf_text(&answer), "\"data\":[]"));
+    assert_int_equal(
+        daemon_call(&move->here, "GET", "/v1/memories/mem_0/export", NULL, NULL, 0, &answer), 404);
+    buf_close(&answer);
+}
+
+static void test_move(void **state)
+{
+    struct move *move = *state;
+    char id[LIMITS_ID_BYTES], moved[LIMITS_ID_BYTES + 2], path[1024];
+    struct buf file, again, answer;
+    buf_init(&file);
+    buf_init(&again);
+    buf_init(&answer);
+    daemon_start(&move->here);
+    daemon_start(&move->there);
+    daemon_start(&move->foreign);
+    daemon_create_memory(&move->here, NULL, id);
+    fill(&move->here, id);
+    struct client_completion first = ask(&move->here, id, 0);
+    client_json_completion_close(&first);
+
+    snprintf(path, sizeof path, "%s/memory.ramba", move->folder);
+    const char *const out[] = {"export", id, path, NULL};
+    assert_int_equal(daemon_ramba(&move->here, out, &answer), 0);
+    read_file(path, &file);
+    print_message("a file of %zu bytes for %llu tokens\n", file.size,
+                  (unsigned long long)daemon_get_memory(&move->here, id).token_count);
+    test_refusals(move, &file);
+
+    answer.size = 0;
+    const char *const in[] = {"import", path, NULL};
+    assert_int_equal(daemon_ramba(&move->there, in, &answer), 0);
+    assert_true(answer.size < sizeof moved);
+    memcpy(moved, answer.data, answer.size);
+    moved[answer.size - 1] = 0; /* the line's end */
+    struct client_memory a = daemon_get_memory(&move->here, id),
+                         b = daemon_get_memory(&move->there, moved);
+    assert_int_equal(a.token_count, b.token_count);
+    assert_int_equal(a.text_bytes, b.text_bytes);
+    /* The same bytes leave the other daemon, but for the day it was made. */
+    char name[160];
+    snprintf(name, sizeof name, "/v1/memories/%s/export", moved);
+    assert_int_equal(daemon_call(&move->there, "GET", name, NULL, NULL, 0, &again), 200);
+    assert_in_range(again.size, file.size - 64, file.size + 64);
+    for (unsigned i = 1; i <= TURNS; i++) {
+        struct client_completion x = ask(&move->here, id, i), y = ask(&move->there, moved, i);
+        assert_int_equal(x.text_size, y.text_size);
+        assert_memory_equal(x.text, y.text, x.text_size);
+        client_json_completion_close(&x);
+        client_json_completion_close(&y);
+        if (i == 1) {
+            daemon_kill(&move->there);
+            daemon_start(&move->there);
+        }
+    }
+    daemon_stop(&move->here);
+    daemon_stop(&move->there);
+    daemon_stop(&move->foreign);
+    daemon_check(&move->here);
+    daemon_check(&move->there);
+    daemon_check(&move->foreign);
+    buf_close(&file);
+    buf_close(&again);
+    buf_close(&answer);
+}
+
+static int teardown(void **state)
+{
+    struct move *move = *state;
+    daemon_kill(&move->here);
+    daemon_kill(&move->there);
+    daemon_kill(&move->foreign);
+    return 0;
+}
+
+static void init(const struct move *move, struct daemon *daemon, const char *name,
+                 const char *model)
+{
+    char path[1024];
+    snprintf(path, sizeof path, "%s/%s", move->folder, name);
+    mkdir(path, 0700);
+    daemon_init(daemon, model, path);
+}
+
+int main(void)
+{
+    struct move *move = calloc(1, sizeof *move);
+    if (!move)
+        return 1;
+    move->folder = store_helper_folder();
+    init(move, &move->here, "here", MODEL);
+    init(move, &move->there, "there", MODEL);
+    init(move, &move->foreign, "foreign", OTHER_MODEL);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_prestate_setup_teardown(test_move, NULL, teardown, move),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    store_helper_remove(move->folder);
+    free(move);
+    return failed;
+}
