@@ -56,8 +56,8 @@ bool cli_number(const char *text, uint64_t max, uint64_t *out);
 
 /* GET of a memory by id, or by the name given at its creation. Says why when it fails. */
 int cli_get_memory(struct cli *cli, const char *name, struct client_memory *memory);
-/* POST /v1/memories; `from` and `name` may be NULL; `at`: where to fork, 0 for as it is. Says why when
- * it fails. */
+/* POST /v1/memories; `from` and `name` may be NULL; `at`: where to fork, 0 for as it is. Says why
+ * when it fails. */
 int cli_create_memory(struct cli *cli, const char *from, uint64_t at, const char *name,
                       struct client_memory *memory);
 
