@@ -246,10 +246,13 @@ enum status engine_step(struct engine *engine, struct engine_step_item *items, s
         item->status = admit(engine, item->session, item->token_count, &io_room, &page_room);
         if (item->status)
             continue;
-        if (item->token_count)
-            running[n++] = (struct model_item){.session = item->session, .step = item};
-        else
+        if (!item->token_count) {
             ASSERT(item->session->has_logits);
+            continue;
+        }
+        for (uint32_t j = 0; j < n; j++)
+            ASSERT(running[j].session != item->session);
+        running[n++] = (struct model_item){.session = item->session, .step = item};
     }
     if (n)
         model_forward(engine, running, n);

@@ -453,21 +453,22 @@ uint32_t step_slice(const struct engine_thread *thread, uint64_t position, size_
 
 static void build(struct engine_thread *thread, struct step_builder *builder, bool decoding)
 {
+    const uint32_t first = builder->count;
     LIST_EACH_SAFE(node, &thread->running)
     {
         struct job *job = LIST_ENTRY(node, struct job, node);
         if ((job->state == JOB_DECODE) != decoding)
             continue;
-        const uint32_t before = builder->count;
         if (job->is_append)
             job_append_build(job, builder);
         else
             job_generate_build(job, builder);
-        /* Prefills take turns: whoever got a slice goes behind the others. */
-        if (!decoding && builder->count > before) {
-            list_remove(&job->node);
-            list_push_back(&thread->running, &job->node);
-        }
+    }
+    /* Prefills take turns: whoever got a slice goes behind the others. Only now, so that the walk
+     * above meets every job once: a session may be in a step but once. */
+    for (uint32_t i = first; !decoding && i < builder->count; i++) {
+        list_remove(&builder->jobs[i]->node);
+        list_push_back(&thread->running, &builder->jobs[i]->node);
     }
 }
 
