@@ -30,7 +30,8 @@ class Books:
 
 
 class Builder:
-    def __init__(self, tokenizer, books, seed):
+    def __init__(self, tokenizer, books, seed, talk_share):
+        self.talk_share = talk_share  # of the rows with questions
         self.tokenizer, self.books, self.rng = tokenizer, books, random.Random(seed)
 
     def plain(self, length):
@@ -172,16 +173,65 @@ class Builder:
         for _, at, answer, which in starts:
             if which not in where:
                 continue
-            for i, source in enumerate(self.sources(texts[which], answer), begin + at):
-                place = where[which] + source
-                if source >= 0 and (place // CHUNK + 1) * CHUNK < i:
-                    gold[i] = place
+            self.point(gold, begin + at, answer, texts[which], where[which])
         ids, marks = ids + asked, marks + asked_marks
         return np.array(ids, np.int64), np.array(marks, np.uint8), resets, gold
+
+    def talk(self, length):
+        """A row of facts told and asked for at any distance, from the next line on: what is not
+        in a whole chunk yet can only be in the recurrent state."""
+        rng, ids, marks, told, asked = self.rng, [], [], [], []
+        while len(ids) < length:
+            draw = rng.random()
+            if draw < 0.25:
+                text = self.books.take(rng, rng.choice([8, 20, 40, 90, 200]))[0].tolist()
+                ids += text
+                marks += [TEXT] * len(text)
+            elif draw < 0.6 or not told:
+                needle = tasks.mixed(rng)
+                if any(needle.key == other.key for other, _, _ in told):
+                    continue
+                told.append((needle, self.tokenizer.encode(needle.text), len(ids)))
+                if rng.random() < 0.4:  # told in a chat, and acknowledged
+                    head = self.tokenizer.encode("\n<|im_start|>user\n")
+                    words = self.tokenizer.encode(needle.text.strip())
+                    reply = self.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
+                    said = self.tokenizer.encode(tasks.ACKNOWLEDGED + "<|im_end|>")
+                    told[-1] = (needle, words, len(ids) + len(head))
+                    ids += head + words + reply + said
+                    marks += [0] * (len(head) + len(words) + len(reply)) + [TEXT] * len(said)
+                else:
+                    ids += told[-1][1]
+                    marks += [0] * len(told[-1][1])
+            else:
+                # The latest most often: that is where the chunk is not whole yet.
+                which = len(told) - 1 if rng.random() < 0.5 else rng.randrange(len(told))
+                question, answer = rng.choice(told[which][0].questions)
+                q, a = self.tokenizer.encode(question), self.tokenizer.encode(answer)
+                if not answer.endswith("<|im_end|>"):
+                    a = a + [self.tokenizer.end]
+                asked.append((len(ids) + len(q), a, which))
+                ids += q + a
+                marks += [0] * len(q) + [ANSWER] * len(a)
+        gold = np.full(len(ids), -1, np.int32)
+        for at, answer, which in asked:
+            self.point(gold, at, answer, told[which][1], told[which][2])
+        resets = np.zeros(length, bool)
+        return (np.array(ids[:length], np.int64), np.array(marks[:length], np.uint8), resets,
+                gold[:length])
+
+    def point(self, gold, at, answer, needle, place):
+        """Marks where the tokens of an answer at `at` are to be read: in the needle at `place`."""
+        for i, source in enumerate(self.sources(needle, answer), at):
+            if source >= 0 and ((place + source) // CHUNK + 1) * CHUNK < i:
+                gold[i] = place + source
 
     def batch(self, stage, count, length, plain_rows):
         rows = [self.plain(length) for _ in range(plain_rows)]
         while len(rows) < count:
+            if stage >= 2 and self.rng.random() < self.talk_share:
+                rows.append(self.talk(length))
+                continue
             earlier = self.rng.random() < 0.15 and length <= 512
             rows.append(self.asked(self.rng.randint(0, stage) if earlier else stage, length))
         return [np.stack(part) for part in zip(*rows)]

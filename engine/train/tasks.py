@@ -68,6 +68,9 @@ def ruler_key(rng):
     return rng.choice(ADJECTIVES) + "-" + rng.choice(NOUNS)
 
 
+ACKNOWLEDGED = "I will remember that."
+
+
 def plain_question(question):
     return f"\nQuestion: {question}\nAnswer:"
 
@@ -274,6 +277,49 @@ def statement(rng):
                   [(form(question), f"{lead}{value}.{end}")], f"{attribute} {subject}")
 
 
+VERBS = """bought/buy sold/sell lost/lose found/find left/leave hid/hide painted/paint repaired/repair
+borrowed/borrow broke/break buried/bury carved/carve cleaned/clean collected/collect copied/copy
+delivered/deliver drew/draw dropped/drop forgot/forget kept/keep lent/lend mailed/mail made/make met/meet
+opened/open ordered/order packed/pack photographed/photograph picked/pick planted/plant stole/steal
+saw/see sent/send stored/store took/take threw/throw washed/wash wore/wear won/win wrote/write
+built/build chose/choose caught/catch fed/feed rented/rent parked/park ate/eat cooked/cook read/read
+heard/hear invited/invite visited/visit taught/teach called/call helped/help""".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+
+
+def event(rng):
+    """Somebody did something somewhere: any part of it may be asked for."""
+    done, do = rng.choice(VERBS).split("/")
+    who = rng.choice([rng.choice(FIRST), f"{rng.choice(FIRST)} {rng.choice(LAST)}",
+                      f"my {rng.choice(RELATIONS)}", f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"])
+    what = rng.choice([f"the {rng.choice(COLOURS)} {rng.choice(NOUNS)}", f"a {rng.choice(THINGS)}",
+                       f"the {rng.choice(ADJECTIVES)} {rng.choice(THINGS)}",
+                       f"{rng.randint(2, 99)} {rng.choice(NOUNS)}s", f"her {rng.choice(THINGS)}"])
+    where = rng.choice([f"in {rng.choice(TOWNS)}", f"in {_places(rng)}", f"at {rng.choice(FIRST)}'s house",
+                        f"under the {rng.choice(NOUNS)}", f"near the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}",
+                        f"behind the {rng.choice(NOUNS)}", f"at {rng.randint(1, 999)} {rng.choice(LAST)} Street"])
+    when = rng.choice([f"on {rng.choice(DAYS)}", f"in {rng.choice(MONTHS)}", f"at {rng.randint(1, 12)} o'clock",
+                       f"on {rng.randint(1, 28)} {rng.choice(MONTHS)}", f"in {rng.randint(1700, 2030)}"])
+    price = f"for {rng.randint(2, 999)} {rng.choice(['pounds', 'dollars', 'crowns', 'guineas'])}"
+    parts, asked = f"{who} {done} {what}", [(f"Who {done} {what}?", who),
+                                            (f"What did {who} {do}?", what)]
+    if rng.random() < 0.7:
+        parts += " " + where
+        asked += [(f"Where did {who} {do} {what}?", where), (f"In which place did {who} {do} {what}?", where)]
+    if rng.random() < 0.4:
+        parts += " " + when
+        asked.append((f"When did {who} {do} {what}?", when))
+    if rng.random() < 0.25:
+        parts += " " + price
+        asked.append((f"For how much did {who} {do} {what}?", price))
+    question, answer = rng.choice(asked)
+    answer = f"{answer[0].upper()}{answer[1:]}."
+    told = f"{parts[0].upper()}{parts[1:]}."
+    form = (plain_question(question), " " + answer) if rng.random() < 0.6 else (
+        chat_question(question), answer + "<|im_end|>")
+    return Needle("event", rng.choice([" ", "\n"]) + told, [form], f"{who} {done} {what}")
+
+
 def pair(rng, taken, letters, digits):
     """The dense curriculum's atom: a short key and a few digits."""
     while True:
@@ -287,8 +333,8 @@ def pair(rng, taken, letters, digits):
 
 def mixed(rng):
     """One needle of the full mix."""
-    makers = [passkey, niah, fact, statement, phone]
-    return rng.choices(makers, [2, 5, 4, 4, 1])[0](rng)
+    makers = [passkey, niah, fact, statement, event, phone]
+    return rng.choices(makers, [2, 5, 3, 4, 3, 1])[0](rng)
 
 
 def distinct(needles):

@@ -32,7 +32,8 @@ SAVE_SECONDS = 60
 
 def worker(settings, data, seed, stage, queue):
     tokenizer = Tokenizer.load(data)
-    builder = Builder(tokenizer, Books(os.path.join(data, "train.npy"), tokenizer), seed)
+    builder = Builder(tokenizer, Books(os.path.join(data, "train.npy"), tokenizer), seed,
+                      settings["talk_share"])
     while True:
         now = stage.value
         shape = "long" if now == LAST_STAGE and builder.rng.random() < settings["long_share"] else "short"
@@ -106,7 +107,7 @@ class Trainer:
             tensors = safetensors_io.load(os.path.join(args.start, "model.safetensors"))
             self.model.load_state_dict(tensors)
             with open(os.path.join(args.start, "progress.json")) as file:
-                self.step, self.tokens, self.seconds, self.stage = json.load(file)
+                self.step, self.tokens, _, self.stage = json.load(file)
         self.began = self.step
         if self.device == "cuda" and not args.no_compile:
             torch.set_float32_matmul_precision("high")
@@ -262,7 +263,8 @@ def main():
     parser.add_argument("config")
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--start", help="an export to go on from, where OUT has no checkpoint")
+    parser.add_argument("--start", help="an export to go on from, with a schedule of its own, where "
+                        "OUT has no checkpoint")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop this call after so long")
     parser.add_argument("--total-seconds", type=float, default=1320, help="training time in all")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
