@@ -1,5 +1,4 @@
 /* cpu.c - the CPU backend: choosing the kernels, its memory, its table. */
-#include <cblas.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,32 +29,6 @@ static const struct cpu_kernels *choose(void)
     return best;
 }
 
-/* OpenBLAS chooses kernels by processor, and old builds have chosen wrong ones for processors they
- * did not know. A wrong product here would be a wrong answer everywhere, so it is tried first. */
-static enum status check_products(struct error *err)
-{
-    enum { M = 37, N = 65, K = 130 };
-    static float a[M * K], b[N * K], c[M * N];
-    for (int i = 0; i < M * K; i++)
-        a[i] = (float)(i % 13) - 6;
-    for (int i = 0; i < N * K; i++)
-        b[i] = (float)(i % 7) - 3;
-    for (int transpose = 0; transpose < 2; transpose++) {
-        cpu_gemm(false, transpose, M, N, K, 1, a, K, b, transpose ? K : N, 0, c, N);
-        for (int i = 0; i < M; i++)
-            for (int j = 0; j < N; j++) {
-                float sum = 0; /* whole numbers: exact in any order */
-                for (int k = 0; k < K; k++)
-                    sum += a[i * K + k] * (transpose ? b[j * K + k] : b[k * N + j]);
-                if (!(c[i * N + j] == sum))
-                    return error_set(err, STATUS_UNSUPPORTED,
-                                     "this OpenBLAS computes wrong products on this processor; "
-                                     "start with OPENBLAS_CORETYPE=Haswell, or update it");
-            }
-    }
-    return STATUS_OK;
-}
-
 static float *floats(size_t count, bool *failed)
 {
     float *memory = aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
@@ -74,17 +47,16 @@ static size_t larger(size_t a, size_t b)
 /* Floats that a worker may need at once, over all ops. */
 static size_t worker_floats(const struct model_config *c, uint32_t max_rows)
 {
-    const size_t widest =
-        larger(larger(c->inner_size, c->hidden_size), c->encoder_mlp_size + (size_t)1);
-    const size_t product = CPU_TILE * widest;
-    const size_t ssd =
-        2 * CPU_BLOCK * CPU_BLOCK + 2 * CPU_BLOCK * (size_t)(c->mamba_head_dim + c->state_size);
-    const size_t scan =
-        (size_t)OPS_LANDMARK_BLOCK * (max_rows + c->retrieval_dim / c->retrieval_heads);
-    const size_t attend =
-        2 * (size_t)c->chunk_tokens * c->head_dim + (size_t)c->heads * c->chunk_tokens;
-    const size_t encoder = (size_t)(c->chunk_tokens + 1) * (c->chunk_tokens + 1);
-    return (larger(larger(product, ssd), larger(larger(scan, attend), encoder)) + 15) / 16 * 16;
+    const size_t s = c->chunk_tokens, hd = c->head_dim, head = cpu_panels(c->mamba_head_dim);
+    const size_t product = (size_t)CPU_TILE * CPU_DEPTH;
+    const size_t scores = CPU_BLOCK * (size_t)c->state_size;
+    const size_t ssd = CPU_BLOCK * CPU_BLOCK + head * CPU_BLOCK + head * c->state_size;
+    const size_t scan = CPU_SCAN * ((size_t)max_rows + c->retrieval_dim / c->retrieval_heads);
+    const size_t attend = 2 * s * hd + c->heads * s;
+    const size_t encoder = (s + 1) * (s + 1) + cpu_panels(s + 1) * hd + (s + 1) * cpu_panels(hd);
+    const size_t most =
+        larger(larger(larger(product, scores), larger(ssd, scan)), larger(attend, encoder));
+    return (most + 15) / 16 * 16;
 }
 
 static size_t vector_floats(const struct model_config *c)
@@ -155,10 +127,6 @@ static void fill_rope(struct ops_context *x)
 static enum status cpu_open(const struct ops_options *options, struct ops_context **out,
                             struct error *err)
 {
-    openblas_set_num_threads(1); /* the workers are ours; its own would wait for each other */
-    enum status status = check_products(err);
-    if (status)
-        return status;
     struct ops_context *context = calloc(1, sizeof *context);
     if (!context)
         return error_set(err, STATUS_NO_MEMORY, "out of memory");
@@ -166,7 +134,7 @@ static enum status cpu_open(const struct ops_options *options, struct ops_contex
     context->memory_dtype = options->memory_dtype;
     context->max_rows = options->max_rows;
     context->kernels = choose();
-    status = pool_open(options->threads, &context->pool);
+    enum status status = pool_open(options->threads, &context->pool);
     if (!status && !take_memory(context, options->threads))
         status = STATUS_NO_MEMORY;
     if (status) {

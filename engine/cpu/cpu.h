@@ -10,7 +10,9 @@
 
 #define CPU_BLOCK 64   /* tokens of a block of the chunked (SSD) form */
 #define CPU_FEW_ROWS 8 /* up to here a segment's rows go through the skinny product */
-#define CPU_TILE 128   /* outputs of one task of a product */
+#define CPU_TILE 64    /* outputs of one task of a product; whole panels */
+#define CPU_DEPTH 512  /* of what is multiplied at a time, so that a packed tile stays in cache */
+#define CPU_SCAN 64    /* landmarks scored at a time; whole panels, within a landmark block */
 #define CPU_CHUNKS 4   /* chunks encoded together */
 
 struct ops_context {
@@ -37,6 +39,12 @@ struct cpu_pick {
     float score;
 };
 
+/* n rounded up to whole panels of any kernels: floats in a row of packed columns. */
+static inline size_t cpu_panels(size_t n)
+{
+    return (n + 31) / 32 * 32;
+}
+
 static inline float *cpu_scratch(const struct ops_context *context, uint32_t worker)
 {
     return context->scratch + (size_t)worker * context->scratch_floats;
@@ -51,16 +59,12 @@ static inline void cpu_begin(struct ops_context *context)
 const float *cpu_vector(struct ops_context *context, const struct ops_tensor *tensor);
 
 /* out [rows, W.rows] = x [rows, W.cols] W^T + bias, or += with `add`. Segments of few rows share
- * each weight as it is read; longer ones go through sgemm, each alone. */
+ * each weight as it is read; longer ones are multiplied by packed tiles of it. */
 void cpu_linear(struct ops_context *context, const struct ops_tensor *weight, const float *bias,
                 const struct ops_rows *rows, const float *x, float *out, bool add);
 /* out[row] = RMSNorm(x[row]) of n elements, row_count rows; in place allowed. */
 void cpu_norm_rows(struct ops_context *context, const float *x, const float *weight, uint32_t n,
                    float epsilon, uint32_t row_count, float *out);
-/* C [m, n] = alpha * op(A) op(B) + beta * C, row-major, on this thread alone. */
-void cpu_gemm(bool transpose_a, bool transpose_b, uint32_t m, uint32_t n, uint32_t k, float alpha,
-              const float *a, size_t lda, const float *b, size_t ldb, float beta, float *c,
-              size_t ldc);
 float cpu_softplus(float x);
 
 void cpu_embed(struct ops_context *context, const struct ops_tensor *table, const int32_t *tokens,

@@ -38,6 +38,8 @@ static void heads_task(void *argument, uint32_t row, uint32_t worker)
         float *q = x->encoder_q + (size_t)row * c->hidden_size + (size_t)h * hd;
         x->kernels->rms_norm(q, t->q_norm, hd, MODEL_MEMORY_EPSILON, q);
         rotate(x, q, position);
+        for (uint32_t i = 0; i < hd; i++)
+            q[i] *= t->scale;
     }
     for (uint32_t h = 0; h < c->encoder_kv_heads; h++) {
         float *k = x->encoder_k + ((size_t)row * c->encoder_kv_heads + h) * hd;
@@ -57,12 +59,13 @@ static void attention_task(void *argument, uint32_t index, uint32_t worker)
     const size_t kv = (size_t)c->encoder_kv_heads * hd;
     const size_t from = row * kv + (size_t)(h / (c->heads / c->encoder_kv_heads)) * hd;
     float *p = cpu_scratch(x, worker);
-    cpu_gemm(false, true, n, n, hd, t->scale, x->encoder_q + row * d + (size_t)h * hd, d,
-             x->encoder_k + from, kv, 0, p, n);
+    float *keys = p + (size_t)n * n, *values = keys + cpu_panels(n) * hd;
+    x->kernels->pack_transposed(x->encoder_k + from, OPS_FP32, kv, n, hd, keys);
+    x->kernels->pack(x->encoder_v + from, kv, NULL, n, hd, values);
+    x->kernels->product(x->encoder_q + row * d + (size_t)h * hd, d, 1, keys, n, n, hd, 0, p, n);
     for (uint32_t i = 0; i < n; i++)
         x->kernels->softmax(p + (size_t)i * n, n, false);
-    cpu_gemm(false, false, n, hd, n, 1, p, n, x->encoder_v + from, kv, 0,
-             x->encoder_y + row * d + (size_t)h * hd, d);
+    x->kernels->product(p, n, 1, values, n, hd, n, 0, x->encoder_y + row * d + (size_t)h * hd, d);
 }
 
 static void gate_task(void *argument, uint32_t row, uint32_t worker)

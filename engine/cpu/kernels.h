@@ -26,12 +26,29 @@ struct cpu_kernels {
                    const float *x, size_t x_stride, uint32_t m, float *out, size_t out_stride,
                    bool add);
     void (*widen)(const uint16_t *from, float *to, size_t n);
+    /* Matrix products: B is packed into panels of `panel` columns, [n / panel rounded
+     * up][k][panel], zeros behind the last column. */
+    uint32_t panel;
+    /* B = W^T: `count` weight rows of k elements, `w_stride` apart. */
+    void (*pack_transposed)(const void *w, enum ops_dtype dtype, size_t w_stride, uint32_t count,
+                            uint32_t k, float *panels);
+    /* B as it lies, k rows of n elements `b_stride` apart, row j times factors[j] (NULL: 1). */
+    void (*pack)(const float *b, size_t b_stride, const float *factors, uint32_t k, uint32_t n,
+                 float *panels);
+    /* W [count, k] from panels of W^T: what pack_transposed read. */
+    void (*unpack_transposed)(const float *panels, uint32_t count, uint32_t k, float *w);
+    /* C [m, n] = A B + beta C; A's element (i, j) is a[i * a_row + j * a_col]. beta 0: C is not
+     * read. A row's numbers depend on neither m nor the rows beside it. */
+    void (*product)(const float *a, size_t a_row, size_t a_col, const float *panels, uint32_t m,
+                    uint32_t n, uint32_t k, float beta, float *c, size_t c_stride);
     /* out = x / rms(x) * weight; weight NULL: 1. May be in place. */
     void (*rms_norm)(const float *x, const float *weight, uint32_t n, float epsilon, float *out);
     /* y *= SiLU(gate) */
     void (*silu_multiply)(float *y, const float *gate, uint32_t n);
     /* y += x * scale */
     void (*add_scaled)(float *y, const float *x, float scale, uint32_t n);
+    /* y = y * own + x * scale */
+    void (*blend)(float *y, float own, const float *x, float scale, uint32_t n);
     /* In place; `extra`: one more exp(0) in the denominator. */
     void (*softmax)(float *x, uint32_t n, bool extra);
     /* out[j] = SiLU(bias[j] + sum_i weight[i][j] * in[i][j]); weight is [taps, n]. */

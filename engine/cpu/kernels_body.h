@@ -141,6 +141,136 @@ CPU_TARGET static void widen(const uint16_t *from, float *to, size_t n)
         to[i] = bf16_to_float(from[i]);
 }
 
+/* ---- matrix products ---- */
+
+CPU_FN void pack_rows(const void *w, enum ops_dtype dtype, size_t w_stride, uint32_t count,
+                      uint32_t k, float *panels)
+{
+    for (uint32_t first = 0; first < count; first += NR, panels += (size_t)NR * k)
+        for (uint32_t group = 0; group < NR; group += V) {
+            float *to = panels + group;
+            for (uint32_t j = 0; j < k; j += V, to += (size_t)V * NR) {
+                const uint32_t n = k - j < V ? k - j : V;
+                vf tile[V];
+                for (uint32_t i = 0; i < V; i++) {
+                    const uint32_t row = first + group + i;
+                    const size_t at = row * w_stride + j;
+                    tile[i] = row >= count ? vset(0)
+                              : n == V     ? load_weight(w, dtype, at)
+                                           : load_weight_part(w, dtype, at, n);
+                }
+                vtranspose(tile);
+                for (uint32_t i = 0; i < n; i++)
+                    vstore(to + (size_t)i * NR, tile[i]);
+            }
+        }
+}
+
+CPU_TARGET static void pack_transposed(const void *w, enum ops_dtype dtype, size_t w_stride,
+                                       uint32_t count, uint32_t k, float *panels)
+{
+    if (dtype == OPS_FP32)
+        pack_rows(w, OPS_FP32, w_stride, count, k, panels);
+    else
+        pack_rows(w, OPS_BF16, w_stride, count, k, panels);
+}
+
+CPU_TARGET static void pack(const float *b, size_t b_stride, const float *factors, uint32_t k,
+                            uint32_t n, float *panels)
+{
+    for (uint32_t first = 0; first < n; first += NR)
+        for (uint32_t j = 0; j < k; j++)
+            for (uint32_t group = first; group < first + NR; group += V, panels += V) {
+                const uint32_t left = group < n ? n - group : 0;
+                const float *from = b + j * b_stride + group;
+                const vf v = left >= V ? vload(from) : left ? vload_part(from, left) : vset(0);
+                vstore(panels, factors ? vmul(v, vset(factors[j])) : v);
+            }
+}
+
+CPU_TARGET static void unpack_transposed(const float *panels, uint32_t count, uint32_t k, float *w)
+{
+    for (uint32_t first = 0; first < count; first += NR, panels += (size_t)NR * k)
+        for (uint32_t group = 0; group < NR && first + group < count; group += V)
+            for (uint32_t j = 0; j < k; j += V) {
+                const uint32_t n = k - j < V ? k - j : V;
+                vf tile[V];
+                for (uint32_t i = 0; i < V; i++)
+                    tile[i] = i < n ? vload(panels + (size_t)(j + i) * NR + group) : vset(0);
+                vtranspose(tile);
+                for (uint32_t i = 0; i < V && first + group + i < count; i++)
+                    vstore_part(w + (size_t)(first + group + i) * k + j, tile[i], n);
+            }
+}
+
+/* ROWS rows of A against one panel; every element is one sum over j in order, then C's part. */
+#define PRODUCT_TILE(ROWS)                                                                         \
+    do {                                                                                           \
+        vf acc[ROWS][NR / V];                                                                      \
+        const float *from[(ROWS + 3) / 4], *b = panel;                                             \
+        _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++)                                    \
+            _Pragma("GCC unroll 2") for (int v = 0; v < NR / V; v++) acc[r][v] = vset(0);          \
+        _Pragma("GCC unroll 3") for (int r = 0; r < (ROWS + 3) / 4; r++) from[r] =                 \
+            a + (size_t)(4 * r) * a_row;                                                           \
+        for (uint32_t j = 0; j < k; j++, b += NR) {                                                \
+            vf column[NR / V];                                                                     \
+            _Pragma("GCC unroll 2") for (int v = 0; v < NR / V; v++) column[v] = vload(b + v * V); \
+            _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++)                                \
+            {                                                                                      \
+                const vf x = vset(from[r / 4][(size_t)(r % 4) * a_row]);                           \
+                _Pragma("GCC unroll 2") for (int v = 0; v < NR / V; v++) acc[r][v] =               \
+                    vfma(x, column[v], acc[r][v]);                                                 \
+            }                                                                                      \
+            _Pragma("GCC unroll 3") for (int r = 0; r < (ROWS + 3) / 4; r++) from[r] += a_col;     \
+        }                                                                                          \
+        _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++)                                    \
+            _Pragma("GCC unroll 2") for (int v = 0; v < NR / V; v++)                               \
+                put(c + (size_t)r * c_stride + v * V, acc[r][v], beta,                             \
+                    n > (uint32_t)(v * V) ? n - (uint32_t)(v * V) : 0);                            \
+        a += (size_t)ROWS * a_row;                                                                 \
+        c += (size_t)ROWS * c_stride;                                                              \
+        m -= ROWS;                                                                                 \
+    } while (0)
+
+/* The first n of V elements of C. */
+CPU_FN void put(float *c, vf sum, float beta, uint32_t n)
+{
+    if (n >= V)
+        vstore(c, beta == 0 ? sum : vfma(vset(beta), vload(c), sum));
+    else if (n)
+        vstore_part(c, beta == 0 ? sum : vfma(vset(beta), vload_part(c, n), sum), n);
+}
+
+CPU_TARGET static void product_panel(const float *a, size_t a_row, size_t a_col, const float *panel,
+                                     uint32_t m, uint32_t n, uint32_t k, float beta, float *c,
+                                     size_t c_stride)
+{
+    while (m >= MR)
+        PRODUCT_TILE(MR);
+    if (MR > 8 && m >= 8)
+        PRODUCT_TILE(8);
+    if (MR > 4 && m >= 4)
+        PRODUCT_TILE(4);
+    if (m >= 2)
+        PRODUCT_TILE(2);
+    if (m)
+        PRODUCT_TILE(1);
+}
+
+/* Rows go by few enough at a time that they stay in the first cache while the panels pass. */
+CPU_TARGET static void product(const float *a, size_t a_row, size_t a_col, const float *panels,
+                               uint32_t m, uint32_t n, uint32_t k, float beta, float *c,
+                               size_t c_stride)
+{
+    for (uint32_t row = 0; row < m; row += MR) {
+        const float *panel = panels;
+        for (uint32_t first = 0; first < n; first += NR, panel += (size_t)NR * k)
+            product_panel(a + row * a_row, a_row, a_col, panel, m - row < MR ? m - row : MR,
+                          n - first < NR ? n - first : NR, k, beta, c + row * c_stride + first,
+                          c_stride);
+    }
+}
+
 CPU_TARGET static void rms_norm(const float *x, const float *weight, uint32_t n, float epsilon,
                                 float *out)
 {
@@ -180,6 +310,15 @@ CPU_TARGET static void add_scaled(float *y, const float *x, float scale, uint32_
         vstore(y + i, vfma(vload(x + i), vset(scale), vload(y + i)));
     for (; i < n; i++)
         y[i] += x[i] * scale;
+}
+
+CPU_TARGET static void blend(float *y, float own, const float *x, float scale, uint32_t n)
+{
+    uint32_t i = 0;
+    for (; i + V <= n; i += V)
+        vstore(y + i, vfma(vload(x + i), vset(scale), vmul(vset(own), vload(y + i))));
+    for (; i < n; i++)
+        y[i] = y[i] * own + x[i] * scale;
 }
 
 CPU_FN void softmax_row(float *x, uint32_t n, bool extra)
@@ -337,9 +476,15 @@ static const struct cpu_kernels table = {
     .name = CPU_LEVEL_NAME,
     .skinny = skinny,
     .widen = widen,
+    .panel = NR,
+    .pack_transposed = pack_transposed,
+    .pack = pack,
+    .unpack_transposed = unpack_transposed,
+    .product = product,
     .rms_norm = rms_norm,
     .silu_multiply = silu_multiply,
     .add_scaled = add_scaled,
+    .blend = blend,
     .softmax = softmax,
     .convolve = convolve,
     .recur = recur,

@@ -1,5 +1,5 @@
-/* linear.c - matrix products: a few rows against weights as they are stored, many through sgemm. */
-#include <cblas.h>
+/* linear.c - matrix products: a few rows against weights as they are stored, many against tiles
+ * of them packed for it. */
 #include <math.h>
 
 #include "engine/cpu/cpu.h"
@@ -25,15 +25,6 @@ float cpu_softplus(float x)
     return x > 20 ? x : log1pf(expf(x));
 }
 
-void cpu_gemm(bool transpose_a, bool transpose_b, uint32_t m, uint32_t n, uint32_t k, float alpha,
-              const float *a, size_t lda, const float *b, size_t ldb, float beta, float *c,
-              size_t ldc)
-{
-    cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
-                transpose_b ? CblasTrans : CblasNoTrans, (blasint)m, (blasint)n, (blasint)k, alpha,
-                a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
-}
-
 struct linear {
     struct ops_context *context;
     const struct ops_tensor *weight;
@@ -54,36 +45,54 @@ static void few_rows(const struct linear *l, uint32_t first, uint32_t count, uin
                                 l->out + (size_t)row * w->rows + first, w->rows, l->add);
 }
 
+/* The same of columns [from, from + depth) of the weight, packed in `panels`. */
+static void many_rows(const struct linear *l, const float *panels, uint32_t first, uint32_t count,
+                      uint32_t from, uint32_t depth, uint32_t row, uint32_t m)
+{
+    const struct ops_tensor *w = l->weight;
+    l->context->kernels->product(l->x + (size_t)row * w->cols + from, w->cols, 1, panels, m, count,
+                                 depth, l->add || from ? 1 : 0,
+                                 l->out + (size_t)row * w->rows + first, w->rows);
+}
+
+/* The next rows from segment *at on that go the same way; false at the end. */
+static bool next_run(const struct ops_rows *rows, uint32_t *at, bool few, uint32_t *row,
+                     uint32_t *m)
+{
+    const struct ops_segment *s = rows->segments;
+    while (*at < rows->segment_count && (s[*at].count <= CPU_FEW_ROWS) != few)
+        ++*at;
+    if (*at == rows->segment_count)
+        return false;
+    *row = s[*at].row;
+    *m = 0;
+    while (*at < rows->segment_count && (s[*at].count <= CPU_FEW_ROWS) == few)
+        *m += s[(*at)++].count;
+    return true;
+}
+
 static void linear_task(void *argument, uint32_t index, uint32_t worker)
 {
     const struct linear *l = argument;
     const struct ops_tensor *w = l->weight;
+    const size_t element = w->dtype == OPS_FP32 ? 4 : 2;
     const uint32_t first = index * CPU_TILE;
     const uint32_t count = w->rows - first < CPU_TILE ? w->rows - first : CPU_TILE;
-    const float *wide = NULL; /* this tile of the weight as floats, once it is needed */
-    for (uint32_t i = 0; i < l->rows->segment_count;) {
-        const struct ops_segment *segment = &l->rows->segments[i];
-        uint32_t m = segment->count;
-        i++;
-        if (m <= CPU_FEW_ROWS) {
-            while (i < l->rows->segment_count && l->rows->segments[i].count <= CPU_FEW_ROWS)
-                m += l->rows->segments[i++].count;
-            few_rows(l, first, count, segment->row, m);
-            continue;
-        }
-        if (!wide && w->dtype == OPS_FP32) {
-            wide = (const float *)w->data + (size_t)first * w->cols;
-        } else if (!wide) {
-            float *scratch = cpu_scratch(l->context, worker);
-            l->context->kernels->widen((const uint16_t *)w->data + (size_t)first * w->cols, scratch,
-                                       (size_t)count * w->cols);
-            wide = scratch;
-        }
-        cpu_gemm(false, true, m, count, w->cols, 1, l->x + (size_t)segment->row * w->cols, w->cols,
-                 wide, w->cols, l->add ? 1 : 0, l->out + (size_t)segment->row * w->rows + first,
-                 w->rows);
+    uint32_t at = 0, row, m;
+    while (next_run(l->rows, &at, true, &row, &m))
+        few_rows(l, first, count, row, m);
+    at = 0;
+    const bool many = next_run(l->rows, &at, false, &row, &m);
+    for (uint32_t from = 0; many && from < w->cols; from += CPU_DEPTH) {
+        const uint32_t depth = w->cols - from < CPU_DEPTH ? w->cols - from : CPU_DEPTH;
+        float *panels = cpu_scratch(l->context, worker);
+        l->context->kernels->pack_transposed((const char *)w->data +
+                                                 ((size_t)first * w->cols + from) * element,
+                                             w->dtype, w->cols, count, depth, panels);
+        for (at = 0; next_run(l->rows, &at, false, &row, &m);)
+            many_rows(l, panels, first, count, from, depth, row, m);
     }
-    for (uint32_t row = 0; l->bias && row < l->rows->row_count; row++)
+    for (row = 0; l->bias && row < l->rows->row_count; row++)
         for (uint32_t j = first; j < first + count; j++)
             l->out[(size_t)row * w->rows + j] += l->bias[j];
 }

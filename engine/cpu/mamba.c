@@ -105,7 +105,6 @@ static uint32_t block_rows(const struct ops_segment *segment, uint32_t block)
 /* scores[block, group] = C B^T of one block: every head of the group shares it. */
 static void scores_task(void *argument, uint32_t index, uint32_t worker)
 {
-    (void)worker;
     const struct mamba *t = argument;
     struct ops_context *x = t->context;
     const struct model_config *c = &x->config;
@@ -114,8 +113,69 @@ static void scores_task(void *argument, uint32_t index, uint32_t worker)
     const size_t row = t->segment->row + block * CPU_BLOCK;
     const float *b = x->conv + row * c->conv_size + c->inner_size + (size_t)group * n;
     const float *cc = b + (size_t)c->state_groups * n;
-    cpu_gemm(false, true, q, q, n, 1, cc, c->conv_size, b, c->conv_size, 0,
-             x->scores + (size_t)index * CPU_BLOCK * CPU_BLOCK, CPU_BLOCK);
+    float *panels = cpu_scratch(x, worker);
+    x->kernels->pack_transposed(b, OPS_FP32, c->conv_size, q, n, panels);
+    x->kernels->product(cc, c->conv_size, 1, panels, q, q, n, 0,
+                        x->scores + (size_t)index * CPU_BLOCK * CPU_BLOCK, CPU_BLOCK);
+}
+
+/* One head's part of a block. */
+struct block {
+    const float *u, *b, *c; /* [q, P], [q, N], [q, N], rows conv_size apart */
+    const float *scores;    /* C B^T, [q, CPU_BLOCK] */
+    float *y;               /* [q, P], rows inner_size apart */
+    float *state;           /* transposed, in panels of P's columns: [P / panel][N][panel] */
+    float *scratch;
+    float dt[CPU_BLOCK], decay[CPU_BLOCK]; /* time steps; log decay from the block's start */
+    uint32_t rows;                         /* q */
+    float skip;
+};
+
+#define TRIANGLE_ROWS 16
+
+/* y = decay * C state^T + D u, from before the block; then, within it,
+ * y += (C B^T * decay * dt, lower triangle) u, rows of the triangle by groups of like length. */
+static void block_output(const struct ops_context *x, const struct block *k)
+{
+    const struct model_config *c = &x->config;
+    const uint32_t width = c->mamba_head_dim, q = k->rows;
+    float *mask = k->scratch, *panels = mask + CPU_BLOCK * CPU_BLOCK;
+    x->kernels->product(k->c, c->conv_size, 1, k->state, q, width, c->state_size, 0, k->y,
+                        c->inner_size);
+    for (uint32_t i = 0; i < q; i++)
+        x->kernels->blend(k->y + (size_t)i * c->inner_size, expf(k->decay[i]),
+                          k->u + (size_t)i * c->conv_size, k->skip, width);
+    x->kernels->pack(k->u, c->conv_size, NULL, q, width, panels);
+    for (uint32_t first = 0; first < q; first += TRIANGLE_ROWS) {
+        const uint32_t end = first + TRIANGLE_ROWS < q ? first + TRIANGLE_ROWS : q;
+        for (uint32_t i = first; i < end; i++) {
+            float *row = mask + i * CPU_BLOCK;
+            x->kernels->decay_row(k->scores + i * CPU_BLOCK, k->decay, k->decay[i], k->dt, i + 1,
+                                  row);
+            memset(row + i + 1, 0, (end - i - 1) * sizeof *row);
+        }
+        for (uint32_t p = 0; p < width; p += x->kernels->panel)
+            x->kernels->product(mask + first * CPU_BLOCK, CPU_BLOCK, 1, panels + (size_t)p * q,
+                                end - first,
+                                width - p < x->kernels->panel ? width - p : x->kernels->panel, end,
+                                1, k->y + (size_t)first * c->inner_size + p, c->inner_size);
+    }
+}
+
+/* state = decay over the block * state + B^T (u * dt * decay to the block's end). */
+static void block_state(const struct ops_context *x, struct block *k)
+{
+    const struct model_config *c = &x->config;
+    const uint32_t width = c->mamba_head_dim, n = c->state_size, q = k->rows;
+    const uint32_t panel = x->kernels->panel;
+    const float last = k->decay[q - 1];
+    float factors[CPU_BLOCK], *panels = k->scratch;
+    for (uint32_t i = 0; i < q; i++)
+        factors[i] = k->dt[i] * expf(last - k->decay[i]);
+    x->kernels->pack(k->u, c->conv_size, factors, q, width, panels);
+    for (uint32_t p = 0; p < width; p += panel)
+        x->kernels->product(k->b, 1, c->conv_size, panels + (size_t)p * q, n, panel, q, expf(last),
+                            k->state + (size_t)p * n, panel);
 }
 
 /* One head through every block of the segment, in order. */
@@ -128,48 +188,26 @@ static void blocks_task(void *argument, uint32_t h, uint32_t worker)
     const uint32_t group = h / (c->mamba_heads / c->state_groups);
     const float rate = -expf(t->a_log[h]);
     float *state = t->ssm + (size_t)h * width * n;
-    float *mask = cpu_scratch(x, worker);         /* [q, q] */
-    float *scaled = mask + CPU_BLOCK * CPU_BLOCK; /* [q, P] or [q, N] */
-    float dt[CPU_BLOCK], decay[CPU_BLOCK];        /* time steps; log decay from the block's start */
+    struct block k = {.state = cpu_scratch(x, worker), .skip = t->skip[h]};
+    k.scratch = k.state + cpu_panels(width) * n;
+    x->kernels->pack_transposed(state, OPS_FP32, n, width, n, k.state);
     for (uint32_t block = 0; block * CPU_BLOCK < t->segment->count; block++) {
-        const uint32_t q = block_rows(t->segment, block);
         const size_t row = t->segment->row + block * CPU_BLOCK;
-        const float *u = x->conv + row * c->conv_size + (size_t)h * width;
-        const float *b = x->conv + row * c->conv_size + c->inner_size + (size_t)group * n;
-        const float *cc = b + (size_t)c->state_groups * n;
-        const float *scores =
-            x->scores + ((size_t)block * c->state_groups + group) * CPU_BLOCK * CPU_BLOCK;
-        float *y = x->mixed + row * c->inner_size + (size_t)h * width, sum = 0;
-        for (uint32_t i = 0; i < q; i++) {
-            dt[i] = x->dt[(row + i) * c->mamba_heads + h];
-            decay[i] = sum += dt[i] * rate;
+        float sum = 0;
+        k.rows = block_rows(t->segment, block);
+        k.u = x->conv + row * c->conv_size + (size_t)h * width;
+        k.b = x->conv + row * c->conv_size + c->inner_size + (size_t)group * n;
+        k.c = k.b + (size_t)c->state_groups * n;
+        k.scores = x->scores + ((size_t)block * c->state_groups + group) * CPU_BLOCK * CPU_BLOCK;
+        k.y = x->mixed + row * c->inner_size + (size_t)h * width;
+        for (uint32_t i = 0; i < k.rows; i++) {
+            k.dt[i] = x->dt[(row + i) * c->mamba_heads + h];
+            k.decay[i] = sum += k.dt[i] * rate;
         }
-        /* Within the block: y = (C B^T * decay * dt, lower triangle) x. */
-        for (uint32_t i = 0; i < q; i++) {
-            x->kernels->decay_row(scores + i * CPU_BLOCK, decay, decay[i], dt, i + 1,
-                                  mask + i * CPU_BLOCK);
-            memset(mask + i * CPU_BLOCK + i + 1, 0, (q - i - 1) * sizeof *mask);
-        }
-        cpu_gemm(false, false, q, width, q, 1, mask, CPU_BLOCK, u, c->conv_size, 0, y,
-                 c->inner_size);
-        /* From before it: y += decay * C state^T. */
-        for (uint32_t i = 0; i < q; i++) {
-            const float factor = expf(decay[i]);
-            for (uint32_t j = 0; j < n; j++)
-                scaled[i * n + j] = cc[(size_t)i * c->conv_size + j] * factor;
-        }
-        cpu_gemm(false, true, q, width, n, 1, scaled, n, state, n, 1, y, c->inner_size);
-        for (uint32_t i = 0; i < q; i++)
-            x->kernels->add_scaled(y + (size_t)i * c->inner_size, u + (size_t)i * c->conv_size,
-                                   t->skip[h], width);
-        /* The state behind it. */
-        for (uint32_t i = 0; i < q; i++) {
-            const float factor = dt[i] * expf(sum - decay[i]);
-            for (uint32_t p = 0; p < width; p++)
-                scaled[i * width + p] = u[(size_t)i * c->conv_size + p] * factor;
-        }
-        cpu_gemm(true, false, width, n, q, 1, scaled, width, b, c->conv_size, expf(sum), state, n);
+        block_output(x, &k);
+        block_state(x, &k);
     }
+    x->kernels->unpack_transposed(k.state, width, n, state);
 }
 
 static void gate_task(void *argument, uint32_t index, uint32_t worker)

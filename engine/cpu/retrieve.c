@@ -68,35 +68,36 @@ static void query_task(void *argument, uint32_t row, uint32_t worker)
     }
 }
 
-/* One block of landmarks against every row of the segment, for one head. */
-static void scan_head(const struct retrieve *t, uint64_t block, uint32_t n, uint32_t h,
-                      uint32_t worker)
+/* Scores of `n` landmarks from `data` on against every row of the segment, for one head. */
+static void score(const struct retrieve *t, const char *data, uint32_t n, uint32_t h, float *scores)
+{
+    const struct ops_context *x = t->context;
+    const uint32_t r = x->config.retrieval_dim, width = r / x->config.retrieval_heads;
+    const struct ops_segment *segment = &t->rows->segments[t->segment];
+    const float *q = t->query + (size_t)segment->row * r + (size_t)h * width;
+    if (segment->count <= CPU_FEW_ROWS) {
+        x->kernels->skinny(data, x->memory_dtype, r, n, width, q, r, segment->count, scores, n,
+                           false);
+        return;
+    }
+    float *panels = scores + (size_t)CPU_SCAN * segment->count;
+    x->kernels->pack_transposed(data, x->memory_dtype, r, n, width, panels);
+    x->kernels->product(q, r, 1, panels, segment->count, n, width, 0, scores, n);
+}
+
+/* Landmarks [base, base + n), which begin at `data`, for one head. */
+static void scan(const struct retrieve *t, const char *data, uint64_t base, uint32_t n, uint32_t h,
+                 uint32_t worker)
 {
     struct ops_context *x = t->context;
     const struct model_config *c = &x->config;
     const struct ops_segment *segment = &t->rows->segments[t->segment];
-    const uint32_t heads = c->retrieval_heads, width = c->retrieval_dim / heads, k = c->topk;
-    const bool wide = x->memory_dtype == OPS_FP32;
-    const char *data =
-        (const char *)t->landmarks[t->segment].blocks[block] + (size_t)h * width * (wide ? 4 : 2);
-    const float *q = t->query + (size_t)segment->row * c->retrieval_dim + (size_t)h * width;
-    float *scores = cpu_scratch(x, worker), *copy = scores + (size_t)segment->count * n;
-    if (segment->count <= CPU_FEW_ROWS) {
-        x->kernels->skinny(data, x->memory_dtype, c->retrieval_dim, n, width, q, c->retrieval_dim,
-                           segment->count, scores, n, false);
-    } else if (wide) {
-        cpu_gemm(false, true, segment->count, n, width, 1, q, c->retrieval_dim,
-                 (const float *)(const void *)data, c->retrieval_dim, 0, scores, n);
-    } else {
-        for (uint32_t i = 0; i < n; i++)
-            x->kernels->widen((const uint16_t *)(const void *)data + (size_t)i * c->retrieval_dim,
-                              copy + (size_t)i * width, width);
-        cpu_gemm(false, true, segment->count, n, width, 1, q, c->retrieval_dim, copy, width, 0,
-                 scores, n);
-    }
-    const uint64_t base = block * OPS_LANDMARK_BLOCK;
+    const uint32_t k = c->topk;
+    float *scores = cpu_scratch(x, worker);
+    score(t, data, n, h, scores);
     for (uint32_t i = 0; i < segment->count; i++) {
-        const size_t row = ((size_t)worker * x->max_rows + segment->row + i) * heads + h;
+        const size_t row =
+            ((size_t)worker * x->max_rows + segment->row + i) * c->retrieval_heads + h;
         const uint64_t seen = visible(c, segment->position + i, t->landmarks[t->segment].count);
         const uint32_t end = seen <= base ? 0 : seen - base < n ? (uint32_t)(seen - base) : n;
         struct cpu_pick *best = x->picks + row * k;
@@ -113,15 +114,21 @@ static void scan_head(const struct retrieve *t, uint64_t block, uint32_t n, uint
     }
 }
 
+/* One block of landmarks. */
 static void scan_task(void *argument, uint32_t block, uint32_t worker)
 {
     const struct retrieve *t = argument;
-    const uint64_t count = t->landmarks[t->segment].count;
-    const uint64_t base = (uint64_t)block * OPS_LANDMARK_BLOCK;
-    const uint32_t n =
-        count - base < OPS_LANDMARK_BLOCK ? (uint32_t)(count - base) : OPS_LANDMARK_BLOCK;
-    for (uint32_t h = 0; h < t->context->config.retrieval_heads; h++)
-        scan_head(t, block, n, h, worker);
+    const struct model_config *c = &t->context->config;
+    const size_t element = t->context->memory_dtype == OPS_FP32 ? 4 : 2;
+    const size_t width = c->retrieval_dim / c->retrieval_heads;
+    const struct ops_landmarks *landmarks = &t->landmarks[t->segment];
+    const char *data = landmarks->blocks[block];
+    const uint64_t base = (uint64_t)block * OPS_LANDMARK_BLOCK, left = landmarks->count - base;
+    const uint32_t count = left < OPS_LANDMARK_BLOCK ? (uint32_t)left : OPS_LANDMARK_BLOCK;
+    for (uint32_t h = 0; h < c->retrieval_heads; h++)
+        for (uint32_t at = 0; at < count; at += CPU_SCAN)
+            scan(t, data + (at * c->retrieval_dim + h * width) * element, base + at,
+                 count - at < CPU_SCAN ? count - at : CPU_SCAN, h, worker);
 }
 
 static int newest_first(const void *a, const void *b)
