@@ -168,8 +168,17 @@ static void make_random(struct loader *l, const char *name, struct ops_tensor *o
     uint16_t *data = keep(l, count * 2);
     if (!data)
         return;
-    const bool norm = strstr(name, "norm") != NULL;
-    const float scale = out->rows == 1 ? 0.1f : 1 / sqrtf((float)out->cols);
+    float scale = out->rows == 1 ? 0.1f : 1 / sqrtf((float)out->cols), offset = 0;
+    if (strstr(name, "norm") || strstr(name, "mixer.D")) {
+        scale = 0;
+        offset = 1;
+    } else if (strstr(name, "dt_bias")) {
+        scale *= 10;
+        offset = -4.5f;
+    } else if (strstr(name, "A_log")) {
+        scale *= 5;
+        offset = 1.5f;
+    }
     /* A table of normals is cheap to draw from; a billion logarithms are not. */
     float table[4096];
     for (size_t i = 0; i < 4096; i++)
@@ -177,16 +186,7 @@ static void make_random(struct loader *l, const char *name, struct ops_tensor *o
     uint64_t state = l->random;
     for (size_t i = 0; i < count; i++) {
         state = state * 6364136223846793005u + 1442695040888963407u;
-        float x = table[state >> 52] * scale;
-        if (norm)
-            x = 1;
-        else if (strstr(name, "dt_bias"))
-            x = -4.5f + 10 * x;
-        else if (strstr(name, "A_log"))
-            x = 1.5f + 5 * x;
-        else if (strstr(name, "mixer.D"))
-            x = 1;
-        data[i] = to_bf16(x);
+        data[i] = to_bf16(offset + table[state >> 52] * scale);
     }
     l->random = state | 1;
     out->data = data;
