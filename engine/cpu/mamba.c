@@ -128,7 +128,7 @@ struct block {
     float *scratch;
     float dt[CPU_BLOCK], decay[CPU_BLOCK]; /* time steps; log decay from the block's start */
     uint32_t rows;                         /* q */
-    float skip;
+    float rate, skip;                      /* A, D */
 };
 
 #define TRIANGLE_ROWS 16
@@ -168,14 +168,16 @@ static void block_state(const struct ops_context *x, struct block *k)
     const struct model_config *c = &x->config;
     const uint32_t width = c->mamba_head_dim, n = c->state_size, q = k->rows;
     const uint32_t panel = x->kernels->panel;
-    const float last = k->decay[q - 1];
-    float factors[CPU_BLOCK], *panels = k->scratch;
-    for (uint32_t i = 0; i < q; i++)
-        factors[i] = k->dt[i] * expf(last - k->decay[i]);
+    float factors[CPU_BLOCK], *panels = k->scratch, behind = 0;
+    /* Summed from the end: a difference of sums from the start would lose what is small in it. */
+    for (uint32_t i = q; i--;) {
+        factors[i] = k->dt[i] * expf(behind);
+        behind += k->dt[i] * k->rate;
+    }
     x->kernels->pack(k->u, c->conv_size, factors, q, width, panels);
     for (uint32_t p = 0; p < width; p += panel)
-        x->kernels->product(k->b, 1, c->conv_size, panels + (size_t)p * q, n, panel, q, expf(last),
-                            k->state + (size_t)p * n, panel);
+        x->kernels->product(k->b, 1, c->conv_size, panels + (size_t)p * q, n, panel, q,
+                            expf(behind), k->state + (size_t)p * n, panel);
 }
 
 /* One head through every block of the segment, in order. */
@@ -186,9 +188,9 @@ static void blocks_task(void *argument, uint32_t h, uint32_t worker)
     const struct model_config *c = &x->config;
     const uint32_t width = c->mamba_head_dim, n = c->state_size;
     const uint32_t group = h / (c->mamba_heads / c->state_groups);
-    const float rate = -expf(t->a_log[h]);
     float *state = t->ssm + (size_t)h * width * n;
-    struct block k = {.state = cpu_scratch(x, worker), .skip = t->skip[h]};
+    struct block k = {
+        .state = cpu_scratch(x, worker), .rate = -expf(t->a_log[h]), .skip = t->skip[h]};
     k.scratch = k.state + cpu_panels(width) * n;
     x->kernels->pack_transposed(state, OPS_FP32, n, width, n, k.state);
     for (uint32_t block = 0; block * CPU_BLOCK < t->segment->count; block++) {
@@ -202,7 +204,7 @@ static void blocks_task(void *argument, uint32_t h, uint32_t worker)
         k.y = x->mixed + row * c->inner_size + (size_t)h * width;
         for (uint32_t i = 0; i < k.rows; i++) {
             k.dt[i] = x->dt[(row + i) * c->mamba_heads + h];
-            k.decay[i] = sum += k.dt[i] * rate;
+            k.decay[i] = sum += k.dt[i] * k.rate;
         }
         block_output(x, &k);
         block_state(x, &k);
