@@ -8,6 +8,7 @@
 #include "engine/engine_private.h"
 #include "proto/base/assert.h"
 #include "proto/base/hash.h"
+#include "proto/base/log.h"
 
 static enum status read_config(const char *folder, struct model_config *config, struct error *err)
 {
@@ -28,21 +29,19 @@ static enum status read_config(const char *folder, struct model_config *config, 
     return model_config_parse(text, size, config, err);
 }
 
+/* The CUDA backend's table; NULL where this build has none. */
+static const struct ops *cuda_table(void)
+{
+#ifdef RAMBAD_CUDA
+    return ops_cuda();
+#else
+    return NULL;
+#endif
+}
+
 static enum status open_backend(struct engine *engine, const struct engine_options *options,
                                 uint32_t max_rows, struct error *err)
 {
-    switch (options->backend) {
-    case ENGINE_BACKEND_REF:
-        engine->ops = ops_ref();
-        break;
-    case ENGINE_BACKEND_AUTO:
-    case ENGINE_BACKEND_CPU:
-        engine->ops = ops_cpu();
-        break;
-    case ENGINE_BACKEND_CUDA:
-        return error_set(err, STATUS_UNSUPPORTED,
-                         "this build has no CUDA backend; use --backend cpu");
-    }
     uint32_t threads = options->threads;
     if (!threads) {
         const long online = sysconf(_SC_NPROCESSORS_ONLN);
@@ -51,8 +50,30 @@ static enum status open_backend(struct engine *engine, const struct engine_optio
     const struct ops_options ops = {.config = &engine->config,
                                     .threads = threads,
                                     .max_rows = max_rows,
-                                    .memory_dtype = engine->memory_dtype};
+                                    .memory_dtype = engine->memory_dtype,
+                                    .device_memory_bytes = options->device_memory_bytes};
+    const enum engine_backend backend = options->backend;
+    engine->ops = backend == ENGINE_BACKEND_REF ? ops_ref() : ops_cpu();
+    if (cuda_table() && (backend == ENGINE_BACKEND_CUDA || backend == ENGINE_BACKEND_AUTO)) {
+        const enum status status = cuda_table()->open(&ops, &engine->context, err);
+        if (!status)
+            engine->ops = cuda_table();
+        if (status != STATUS_UNSUPPORTED || backend == ENGINE_BACKEND_CUDA)
+            return status;
+        log_event(LOG_INFO, "cuda_unused", "reason", LOG_STR, err ? err->message : NULL, NULL);
+    } else if (backend == ENGINE_BACKEND_CUDA) {
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "this build has no CUDA backend; use --backend cpu");
+    }
     return engine->ops->open(&ops, &engine->context, err);
+}
+
+/* Takes the weights to the backend's own memory, where it has some. */
+static enum status place_weights(struct engine *engine, struct error *err)
+{
+    return engine->ops->place ? weights_place(&engine->weights, &engine->config, engine->context,
+                                              err, engine->ops->place)
+                              : STATUS_OK;
 }
 
 static enum status open_tokenizer(struct engine *engine, const struct engine_options *options,
@@ -141,6 +162,9 @@ enum status engine_open(const struct engine_options *options, struct engine **ou
     if (status)
         goto out;
     engine->info.backend = engine->ops->describe(engine->context);
+    status = place_weights(engine, err);
+    if (status)
+        goto out;
     status = open_pages(engine, options->host_memory_bytes, max_rows, err);
     if (!status) {
         status = model_create(engine, max_rows, &engine->model);
@@ -256,6 +280,11 @@ enum status engine_step(struct engine *engine, struct engine_step_item *items, s
     }
     if (n)
         model_forward(engine, running, n);
+    struct error broken;
+    if (engine->ops->check && engine->ops->check(engine->context, &broken)) {
+        free(running);
+        return STATUS_INTERNAL; /* the backend has said why */
+    }
     for (uint32_t i = 0; i < n; i++) {
         struct engine_step_item *item = running[i].step;
         item->status = running[i].status;

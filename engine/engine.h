@@ -34,6 +34,7 @@ struct engine_options {
     enum engine_backend backend; /* AUTO: the fastest that this build and machine have */
     uint32_t threads;            /* CPU workers, the engine's own thread among them; 0: all CPUs */
     size_t host_memory_bytes;    /* budget of resident K/V pages, of all sessions together */
+    size_t device_memory_bytes;  /* a GPU's own copies of K/V pages; 0: an eighth of its memory */
     enum engine_dtype memory_dtype; /* chunk memories and landmarks; BF16 halves everything */
     uint32_t slice_tokens; /* most rows of one sequence in one step; 0: LIMITS_SLICE_TOKENS */
     struct chunk_io io;    /* copied */

@@ -55,7 +55,7 @@ enum status memory_open(struct memory *memory, const struct ops *ops, struct ops
 void memory_close(struct memory *memory)
 {
     for (size_t i = 0; i < memory->slab_count; i += 2) {
-        memory->ops->release(memory->context, memory->slabs[i]);
+        memory->ops->release_host(memory->context, memory->slabs[i]);
         free(memory->slabs[i + 1]);
     }
     free(memory->slabs);
@@ -75,11 +75,11 @@ static bool grow(struct memory *memory)
     if (!slabs)
         return false;
     memory->slabs = slabs;
-    char *data = memory->ops->alloc(memory->context, count * memory->kv_bytes);
+    char *data = memory->ops->alloc_host(memory->context, count * memory->kv_bytes);
     struct memory_page *pages = calloc(count, sizeof *pages);
     if (!data || !pages) {
         if (data)
-            memory->ops->release(memory->context, data);
+            memory->ops->release_host(memory->context, data);
         free(pages);
         return false;
     }
@@ -221,6 +221,8 @@ enum status memory_load(struct memory *memory, const struct chunk_io *io,
         if (!pages[i]->unread)
             continue;
         pages[i]->unread = false;
+        if (memory->ops->host_wrote)
+            memory->ops->host_wrote(memory->context, pages[i]->data);
         if (status)
             drop(memory, pages[i]);
     }

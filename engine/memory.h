@@ -16,7 +16,7 @@
 
 struct memory_page {
     struct chunk_key key;
-    void *data; /* kv_bytes, memory of ops->alloc */
+    void *data; /* kv_bytes, memory of ops->alloc_host */
     uint32_t pins;
     bool unacknowledged;      /* one of the pins waits for the disk */
     bool unread;              /* named by a top-k, its bytes not here yet */

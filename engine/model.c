@@ -22,6 +22,7 @@ struct model {
     const void **pages;                    /* [max_rows, Hr, K] */
     struct memory_page **held, **row_page; /* pinned by this block; page of each pick */
     float *host_logits;
+    void *host_landmark;
     struct ops_segment *segments, *single;
     struct ops_mamba_state *states;
     struct ops_landmarks *landmarks;
@@ -63,6 +64,7 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->chunks = ops->alloc(engine->context, m->max_chunks * c->chunk_tokens * d * sizeof(float));
     m->logits = ops->alloc(engine->context, (size_t)LOGIT_ROWS * c->vocab_size * sizeof(float));
     m->host_logits = calloc((size_t)LOGIT_ROWS * c->vocab_size, sizeof(float));
+    m->host_landmark = calloc(1, engine->info.landmark_bytes);
     m->tokens = calloc(max_rows, sizeof *m->tokens);
     m->picks.chunks = calloc(picks, sizeof *m->picks.chunks);
     m->picks.weights = calloc(picks, sizeof *m->picks.weights);
@@ -79,8 +81,8 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->chunk_items = calloc(m->max_chunks, sizeof *m->chunk_items);
     m->chunk_index = calloc(m->max_chunks, sizeof *m->chunk_index);
     if (!m->x || !m->q || !m->o || !m->last || !m->chunks || !m->logits || !m->host_logits ||
-        !m->tokens || !m->picks.chunks || !m->picks.weights || !m->pages || !m->held ||
-        !m->row_page || !m->segments || !m->single || !m->states || !m->landmarks ||
+        !m->host_landmark || !m->tokens || !m->picks.chunks || !m->picks.weights || !m->pages ||
+        !m->held || !m->row_page || !m->segments || !m->single || !m->states || !m->landmarks ||
         !m->chunk_rows || !m->chunk_kv || !m->chunk_landmarks || !m->chunk_items ||
         !m->chunk_index) {
         model_destroy(engine, m);
@@ -101,6 +103,7 @@ void model_destroy(struct engine *engine, struct model *m)
         if (device[i])
             engine->ops->release(engine->context, device[i]);
     free(m->host_logits);
+    free(m->host_landmark);
     free(m->tokens);
     free(m->picks.chunks);
     free(m->picks.weights);
@@ -195,8 +198,13 @@ static void append_chunks(struct pass *p, const struct weights_layer *layer)
     for (uint32_t i = 0; i < n; i++) {
         const struct engine_session *s = m->chunk_items[i]->session;
         const struct chunk_key key = {s->ranges[s->range_count - 1].branch, m->chunk_index[i]};
+        engine->ops->copy(engine->context, m->host_landmark, m->chunk_landmarks[i],
+                          engine->info.landmark_bytes);
+        struct error broken;
+        if (engine->ops->check && engine->ops->check(engine->context, &broken))
+            return; /* nothing wrong reaches the disk; engine_step fails */
         const enum status status =
-            engine->io.append(engine->io.context, key, m->chunk_kv[i], m->chunk_landmarks[i]);
+            engine->io.append(engine->io.context, key, m->chunk_kv[i], m->host_landmark);
         if (status) { /* room was asked for before the step, so this is not a full queue */
             item_failed(m->chunk_items[i], status);
             memory_durable(&engine->memory, key, true);

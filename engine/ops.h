@@ -3,10 +3,10 @@
  * Owns nothing; every pointer is borrowed for the call.
  *
  * A step's rows are the tokens of all its sequences one after another; a segment is one sequence's
- * run of rows. Backends: ref/ (plain fp32, obvious), cpu/ (fast), later cuda/. One file per op,
- * the same base name in each. Activations and states are fp32 on the host backends and live in
- * memory from `alloc`; the shared forward pass never looks through such a pointer, it calls
- * `copy`, so that a device backend can hand out device memory.
+ * run of rows. Backends: ref/ (plain fp32, obvious), cpu/ (fast), cuda/. One file per op, the same
+ * base name in each. Activations, states and landmarks live in memory from `alloc`; the shared
+ * forward pass never looks through such a pointer, it calls `copy`, so that a device backend can
+ * hand out device memory. K/V pages live in memory from `alloc_host`, which both sides read.
  *
  * Batch invariance: a segment's results must not depend on the other segments of the call. */
 #ifndef ENGINE_OPS_H
@@ -98,6 +98,7 @@ struct ops_options {
     uint32_t threads;
     uint32_t max_rows;           /* of one step */
     enum ops_dtype memory_dtype; /* of K/V pages and landmarks */
+    size_t device_memory_bytes;  /* budget of a device's own copies of K/V pages; 0: its choice */
 };
 
 struct ops {
@@ -108,10 +109,21 @@ struct ops {
     void (*close)(struct ops_context *context);
     /* "cpu (avx2, 2 threads)"; borrowed. */
     const char *(*describe)(const struct ops_context *context);
+    /* Waits for the work so far; STATUS_OK unless the backend is broken (then the message says how,
+     * and nothing computed since the last check may be used). NULL: it cannot break. */
+    enum status (*check)(struct ops_context *context, struct error *err);
+    /* Takes a weight to where the ops want it: `data` and `dtype` change, and stay the backend's
+     * until `close`. Every tensor that an op is given went through here. NULL: no need. */
+    enum status (*place)(struct ops_context *context, struct ops_tensor *tensor, struct error *err);
 
     /* Zeroed memory for activations and states, aligned to 64 bytes; NULL when there is none. */
     void *(*alloc)(struct ops_context *context, size_t bytes);
     void (*release)(struct ops_context *context, void *memory);
+    /* Host memory for K/V pages, aligned to 64 bytes; NULL when there is none. */
+    void *(*alloc_host)(struct ops_context *context, size_t bytes);
+    void (*release_host)(struct ops_context *context, void *memory);
+    /* The host wrote a page: a copy that the backend keeps of it is stale. NULL: it keeps none. */
+    void (*host_wrote)(struct ops_context *context, const void *page);
     /* Any direction between memory of `alloc` and the host's; complete when it returns. */
     void (*copy)(struct ops_context *context, void *to, const void *from, size_t bytes);
 
@@ -158,5 +170,6 @@ struct ops {
 
 const struct ops *ops_ref(void);
 const struct ops *ops_cpu(void);
+const struct ops *ops_cuda(void); /* where RAMBAD_CUDA is defined */
 
 #endif

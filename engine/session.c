@@ -168,8 +168,8 @@ static enum status restore(struct engine_session *s, const void *snapshot, size_
     return STATUS_OK;
 }
 
-/* Reads the landmarks of every chunk before the position, block by block. */
-static enum status read_landmarks(struct engine_session *s)
+/* Reads the landmarks of every chunk before the position, block by block; `host` holds one. */
+static enum status read_landmarks(struct engine_session *s, void *host)
 {
     const struct engine *engine = s->engine;
     const uint64_t total = s->position / engine->config.chunk_tokens;
@@ -183,9 +183,10 @@ static enum status read_landmarks(struct engine_session *s)
         void *to;
         enum status status = session_add_landmark(s, &to);
         if (!status)
-            status = engine->io.read_landmarks(engine->io.context, branch, at, end - at, to);
+            status = engine->io.read_landmarks(engine->io.context, branch, at, end - at, host);
         if (status)
             return status;
+        engine->ops->copy(engine->context, to, host, (end - at) * engine->info.landmark_bytes);
         s->chunk_count = end;
     }
     return STATUS_OK;
@@ -203,7 +204,9 @@ enum status engine_session_create(struct engine *engine, const struct chunk_rang
     if (snapshot)
         status = restore(s, snapshot, snapshot_bytes, err);
     if (!status) {
-        status = read_landmarks(s);
+        void *host = malloc(landmark_block_bytes(engine));
+        status = host ? read_landmarks(s, host) : STATUS_NO_MEMORY;
+        free(host);
         if (status)
             error_set(err, status, "the memory's landmarks cannot be read: %s",
                       status_text(status));

@@ -475,6 +475,73 @@ enum status weights_open(const char *folder, const struct model_config *config,
     return l.status;
 }
 
+struct placing {
+    struct ops_context *context;
+    enum status (*place_cb)(struct ops_context *context, struct ops_tensor *tensor,
+                            struct error *err);
+    struct error *err;
+    enum status status; /* of the first failure */
+};
+
+static void place(struct placing *p, struct ops_tensor *const *tensors, size_t count)
+{
+    for (size_t i = 0; i < count && !p->status; i++)
+        if (tensors[i]->data)
+            p->status = p->place_cb(p->context, tensors[i], p->err);
+}
+
+#define PLACE(p, ...)                                   \
+    do {                                                \
+        struct ops_tensor *const all[] = {__VA_ARGS__}; \
+        place(p, all, sizeof all / sizeof *all);        \
+    } while (0)
+
+static void place_layer(struct placing *p, struct weights_layer *layer)
+{
+    struct ops_mamba_weights *m = &layer->mamba;
+    struct ops_chunking_weights *c = &layer->chunking;
+    struct ops_retrieval_weights *r = &layer->retrieval;
+    struct ops_hsa_weights *h = &layer->hsa;
+    switch (layer->kind) {
+    case MODEL_LAYER_MAMBA:
+        PLACE(p, &m->norm, &m->in_proj, &m->in_proj_bias, &m->conv_weight, &m->conv_bias,
+              &m->dt_bias, &m->a_log, &m->d, &m->gate_norm, &m->out_proj, &m->out_proj_bias);
+        break;
+    case MODEL_LAYER_CHUNKING:
+        PLACE(p, &c->cls, &c->enc_prenorm, &c->encoder_norm, &c->norm, &c->proj_k, &c->proj_v,
+              &c->landmark, &c->k_norm);
+        break;
+    case MODEL_LAYER_RETRIEVAL:
+        PLACE(p, &r->pre_norm, &r->query, &r->q_norm, &r->k_norm);
+        break;
+    case MODEL_LAYER_HSA:
+        PLACE(p, &h->pre_norm, &h->query, &h->q_norm, &h->out);
+        break;
+    }
+}
+
+enum status weights_place(struct weights *weights, const struct model_config *config,
+                          struct ops_context *context, struct error *err,
+                          enum status (*place_cb)(struct ops_context *context,
+                                                  struct ops_tensor *tensor, struct error *err))
+{
+    struct placing p = {.context = context, .place_cb = place_cb, .err = err};
+    const bool tied = weights->head.data == weights->embeddings.data;
+    PLACE(&p, &weights->embeddings, &weights->final_norm);
+    if (!tied)
+        PLACE(&p, &weights->head);
+    for (uint32_t i = 0; i < config->layer_count; i++)
+        place_layer(&p, &weights->layers[i]);
+    for (uint32_t i = 0; i < config->encoder_layers; i++) {
+        struct ops_encoder_layer *e = &weights->mapped->encoder[i];
+        PLACE(&p, &e->input_norm, &e->q, &e->q_bias, &e->k, &e->k_bias, &e->v, &e->v_bias, &e->o,
+              &e->q_norm, &e->k_norm, &e->post_norm, &e->gate, &e->up, &e->down);
+    }
+    if (tied)
+        weights->head = weights->embeddings;
+    return p.status;
+}
+
 void weights_close(struct weights *weights)
 {
     struct weights_private *p = weights->mapped;

@@ -33,6 +33,13 @@ struct weights {
 STATUS_CHECKED enum status weights_open(const char *folder, const struct model_config *config,
                                         uint64_t random_seed, struct weights *out,
                                         struct error *err);
+/* Hands every tensor to `place_cb` once (a tied head follows its embeddings); stops at the first
+ * failure and returns it. */
+STATUS_CHECKED enum status weights_place(struct weights *weights, const struct model_config *config,
+                                         struct ops_context *context, struct error *err,
+                                         enum status (*place_cb)(struct ops_context *context,
+                                                                 struct ops_tensor *tensor,
+                                                                 struct error *err));
 void weights_close(struct weights *weights);
 
 #endif

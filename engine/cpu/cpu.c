@@ -183,6 +183,8 @@ const struct ops *ops_cpu(void)
         .describe = cpu_describe,
         .alloc = cpu_alloc,
         .release = cpu_release,
+        .alloc_host = cpu_alloc,
+        .release_host = cpu_release,
         .copy = cpu_copy,
         .embed = cpu_embed,
         .mamba = cpu_mamba,

@@ -111,6 +111,8 @@ const struct ops *ops_ref(void)
         .describe = ref_describe,
         .alloc = ref_alloc,
         .release = ref_release,
+        .alloc_host = ref_alloc,
+        .release_host = ref_release,
         .copy = ref_copy,
         .embed = ref_embed,
         .mamba = ref_mamba,

@@ -4,7 +4,7 @@
 #ifndef PROTO_BASE_ASSERT_H
 #define PROTO_BASE_ASSERT_H
 
-_Noreturn void assert_failed(const char *expression, const char *file, int line);
+__attribute__((noreturn)) void assert_failed(const char *expression, const char *file, int line);
 
 #define ASSERT(x) ((x) ? (void)0 : assert_failed(#x, __FILE__, __LINE__))
 

@@ -1,0 +1,471 @@
+/* cuda.cu - the CUDA backend: the device, its memory, what failed, the table. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/cuda/cuda.h"
+#include "engine/cuda/device.cuh"
+
+extern "C" {
+#include "engine/bf16.h"
+#include "proto/base/log.h"
+}
+
+#define STAGE_BYTES ((size_t)1 << 20)
+
+/* ---- failures ---- */
+
+void cuda_fail(struct ops_context *x, enum status status, const char *format, ...)
+{
+    if (x->failed)
+        return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(x->failure, sizeof x->failure, format, args);
+    va_end(args);
+    x->failed = status;
+    log_event(LOG_ERROR, "cuda_failed", "message", LOG_STR, x->failure, NULL);
+}
+
+bool cuda_check(struct ops_context *x, cudaError_t error, const char *what)
+{
+    if (error != cudaSuccess)
+        cuda_fail(x, error == cudaErrorMemoryAllocation ? STATUS_NO_MEMORY : STATUS_INTERNAL,
+                  "the GPU failed in %s: %s", what, cudaGetErrorString(error));
+    return error == cudaSuccess;
+}
+
+void cuda_launched(struct ops_context *x, const char *kernel)
+{
+    cudaError_t error = cudaGetLastError();
+    if (x->fail_launch && --x->fail_launch == 0)
+        error = cudaErrorLaunchFailure;
+    cuda_check(x, error, kernel);
+}
+
+/* ---- memory ---- */
+
+void *cuda_take(struct ops_context *x, size_t bytes)
+{
+    void *memory = NULL;
+    if (x->failed)
+        return NULL;
+    cudaError_t error = cudaMalloc(&memory, bytes ? bytes : 1);
+    if (error == cudaSuccess && x->fail_alloc && --x->fail_alloc == 0) {
+        cudaFree(memory);
+        error = cudaErrorMemoryAllocation;
+    }
+    if (error == cudaErrorMemoryAllocation) {
+        cudaGetLastError(); /* an allocation that fails is not a broken device */
+        return NULL;
+    }
+    if (!cuda_check(x, error, "cudaMalloc"))
+        return NULL;
+    if (!cuda_check(x, cudaMemsetAsync(memory, 0, bytes, x->stream), "cudaMemset")) {
+        cudaFree(memory);
+        return NULL;
+    }
+    return memory;
+}
+
+void cuda_give(struct ops_context *x, void *memory)
+{
+    if (memory)
+        cuda_check(x, cudaFree(memory), "cudaFree"); /* waits for the work that uses it */
+}
+
+static void *cuda_alloc(struct ops_context *x, size_t bytes)
+{
+    return cuda_take(x, bytes);
+}
+
+static void *cuda_alloc_host(struct ops_context *x, size_t bytes)
+{
+    void *memory = NULL;
+    if (x->failed)
+        return NULL;
+    const cudaError_t error = cudaHostAlloc(&memory, bytes ? bytes : 1, cudaHostAllocPortable);
+    if (error == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        return NULL;
+    }
+    return cuda_check(x, error, "cudaHostAlloc") ? memory : NULL;
+}
+
+static void cuda_release_host(struct ops_context *x, void *memory)
+{
+    cuda_pages_forget_all(x);
+    if (memory)
+        cuda_check(x, cudaFreeHost(memory), "cudaFreeHost");
+}
+
+void cuda_wait(struct ops_context *x)
+{
+    if (!x->failed)
+        cuda_check(x, cudaStreamSynchronize(x->stream), "the work of this step");
+}
+
+void cuda_copy_out(struct ops_context *x, void *host, const void *device, size_t bytes)
+{
+    if (!x->failed)
+        cuda_check(x, cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, x->stream),
+                   "a copy from the GPU");
+}
+
+static bool on_device(struct ops_context *x, const void *memory)
+{
+    cudaPointerAttributes attributes;
+    return cuda_check(x, cudaPointerGetAttributes(&attributes, memory), "a look at a pointer") &&
+           attributes.type == cudaMemoryTypeDevice;
+}
+
+/* Between device buffers the stream's order is enough; the host has to wait. */
+static void cuda_copy(struct ops_context *x, void *to, const void *from, size_t bytes)
+{
+    if (x->failed || !bytes)
+        return;
+    const bool inside = on_device(x, to) && on_device(x, from);
+    if (x->failed)
+        return;
+    cuda_check(x, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, x->stream), "a copy");
+    if (!inside)
+        cuda_wait(x);
+}
+
+/* ---- staging ---- */
+
+static bool stage_open(struct ops_context *x, size_t bytes)
+{
+    x->stage_host = (char *)cuda_alloc_host(x, bytes);
+    x->stage_device = (char *)cuda_take(x, bytes);
+    x->stage_bytes = bytes;
+    x->stage_used = 0;
+    return x->stage_host && x->stage_device;
+}
+
+static void free_retired(struct ops_context *x)
+{
+    for (uint32_t i = 0; i < x->retired_count; i += 2) {
+        cudaFreeHost(x->retired[i]);
+        cudaFree(x->retired[i + 1]);
+    }
+    x->retired_count = 0;
+}
+
+void cuda_begin(struct ops_context *x)
+{
+    if (x->failed || (x->stage_used <= x->stage_bytes / 2 && !x->retired_count))
+        return;
+    cuda_wait(x); /* copies out of the buffer and kernels that read its twin are done */
+    x->stage_used = 0;
+    if (!x->failed)
+        free_retired(x);
+}
+
+void *cuda_stage(struct ops_context *x, const void *data, size_t bytes)
+{
+    if (x->failed)
+        return NULL;
+    if (bytes > x->stage_bytes - x->stage_used) {
+        ASSERT(x->retired_count < 2 * CUDA_RETIRED);
+        x->retired[x->retired_count++] = x->stage_host;
+        x->retired[x->retired_count++] = x->stage_device;
+        const size_t larger = 2 * (x->stage_bytes > bytes ? x->stage_bytes : bytes);
+        if (!stage_open(x, larger)) {
+            cuda_fail(x, STATUS_NO_MEMORY, "out of memory for %zu bytes between host and GPU",
+                      larger);
+            return NULL;
+        }
+    }
+    char *host = x->stage_host + x->stage_used, *device = x->stage_device + x->stage_used;
+    x->stage_used += (bytes + 255) / 256 * 256;
+    if (x->stage_used > x->stage_bytes)
+        x->stage_used = x->stage_bytes;
+    memcpy(host, data, bytes);
+    return cuda_check(x, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, x->stream),
+                      "a copy to the GPU")
+               ? device
+               : NULL;
+}
+
+struct cuda_segment *cuda_segments(struct ops_context *x, const struct ops_rows *rows)
+{
+    struct cuda_segment *segments = (struct cuda_segment *)calloc(
+        rows->segment_count ? rows->segment_count : 1, sizeof *segments);
+    if (!segments) {
+        cuda_fail(x, STATUS_NO_MEMORY, "out of memory for a step's segments");
+        return NULL;
+    }
+    for (uint32_t i = 0; i < rows->segment_count; i++) {
+        segments[i].row = rows->segments[i].row;
+        segments[i].count = rows->segments[i].count;
+        segments[i].position = rows->segments[i].position;
+    }
+    return segments;
+}
+
+bool cuda_stage_rows(struct ops_context *x, const struct ops_rows *rows,
+                     struct cuda_segment *segments, const struct cuda_segment **device_segments,
+                     const uint32_t **row_segment)
+{
+    uint32_t *map = (uint32_t *)malloc(sizeof *map * (rows->row_count ? rows->row_count : 1));
+    if (!map) {
+        cuda_fail(x, STATUS_NO_MEMORY, "out of memory for a step's rows");
+        return false;
+    }
+    for (uint32_t i = 0; i < rows->segment_count; i++)
+        for (uint32_t j = 0; j < segments[i].count; j++)
+            map[segments[i].row + j] = i;
+    *device_segments = (const struct cuda_segment *)cuda_stage(
+        x, segments, sizeof *segments * rows->segment_count);
+    *row_segment = (const uint32_t *)cuda_stage(x, map, sizeof *map * rows->row_count);
+    free(map);
+    return !x->failed;
+}
+
+/* ---- weights ---- */
+
+/* Vectors become floats; matrices what products take. */
+static void *convert(const struct ops_tensor *t, bool floats, size_t *bytes)
+{
+    const size_t count = (size_t)t->rows * t->cols;
+    *bytes = count * (floats ? 4 : 2);
+    void *out = malloc(*bytes ? *bytes : 1);
+    if (!out)
+        return NULL;
+    for (size_t i = 0; i < count; i++) {
+        const float value = t->dtype == OPS_FP32 ? ((const float *)t->data)[i]
+                                                 : bf16_to_float(((const uint16_t *)t->data)[i]);
+        if (floats)
+            ((float *)out)[i] = value;
+        else
+            ((uint16_t *)out)[i] = bf16_from_float(value);
+    }
+    return out;
+}
+
+static enum status cuda_place(struct ops_context *x, struct ops_tensor *tensor, struct error *err)
+{
+    const bool floats = x->wide || tensor->rows == 1;
+    const enum ops_dtype dtype = floats ? OPS_FP32 : OPS_BF16;
+    const void *from = tensor->data;
+    void *converted = NULL;
+    size_t bytes = (size_t)tensor->rows * tensor->cols * (floats ? 4 : 2);
+    if (x->placed_count == x->placed_capacity) {
+        const size_t capacity = x->placed_capacity ? 2 * x->placed_capacity : 256;
+        void **grown = (void **)realloc(x->placed, capacity * sizeof *grown);
+        if (!grown)
+            return error_set(err, STATUS_NO_MEMORY, "out of memory for the weights");
+        x->placed = grown;
+        x->placed_capacity = capacity;
+    }
+    if (dtype != tensor->dtype) {
+        converted = convert(tensor, floats, &bytes);
+        if (!converted)
+            return error_set(err, STATUS_NO_MEMORY, "out of memory for the weights");
+        from = converted;
+    }
+    void *device = cuda_take(x, bytes);
+    if (device) {
+        x->placed[x->placed_count++] = device;
+        if (cuda_check(x, cudaMemcpyAsync(device, from, bytes, cudaMemcpyHostToDevice, x->stream),
+                       "a copy of weights to the GPU"))
+            cuda_wait(x); /* the memory it comes from is ours no longer */
+    }
+    free(converted);
+    if (x->failed)
+        return error_set(err, x->failed, "%s", x->failure);
+    if (!device)
+        return error_set(err, STATUS_NO_MEMORY,
+                         "the weights do not fit the GPU's memory; use --backend cpu");
+    tensor->data = device;
+    tensor->dtype = dtype;
+    return STATUS_OK;
+}
+
+/* ---- opening ---- */
+
+static size_t larger(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+static bool take_memory(struct ops_context *x)
+{
+    const struct model_config *c = &x->config;
+    const size_t rows = x->max_rows, d = c->hidden_size, element = x->wide ? 4 : 2;
+    const size_t encoded = (size_t)CUDA_CHUNKS * (c->chunk_tokens + 1);
+    const size_t kv = (size_t)larger(c->kv_heads, c->encoder_kv_heads) * c->head_dim;
+    const size_t widest = larger(larger(d, c->encoder_mlp_size), c->retrieval_dim);
+    const size_t picks = rows * c->retrieval_heads * c->topk;
+    x->block_capacity = x->max_rows / CUDA_BLOCK_TOKENS + LIMITS_RUNNING;
+    x->normed = cuda_take(x, rows * d * element);
+    x->mixed = cuda_take(x, rows * c->inner_size * element);
+    x->projected = (float *)cuda_take(x, rows * c->proj_size * 4);
+    x->conv = (float *)cuda_take(x, rows * c->conv_size * 4);
+    x->scanned = (float *)cuda_take(x, rows * c->inner_size * 4);
+    x->dt = (float *)cuda_take(x, rows * c->mamba_heads * 4);
+    x->decay = (float *)cuda_take(x, rows * c->mamba_heads * 4);
+    x->states =
+        (float *)cuda_take(x, (size_t)x->block_capacity * c->inner_size * c->state_size * 4);
+    x->query = (float *)cuda_take(x, rows * c->retrieval_dim * 4);
+    x->query_narrow = x->wide ? NULL : cuda_take(x, rows * c->retrieval_dim * 2);
+    x->pick_chunks = (uint64_t *)cuda_take(x, picks * sizeof *x->pick_chunks);
+    x->pick_weights = (float *)cuda_take(x, picks * sizeof *x->pick_weights);
+    x->encoder_x = (float *)cuda_take(x, encoded * d * 4);
+    x->encoder_q = (float *)cuda_take(x, encoded * widest * 4);
+    x->encoder_k = (float *)cuda_take(x, encoded * kv * 4);
+    x->encoder_v = (float *)cuda_take(x, encoded * kv * 4);
+    x->encoder_up = (float *)cuda_take(x, encoded * widest * 4);
+    x->encoder_y = cuda_take(x, encoded * widest * element);
+    x->encoder_kv = cuda_take(x, CUDA_CHUNKS * x->page_bytes);
+    x->encoder_summary = cuda_take(x, CUDA_CHUNKS * d * element);
+    return x->normed && x->mixed && x->projected && x->conv && x->scanned && x->dt && x->decay &&
+           x->states && x->query && (x->wide || x->query_narrow) && x->pick_chunks &&
+           x->pick_weights && x->encoder_x && x->encoder_q && x->encoder_k && x->encoder_v &&
+           x->encoder_up && x->encoder_y && x->encoder_kv && x->encoder_summary &&
+           stage_open(x, STAGE_BYTES);
+}
+
+static void cuda_close(struct ops_context *x)
+{
+    if (x->stream)
+        cudaStreamSynchronize(x->stream);
+    cuda_pages_close(x);
+    cuda_products_close(x);
+    void *all[] = {x->normed,          x->mixed,        x->projected,  x->conv,
+                   x->scanned,         x->dt,           x->decay,      x->states,
+                   x->query,           x->query_narrow, x->candidates, x->pick_chunks,
+                   x->pick_weights,    x->encoder_x,    x->encoder_q,  x->encoder_k,
+                   x->encoder_v,       x->encoder_up,   x->encoder_y,  x->encoder_kv,
+                   x->encoder_summary, x->stage_device};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i])
+            cudaFree(all[i]);
+    free_retired(x);
+    if (x->stage_host)
+        cudaFreeHost(x->stage_host);
+    for (size_t i = 0; i < x->placed_count; i++)
+        cudaFree(x->placed[i]);
+    free(x->placed);
+    if (x->stream)
+        cudaStreamDestroy(x->stream);
+    free(x);
+}
+
+/* RAMBAD_CUDA_FAULT=alloc:N or launch:N makes the N-th allocation or launch from here on fail. */
+static void read_fault(struct ops_context *x)
+{
+    const char *fault = getenv("RAMBAD_CUDA_FAULT");
+    if (fault && strncmp(fault, "alloc:", 6) == 0)
+        x->fail_alloc = atol(fault + 6);
+    if (fault && strncmp(fault, "launch:", 7) == 0)
+        x->fail_launch = atol(fault + 7);
+}
+
+/* Chooses the device and makes the stream. */
+static enum status open_device(struct ops_context *x, struct error *err)
+{
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || !count) {
+        cudaGetLastError();
+        return error_set(err, STATUS_UNSUPPORTED, "no NVIDIA GPU can be used here: %s",
+                         error != cudaSuccess ? cudaGetErrorString(error) : "none found");
+    }
+    cudaDeviceProp device;
+    error = cudaSetDevice(0);
+    if (error == cudaSuccess)
+        error = cudaGetDeviceProperties(&device, 0);
+    if (error == cudaSuccess && device.major < 8)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "the GPU %s has compute capability %d.%d; 8.0 or later is needed",
+                         device.name, device.major, device.minor);
+    if (error == cudaSuccess)
+        error = cudaStreamCreateWithFlags(&x->stream, cudaStreamNonBlocking);
+    if (error != cudaSuccess)
+        return error_set(err, STATUS_UNSUPPORTED, "the GPU cannot be used: %s",
+                         cudaGetErrorString(error));
+    x->multiprocessors = device.multiProcessorCount;
+    snprintf(x->description, sizeof x->description, "cuda (%.100s, %s)", device.name,
+             x->wide ? "fp32" : "bf16");
+    return STATUS_OK;
+}
+
+static enum status cuda_open(const struct ops_options *options, struct ops_context **out,
+                             struct error *err)
+{
+    const struct model_config *c = options->config;
+    if (c->retrieval_dim < 2)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "the CUDA backend needs a retrieval_dim of at least 2");
+    struct ops_context *x = (struct ops_context *)calloc(1, sizeof *x);
+    if (!x)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory");
+    x->config = *c;
+    x->wide = options->memory_dtype == OPS_FP32;
+    x->max_rows = options->max_rows;
+    x->page_bytes = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim * (x->wide ? 4 : 2);
+    x->page_budget = options->device_memory_bytes;
+    read_fault(x);
+    enum status status = open_device(x, err);
+    if (!status)
+        status = cuda_products_open(x, err);
+    if (!status)
+        status = cuda_pages_open(x, err);
+    if (!status && !take_memory(x))
+        status = error_set(err, STATUS_NO_MEMORY,
+                           "out of GPU memory for activations of %u rows; use smaller slices or "
+                           "--backend cpu",
+                           x->max_rows);
+    if (status) {
+        cuda_close(x);
+        return status;
+    }
+    *out = x;
+    return STATUS_OK;
+}
+
+static const char *cuda_describe(const struct ops_context *x)
+{
+    return x->description;
+}
+
+static enum status cuda_check_failed(struct ops_context *x, struct error *err)
+{
+    cuda_wait(x);
+    return x->failed ? error_set(err, x->failed, "%s", x->failure) : STATUS_OK;
+}
+
+static struct ops make_table(void)
+{
+    struct ops table = {};
+    table.name = "cuda";
+    table.open = cuda_open;
+    table.close = cuda_close;
+    table.describe = cuda_describe;
+    table.check = cuda_check_failed;
+    table.place = cuda_place;
+    table.alloc = cuda_alloc;
+    table.release = cuda_give;
+    table.alloc_host = cuda_alloc_host;
+    table.release_host = cuda_release_host;
+    table.host_wrote = cuda_pages_forget;
+    table.copy = cuda_copy;
+    table.embed = cuda_embed;
+    table.mamba = cuda_mamba;
+    table.encode_chunks = cuda_encode_chunks;
+    table.retrieve = cuda_retrieve;
+    table.hsa_query = cuda_hsa_query;
+    table.hsa_attend = cuda_hsa_attend;
+    table.hsa_out = cuda_hsa_out;
+    table.logits = cuda_logits;
+    return table;
+}
+
+extern "C" const struct ops *ops_cuda(void)
+{
+    static const struct ops table = make_table();
+    return &table;
+}

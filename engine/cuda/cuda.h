@@ -1,0 +1,186 @@
+/* cuda.h - what the files of cuda/ share: the context, products, norms, staging, device pages.
+ * Thread: the engine's; all device work goes to one stream, in order. Owns the device's memory.
+ * Private to cuda/.
+ *
+ * Two precisions, by the memory's dtype: with BF16 memory, weights and the inputs of products are
+ * bf16 and every sum is fp32; with FP32 memory ("wide") everything is fp32. Activations between
+ * ops, recurrent states and logits are fp32 in both.
+ *
+ * A failure of the device is remembered in the context: the first one is logged, everything after
+ * it does nothing, and the table's `check` tells the engine before it uses a result. */
+#ifndef ENGINE_CUDA_CUDA_H
+#define ENGINE_CUDA_CUDA_H
+
+#include <cuda_runtime.h>
+
+extern "C" {
+#include "engine/ops.h"
+#include "proto/base/assert.h"
+#include "proto/limits.h"
+}
+
+#define CUDA_FEW_ROWS 8      /* up to here a segment's rows share each weight as it is read */
+#define CUDA_BLOCK_TOKENS 64 /* tokens of a block of the chunked (SSD) form */
+#define CUDA_CHUNKS 16       /* chunks encoded together, always: see encode_chunks.cu */
+#define CUDA_RETIRED 16      /* staging buffers outgrown within one op */
+
+struct cuda_products; /* cuBLASLt and what it chose for each shape */
+struct cuda_pages;    /* K/V pages on the device */
+
+struct ops_context {
+    struct model_config config;
+    bool wide;
+    uint32_t max_rows;
+    int multiprocessors;
+    cudaStream_t stream;
+    char description[160];
+    enum status failed; /* sticky */
+    char failure[400];
+    long fail_alloc, fail_launch; /* tests: the n-th from here on fails; 0: none */
+    /* Small arrays on their way to the device: pinned memory and its twin. */
+    char *stage_host, *stage_device;
+    size_t stage_bytes, stage_used;
+    char *retired[2 * CUDA_RETIRED];
+    uint32_t retired_count;
+    void **placed; /* weights */
+    size_t placed_count, placed_capacity;
+    struct cuda_products *products;
+    struct cuda_pages *pages;
+    size_t page_bytes, page_budget;
+    /* Activations of the op under way; the inputs of products are bf16, or floats when wide. */
+    void *normed;      /* [max_rows, d] */
+    void *mixed;       /* [max_rows, di] */
+    float *projected;  /* [max_rows, proj_size] */
+    float *conv;       /* [max_rows, conv_size] */
+    float *scanned;    /* [max_rows, di] */
+    float *dt, *decay; /* [max_rows, Hm]: time steps; log decay since the block's start */
+    float *states;     /* [block_capacity, Hm, P, N] */
+    uint32_t block_capacity;
+    float *query;       /* [max_rows, r] */
+    void *query_narrow; /* the same in bf16, unless wide */
+    struct cuda_candidate *candidates;
+    size_t candidate_capacity;
+    uint64_t *pick_chunks; /* [max_rows, Hr, K] */
+    float *pick_weights;
+    /* Of CUDA_CHUNKS chunks, S + 1 rows each. */
+    float *encoder_x, *encoder_q, *encoder_k, *encoder_v, *encoder_up;
+    void *encoder_y, *encoder_kv, *encoder_summary;
+};
+
+struct cuda_candidate {
+    float score;
+    uint32_t chunk; /* CUDA_NO_CHUNK: none */
+};
+#define CUDA_NO_CHUNK 0xffffffffu
+
+/* A segment as kernels see it. */
+struct cuda_segment {
+    uint64_t position;
+    uint32_t row, count;
+    float *ssm, *conv;         /* mamba */
+    const void *const *blocks; /* retrieve: device array of landmark blocks */
+    uint64_t chunk_count;
+};
+
+static inline uint32_t cuda_ceil(uint64_t a, uint64_t b)
+{
+    return (uint32_t)((a + b - 1) / b);
+}
+
+/* ---- cuda.cu ---- */
+
+/* Remembers and logs the first failure. */
+void cuda_fail(struct ops_context *context, enum status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* Whether the call went well; `what` names it. */
+bool cuda_check(struct ops_context *context, cudaError_t error, const char *what);
+/* After every launch. */
+void cuda_launched(struct ops_context *context, const char *kernel);
+/* Device memory, zeroed, aligned to 256 bytes; NULL when there is none (the context has not failed
+ * then: the caller decides). */
+void *cuda_take(struct ops_context *context, size_t bytes);
+void cuda_give(struct ops_context *context, void *memory);
+/* Begins an op: staged arrays of earlier ops may be overwritten from here on. */
+void cuda_begin(struct ops_context *context);
+/* The device's copy of a small array, valid until the next cuda_begin; NULL after a failure. */
+void *cuda_stage(struct ops_context *context, const void *data, size_t bytes);
+/* Segments of the call and the segment of each row, staged; false after a failure. */
+bool cuda_stage_rows(struct ops_context *context, const struct ops_rows *rows,
+                     struct cuda_segment *segments, const struct cuda_segment **device_segments,
+                     const uint32_t **row_segment);
+/* Segment structs to be filled in and staged; freed by the caller. NULL after a failure. */
+struct cuda_segment *cuda_segments(struct ops_context *context, const struct ops_rows *rows);
+void cuda_copy_out(struct ops_context *context, void *host, const void *device, size_t bytes);
+void cuda_wait(struct ops_context *context);
+
+/* ---- cublaslt.cu ---- */
+
+enum status cuda_products_open(struct ops_context *context, struct error *err);
+void cuda_products_close(struct ops_context *context);
+/* out [m, n] fp32 = x [m, k] w [n, k]^T, or += with `add`; x and w bf16, or floats when wide. The
+ * same m, n and k give the same numbers wherever x lies in its buffer. False: cuBLASLt has no kernel
+ * for the shape, nothing was done. */
+bool cuda_product(struct ops_context *context, const void *w, uint32_t n, uint32_t k, const void *x,
+                  uint32_t m, float *out, bool add);
+
+/* ---- linear.cu ---- */
+
+/* out [rows, W.rows] = x W^T + bias, or += with `add`. Segments of few rows share each weight as it
+ * is read; longer ones are products of their own, so no segment can change another's numbers. */
+void cuda_linear(struct ops_context *context, const struct ops_tensor *weight,
+                 const struct ops_tensor *bias, const struct ops_rows *rows, const void *x,
+                 float *out, bool add);
+/* out[row] = RMSNorm(x[row]), as an input of products. weight->data NULL: ones. */
+void cuda_norm(struct ops_context *context, const float *x, const struct ops_tensor *weight,
+               uint32_t n, float epsilon, uint32_t row_count, void *out);
+/* The same as floats; in place allowed. */
+void cuda_norm_floats(struct ops_context *context, const float *x, const struct ops_tensor *weight,
+                      uint32_t n, float epsilon, uint32_t row_count, float *out);
+/* Floats as an input of products. */
+void cuda_narrow(struct ops_context *context, const float *x, size_t count, void *out);
+
+/* ---- pages.cu ---- */
+
+enum status cuda_pages_open(struct ops_context *context, struct error *err);
+void cuda_pages_close(struct ops_context *context);
+/* The host wrote to `page`: the device's copy of it is stale. */
+void cuda_pages_forget(struct ops_context *context, const void *page);
+/* Host memory of pages goes: other pages may come to lie where they lay. */
+void cuda_pages_forget_all(struct ops_context *context);
+/* Device copies of pages that one kernel reads together: begin, then take each. */
+void cuda_pages_begin(struct ops_context *context);
+/* The device's copy, brought here when it is missing; NULL: no room beside those taken since
+ * cuda_pages_begin (or a failure). */
+void *cuda_pages_take(struct ops_context *context, const void *page);
+/* Like cuda_pages_take, but the content is about to be written on the device. */
+void *cuda_pages_create(struct ops_context *context, const void *page);
+/* All of the kernel's pages are taken. */
+void cuda_pages_end(struct ops_context *context);
+/* Waits until the copies from host pages before the last cuda_pages_end are done. */
+void cuda_pages_settle(struct ops_context *context);
+
+/* ---- the ops ---- */
+
+extern "C" {
+void cuda_embed(struct ops_context *context, const struct ops_tensor *table, const int32_t *tokens,
+                uint32_t row_count, float *out);
+void cuda_mamba(struct ops_context *context, const struct ops_mamba_weights *weights,
+                const struct ops_rows *rows, const struct ops_mamba_state *states, float *x);
+void cuda_encode_chunks(struct ops_context *context, const struct ops_chunking_weights *weights,
+                        uint32_t count, const float *const *chunks, void *const *kv,
+                        void *const *landmarks);
+void cuda_retrieve(struct ops_context *context, const struct ops_retrieval_weights *weights,
+                   const struct ops_rows *rows, const struct ops_landmarks *landmarks,
+                   const float *x, struct ops_picks *picks);
+void cuda_hsa_query(struct ops_context *context, const struct ops_hsa_weights *weights,
+                    const struct ops_rows *rows, const float *x, float *q);
+void cuda_hsa_attend(struct ops_context *context, uint32_t row_count, const float *q,
+                     const float *weights, const void *const *pages, float *o);
+void cuda_hsa_out(struct ops_context *context, const struct ops_hsa_weights *weights,
+                  const struct ops_rows *rows, const float *o, float *x);
+void cuda_logits(struct ops_context *context, const struct ops_tensor *norm,
+                 const struct ops_tensor *head, const struct ops_rows *rows, const float *x,
+                 float *logits);
+}
+
+#endif

@@ -1,0 +1,191 @@
+/* device.cuh - what kernels are written with: launching, reductions, bf16, tensor-core products.
+ * Thread: device code. Owns nothing. Private to cuda/.
+ * Where nvcc does not compile (__CUDACC__ is not defined), the tests' emulator stands behind
+ * <cuda_runtime.h> and declares the few primitives that are instructions here. */
+#ifndef ENGINE_CUDA_DEVICE_CUH
+#define ENGINE_CUDA_DEVICE_CUH
+
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdint.h>
+
+#define CUDA_WARP 32
+#define CUDA_ALL_LANES 0xffffffffu
+
+/* Launches `kernel` on the context's stream unless the device has failed, and checks the launch.
+ * An empty grid launches nothing. */
+#ifdef __CUDACC__
+#define CUDA_LAUNCH(context, kernel, grid, block, shared, ...)                                    \
+    do {                                                                                          \
+        const dim3 launch_grid = grid, launch_block = block;                                      \
+        if (!(context)->failed && launch_grid.x && launch_grid.y && launch_grid.z) {              \
+            auto launch_kernel = kernel;                                                          \
+            launch_kernel<<<launch_grid, launch_block, shared, (context)->stream>>>(__VA_ARGS__); \
+            cuda_launched(context, #kernel);                                                      \
+        }                                                                                         \
+    } while (0)
+#else
+#define CUDA_LAUNCH(context, kernel, grid, block, shared, ...)                       \
+    do {                                                                             \
+        const dim3 launch_grid = grid, launch_block = block;                         \
+        if (!(context)->failed && launch_grid.x && launch_grid.y && launch_grid.z) { \
+            emulator_launch(#kernel, launch_grid, launch_block, shared,              \
+                            [=] { (kernel)(__VA_ARGS__); });                         \
+            cuda_launched(context, #kernel);                                         \
+        }                                                                            \
+    } while (0)
+#endif
+
+/* Dynamic shared memory of the block, as an array of `type` called `name`. */
+#ifdef __CUDACC__
+#define CUDA_SHARED(type, name)                                   \
+    extern __shared__ __align__(16) unsigned char shared_bytes[]; \
+    type *name = reinterpret_cast<type *>(shared_bytes)
+#else
+#define CUDA_SHARED(type, name) type *name = reinterpret_cast<type *>(emulator_shared())
+#endif
+
+/* ---- bf16 ---- */
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static __device__ __forceinline__ float cuda_float(float x)
+{
+    return x;
+}
+
+static __device__ __forceinline__ float cuda_float(bf16 x)
+{
+    return __uint_as_float((uint32_t)x.bits << 16);
+}
+
+/* Rounded to nearest even; NaN stays NaN. */
+static __device__ __forceinline__ bf16 cuda_bf16(float x)
+{
+    const uint32_t bits = __float_as_uint(x);
+    bf16 out;
+    out.bits = x != x ? (uint16_t)(bits >> 16 | 0x40)
+                      : (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+    return out;
+}
+
+static __device__ __forceinline__ void cuda_store(float *to, float x)
+{
+    *to = x;
+}
+
+static __device__ __forceinline__ void cuda_store(bf16 *to, float x)
+{
+    *to = cuda_bf16(x);
+}
+
+/* Two neighbours as the tensor cores take them: the first in the lower half. */
+static __device__ __forceinline__ uint32_t cuda_pack(float first, float second)
+{
+    return (uint32_t)cuda_bf16(first).bits | (uint32_t)cuda_bf16(second).bits << 16;
+}
+
+/* 16 bytes of elements as floats. */
+static __device__ __forceinline__ void cuda_load16(const float *from, float out[4])
+{
+    const float4 v = *reinterpret_cast<const float4 *>(from);
+    out[0] = v.x;
+    out[1] = v.y;
+    out[2] = v.z;
+    out[3] = v.w;
+}
+
+static __device__ __forceinline__ void cuda_load16(const bf16 *from, float out[8])
+{
+    const uint4 v = *reinterpret_cast<const uint4 *>(from);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
+/* ---- reductions, in an order that no other row of the batch can change ---- */
+
+static __device__ __forceinline__ float cuda_warp_sum(float x)
+{
+#pragma unroll
+    for (int step = CUDA_WARP / 2; step; step /= 2)
+        x += __shfl_xor_sync(CUDA_ALL_LANES, x, step);
+    return x;
+}
+
+static __device__ __forceinline__ float cuda_warp_max(float x)
+{
+#pragma unroll
+    for (int step = CUDA_WARP / 2; step; step /= 2)
+        x = fmaxf(x, __shfl_xor_sync(CUDA_ALL_LANES, x, step));
+    return x;
+}
+
+/* Of all threads of the block, whose count is a multiple of 32; every thread gets the sum. */
+static __device__ __forceinline__ float cuda_block_sum(float x)
+{
+    __shared__ float parts[CUDA_WARP];
+    x = cuda_warp_sum(x);
+    if (threadIdx.x % CUDA_WARP == 0)
+        parts[threadIdx.x / CUDA_WARP] = x;
+    __syncthreads();
+    float sum = 0;
+    for (uint32_t i = 0; i < blockDim.x / CUDA_WARP; i++)
+        sum += parts[i];
+    __syncthreads();
+    return sum;
+}
+
+static __device__ __forceinline__ float cuda_silu(float x)
+{
+    return x / (1 + expf(-x));
+}
+
+static __device__ __forceinline__ float cuda_softplus(float x)
+{
+    return x > 20 ? x : log1pf(expf(x));
+}
+
+/* ---- tensor cores ---- */
+
+#ifdef __CUDACC__
+/* d [16, 8] += a [16, 16] b [16, 8], one warp. With group = lane / 4 and pair = lane % 4:
+ * a[0], a[1]: rows group and group + 8, columns 2 pair and 2 pair + 1; a[2], a[3]: the same rows,
+ * columns 8 further; b[0]: rows 2 pair and 2 pair + 1 of column group; b[1]: rows 8 further;
+ * d[0], d[1]: row group, columns 2 pair and 2 pair + 1; d[2], d[3]: row group + 8. */
+static __device__ __forceinline__ void cuda_mma(float d[4], const uint32_t a[4],
+                                                const uint32_t b[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* 16 bytes from global to shared memory, past the registers; both aligned to 16. */
+static __device__ __forceinline__ void cuda_copy_async(void *shared, const void *global)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(global)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void cuda_copy_commit(void)
+{
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+/* Waits until at most `left` of this thread's groups are under way. */
+template <int left> static __device__ __forceinline__ void cuda_copy_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(left) : "memory");
+}
+#endif
+
+#endif

@@ -1,0 +1,288 @@
+/* encode_chunks.cu - hidden states of whole chunks become their memory. Products always run over
+ * the rows of CUDA_CHUNKS chunks, so that what a chunk becomes does not depend on how many others
+ * came with it: cuBLASLt chooses its kernels by the row count. */
+#include <stdlib.h>
+
+#include "engine/cuda/cuda.h"
+#include "engine/cuda/device.cuh"
+
+#define ATTENTION_WARPS 8
+#define HEAD_WARPS 8
+
+/* Rows of the chunks one after another, each with an empty row for its summary; chunks from `count`
+ * on are zeros. Grid: rows of CUDA_CHUNKS chunks. */
+static __global__ void gather(const float *const *chunks, const float *cls, uint32_t count,
+                              uint32_t tokens, uint32_t d, float *x)
+{
+    const uint32_t chunk = blockIdx.x / (tokens + 1), t = blockIdx.x % (tokens + 1);
+    for (uint32_t i = threadIdx.x; i < d; i += blockDim.x) {
+        float value = 0;
+        if (chunk < count && t < tokens)
+            value = chunks[chunk][(size_t)t * d + i];
+        else if (chunk < count && cls)
+            value = cls[i];
+        x[(size_t)blockIdx.x * d + i] = value;
+    }
+}
+
+/* Per-head RMSNorm, then rotary embedding of the row's position (half-rotation layout, theta
+ * 10,000). A warp a head; each lane owns whole pairs, so nothing is read after it is written. */
+static __global__ void norm_rotate(float *x, const float *weight, uint32_t heads, uint32_t width,
+                                   uint32_t positions, size_t count)
+{
+    const size_t head = (size_t)blockIdx.x * HEAD_WARPS + threadIdx.x / CUDA_WARP;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, half = width / 2;
+    if (head >= count)
+        return;
+    const uint32_t position = (uint32_t)(head / heads % positions);
+    float *row = x + head * width, sum = 0;
+    for (uint32_t i = lane; i < width; i += CUDA_WARP)
+        sum = fmaf(row[i], row[i], sum);
+    const float scale = 1 / sqrtf(cuda_warp_sum(sum) / (float)width + MODEL_MEMORY_EPSILON);
+    for (uint32_t i = lane; i < half; i += CUDA_WARP) {
+        const float angle = (float)position * powf(10000.0f, -(float)(2 * i) / (float)width);
+        const float cosine = cosf(angle), sine = sinf(angle);
+        const float a = row[i] * scale * weight[i];
+        const float b = row[half + i] * scale * weight[half + i];
+        row[i] = a * cosine - b * sine;
+        row[half + i] = b * cosine + a * sine;
+    }
+}
+
+struct attention {
+    uint32_t heads, kv_heads, width, positions;
+    float scale;
+};
+
+/* out = softmax(Q K^T / sqrt(hd)) V, every position of a chunk seeing every other. A warp a query.
+ * Grid: chunks x heads x queries / ATTENTION_WARPS. */
+template <typename T>
+static __global__ void __launch_bounds__(ATTENTION_WARPS *CUDA_WARP)
+    attend_chunk(struct attention s, const float *q, const float *k, const float *v, T *out)
+{
+    CUDA_SHARED(float, shared);
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t h = blockIdx.y, n = s.positions, kv = s.kv_heads * s.width;
+    const uint32_t t = blockIdx.z * ATTENTION_WARPS + warp;
+    if (t >= n)
+        return;
+    const size_t row = (size_t)blockIdx.x * n;
+    const size_t at = ((row + t) * s.heads + h) * s.width;
+    const uint32_t from = h / (s.heads / s.kv_heads) * s.width;
+    const float *keys = k + row * kv + from, *values = v + row * kv + from;
+    float *scores = shared + warp * n, top = -INFINITY, sum = 0;
+    for (uint32_t u = lane; u < n; u += CUDA_WARP) {
+        float score = 0;
+        for (uint32_t i = 0; i < s.width; i++)
+            score = fmaf(q[at + i], keys[(size_t)u * kv + i], score);
+        scores[u] = score * s.scale;
+        top = fmaxf(top, scores[u]);
+    }
+    top = cuda_warp_max(top);
+    for (uint32_t u = lane; u < n; u += CUDA_WARP) {
+        scores[u] = expf(scores[u] - top);
+        sum += scores[u];
+    }
+    sum = cuda_warp_sum(sum);
+    __syncwarp();
+    for (uint32_t i = lane; i < s.width; i += CUDA_WARP) {
+        float value = 0;
+        for (uint32_t u = 0; u < n; u++)
+            value = fmaf(scores[u], values[(size_t)u * kv + i], value);
+        cuda_store(out + at + i, value / sum);
+    }
+}
+
+/* out = SiLU(gate) * up, as an input of the next product. */
+template <typename T>
+static __global__ void gate_up(const float *gate, const float *up, size_t count, T *out)
+{
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count)
+        cuda_store(out + i, cuda_silu(gate[i]) * up[i]);
+}
+
+/* Without an encoder the summary is the mean of the chunk's rows. Grid: chunks. */
+static __global__ void average(float *x, uint32_t tokens, uint32_t d)
+{
+    float *chunk = x + (size_t)blockIdx.x * (tokens + 1) * d;
+    for (uint32_t i = threadIdx.x; i < d; i += blockDim.x) {
+        float sum = 0;
+        for (uint32_t t = 0; t < tokens; t++)
+            sum += chunk[(size_t)t * d + i];
+        chunk[(size_t)tokens * d + i] = sum / (float)tokens;
+    }
+}
+
+/* Summaries one after another. Grid: chunks. */
+template <typename T>
+static __global__ void gather_summaries(const T *y, uint32_t tokens, uint32_t d, T *out)
+{
+    for (uint32_t i = threadIdx.x; i < d; i += blockDim.x)
+        out[(size_t)blockIdx.x * d + i] = y[((size_t)blockIdx.x * (tokens + 1) + tokens) * d + i];
+}
+
+/* One head of one token's key and value into the chunk's page; keys through `norm`, if any. A warp
+ * a head. Grid: chunks x tokens * kv heads / HEAD_WARPS. */
+template <typename T>
+static __global__ void write_pages(const float *k, const float *v, const float *norm,
+                                   uint32_t tokens, uint32_t heads, uint32_t width, T *const *pages)
+{
+    const uint32_t head = blockIdx.y * HEAD_WARPS + threadIdx.x / CUDA_WARP;
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    if (head >= tokens * heads)
+        return;
+    const size_t row = (size_t)blockIdx.x * (tokens + 1) + head / heads;
+    const size_t from = (row * heads + head % heads) * width, to = (size_t)head * width;
+    T *keys = pages[blockIdx.x], *values = keys + (size_t)tokens * heads * width;
+    float scale = 1;
+    if (norm) {
+        float sum = 0;
+        for (uint32_t i = lane; i < width; i += CUDA_WARP)
+            sum = fmaf(k[from + i], k[from + i], sum);
+        scale = 1 / sqrtf(cuda_warp_sum(sum) / (float)width + MODEL_MEMORY_EPSILON);
+    }
+    for (uint32_t i = lane; i < width; i += CUDA_WARP) {
+        cuda_store(keys + to + i, norm ? k[from + i] * scale * norm[i] : k[from + i]);
+        cuda_store(values + to + i, v[from + i]);
+    }
+}
+
+/* One head of one chunk's landmark, divided by its root mean square when `normed`. Grid: chunks x
+ * retrieval heads; a warp. */
+template <typename T>
+static __global__ void write_landmarks(const float *m, bool normed, uint32_t width,
+                                       T *const *landmarks)
+{
+    const size_t at = (size_t)blockIdx.y * width;
+    const float *from = m + (size_t)blockIdx.x * gridDim.y * width + at;
+    float scale = 1;
+    if (normed) {
+        float sum = 0;
+        for (uint32_t i = threadIdx.x; i < width; i += CUDA_WARP)
+            sum = fmaf(from[i], from[i], sum);
+        scale = 1 / sqrtf(cuda_warp_sum(sum) / (float)width + MODEL_MEMORY_EPSILON);
+    }
+    for (uint32_t i = threadIdx.x; i < width; i += CUDA_WARP)
+        cuda_store(landmarks[blockIdx.x] + at + i, from[i] * scale);
+}
+
+/* A product over the rows of CUDA_CHUNKS chunks. */
+static void product(struct ops_context *x, const struct ops_tensor *weight,
+                    const struct ops_tensor *bias, const void *in, float *out, bool add)
+{
+    const struct ops_segment segment = {0, CUDA_CHUNKS * (x->config.chunk_tokens + 1), 0};
+    const struct ops_rows rows = {&segment, 1, segment.count};
+    cuda_linear(x, weight, bias, &rows, in, out, add);
+}
+
+template <typename T>
+static void encoder_layer(struct ops_context *x, const struct ops_encoder_layer *w, uint32_t count)
+{
+    const struct model_config *c = &x->config;
+    const uint32_t d = c->hidden_size, n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
+    const struct attention s = {c->heads, c->encoder_kv_heads, c->head_dim, n,
+                                1 / sqrtf((float)c->head_dim)};
+    T *y = (T *)x->encoder_y;
+    cuda_norm(x, x->encoder_x, &w->input_norm, d, MODEL_MEMORY_EPSILON, rows, y);
+    product(x, &w->q, &w->q_bias, y, x->encoder_q, false);
+    product(x, &w->k, &w->k_bias, y, x->encoder_k, false);
+    product(x, &w->v, &w->v_bias, y, x->encoder_v, false);
+    const size_t q_heads = (size_t)rows * c->heads, k_heads = (size_t)rows * c->encoder_kv_heads;
+    const dim3 head_block(HEAD_WARPS * CUDA_WARP);
+    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(q_heads, HEAD_WARPS)), head_block, 0, x->encoder_q,
+                (const float *)w->q_norm.data, c->heads, c->head_dim, n, q_heads);
+    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(k_heads, HEAD_WARPS)), head_block, 0, x->encoder_k,
+                (const float *)w->k_norm.data, c->encoder_kv_heads, c->head_dim, n, k_heads);
+    CUDA_LAUNCH(x, attend_chunk<T>, dim3(count, c->heads, cuda_ceil(n, ATTENTION_WARPS)),
+                dim3(ATTENTION_WARPS * CUDA_WARP), ATTENTION_WARPS * n * sizeof(float), s,
+                x->encoder_q, x->encoder_k, x->encoder_v, y);
+    product(x, &w->o, NULL, y, x->encoder_x, true);
+    cuda_norm(x, x->encoder_x, &w->post_norm, d, MODEL_MEMORY_EPSILON, rows, y);
+    product(x, &w->gate, NULL, y, x->encoder_q, false);
+    product(x, &w->up, NULL, y, x->encoder_up, false);
+    const size_t elements = (size_t)rows * c->encoder_mlp_size;
+    CUDA_LAUNCH(x, gate_up<T>, dim3(cuda_ceil(elements, 256)), dim3(256), 0, x->encoder_q,
+                x->encoder_up, elements, y);
+    product(x, &w->down, NULL, y, x->encoder_x, true);
+}
+
+/* encoder_y: the encoded rows of each chunk and of its summary, as inputs of products. */
+template <typename T>
+static void encode(struct ops_context *x, const struct ops_chunking_weights *w, uint32_t count)
+{
+    const struct model_config *c = &x->config;
+    const uint32_t d = c->hidden_size, rows = CUDA_CHUNKS * (c->chunk_tokens + 1);
+    if (!c->encoder_layers) {
+        cuda_norm_floats(x, x->encoder_x, &w->norm, d, MODEL_MEMORY_EPSILON, rows, x->encoder_x);
+        CUDA_LAUNCH(x, average, dim3(count), dim3(256), 0, x->encoder_x, c->chunk_tokens, d);
+        cuda_narrow(x, x->encoder_x, (size_t)rows * d, x->encoder_y);
+        return;
+    }
+    if (c->encoder_prenorm)
+        cuda_norm_floats(x, x->encoder_x, &w->enc_prenorm, d, MODEL_MEMORY_EPSILON, rows,
+                         x->encoder_x);
+    for (uint32_t j = 0; j < c->encoder_layers; j++)
+        encoder_layer<T>(x, &w->encoder[j], count);
+    cuda_norm(x, x->encoder_x, &w->encoder_norm, d, MODEL_MEMORY_EPSILON, rows, x->encoder_y);
+}
+
+/* Keys, values and landmarks of the encoded chunks into device pages and landmark blocks, and the
+ * pages to the host. */
+template <typename T>
+static void write_memory(struct ops_context *x, const struct ops_chunking_weights *w,
+                         uint32_t count, void *const *kv, void *const *landmarks)
+{
+    const struct model_config *c = &x->config;
+    const uint32_t s = c->chunk_tokens, width = c->retrieval_dim / c->retrieval_heads;
+    void *pages[CUDA_CHUNKS];
+    cuda_pages_begin(x);
+    for (uint32_t i = 0; i < count; i++)
+        pages[i] = cuda_pages_create(x, kv[i]);
+    T *const *staged_pages = (T *const *)cuda_stage(x, pages, sizeof *pages * count);
+    T *const *staged_landmarks = (T *const *)cuda_stage(x, landmarks, sizeof *landmarks * count);
+    product(x, &w->proj_k, NULL, x->encoder_y, x->encoder_k, false);
+    product(x, &w->proj_v, NULL, x->encoder_y, x->encoder_v, false);
+    CUDA_LAUNCH(x, write_pages<T>, dim3(count, cuda_ceil((uint64_t)s * c->kv_heads, HEAD_WARPS)),
+                dim3(HEAD_WARPS * CUDA_WARP), 0, x->encoder_k, x->encoder_v,
+                c->qk_norm ? (const float *)w->k_norm.data : NULL, s, c->kv_heads, c->head_dim,
+                staged_pages);
+    T *summaries = (T *)x->encoder_summary;
+    CUDA_LAUNCH(x, gather_summaries<T>, dim3(CUDA_CHUNKS), dim3(256), 0, (const T *)x->encoder_y, s,
+                c->hidden_size, summaries);
+    struct ops_segment single[CUDA_CHUNKS];
+    for (uint32_t i = 0; i < CUDA_CHUNKS; i++)
+        single[i] = (struct ops_segment){i, 1, 0};
+    const struct ops_rows rows = {single, CUDA_CHUNKS, CUDA_CHUNKS};
+    cuda_linear(x, &w->landmark, NULL, &rows, summaries, x->encoder_q, false);
+    CUDA_LAUNCH(x, write_landmarks<T>, dim3(count, c->retrieval_heads), dim3(CUDA_WARP), 0,
+                x->encoder_q, c->landmark_norm, width, staged_landmarks);
+    for (uint32_t i = 0; i < count && !x->failed; i++)
+        cuda_copy_out(x, kv[i], pages[i], x->page_bytes);
+}
+
+extern "C" void cuda_encode_chunks(struct ops_context *x,
+                                   const struct ops_chunking_weights *weights, uint32_t count,
+                                   const float *const *chunks, void *const *kv,
+                                   void *const *landmarks)
+{
+    const struct model_config *c = &x->config;
+    const uint32_t rows = CUDA_CHUNKS * (c->chunk_tokens + 1);
+    cuda_begin(x);
+    for (uint32_t first = 0; first < count && !x->failed; first += CUDA_CHUNKS) {
+        const uint32_t n = count - first < CUDA_CHUNKS ? count - first : CUDA_CHUNKS;
+        const float *const *staged =
+            (const float *const *)cuda_stage(x, chunks + first, sizeof *chunks * n);
+        CUDA_LAUNCH(x, gather, dim3(rows), dim3(256), 0, staged,
+                    c->encoder_layers ? (const float *)weights->cls.data : NULL, n, c->chunk_tokens,
+                    c->hidden_size, x->encoder_x);
+        if (x->wide) {
+            encode<float>(x, weights, n);
+            write_memory<float>(x, weights, n, kv + first, landmarks + first);
+        } else {
+            encode<bf16>(x, weights, n);
+            write_memory<bf16>(x, weights, n, kv + first, landmarks + first);
+        }
+    }
+    cuda_wait(x); /* the host reads its pages next */
+}

@@ -1,0 +1,241 @@
+/* pages.cu - the device's copies of K/V pages: a pool under a budget, least recently used first
+ * out. The engine names pages by where they lie in host memory. */
+#include <stdlib.h>
+
+#include "engine/cuda/cuda.h"
+
+extern "C" {
+#include "proto/base/hash.h"
+#include "proto/base/list.h"
+}
+
+#define SLAB_PAGES 64
+
+struct slot {
+    struct list lru;  /* every slot; the least recently used first */
+    const void *page; /* NULL: empty */
+    void *data;
+    uint64_t stamp;    /* of the kernel that reads it */
+    struct slot *next; /* in its hash chain */
+};
+
+struct cuda_pages {
+    struct list lru;
+    size_t stride, capacity, count; /* bytes of a page; slots at most; slots there are */
+    struct slot **table;
+    size_t mask;
+    void **slabs; /* device memory and slot structs in turn */
+    size_t slab_count;
+    uint64_t stamp;
+    cudaEvent_t copied; /* after the last copy from a host page */
+    bool copying;       /* copies since the last cuda_pages_end */
+    bool waiting;       /* copies before it that nobody waited for */
+};
+
+static struct slot **chain(const struct cuda_pages *p, const void *page)
+{
+    const uint64_t word = (uint64_t)(uintptr_t)page;
+    return &p->table[hash64(&word, sizeof word, 0) & p->mask];
+}
+
+/* What one row reads, and what one call of the encoder writes, must fit. */
+static size_t least_pages(const struct model_config *c)
+{
+    const size_t row = (size_t)c->retrieval_heads * c->topk;
+    return row > CUDA_CHUNKS ? row : CUDA_CHUNKS;
+}
+
+static bool grow(struct ops_context *x)
+{
+    struct cuda_pages *p = x->pages;
+    size_t count = p->capacity - p->count;
+    if (!count)
+        return false;
+    if (count > SLAB_PAGES)
+        count = SLAB_PAGES;
+    void **slabs = (void **)realloc(p->slabs, (p->slab_count + 2) * sizeof *slabs);
+    if (!slabs)
+        return false;
+    p->slabs = slabs;
+    char *data = (char *)cuda_take(x, count * p->stride);
+    struct slot *slots = (struct slot *)calloc(count, sizeof *slots);
+    if (!data || !slots) {
+        cuda_give(x, data);
+        free(slots);
+        p->capacity = p->count; /* the device is full: what there is has to do */
+        return false;
+    }
+    slabs[p->slab_count++] = data;
+    slabs[p->slab_count++] = slots;
+    for (size_t i = 0; i < count; i++) {
+        slots[i].data = data + i * p->stride;
+        list_push_front(&p->lru, &slots[i].lru);
+    }
+    p->count += count;
+    return true;
+}
+
+enum status cuda_pages_open(struct ops_context *x, struct error *err)
+{
+    struct cuda_pages *p = (struct cuda_pages *)calloc(1, sizeof *p);
+    x->pages = p;
+    if (!p)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory");
+    list_init(&p->lru);
+    p->stride = (x->page_bytes + 255) / 256 * 256;
+    size_t budget = x->page_budget, available = 0, total = 0;
+    if (!budget) {
+        if (!cuda_check(x, cudaMemGetInfo(&available, &total), "cudaMemGetInfo"))
+            return error_set(err, x->failed, "%s", x->failure);
+        budget = total / 8; /* the rest is for weights, states and landmarks */
+    }
+    const size_t least = least_pages(&x->config);
+    p->capacity = budget / p->stride;
+    if (p->capacity < least)
+        return error_set(err, STATUS_INVALID,
+                         "the device memory budget of %zu bytes is too small: this model needs at "
+                         "least %zu (%zu pages of %zu bytes)",
+                         budget, least * p->stride, least, p->stride);
+    size_t size = 64;
+    while (size < p->capacity)
+        size *= 2;
+    p->mask = size - 1;
+    p->table = (struct slot **)calloc(size, sizeof *p->table);
+    if (!p->table)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory for the page table");
+    if (!cuda_check(x, cudaEventCreateWithFlags(&p->copied, cudaEventDisableTiming), "an event"))
+        return error_set(err, x->failed, "%s", x->failure);
+    while (p->count < least)
+        if (!grow(x))
+            return error_set(err, STATUS_NO_MEMORY, "out of GPU memory for %zu pages", least);
+    return STATUS_OK;
+}
+
+void cuda_pages_close(struct ops_context *x)
+{
+    struct cuda_pages *p = x->pages;
+    if (!p)
+        return;
+    for (size_t i = 0; i < p->slab_count; i += 2) {
+        cudaFree(p->slabs[i]);
+        free(p->slabs[i + 1]);
+    }
+    if (p->copied)
+        cudaEventDestroy(p->copied);
+    free(p->slabs);
+    free(p->table);
+    free(p);
+    x->pages = NULL;
+}
+
+static struct slot *find(const struct cuda_pages *p, const void *page)
+{
+    struct slot *slot = *chain(p, page);
+    while (slot && slot->page != page)
+        slot = slot->next;
+    return slot;
+}
+
+static void empty(struct cuda_pages *p, struct slot *slot)
+{
+    struct slot **at = chain(p, slot->page);
+    while (*at != slot)
+        at = &(*at)->next;
+    *at = slot->next;
+    slot->page = NULL;
+}
+
+void cuda_pages_forget(struct ops_context *x, const void *page)
+{
+    struct slot *slot = find(x->pages, page);
+    if (!slot)
+        return;
+    empty(x->pages, slot);
+    list_remove(&slot->lru);
+    list_push_front(&x->pages->lru, &slot->lru);
+}
+
+void cuda_pages_forget_all(struct ops_context *x)
+{
+    struct cuda_pages *p = x->pages;
+    for (struct list *node = p->lru.next; node != &p->lru; node = node->next) {
+        struct slot *slot = LIST_ENTRY(node, struct slot, lru);
+        if (slot->page)
+            empty(p, slot);
+    }
+}
+
+void cuda_pages_begin(struct ops_context *x)
+{
+    x->pages->stamp++;
+}
+
+/* A slot that holds `page`; `*fresh` when its content must still come. */
+static struct slot *take(struct ops_context *x, const void *page, bool *fresh)
+{
+    struct cuda_pages *p = x->pages;
+    struct slot *slot = x->failed ? NULL : find(p, page);
+    *fresh = false;
+    if (x->failed)
+        return NULL;
+    if (!slot) {
+        slot = LIST_ENTRY(p->lru.next, struct slot, lru);
+        if ((slot->page || slot->stamp == p->stamp) && grow(x))
+            slot = LIST_ENTRY(p->lru.next, struct slot, lru);
+        if (slot->stamp == p->stamp)
+            return NULL;
+        if (slot->page)
+            empty(p, slot);
+        slot->page = page;
+        struct slot **at = chain(p, page);
+        slot->next = *at;
+        *at = slot;
+        *fresh = true;
+    }
+    slot->stamp = p->stamp;
+    list_remove(&slot->lru);
+    list_push_back(&p->lru, &slot->lru);
+    return slot;
+}
+
+void *cuda_pages_take(struct ops_context *x, const void *page)
+{
+    bool fresh;
+    struct slot *slot = take(x, page, &fresh);
+    if (!slot)
+        return NULL;
+    if (fresh) {
+        if (!cuda_check(
+                x,
+                cudaMemcpyAsync(slot->data, page, x->page_bytes, cudaMemcpyHostToDevice, x->stream),
+                "a copy of a page to the GPU"))
+            return NULL;
+        x->pages->copying = true;
+    }
+    return slot->data;
+}
+
+void *cuda_pages_create(struct ops_context *x, const void *page)
+{
+    bool fresh;
+    struct slot *slot = take(x, page, &fresh);
+    return slot ? slot->data : NULL;
+}
+
+void cuda_pages_end(struct ops_context *x)
+{
+    struct cuda_pages *p = x->pages;
+    if (x->failed || !p->copying)
+        return;
+    p->copying = false;
+    p->waiting = cuda_check(x, cudaEventRecord(p->copied, x->stream), "an event");
+}
+
+void cuda_pages_settle(struct ops_context *x)
+{
+    struct cuda_pages *p = x->pages;
+    if (x->failed || !p->waiting)
+        return;
+    p->waiting = false;
+    cuda_check(x, cudaEventSynchronize(p->copied), "copies of pages to the GPU");
+}

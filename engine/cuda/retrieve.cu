@@ -1,0 +1,321 @@
+/* retrieve.cu - the scan over the landmarks with a running top-k: scores live in registers and
+ * never reach memory. Every scanner keeps its own best; a second kernel merges them, orders the
+ * picks and weighs them. Scores are compared with their chunks (equal scores: the lower chunk), a
+ * total order, so the picks do not depend on who scanned what. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/cuda/cuda.h"
+#include "engine/cuda/device.cuh"
+
+#define SCAN_WARPS 8
+#define SCAN_ROWS 8   /* rows of one segment that share a landmark as it is read */
+#define SCANNERS 4096 /* warps over a whole call, about: enough to fill a large GPU */
+#define MERGE_WARPS 4
+
+struct scan_shape {
+    uint32_t heads, width, topk, dim, tokens; /* Hr, r / Hr, K, r, S */
+    uint64_t hidden;                          /* positions that mask_slide_window takes off */
+};
+
+/* Rows [row, row + count) of one segment. */
+struct group {
+    uint32_t segment, row, count;
+};
+
+static __host__ __device__ __forceinline__ uint64_t visible(const struct scan_shape &s,
+                                                            uint64_t position, uint64_t count)
+{
+    const uint64_t seen = (position > s.hidden ? position - s.hidden : 0) / s.tokens;
+    return seen < count ? seen : count;
+}
+
+static __device__ __forceinline__ bool before(const struct cuda_candidate &a,
+                                              const struct cuda_candidate &b)
+{
+    return a.score > b.score || (a.score == b.score && a.chunk < b.chunk);
+}
+
+/* Normalised and scaled queries, so that a score is a plain product. A warp a head. */
+static __global__ void prepare_queries(float *q, bf16 *narrow, const float *q_norm,
+                                       const float *k_norm, uint32_t width, size_t count)
+{
+    const size_t head = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / CUDA_WARP;
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    if (head >= count)
+        return;
+    float *row = q + head * width, scale = 1 / sqrtf((float)width);
+    if (q_norm) {
+        float sum = 0;
+        for (uint32_t i = lane; i < width; i += CUDA_WARP)
+            sum = fmaf(row[i], row[i], sum);
+        scale /= sqrtf(cuda_warp_sum(sum) / (float)width + MODEL_MEMORY_EPSILON);
+    }
+    for (uint32_t i = lane; i < width; i += CUDA_WARP) {
+        const float value = row[i] * scale * (q_norm ? q_norm[i] * k_norm[i] : 1);
+        row[i] = value;
+        if (narrow)
+            narrow[head * width + i] = cuda_bf16(value);
+    }
+}
+
+/* A warp scores every `scanners`-th landmark for a group of rows and keeps the best of each row in
+ * shared memory, in order. Grid: scanners / SCAN_WARPS x groups x heads. */
+template <typename T>
+static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
+    scan(struct scan_shape s, const struct cuda_segment *segments, const struct group *groups,
+         const float *q, struct cuda_candidate *candidates)
+{
+    CUDA_SHARED(struct cuda_candidate, shared);
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t h = blockIdx.z, scanner = blockIdx.x * SCAN_WARPS + warp;
+    const uint32_t scanners = gridDim.x * SCAN_WARPS;
+    const struct group group = groups[blockIdx.y];
+    const struct cuda_segment segment = segments[group.segment];
+    struct cuda_candidate *best = shared + (size_t)warp * SCAN_ROWS * s.topk;
+    for (uint32_t i = lane; i < SCAN_ROWS * s.topk; i += CUDA_WARP) {
+        best[i].score = -INFINITY;
+        best[i].chunk = CUDA_NO_CHUNK;
+    }
+    __syncwarp();
+    const uint64_t position = segment.position + (group.row - segment.row);
+    const uint64_t last = visible(s, position + group.count - 1, segment.chunk_count);
+    /* What lane `r` needs for row r. */
+    const uint64_t seen = visible(s, position + lane, segment.chunk_count);
+    struct cuda_candidate *own = best + (lane < SCAN_ROWS ? lane : 0) * s.topk;
+    const float *queries = q + (size_t)group.row * s.dim + (size_t)h * s.width;
+    for (uint64_t chunk = scanner; chunk < last; chunk += scanners) {
+        const T *landmark = (const T *)segment.blocks[chunk / OPS_LANDMARK_BLOCK] +
+                            chunk % OPS_LANDMARK_BLOCK * s.dim + (size_t)h * s.width;
+        float sums[SCAN_ROWS] = {};
+        for (uint32_t i = lane; i < s.width; i += CUDA_WARP) {
+            const float m = cuda_float(landmark[i]);
+#pragma unroll
+            for (uint32_t r = 0; r < SCAN_ROWS; r++)
+                if (r < group.count)
+                    sums[r] = fmaf(queries[(size_t)r * s.dim + i], m, sums[r]);
+        }
+        struct cuda_candidate found;
+        found.chunk = (uint32_t)chunk;
+        found.score = 0;
+#pragma unroll
+        for (uint32_t r = 0; r < SCAN_ROWS; r++) {
+            const float sum = cuda_warp_sum(sums[r]);
+            found.score = lane == r ? sum : found.score;
+        }
+        if (lane < group.count && chunk < seen && before(found, own[s.topk - 1])) {
+            uint32_t at = s.topk - 1;
+            for (; at && before(found, own[at - 1]); at--)
+                own[at] = own[at - 1];
+            own[at] = found;
+        }
+    }
+    __syncwarp();
+    for (uint32_t i = lane; i < group.count * s.topk; i += CUDA_WARP) {
+        const size_t row = group.row + i / s.topk;
+        candidates[((row * s.heads + h) * scanners + scanner) * s.topk + i % s.topk] = best[i];
+    }
+}
+
+/* The best of one row and head among `count` candidates, newest first, with their weights. A warp.
+ * Each round finds the best of those behind the one before it. */
+static __global__ void __launch_bounds__(MERGE_WARPS *CUDA_WARP)
+    merge(uint32_t topk, uint32_t count, size_t rows, bool softmax, float pos_decay,
+          const struct cuda_candidate *candidates, uint64_t *chunks, float *weights)
+{
+    __shared__ struct cuda_candidate shared[MERGE_WARPS][LIMITS_TOPK];
+    __shared__ struct cuda_candidate ordered[MERGE_WARPS][LIMITS_TOPK];
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const size_t row = (size_t)blockIdx.x * MERGE_WARPS + warp;
+    if (row >= rows)
+        return;
+    const struct cuda_candidate *from = candidates + row * count;
+    struct cuda_candidate last;
+    last.score = INFINITY;
+    last.chunk = 0;
+    uint32_t found = 0;
+    for (; found < topk; found++) {
+        struct cuda_candidate best;
+        best.score = -INFINITY;
+        best.chunk = CUDA_NO_CHUNK;
+        for (uint32_t i = lane; i < count; i += CUDA_WARP) {
+            const struct cuda_candidate c = from[i];
+            if (c.chunk != CUDA_NO_CHUNK && (found == 0 || before(last, c)) && before(c, best))
+                best = c;
+        }
+        for (int step = CUDA_WARP / 2; step; step /= 2) {
+            struct cuda_candidate other;
+            other.score = __shfl_xor_sync(CUDA_ALL_LANES, best.score, step);
+            other.chunk = __shfl_xor_sync(CUDA_ALL_LANES, best.chunk, step);
+            if (before(other, best))
+                best = other;
+        }
+        if (best.chunk == CUDA_NO_CHUNK)
+            break;
+        last = best;
+        if (lane == 0)
+            shared[warp][found] = best;
+    }
+    __syncwarp();
+    for (uint32_t i = lane; i < found; i += CUDA_WARP) {
+        uint32_t newer = 0;
+        for (uint32_t j = 0; j < found; j++)
+            newer += shared[warp][j].chunk > shared[warp][i].chunk;
+        ordered[warp][newer] = shared[warp][i];
+    }
+    __syncwarp();
+    for (uint32_t i = lane; i < topk; i += CUDA_WARP)
+        chunks[row * topk + i] = i < found ? ordered[warp][i].chunk : 0;
+    if (lane)
+        return;
+    float *out = weights + row * topk, spent = 0, top = -INFINITY;
+    for (uint32_t j = 0; j < topk; j++)
+        out[j] = 0;
+    if (softmax) {
+        for (uint32_t j = 0; j < found; j++)
+            top = fmaxf(top, ordered[warp][j].score + pos_decay * (float)j);
+        for (uint32_t j = 0; j < found; j++) {
+            out[j] = expf(ordered[warp][j].score + pos_decay * (float)j - top);
+            spent += out[j];
+        }
+        for (uint32_t j = 0; j < found; j++)
+            out[j] /= spent;
+        return;
+    }
+    for (uint32_t j = 0; j < found; j++) {
+        spent += cuda_softplus(ordered[warp][j].score);
+        out[j] = expf(ordered[warp][j].score - spent);
+    }
+}
+
+/* ---- the host's side ---- */
+
+static struct scan_shape shape_of(const struct model_config *c)
+{
+    struct scan_shape s;
+    s.heads = c->retrieval_heads;
+    s.width = c->retrieval_dim / c->retrieval_heads;
+    s.topk = c->topk;
+    s.dim = c->retrieval_dim;
+    s.tokens = c->chunk_tokens;
+    s.hidden = c->mask_slide_window ? c->slide_window - c->chunk_tokens : 0;
+    return s;
+}
+
+/* Room for the candidates of a call. */
+static bool reserve(struct ops_context *x, size_t count)
+{
+    if (count <= x->candidate_capacity)
+        return true;
+    cuda_give(x, x->candidates);
+    x->candidates = (struct cuda_candidate *)cuda_take(x, count * sizeof *x->candidates);
+    x->candidate_capacity = x->candidates ? count : 0;
+    if (!x->candidates)
+        cuda_fail(x, STATUS_NO_MEMORY, "out of GPU memory for %zu candidates of retrieval", count);
+    return x->candidates;
+}
+
+/* Segments, and their landmark blocks as device arrays, staged. */
+static const struct cuda_segment *stage_segments(struct ops_context *x, const struct ops_rows *rows,
+                                                 const struct ops_landmarks *landmarks)
+{
+    struct cuda_segment *own = cuda_segments(x, rows);
+    for (uint32_t i = 0; own && i < rows->segment_count; i++) {
+        const uint64_t blocks = (landmarks[i].count + OPS_LANDMARK_BLOCK - 1) / OPS_LANDMARK_BLOCK;
+        ASSERT(landmarks[i].count < CUDA_NO_CHUNK);
+        own[i].chunk_count = landmarks[i].count;
+        own[i].blocks = blocks ? (const void *const *)cuda_stage(
+                                     x, landmarks[i].blocks, blocks * sizeof *landmarks[i].blocks)
+                               : NULL;
+    }
+    const struct cuda_segment *staged =
+        own ? (const struct cuda_segment *)cuda_stage(x, own, sizeof *own * rows->segment_count)
+            : NULL;
+    free(own);
+    return staged;
+}
+
+/* Rows of each segment in groups of SCAN_ROWS, staged; `*longest`: most visible chunks of a row. */
+static const struct group *stage_groups(struct ops_context *x, const struct ops_rows *rows,
+                                        const struct ops_landmarks *landmarks, uint32_t *count,
+                                        uint64_t *longest)
+{
+    const struct scan_shape s = shape_of(&x->config);
+    struct group *groups = (struct group *)malloc(sizeof *groups * (rows->row_count + 1));
+    *count = 0;
+    *longest = 0;
+    if (!groups) {
+        cuda_fail(x, STATUS_NO_MEMORY, "out of memory for a step's rows");
+        return NULL;
+    }
+    for (uint32_t i = 0; i < rows->segment_count; i++) {
+        const struct ops_segment *segment = &rows->segments[i];
+        const uint64_t seen =
+            visible(s, segment->position + segment->count - 1, landmarks[i].count);
+        *longest = seen > *longest ? seen : *longest;
+        for (uint32_t t = 0; t < segment->count; t += SCAN_ROWS) {
+            const uint32_t left = segment->count - t;
+            groups[(*count)++] =
+                (struct group){i, segment->row + t, left < SCAN_ROWS ? left : SCAN_ROWS};
+        }
+    }
+    const struct group *staged =
+        (const struct group *)cuda_stage(x, groups, sizeof *groups * *count);
+    free(groups);
+    return staged;
+}
+
+static void scan_and_merge(struct ops_context *x, const struct ops_retrieval_weights *w,
+                           const struct ops_rows *rows, const struct ops_landmarks *landmarks)
+{
+    const struct scan_shape s = shape_of(&x->config);
+    uint32_t group_count;
+    uint64_t longest;
+    const struct cuda_segment *segments = stage_segments(x, rows, landmarks);
+    const struct group *groups = stage_groups(x, rows, landmarks, &group_count, &longest);
+    if (x->failed)
+        return;
+    /* As many scanners as fill the device, but none with less than a few landmarks. */
+    uint32_t blocks = cuda_ceil(SCANNERS / SCAN_WARPS, (uint64_t)group_count * s.heads);
+    const uint32_t useful = cuda_ceil(longest ? longest : 1, SCAN_WARPS * 4);
+    blocks = blocks < useful ? blocks : useful;
+    const uint32_t scanners = blocks * SCAN_WARPS;
+    const size_t row_heads = (size_t)rows->row_count * s.heads;
+    if (!reserve(x, row_heads * scanners * s.topk))
+        return;
+    const dim3 grid(blocks, group_count, s.heads), block(SCAN_WARPS * CUDA_WARP);
+    const size_t shared = sizeof(struct cuda_candidate) * SCAN_WARPS * SCAN_ROWS * s.topk;
+    if (x->wide)
+        CUDA_LAUNCH(x, scan<float>, grid, block, shared, s, segments, groups, x->query,
+                    x->candidates);
+    else
+        CUDA_LAUNCH(x, scan<bf16>, grid, block, shared, s, segments, groups, x->query,
+                    x->candidates);
+    CUDA_LAUNCH(x, merge, dim3(cuda_ceil(row_heads, MERGE_WARPS)), dim3(MERGE_WARPS * CUDA_WARP), 0,
+                s.topk, scanners * s.topk, row_heads, x->config.softmax_weights, w->pos_decay,
+                x->candidates, x->pick_chunks, x->pick_weights);
+}
+
+extern "C" void cuda_retrieve(struct ops_context *x, const struct ops_retrieval_weights *w,
+                              const struct ops_rows *rows, const struct ops_landmarks *landmarks,
+                              const float *hidden, struct ops_picks *picks)
+{
+    const struct model_config *c = &x->config;
+    const uint32_t width = c->retrieval_dim / c->retrieval_heads;
+    const size_t heads = (size_t)rows->row_count * c->retrieval_heads, count = heads * c->topk;
+    cuda_begin(x);
+    cuda_norm(x, hidden, &w->pre_norm, c->hidden_size, MODEL_MEMORY_EPSILON, rows->row_count,
+              x->normed);
+    cuda_linear(x, &w->query, NULL, rows, x->normed, x->query, false);
+    CUDA_LAUNCH(x, prepare_queries, dim3(cuda_ceil(heads, 8)), dim3(8 * CUDA_WARP), 0, x->query,
+                (bf16 *)x->query_narrow, c->landmark_norm ? (const float *)w->q_norm.data : NULL,
+                c->landmark_norm ? (const float *)w->k_norm.data : NULL, width, heads);
+    scan_and_merge(x, w, rows, landmarks);
+    cuda_copy_out(x, picks->chunks, x->pick_chunks, count * sizeof *picks->chunks);
+    cuda_copy_out(x, picks->weights, x->pick_weights, count * sizeof *picks->weights);
+    cuda_wait(x);
+    if (x->failed) { /* nothing is read for picks that do not exist */
+        memset(picks->chunks, 0, count * sizeof *picks->chunks);
+        memset(picks->weights, 0, count * sizeof *picks->weights);
+    }
+}

@@ -1,0 +1,172 @@
+/* cuda_runtime.h - the part of CUDA that engine/cuda uses, on a CPU: kernels run block by block,
+ * their threads as coroutines, so that tests see every index and every barrier where there is no
+ * GPU. Includes of <cuda_runtime.h> find this file first in emulated builds.
+ * Thread: one. Owns the coroutines' stacks.
+ *
+ * What it shows: wrong indices (under the address sanitizer), deadlocked or divergent barriers and
+ * shuffles, wrong fragment layouts, reads of shared memory that nobody wrote (it is filled with
+ * NaN). What it cannot show: races between warps that its order hides, speed, the libraries. */
+#ifndef TESTS_EMULATOR_CUDA_RUNTIME_H
+#define TESTS_EMULATOR_CUDA_RUNTIME_H
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#define __align__(n) __attribute__((aligned(n)))
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c)
+    {
+    }
+};
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+/* Of the thread that runs. */
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
+                     const std::function<void()> &kernel);
+void *emulator_shared(void);
+/* Every lane gives a word and gets all 32 of them; a barrier of the warp. */
+const uint64_t *emulator_exchange(uint64_t word);
+
+void __syncthreads(void);
+
+static inline void __syncwarp(unsigned = 0xffffffffu)
+{
+    emulator_exchange(0);
+}
+
+static inline float __uint_as_float(uint32_t bits)
+{
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+static inline uint32_t __float_as_uint(float x)
+{
+    uint32_t out;
+    memcpy(&out, &x, sizeof out);
+    return out;
+}
+
+template <typename T> static inline T emulator_from(unsigned lane, T x)
+{
+    static_assert(sizeof(T) <= sizeof(uint64_t), "a word at most");
+    uint64_t word = 0;
+    memcpy(&word, &x, sizeof x);
+    const uint64_t *all = emulator_exchange(word);
+    T out;
+    memcpy(&out, &all[lane & 31], sizeof out);
+    return out;
+}
+
+template <typename T> static inline T __shfl_xor_sync(unsigned, T x, int mask)
+{
+    return emulator_from((threadIdx.x % 32) ^ (unsigned)mask, x);
+}
+
+template <typename T> static inline T __shfl_sync(unsigned, T x, int lane)
+{
+    return emulator_from((unsigned)lane, x);
+}
+
+static inline unsigned __ballot_sync(unsigned, int predicate)
+{
+    const uint64_t *all = emulator_exchange(predicate != 0);
+    unsigned out = 0;
+    for (unsigned i = 0; i < 32; i++)
+        out |= (unsigned)all[i] << i;
+    return out;
+}
+
+/* d [16, 8] += a [16, 16] b [16, 8]; layouts as PTX's mma.m16n8k16 has them. */
+void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
+
+static inline void cuda_copy_async(void *shared, const void *global)
+{
+    if ((uintptr_t)shared % 16 || (uintptr_t)global % 16)
+        fprintf(stderr, "emulator: an asynchronous copy is not aligned\n"), abort();
+    memcpy(shared, global, 16);
+}
+
+static inline void cuda_copy_commit(void)
+{
+}
+template <int left> static inline void cuda_copy_wait(void)
+{
+}
+
+/* ---- the runtime ---- */
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
+typedef struct emulator_stream *cudaStream_t;
+typedef struct emulator_event *cudaEvent_t;
+enum cudaMemcpyKind {
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice };
+struct cudaPointerAttributes {
+    cudaMemoryType type;
+};
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount;
+};
+enum { cudaStreamNonBlocking = 1, cudaHostAllocPortable = 1, cudaEventDisableTiming = 2 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+cudaError_t cudaMalloc(void **out, size_t bytes);
+cudaError_t cudaFree(void *memory);
+cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned flags);
+cudaError_t cudaFreeHost(void *memory);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaGetLastError(void);
+const char *cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device);
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total);
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *memory);
+
+template <typename F>
+static inline cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int bytes)
+{
+    return bytes <= 227 << 10 ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+#endif

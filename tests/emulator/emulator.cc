@@ -1,0 +1,372 @@
+/* emulator.cc - see cuda_runtime.h; and matrix products in place of cuBLASLt's. x86-64 alone. */
+#include <cstdlib>
+#include <map>
+#include <vector>
+
+#include "engine/cuda/cuda.h"
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+#define STACK_BYTES ((size_t)64 << 10)
+#define SHARED_BYTES ((size_t)227 << 10) /* what a block of an H100 can have */
+#define SHARED_STATIC ((size_t)48 << 10) /* without cudaFuncSetAttribute */
+#define THREADS 1024
+
+/* Saves the callee's registers and the stack of `from`, takes those of `to`. */
+extern "C" void emulator_switch(void **from, void *to);
+asm(R"(
+.text
+.globl emulator_switch
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+struct fiber {
+    void *stack, *sp;
+    bool done;
+    unsigned phase; /* of the exchange under way */
+};
+
+struct warp {
+    uint64_t words[2][32]; /* by phase: a lane can be one exchange ahead, never two */
+    unsigned arrived, generation;
+};
+
+static struct {
+    fiber fibers[THREADS];
+    warp warps[THREADS / 32];
+    unsigned count, current, arrived, generation;
+    uint64_t progress;
+    void *scheduler;
+    const char *name;
+    const std::function<void()> *kernel;
+} e;
+
+alignas(256) static unsigned char shared_memory[SHARED_BYTES];
+
+void *emulator_shared(void)
+{
+    return shared_memory;
+}
+
+static void yield(void)
+{
+    emulator_switch(&e.fibers[e.current].sp, e.scheduler);
+}
+
+static void enter(void)
+{
+    (*e.kernel)();
+    e.fibers[e.current].done = true;
+    e.progress++;
+    yield();
+    abort();
+}
+
+static void start(fiber *f)
+{
+    if (!f->stack)
+        f->stack = aligned_alloc(64, STACK_BYTES);
+    void **top = (void **)((char *)f->stack + STACK_BYTES);
+    *--top = NULL; /* keeps the stack as a call would leave it */
+    *--top = (void *)enter;
+    for (int i = 0; i < 6; i++)
+        *--top = NULL;
+    f->sp = top;
+    f->done = false;
+    f->phase = 0;
+}
+
+void __syncthreads(void)
+{
+    const unsigned generation = e.generation;
+    e.progress++;
+    if (++e.arrived == e.count) {
+        e.arrived = 0;
+        e.generation++;
+    }
+    while (e.generation == generation)
+        yield();
+}
+
+const uint64_t *emulator_exchange(uint64_t word)
+{
+    fiber *f = &e.fibers[e.current];
+    warp *w = &e.warps[e.current / 32];
+    const unsigned phase = f->phase, generation = w->generation;
+    const unsigned lanes = e.count - e.current / 32 * 32 < 32 ? e.count % 32 : 32;
+    f->phase ^= 1;
+    w->words[phase][e.current % 32] = word;
+    e.progress++;
+    if (++w->arrived == lanes) {
+        w->arrived = 0;
+        w->generation++;
+    }
+    while (w->generation == generation)
+        yield();
+    return w->words[phase];
+}
+
+static void run_block(void)
+{
+    e.arrived = e.generation = 0;
+    for (unsigned i = 0; i < (e.count + 31) / 32; i++)
+        e.warps[i].arrived = e.warps[i].generation = 0;
+    for (unsigned i = 0; i < e.count; i++)
+        start(&e.fibers[i]);
+    for (unsigned left = e.count; left;) {
+        const uint64_t before = e.progress;
+        for (unsigned i = 0; i < e.count; i++) {
+            if (e.fibers[i].done)
+                continue;
+            e.current = i;
+            threadIdx =
+                dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+            emulator_switch(&e.scheduler, e.fibers[i].sp);
+            left -= e.fibers[i].done;
+        }
+        if (left && e.progress == before) {
+            fprintf(stderr, "emulator: %s: threads wait for others that never come\n", e.name);
+            abort();
+        }
+    }
+}
+
+void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
+                     const std::function<void()> &kernel)
+{
+    const size_t threads = (size_t)block.x * block.y * block.z;
+    if (threads > THREADS || !threads || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu ||
+        shared_bytes > SHARED_BYTES) {
+        fprintf(stderr, "emulator: %s: grid %u %u %u, block %u %u %u, %zu bytes shared\n", name,
+                grid.x, grid.y, grid.z, block.x, block.y, block.z, shared_bytes);
+        abort();
+    }
+    e.name = name;
+    e.kernel = &kernel;
+    e.count = (unsigned)threads;
+    gridDim = grid;
+    blockDim = block;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                blockIdx = dim3(x, y, z);
+                memset(shared_memory, 0xff, shared_bytes);
+                run_block();
+            }
+}
+
+void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
+{
+    uint64_t words[3][32];
+    const uint64_t mine[3] = {a[0] | (uint64_t)a[1] << 32, a[2] | (uint64_t)a[3] << 32,
+                              b[0] | (uint64_t)b[1] << 32};
+    for (int i = 0; i < 3; i++)
+        memcpy(words[i], emulator_exchange(mine[i]), sizeof words[i]);
+    const auto half = [](uint32_t word, unsigned which) {
+        return __uint_as_float(which ? word & 0xffff0000u : word << 16);
+    };
+    const unsigned lane = threadIdx.x % 32;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            /* a[row][k]: register (row >= 8) + 2 (k >= 8) of lane 4 (row % 8) + k % 8 / 2. */
+            const uint64_t aw = words[k >= 8][row % 8 * 4 + k % 8 / 2];
+            const uint64_t bw = words[2][column * 4 + k % 8 / 2];
+            d[i] += half((uint32_t)(row >= 8 ? aw >> 32 : aw), k % 2) *
+                    half((uint32_t)(k >= 8 ? bw >> 32 : bw), k % 2);
+        }
+    }
+}
+
+/* ---- the runtime ---- */
+
+static std::map<const char *, std::pair<size_t, cudaMemoryType>> allocated;
+
+static cudaError_t allocate(void **out, size_t bytes, cudaMemoryType type)
+{
+    *out = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    if (!*out)
+        return cudaErrorMemoryAllocation;
+    memset(*out, 0xff, bytes); /* NaN until it is written */
+    allocated[(const char *)*out] = {bytes, type};
+    return cudaSuccess;
+}
+
+static cudaError_t release(void *memory)
+{
+    allocated.erase((const char *)memory);
+    free(memory);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void **out, size_t bytes)
+{
+    return allocate(out, bytes, cudaMemoryTypeDevice);
+}
+
+cudaError_t cudaFree(void *memory)
+{
+    return release(memory);
+}
+
+cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned)
+{
+    return allocate(out, bytes, cudaMemoryTypeHost);
+}
+
+cudaError_t cudaFreeHost(void *memory)
+{
+    return release(memory);
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *memory)
+{
+    out->type = cudaMemoryTypeUnregistered;
+    auto after = allocated.upper_bound((const char *)memory);
+    if (after != allocated.begin()) {
+        --after;
+        if ((const char *)memory < after->first + after->second.first)
+            out->type = after->second.second;
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t)
+{
+    cudaPointerAttributes a, b;
+    cudaPointerGetAttributes(&a, to);
+    cudaPointerGetAttributes(&b, from);
+    if (kind != cudaMemcpyDefault &&
+        ((a.type == cudaMemoryTypeDevice) != (kind != cudaMemcpyDeviceToHost) ||
+         (b.type == cudaMemoryTypeDevice) != (kind != cudaMemcpyHostToDevice))) {
+        fprintf(stderr, "emulator: a copy's direction is not that of its pointers\n");
+        abort();
+    }
+    memmove(to, from, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t)
+{
+    memset(to, value, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
+{
+    *out = (cudaStream_t)&e;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
+{
+    *out = (cudaEvent_t)&e;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError(void)
+{
+    return cudaSuccess;
+}
+
+const char *cudaGetErrorString(cudaError_t error)
+{
+    return error == cudaErrorMemoryAllocation ? "out of memory"
+           : error == cudaSuccess             ? "no error"
+                                              : "launch failure";
+}
+
+cudaError_t cudaGetDeviceCount(int *count)
+{
+    *count = 1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int)
+{
+    *out = {"emulated", 9, 0, 4};
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total)
+{
+    *available = *total = (size_t)1 << 30;
+    return cudaSuccess;
+}
+
+/* ---- products ---- */
+
+enum status cuda_products_open(struct ops_context *, struct error *)
+{
+    return STATUS_OK;
+}
+
+void cuda_products_close(struct ops_context *)
+{
+}
+
+bool cuda_product(struct ops_context *x, const void *w, uint32_t n, uint32_t k, const void *in,
+                  uint32_t m, float *out, bool add)
+{
+    const auto at = [x](const void *from, size_t i) {
+        return x->wide ? ((const float *)from)[i]
+                       : __uint_as_float((uint32_t)((const uint16_t *)from)[i] << 16);
+    };
+    if (x->failed)
+        return true;
+    for (uint32_t i = 0; i < m; i++)
+        for (uint32_t j = 0; j < n; j++) {
+            float sum = 0;
+            for (uint32_t l = 0; l < k; l++)
+                sum += at(in, (size_t)i * k + l) * at(w, (size_t)j * k + l);
+            float *to = out + (size_t)i * n + j;
+            *to = add ? *to + sum : sum;
+        }
+    return true;
+}
