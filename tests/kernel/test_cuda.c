@@ -91,7 +91,6 @@ static struct model_config make_config(uint32_t d, uint32_t heads, uint32_t kv_h
     return c;
 }
 
-/* The NULL of `error` means that the backend is not here. */
 static enum status bed_open(struct bed *b, const struct model_config *config, bool wide,
                             uint32_t max_rows, size_t device_bytes, struct error *err)
 {
