@@ -126,6 +126,8 @@ class Builder:
                 break
         needles = needles[:len(texts)]
         asked, asked_marks, starts = self.questions(needles, length // 4)
+        if not asked:  # a short row of long facts
+            return self.plain(length)
         where = {}  # needle -> the place of its last occurrence in a chunk that can be read
         room = length - len(asked)
         ids, marks = [], []
@@ -151,6 +153,8 @@ class Builder:
                 ids = self.tokenizer.encode(tasks.niah_intro(kind, rng.random() < 0.5))
                 marks = [0] * len(ids)
             text, cut = self.haystack(room - len(ids) - sum(map(len, texts)))
+            if not cut.any():
+                return self.plain(length)
             places = sorted(rng.choices(np.flatnonzero(cut).tolist(), k=len(texts)))
             order = list(range(len(texts)))
             rng.shuffle(order)

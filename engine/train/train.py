@@ -13,8 +13,7 @@ import json
 import math
 import multiprocessing
 import os
-import random
-import sys
+import shutil
 import time
 
 import numpy as np
@@ -246,9 +245,11 @@ class Trainer:
 
 
 def export(model, settings, args):
-    """OUT/export: config.json, model.safetensors in bf16, as the engine loads them."""
+    """OUT/export: the model's folder as the engine loads it, weights in bf16."""
     folder = os.path.join(args.out, "export")
     os.makedirs(folder, exist_ok=True)
+    for name in ["tokenizer.json", "tokenizer_config.json"]:
+        shutil.copy(os.path.join(args.data, name), folder)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump({"architectures": ["RambaForCausalLM"], **settings["model"],
                    "torch_dtype": "bfloat16"}, file, indent=1)
