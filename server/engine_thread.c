@@ -588,7 +588,7 @@ static bool receive(struct engine_thread *thread)
 static void wait(struct engine_thread *thread)
 {
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += IDLE_WAIT_MS * 1000000;
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
@@ -637,7 +637,11 @@ enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_optio
     thread->storage = options->storage;
     thread->loop = loop;
     pthread_mutex_init(&thread->lock, NULL);
-    pthread_cond_init(&thread->wake, NULL);
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC); /* the other one can be set */
+    pthread_cond_init(&thread->wake, &attributes);
+    pthread_condattr_destroy(&attributes);
     struct list *lists[] = {&thread->inbox, &thread->replies, &thread->outbox,   &thread->releases,
                             &thread->queue, &thread->running, &thread->memories, &thread->jobs};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)

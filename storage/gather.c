@@ -11,8 +11,12 @@
 void gather_init(struct gather *gather)
 {
     *gather = (struct gather){.status = STATUS_OK};
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC); /* the other one can be set */
     pthread_mutex_init(&gather->mutex, NULL);
-    pthread_cond_init(&gather->answered, NULL);
+    pthread_cond_init(&gather->answered, &attributes);
+    pthread_condattr_destroy(&attributes);
 }
 
 void gather_close(struct gather *gather)
@@ -43,7 +47,7 @@ void gather_cb(void *context, enum status status)
 bool gather_refused(struct gather *gather, enum status status)
 {
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += RETRY_NS;
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;

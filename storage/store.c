@@ -25,8 +25,7 @@
 #define CHUNK_BYTES_MOST (64 * LIMITS_MIB)
 
 static const char *const db_names[STORE_DB_COUNT] = {
-    "meta", "memory", "branch", "child", "collect",
-    "kv",   "landmark", "token", "snapshot", "turn"};
+    "meta", "memory", "branch", "child", "collect", "kv", "landmark", "token", "snapshot", "turn"};
 static const char format_key[] = "format", counter_key[] = "counter";
 
 enum status store_status(int rc)
@@ -69,21 +68,30 @@ enum status store_write_begin(struct storage *storage, struct store_write *write
 {
     store_assert_writer(storage);
     *write = (struct store_write){.storage = storage};
-    int rc = mdb_txn_begin(storage->env, NULL, 0, &write->txn);
-    if (rc == MDB_PANIC) {
-        /* The page that says which commit is the last could not be written, and LMDB takes nothing
-         * more: what is on disk can only be told by opening it again. */
-        log_event(LOG_ERROR, "storage_broken", "folder", LOG_STR, storage->path, "error", LOG_STR,
-                  "writing a commit failed half-way; look at the disk, then start again", NULL);
-        _exit(1);
-    }
-    return store_status(rc);
+    return store_status(mdb_txn_begin(storage->env, NULL, 0, &write->txn));
+}
+
+/* When the page that says which commit is the last could not be written, LMDB takes nothing more:
+ * what is on disk can only be told by opening it again. */
+static void end_if_broken(const struct storage *storage)
+{
+    MDB_txn *txn;
+    int rc = mdb_txn_begin(storage->env, NULL, MDB_RDONLY, &txn);
+    if (rc == 0)
+        mdb_txn_abort(txn);
+    if (rc != MDB_PANIC)
+        return;
+    log_event(LOG_ERROR, "storage_broken", "folder", LOG_STR, storage->path, "error", LOG_STR,
+              "writing a commit failed half-way; look at the disk, then start again", NULL);
+    _exit(1);
 }
 
 enum status store_write_commit(struct store_write *write)
 {
     int rc = mdb_txn_commit(write->txn);
     write->txn = NULL;
+    if (rc)
+        end_if_broken(write->storage);
     return store_status(rc);
 }
 
@@ -103,8 +111,8 @@ static enum status put(struct store_write *write, enum store_db db, const void *
     return store_status(mdb_put(write->txn, write->storage->db[db], &k, value, flags));
 }
 
-enum status store_put(struct store_write *write, enum store_db db, const void *key,
-                      size_t key_size, const void *value, size_t size)
+enum status store_put(struct store_write *write, enum store_db db, const void *key, size_t key_size,
+                      const void *value, size_t size)
 {
     MDB_val v = {size, (void *)(uintptr_t)value};
     return put(write, db, key, key_size, &v, 0);
@@ -157,8 +165,8 @@ enum status store_read_model(struct storage *storage, struct memory_file_manifes
         return status;
     status = store_get(storage, txn, STORE_META, format_key, sizeof format_key - 1, &value);
     if (!status)
-        status = record_meta_decode(format_key, sizeof format_key - 1, value.mv_data,
-                                    value.mv_size, &meta);
+        status = record_meta_decode(format_key, sizeof format_key - 1, value.mv_data, value.mv_size,
+                                    &meta);
     store_read_end(storage, txn);
     if (status)
         return status;
@@ -194,8 +202,8 @@ enum status store_put_counter(struct store_write *write, const struct record_cou
     struct buf buf;
     buf_init(&buf);
     record_counter_encode(&buf, counter_key, sizeof counter_key - 1, counter);
-    enum status status = store_put(write, STORE_META, counter_key, sizeof counter_key - 1,
-                                   buf.data, buf.size);
+    enum status status =
+        store_put(write, STORE_META, counter_key, sizeof counter_key - 1, buf.data, buf.size);
     buf_close(&buf);
     return status;
 }
@@ -348,8 +356,8 @@ static enum status open_env(struct storage *storage, struct error *err)
     /* Readers of a process that was killed would keep their pages for ever. */
     rc = mdb_reader_check(storage->env, &dead);
     if (rc)
-        return error_set(err, store_status(rc), "cannot check the readers of %s: %s",
-                         storage->path, mdb_strerror(rc));
+        return error_set(err, store_status(rc), "cannot check the readers of %s: %s", storage->path,
+                         mdb_strerror(rc));
     return STATUS_OK;
 }
 
@@ -395,8 +403,7 @@ static enum status check_meta(struct storage *storage, const struct storage_opti
                 storage->path, meta.model_name, (unsigned long long)meta.fingerprint,
                 options->model_name ? options->model_name : "this one",
                 (unsigned long long)options->model_fingerprint);
-        if (meta.kv_bytes != options->kv_bytes ||
-            meta.landmark_bytes != options->landmark_bytes ||
+        if (meta.kv_bytes != options->kv_bytes || meta.landmark_bytes != options->landmark_bytes ||
             meta.chunk_tokens != options->chunk_tokens)
             return error_set(err, STATUS_MISMATCH,
                              "the memories in %s have chunks of %u tokens and %llu + %llu bytes",
@@ -432,32 +439,69 @@ static enum status migrate(struct store_write *write, struct record_meta *meta)
     return status;
 }
 
-/* Reads the first record, which says whether this is a store of ours, or writes it to a new one. */
-static enum status open_meta(struct store_write *write, const struct storage_options *options,
+/* Makes a new store beside its place and moves it there when it is whole: whatever cuts this short,
+ * the folder holds no store or a whole one. */
+static enum status create_store(const struct storage *storage,
+                                const struct storage_options *options, struct error *err)
+{
+    char place[4096], folder[4096], data[4096], lock[4096];
+    path_in(storage, "data.mdb", place, sizeof place);
+    if (access(place, F_OK) == 0)
+        return STATUS_OK;
+    path_in(storage, "NEW", folder, sizeof folder);
+    path_in(storage, "NEW/data.mdb", data, sizeof data);
+    path_in(storage, "NEW/lock.mdb", lock, sizeof lock);
+    (void)unlink(data); /* of an earlier try */
+    (void)unlink(lock);
+    if (mkdir(folder, 0700) && errno != EEXIST)
+        return error_set(err, store_status(errno), "cannot create the folder %s: %s", folder,
+                         strerror(errno));
+    struct storage made = *storage;
+    struct store_write write = {.storage = &made};
+    made.path = folder;
+    enum status status = open_env(&made, err);
+    if (!status) {
+        int rc = mdb_txn_begin(made.env, NULL, 0, &write.txn);
+        for (int i = 0; !rc && i < STORE_DB_COUNT; i++)
+            rc = mdb_dbi_open(write.txn, db_names[i], MDB_CREATE, &made.db[i]);
+        status = rc ? store_status(rc) : write_meta(&write, options);
+        if (status)
+            store_write_abort(&write);
+        else
+            status = store_write_commit(&write);
+        if (!status)
+            status = sync_folder(folder);
+        if (!status && rename(data, place))
+            status = store_status(errno);
+        if (!status)
+            status = sync_folder(storage->path);
+        if (status)
+            error_set(err, status, "cannot make a store in %s: %s", storage->path,
+                      status_text(status));
+    }
+    if (made.env)
+        mdb_env_close(made.env);
+    (void)unlink(data);
+    (void)unlink(lock);
+    (void)rmdir(folder);
+    return status;
+}
+
+/* Reads the first record, which says whether this is a store of ours. */
+static enum status open_meta(const struct store_write *write, const struct storage_options *options,
                              struct record_meta *meta, struct error *err)
 {
     struct storage *storage = write->storage;
     MDB_val value;
     enum status status =
         store_get(storage, write->txn, STORE_META, format_key, sizeof format_key - 1, &value);
-    if (status == STATUS_OK)
-        return check_meta(storage, options, &value, meta, err);
-    bool known = false; /* whether there are other tables: then their first record is lost */
-    for (int i = 0; i < STORE_DB_COUNT; i++) {
-        MDB_dbi db;
-        known |= i != STORE_META && mdb_dbi_open(write->txn, db_names[i], 0, &db) == 0;
-    }
-    if (status != STATUS_NOT_FOUND || storage->read_only || known)
+    if (status)
         return error_set(err, STATUS_CORRUPT, "the first record of the store in %s is missing",
                          storage->path);
-    *meta = (struct record_meta){.format = RECORD_FORMAT};
-    status = write_meta(write, options);
-    return status ? error_set(err, status, "cannot write to the store in %s: %s", storage->path,
-                              status_text(status))
-                  : STATUS_OK;
+    return check_meta(storage, options, &value, meta, err);
 }
 
-/* Opens the sub-databases, creating them and the first record in a new store. */
+/* Opens the sub-databases; a store of an older format lacks the newer ones. */
 static enum status open_databases(struct storage *storage, const struct storage_options *options,
                                   struct error *err)
 {
@@ -482,8 +526,7 @@ static enum status open_databases(struct storage *storage, const struct storage_
     if (old) {
         status = migrate(&write, &meta);
         if (status)
-            error_set(err, status,
-                      "cannot bring the store in %s to format %d: %s; it is as it was",
+            error_set(err, status, "cannot bring the store in %s to format %d: %s; it is as it was",
                       storage->path, RECORD_FORMAT, status_text(status));
     }
     if (status) {
@@ -491,10 +534,7 @@ static enum status open_databases(struct storage *storage, const struct storage_
         return status;
     }
     /* Handles opened in a read transaction stay only when it is committed. */
-    bool wrote = write.mutations > 0;
     status = store_write_commit(&write);
-    if (!status && wrote)
-        status = sync_folder(storage->path);
     return status ? error_set(err, status, "cannot write to the store in %s: %s", storage->path,
                               status_text(status))
                   : STATUS_OK;
@@ -545,8 +585,8 @@ static struct storage *allocate(const struct storage_options *options)
     storage->chunk_tokens = options->chunk_tokens;
     storage->map_bytes = options->map_bytes ? options->map_bytes : LIMITS_MAP_BYTES;
     storage->map_bytes -= storage->map_bytes % page;
-    storage->reserve_bytes = storage->map_bytes / 8 < RESERVE_BYTES_MOST ? storage->map_bytes / 8
-                                                                         : RESERVE_BYTES_MOST;
+    storage->reserve_bytes =
+        storage->map_bytes / 8 < RESERVE_BYTES_MOST ? storage->map_bytes / 8 : RESERVE_BYTES_MOST;
     storage->reserve_bytes -= storage->reserve_bytes % page;
     storage->keep_snapshots =
         options->keep_snapshots ? options->keep_snapshots : LIMITS_KEEP_SNAPSHOTS;
@@ -570,6 +610,8 @@ enum status storage_open(const struct storage_options *options, struct storage *
         if (!status)
             status = lock_folder(storage, err);
     }
+    if (!status && !storage->read_only)
+        status = create_store(storage, options, err);
     if (!status)
         status = open_env(storage, err);
     if (!status) {

@@ -13,16 +13,21 @@
 #define KV 600u
 #define LANDMARK 40u
 
+struct storage_options store_past_options(const char *path)
+{
+    return (struct storage_options){.path = path,
+                                    .kv_bytes = KV,
+                                    .landmark_bytes = LANDMARK,
+                                    .chunk_tokens = STORE_PAST_CHUNK,
+                                    .model_fingerprint = 7,
+                                    .model_name = "m",
+                                    .map_bytes = 256 * LIMITS_MIB,
+                                    .keep_snapshots = STORE_PAST_KEEP};
+}
+
 struct storage *store_past_open(const char *path)
 {
-    struct storage_options options = {.path = path,
-                                      .kv_bytes = KV,
-                                      .landmark_bytes = LANDMARK,
-                                      .chunk_tokens = STORE_PAST_CHUNK,
-                                      .model_fingerprint = 7,
-                                      .model_name = "m",
-                                      .map_bytes = 256 * LIMITS_MIB,
-                                      .keep_snapshots = STORE_PAST_KEEP};
+    struct storage_options options = store_past_options(path);
     struct storage *storage = NULL;
     struct error err = {0};
     enum status status = storage_open(&options, &storage, &err);
@@ -67,8 +72,8 @@ struct storage_memory store_past_get(struct storage *storage, const char *id)
     return memory;
 }
 
-void store_past_commit(struct storage *storage, const struct store_past *past, const char *id,
-                       uint64_t position, bool goes_on)
+enum status store_past_try_commit(struct storage *storage, const struct store_past *past,
+                                  const char *id, uint64_t position, bool goes_on)
 {
     unsigned char kv[KV], landmark[LANDMARK], snapshot[STORE_PAST_SNAPSHOT];
     struct storage_memory memory = store_past_get(storage, id);
@@ -86,7 +91,13 @@ void store_past_commit(struct storage *storage, const struct store_past *past, c
                                     .snapshot = snapshot,
                                     .snapshot_bytes = STORE_PAST_SNAPSHOT,
                                     .goes_on = goes_on};
-    assert_int_equal(store_commit(storage, &commit), STATUS_OK);
+    return store_commit(storage, &commit);
+}
+
+void store_past_commit(struct storage *storage, const struct store_past *past, const char *id,
+                       uint64_t position, bool goes_on)
+{
+    assert_int_equal(store_past_try_commit(storage, past, id, position, goes_on), STATUS_OK);
 }
 
 void store_past_write(struct storage *storage, struct store_past *past, uint64_t count,

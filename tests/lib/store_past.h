@@ -18,6 +18,7 @@ struct store_past {
     bool is_turn[STORE_PAST_TOKENS + 1]; /* whether one was ever committed at this position */
 };
 
+struct storage_options store_past_options(const char *path);
 struct storage *store_past_open(const char *path);
 /* The folder must be closed, and without a fault. */
 struct storage_check_report store_past_check(const char *path);
@@ -25,6 +26,9 @@ struct storage_memory store_past_get(struct storage *storage, const char *id);
 /* Writes what `past` says on to `position` as one commit to memory `id`. */
 void store_past_commit(struct storage *storage, const struct store_past *past, const char *id,
                        uint64_t position, bool goes_on);
+/* The same, and how it ended. */
+enum status store_past_try_commit(struct storage *storage, const struct store_past *past,
+                                  const char *id, uint64_t position, bool goes_on);
 /* Adds `count` tokens to `past` and commits them to its memory. */
 void store_past_write(struct storage *storage, struct store_past *past, uint64_t count,
                       uint64_t seed, bool goes_on);

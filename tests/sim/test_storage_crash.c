@@ -1,0 +1,488 @@
+/* What a power cut or a failing disk leaves of a store.
+ *
+ * Crash images: a run is recorded, every write and sync of the data file (tests/lib/preload). Then
+ * the file is rebuilt as it could be after a cut at any point: what was synced is there, of the
+ * rest any part may be lost or torn at a sector's border. Each image must open, check without a
+ * fault, and hold exactly what was acknowledged by then, or one operation more.
+ *
+ * Faults: the same run again and again, in each another call fails: ENOSPC, EIO, a short write,
+ * once or from there on. Whatever the run says, what it acknowledged is there afterwards.
+ *
+ * RAMBAD_LONG=1 takes every cut point several times and every fault; RAMBAD_SEED repeats a run. */
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "proto/base/hash.h"
+#include "tests/lib/preload/io_shim.h"
+#include "tests/lib/store_past.h"
+
+#define MEMORIES 4
+#define OPERATIONS 120
+#define FAULT_OPERATIONS 24
+#define SECTOR 512
+#define IMAGE_MAX (64u << 20)
+#define UNSURE UINT64_MAX
+#define LOST 7 /* exit code of a run that lost something */
+
+static const struct io_shim *shim;
+static uint64_t seed;
+static bool is_long;
+
+static uint64_t draw(uint64_t *random, uint64_t below)
+{
+    *random = hash64(random, sizeof *random, 17);
+    return *random % below;
+}
+
+/* ---- a store as it should be after so many operations ---- */
+
+struct world {
+    struct store_past pasts[MEMORIES]; /* id "" for none */
+    uint64_t before[MEMORIES]; /* the turn before the last, whose snapshot is kept; 0: not known */
+    bool has_ephemeral;
+    struct store_past ephemeral; /* a fork on its way to settle in `settles` */
+    unsigned settles;
+};
+
+static enum status fork_memory(struct storage *storage, const struct store_past *from,
+                               const char *id, uint64_t at, bool ephemeral)
+{
+    struct storage_memory_options options = {
+        .id = id, .from = from ? from->id : NULL, .at = at, .ephemeral = ephemeral};
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait));
+}
+
+static enum status settle(struct storage *storage, const char *ephemeral, const char *id)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(&wait,
+                             storage_memory_settle(storage, ephemeral, id, store_wait_cb, &wait));
+}
+
+static enum status go_on(struct storage *storage, struct store_past *past, uint64_t count,
+                         uint64_t stream, bool goes_on)
+{
+    for (uint64_t i = 0; i < count; i++)
+        past->tokens[past->count + i] = store_token(stream, past->count + i);
+    past->count += count;
+    past->is_turn[past->count] = true;
+    return storage ? store_past_try_commit(storage, past, past->id, past->count, goes_on)
+                   : STATUS_OK;
+}
+
+/* One operation is one write of storage, so a crash leaves it done or not done. Applies it to the
+ * world, and to the store unless that is NULL. */
+static enum status operate(struct world *world, struct storage *storage, unsigned number)
+{
+    uint64_t random = seed + number;
+    unsigned m = (unsigned)draw(&random, MEMORIES);
+    uint64_t what = draw(&random, 100), count = 1 + draw(&random, 90);
+    struct store_past *past = &world->pasts[m];
+    enum status status = STATUS_OK;
+    if (world->has_ephemeral && what < 60) {
+        struct store_past *to = &world->pasts[world->settles];
+        status = storage ? settle(storage, "e", to->id) : STATUS_OK;
+        char id[LIMITS_ID_BYTES];
+        memcpy(id, to->id, sizeof id);
+        *to = world->ephemeral;
+        memcpy(to->id, id, sizeof id);
+        to->is_turn[to->count] = true;
+        /* Its last turn may have lost its snapshot to later ones, before it was gone back to. */
+        world->before[world->settles] = UNSURE;
+        world->has_ephemeral = false;
+    } else if (!past->id[0]) {
+        *past = (struct store_past){0};
+        snprintf(past->id, sizeof past->id, "m%u", m);
+        world->before[m] = 0;
+        status = storage ? store_create(storage, past->id, NULL) : STATUS_OK;
+    } else if (what < 70 || world->has_ephemeral || past->count == 0) {
+        if (past->count + count > STORE_PAST_TOKENS)
+            count = STORE_PAST_TOKENS - past->count;
+        if (what >= 15)
+            world->before[m] = world->before[m] == UNSURE ? 0 : past->count;
+        status = go_on(storage, past, count, draw(&random, UINT64_MAX), what < 15);
+    } else if (what < 90) {
+        uint64_t before = world->before[m], at = before && before != UNSURE ? before : past->count;
+        world->ephemeral = *past;
+        strcpy(world->ephemeral.id, "e");
+        world->ephemeral.count = at;
+        world->has_ephemeral = true;
+        world->settles = m;
+        status = storage ? fork_memory(storage, past, "e", at, true) : STATUS_OK;
+    } else {
+        status = storage ? store_remove(storage, past->id) : STATUS_OK;
+        past->id[0] = 0;
+    }
+    return status;
+}
+
+/* Whether the store is this world, as far as its list says. */
+static bool is_world(struct storage *storage, const struct world *world)
+{
+    for (unsigned m = 0; m < MEMORIES; m++) {
+        char id[LIMITS_ID_BYTES];
+        struct storage_memory memory;
+        snprintf(id, sizeof id, "m%u", m);
+        enum status status = storage_memory_get(storage, id, &memory);
+        bool exists = world->pasts[m].id[0] != 0;
+        if ((status == STATUS_OK) != exists)
+            return false;
+        if (exists)
+            storage_memory_close(&memory);
+        if (exists && memory.token_count != world->pasts[m].count)
+            return false;
+    }
+    return true;
+}
+
+/* The store at `path` must be the world after `acknowledged` operations, or after one more. */
+static bool verify(const char *path, unsigned acknowledged)
+{
+    struct world *world = calloc(1, sizeof *world);
+    struct storage *storage = store_past_open(path);
+    bool found = false;
+    for (unsigned i = 0; i < acknowledged; i++)
+        (void)!operate(world, NULL, i);
+    for (unsigned more = 0; more < 2 && !found; more++) {
+        if (more)
+            (void)!operate(world, NULL, acknowledged);
+        found = is_world(storage, world);
+    }
+    if (found)
+        for (unsigned m = 0; m < MEMORIES; m++)
+            if (world->pasts[m].id[0])
+                store_past_assert(storage, &world->pasts[m]);
+    storage_close(storage);
+    free(world);
+    store_past_check(path);
+    return found;
+}
+
+/* ---- crash images ---- */
+
+struct trace {
+    unsigned char *bytes;
+    size_t size;
+};
+
+static struct trace record_run(const char *path)
+{
+    char name[1100];
+    struct stat stat_;
+    struct world *world = calloc(1, sizeof *world);
+    snprintf(name, sizeof name, "%s.trace", path);
+    int fd = open(name, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    assert_true(fd >= 0);
+    shim->record(fd);
+    struct storage *storage = store_past_open(path);
+    shim->mark(0);
+    for (unsigned i = 0; i < OPERATIONS; i++) {
+        assert_int_equal(operate(world, storage, i), STATUS_OK);
+        shim->mark(i + 1);
+    }
+    storage_close(storage);
+    shim->record(-1);
+    assert_int_equal(fstat(fd, &stat_), 0);
+    struct trace trace = {malloc((size_t)stat_.st_size), (size_t)stat_.st_size};
+    assert_int_equal(pread(fd, trace.bytes, trace.size, 0), trace.size);
+    close(fd);
+    unlink(name);
+    free(world);
+    return trace;
+}
+
+struct image {
+    unsigned char *bytes;
+    size_t size;
+};
+
+static void apply(struct image *image, const struct io_shim_entry *entry,
+                  const unsigned char *bytes, uint64_t *random)
+{
+    uint64_t how = random ? draw(random, 10) : 9;
+    assert_true(entry->offset + entry->size <= IMAGE_MAX);
+    if (how < 4)
+        return; /* lost */
+    for (uint64_t at = 0; at < entry->size;) {
+        uint64_t n = SECTOR - (entry->offset + at) % SECTOR;
+        n = n < entry->size - at ? n : entry->size - at;
+        if (how >= 7 || draw(random, 2) == 0) {
+            memcpy(image->bytes + entry->offset + at, bytes + at, n);
+            if (entry->offset + at + n > image->size)
+                image->size = (size_t)(entry->offset + at + n);
+        }
+        at += n;
+    }
+}
+
+static void write_image(const char *path, const struct image *image)
+{
+    char name[1100];
+    mkdir(path, 0700);
+    snprintf(name, sizeof name, "%s/data.mdb", path);
+    int fd = open(name, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, image->bytes, image->size), image->size);
+    close(fd);
+}
+
+/* The image after the first `end` bytes of the trace; returns the operations acknowledged. -1: no
+ * store was there yet. */
+static long rebuild(const struct trace *trace, size_t end, uint64_t *random, struct image *image)
+{
+    long acknowledged = -1;
+    size_t pending = 0; /* where the first write since the last sync stands */
+    memset(image->bytes, 0, image->size);
+    image->size = 0;
+    for (size_t at = 0; at < end;) {
+        struct io_shim_entry entry;
+        memcpy(&entry, trace->bytes + at, sizeof entry);
+        const unsigned char *bytes = trace->bytes + at + sizeof entry;
+        at += sizeof entry + entry.size;
+        if (entry.kind == IO_SHIM_MARK)
+            acknowledged = (long)entry.offset;
+        else if (entry.kind == IO_SHIM_WRITE_SYNCED)
+            apply(image, &entry, bytes, at >= end ? random : NULL); /* the cut is inside it */
+        if (entry.kind != IO_SHIM_SYNC)
+            continue;
+        for (size_t back = pending; back < at;) {
+            memcpy(&entry, trace->bytes + back, sizeof entry);
+            if (entry.kind == IO_SHIM_WRITE)
+                apply(image, &entry, trace->bytes + back + sizeof entry, NULL);
+            back += sizeof entry + entry.size;
+        }
+        pending = at;
+    }
+    for (size_t back = pending; back < end;) {
+        struct io_shim_entry entry;
+        memcpy(&entry, trace->bytes + back, sizeof entry);
+        if (entry.kind == IO_SHIM_WRITE)
+            apply(image, &entry, trace->bytes + back + sizeof entry, random);
+        back += sizeof entry + entry.size;
+    }
+    return acknowledged;
+}
+
+static void test_images(void **state)
+{
+    char path[1024];
+    size_t *ends = malloc((1u << 20) * sizeof *ends), count = 0, tried = 0, skipped = 0;
+    struct image image = {calloc(1, IMAGE_MAX), 0};
+    uint64_t random = seed ^ 0x5555;
+    snprintf(path, sizeof path, "%s/run", (const char *)*state);
+    struct trace trace = record_run(path);
+    for (size_t at = 0; at < trace.size && count < (1u << 20);) {
+        struct io_shim_entry entry;
+        memcpy(&entry, trace.bytes + at, sizeof entry);
+        at += sizeof entry + entry.size;
+        ends[count++] = at;
+    }
+    const size_t wanted = is_long ? 4 * count : 1500;
+    snprintf(path, sizeof path, "%s/image", (const char *)*state);
+    for (size_t i = 0; i < wanted; i++) {
+        size_t cut = is_long ? i % count : draw(&random, count);
+        long acknowledged = rebuild(&trace, ends[cut], &random, &image);
+        if (acknowledged < 0) {
+            skipped++; /* the store was being made: there is nothing to lose yet */
+            continue;
+        }
+        write_image(path, &image);
+        if (!verify(path, (unsigned)acknowledged))
+            fail_msg("cut %zu of %zu: %ld operations were acknowledged, and are not there", cut,
+                     count, acknowledged);
+        tried++;
+    }
+    print_message("%zu images of %zu cut points (%zu before the store was there), %u operations, "
+                  "%zu bytes of trace\n",
+                  tried, count, skipped, OPERATIONS, trace.size);
+    assert_true(tried > wanted / 2);
+    free(trace.bytes);
+    free(image.bytes);
+    free(ends);
+}
+
+/* ---- faults ---- */
+
+/* In a process of its own: an operation that fails is tried once more, for the fault may be over;
+ * when it fails again that is the end. Writes down how many are acknowledged. */
+static void faulty_run(const char *path, int report)
+{
+    struct world *world = calloc(1, sizeof *world), *before = calloc(1, sizeof *before);
+    struct storage_options options = store_past_options(path);
+    struct storage *storage;
+    struct error err = {0};
+    if (storage_open(&options, &storage, &err) != STATUS_OK)
+        _exit(err.message[0] ? 0 : LOST);
+    for (uint32_t i = 0, done; i < FAULT_OPERATIONS; i++) {
+        *before = *world;
+        enum status status = operate(world, storage, i);
+        if (status == STATUS_DISK_FULL || status == STATUS_IO) {
+            *world = *before;
+            for (unsigned m = 0; m < MEMORIES; m++)
+                if (world->pasts[m].id[0])
+                    (void)!store_truncate(storage, world->pasts[m].id);
+            status = operate(world, storage, i);
+        }
+        if (status == STATUS_DISK_FULL || status == STATUS_IO)
+            break;
+        done = i + 1;
+        /* Past the shim, whose faults are for the store alone. */
+        if (status != STATUS_OK || syscall(SYS_pwrite64, report, &done, sizeof done, 0L) < 0)
+            _exit(LOST);
+    }
+    storage_close(storage);
+    _exit(0);
+}
+
+static void one_fault(const char *folder, long at, int error, enum io_shim_fault fault, int stays,
+                      bool *over)
+{
+    char path[1024], name[1024];
+    uint32_t acknowledged = 0;
+    int how;
+    snprintf(path, sizeof path, "%s/faults", folder);
+    snprintf(name, sizeof name, "%s/report", folder);
+    int report = open(name, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    assert_true(report >= 0);
+    fflush(NULL);
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        int null = open("/dev/null", O_WRONLY);
+        dup2(null, STDERR_FILENO); /* a log line for every fault */
+        shim->break_at(at, error, fault, stays);
+        faulty_run(path, report);
+    }
+    assert_int_equal(waitpid(pid, &how, 0), pid);
+    (void)!pread(report, &acknowledged, sizeof acknowledged, 0); /* nothing: none */
+    close(report);
+    /* It ends by itself, or (a commit half written) with a message; it does not crash. */
+    if (!WIFEXITED(how) || (WEXITSTATUS(how) != 0 && WEXITSTATUS(how) != 1))
+        fail_msg("fault at call %ld (%s): the run ended with %s %d", at, strerror(error),
+                 WIFEXITED(how) ? "code" : "signal",
+                 WIFEXITED(how) ? WEXITSTATUS(how) : WTERMSIG(how));
+    if (!verify(path, acknowledged))
+        fail_msg("fault at call %ld (%s, %s): %u operations were acknowledged, and are not there",
+                 at, strerror(error), stays ? "stays" : "once", acknowledged);
+    *over = acknowledged == FAULT_OPERATIONS;
+    snprintf(name, sizeof name, "%.900s/data.mdb", path);
+    unlink(name);
+}
+
+static void test_faults(void **state)
+{
+    static const struct {
+        int error;
+        enum io_shim_fault fault;
+        int stays;
+    } kinds[] = {{ENOSPC, IO_SHIM_ERROR, 0},
+                 {EIO, IO_SHIM_ERROR, 0},
+                 {EIO, IO_SHIM_SHORT, 0},
+                 {ENOSPC, IO_SHIM_ERROR, 1},
+                 {EIO, IO_SHIM_ERROR, 1}};
+    unsigned count = 0;
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        /* To the first call that the run no longer makes: then it goes through whole, several times
+         * in a row, as a fault that is got over (a reserve that cannot be made) does too. */
+        unsigned whole = 0;
+        const long step = is_long ? 1 : 3;
+        for (long at = (long)(seed % (uint64_t)step); whole < 12; at += step, count++) {
+            bool over;
+            one_fault(*state, at, kinds[k].error, kinds[k].fault, kinds[k].stays, &over);
+            whole = over ? whole + 1 : 0;
+        }
+    }
+    print_message("%u runs with a fault\n", count);
+}
+
+/* ---- a folder that cannot be written ---- */
+
+static void test_read_only_folder(void **state)
+{
+    char path[1024];
+    snprintf(path, sizeof path, "%s/locked", (const char *)*state);
+    struct storage *made = store_past_open(path);
+    storage_close(made);
+    assert_int_equal(chmod(*state, 0755), 0);
+    assert_int_equal(chmod(path, 0555), 0);
+    fflush(NULL);
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        struct storage *storage;
+        struct error err = {0};
+        struct storage_options options = store_past_options(path);
+        if (geteuid() == 0 && setuid(65534)) /* root may write everywhere */
+            _exit(2);
+        enum status status = storage_open(&options, &storage, &err);
+        _exit(status == STATUS_IO && strstr(err.message, path) &&
+                      strstr(err.message, "Permission denied")
+                  ? 0
+                  : 1);
+    }
+    int how;
+    assert_int_equal(waitpid(pid, &how, 0), pid);
+    assert_true(WIFEXITED(how));
+    assert_int_equal(WEXITSTATUS(how), 0);
+    assert_int_equal(chmod(path, 0755), 0);
+}
+
+static int setup(void **state)
+{
+    *state = store_helper_folder();
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    store_helper_remove(*state);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    const char *library = getenv("IO_SHIM"), *given = getenv("RAMBAD_SEED");
+    (void)argc;
+    shim = dlsym(RTLD_DEFAULT, IO_SHIM_SYMBOL);
+    if (!shim) {
+        if (!library || getenv("LD_PRELOAD") || access(library, R_OK)) {
+            fprintf(stderr, "IO_SHIM must name the library to preload\n");
+            return 1;
+        }
+        setenv("LD_PRELOAD", library, 1);
+        execv(argv[0], argv);
+        return 1;
+    }
+    unsetenv("LD_PRELOAD");
+    /* No disk is needed for what does not lose its power. */
+    if (!getenv("TMPDIR") && access("/dev/shm", W_OK) == 0)
+        setenv("TMPDIR", "/dev/shm", 1);
+    is_long = getenv("RAMBAD_LONG") != NULL;
+    if (given)
+        seed = strtoull(given, NULL, 10);
+    else if (getrandom(&seed, sizeof seed, 0) != sizeof seed)
+        return 1;
+    print_message("RAMBAD_SEED=%llu\n", (unsigned long long)seed);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_images, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_faults, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_read_only_folder, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
