@@ -430,6 +430,8 @@ bool step_add(struct step_builder *builder, struct job *job, struct sequence *se
               const struct engine_step_item *item)
 {
     const uint32_t capacity = sizeof builder->items / sizeof *builder->items;
+    for (uint32_t i = 0; i < builder->count; i++)
+        ASSERT(builder->items[i].session != item->session); /* it would read its tokens twice */
     if (builder->count == capacity || item->token_count > builder->rows_left)
         return false;
     if (item->token_count) {

@@ -240,8 +240,10 @@ struct client_memory daemon_get_memory(const struct daemon *daemon, const char *
     buf_init(&answer);
     snprintf(path, sizeof path, "/v1/memories/%s", id);
     int code = daemon_call(daemon, "GET", path, NULL, NULL, 0, &answer);
-    if (code != 200)
+    if (code != 200) {
         print_message("memory %s: HTTP %d %s\n", id, code, buf_text(&answer));
+        daemon_print_log(daemon);
+    }
     assert_int_equal(code, 200);
     assert_int_equal(client_json_memory(answer.data, answer.size, &memory), STATUS_OK);
     buf_close(&answer);
