@@ -14,6 +14,7 @@
 #include "clients/cli/source.h"
 
 #define PATIENCE_S 120 /* without one committed byte, unless --wait says otherwise */
+#define SETTLE_S 10    /* for the server to notice that a request was cut */
 
 struct upload {
     struct cli *cli;
@@ -73,11 +74,57 @@ static void nap(uint32_t ms)
     nanosleep(&time, NULL); /* a signal ends it early, which is right */
 }
 
+/* Asks the server for the memory. True: `memory` is filled. Close `answer` either way. */
+static bool look(struct upload *upload, struct client_memory *memory, struct http_answer *answer)
+{
+    char path[128];
+    snprintf(path, sizeof path, "/v1/memories/%s", upload->memory);
+    struct http_call call = {.method = "GET", .path = path};
+    return http_do(&upload->cli->http, &call, answer) &&
+           !client_json_memory(answer->body.data, answer->body.size, memory);
+}
+
+static ssize_t no_text_cb(void *context, char *out, size_t room)
+{
+    (void)context, (void)out, (void)room;
+    return 0;
+}
+
+/* A request was cut, and the server may still commit what it had of it. Waits until the memory is
+ * free, which an append of nothing shows, and takes its count. */
+static void settle(struct upload *upload)
+{
+    const double until = progress_now() + SETTLE_S;
+    bool settled = false;
+    cli_catch_interrupt(); /* the next Ctrl-C ends the waiting */
+    while (!settled && !http_interrupted && progress_now() < until) {
+        char path[160];
+        struct http_answer answer;
+        struct client_memory memory;
+        settled = look(upload, &memory, &answer) && memory.text_bytes >= upload->committed &&
+                  memory.text_bytes <= upload->base + upload->source.furthest;
+        http_answer_close(&answer);
+        if (settled) {
+            snprintf(path, sizeof path, "/v1/memories/%s/append?offset=%llu", upload->memory,
+                     (unsigned long long)memory.text_bytes);
+            struct http_call call = {.method = "POST", .path = path, .read_cb = no_text_cb};
+            settled = http_do(&upload->cli->http, &call, &answer);
+            http_answer_close(&answer);
+        }
+        if (settled)
+            upload->committed = memory.text_bytes;
+        else
+            nap(100);
+    }
+}
+
 static int stopped(struct upload *upload)
 {
     char bytes[24];
-    uint64_t done = upload->committed - upload->base;
     progress_clear(&upload->progress);
+    if (http_interrupted)
+        settle(upload);
+    uint64_t done = upload->committed - upload->base;
     fprintf(stderr, "stopped; %s of the text are in memory %s\n", cli_bytes(bytes, done),
             upload->memory);
     if (upload->source.seekable)
@@ -104,13 +151,9 @@ static int find_place(struct upload *upload, const struct http_answer *failure)
         }
         nap(wait_ms < 10000 ? wait_ms : 10000);
         wait_ms = wait_ms < 2500 ? wait_ms * 2 : 5000;
-        char path[128];
         struct http_answer answer;
         struct client_memory memory;
-        snprintf(path, sizeof path, "/v1/memories/%s", upload->memory);
-        struct http_call call = {.method = "GET", .path = path};
-        bool good = http_do(&cli->http, &call, &answer) &&
-                    !client_json_memory(answer.body.data, answer.body.size, &memory);
+        bool good = look(upload, &memory, &answer);
         bool over = !good && is_final(&answer);
         int code = over ? cli_fail_http(cli, &answer) : CLI_OK;
         http_answer_close(&answer);

@@ -137,7 +137,7 @@ static int on_progress(void *context, curl_off_t a, curl_off_t b, curl_off_t c, 
 static struct curl_slist *make_headers(const struct http *http, const struct http_call *call)
 {
     struct curl_slist *list = NULL;
-    list = curl_slist_append(list, call->event_cb ? "Accept: text/event-stream"
+    list = curl_slist_append(list, call->event_cb  ? "Accept: text/event-stream"
                                    : call->body_cb ? "Accept: */*"
                                                    : "Accept: application/json");
     if (call->json)

@@ -56,8 +56,8 @@ struct command {
 };
 
 static const struct command commands[] = {
-    {"append", cli_append}, {"ask", cli_ask}, {"chat", cli_chat}, {"ls", cli_list},
-    {"show", cli_show},     {"new", cli_new}, {"fork", cli_fork}, {"rm", cli_remove},
+    {"append", cli_append}, {"ask", cli_ask},       {"chat", cli_chat},     {"ls", cli_list},
+    {"show", cli_show},     {"new", cli_new},       {"fork", cli_fork},     {"rm", cli_remove},
     {"rewind", cli_rewind}, {"export", cli_export}, {"import", cli_import},
 };
 
@@ -193,6 +193,14 @@ void cli_catch_interrupt(void)
     sigaction(SIGINT, &action, NULL);
 }
 
+/* What the command printed must have reached its reader. */
+static int finish(const struct cli *cli, int code)
+{
+    if ((fflush(stdout) || ferror(stdout)) && code == CLI_OK)
+        return cli_fail(cli, CLI_FAILED, "cannot write to standard output: %s", strerror(errno));
+    return code;
+}
+
 int main(int argc, char **argv)
 {
     struct cli cli = {0};
@@ -201,11 +209,11 @@ int main(int argc, char **argv)
     for (; i < argc && argv[i][0] == '-'; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             fputs(help, stdout);
-            return CLI_OK;
+            return finish(&cli, CLI_OK);
         }
         if (strcmp(argv[i], "--version") == 0) {
             puts("ramba " RAMBAD_VERSION);
-            return CLI_OK;
+            return finish(&cli, CLI_OK);
         }
         if (!(value = cli_value(argc, argv, &i, "--url")))
             return cli_usage(&cli, "unknown option '%s'", argv[i]);
@@ -226,7 +234,7 @@ int main(int argc, char **argv)
     for (int k = i; k < argc; k++) { /* --help and --url are welcome behind the command, too */
         if (strcmp(argv[k], "--help") == 0 || strcmp(argv[k], "-h") == 0) {
             fputs(help, stdout);
-            return CLI_OK;
+            return finish(&cli, CLI_OK);
         }
         if ((value = cli_value(argc, argv, &k, "--url")))
             url = value;
@@ -235,9 +243,7 @@ int main(int argc, char **argv)
     }
     cli_catch_interrupt();
     http_init(&cli.http, url && url[0] ? url : DEFAULT_URL, getenv("RAMBA_API_KEY"));
-    int code = command->run(&cli, count, argv + i);
-    if (fflush(stdout) && code == CLI_OK)
-        code = cli_fail(&cli, CLI_FAILED, "cannot write the answer: %s", strerror(errno));
+    const int code = finish(&cli, command->run(&cli, count, argv + i));
     http_close(&cli.http);
     return code;
 }
