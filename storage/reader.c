@@ -1,6 +1,5 @@
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "proto/base/assert.h"
 #include "storage/branch.h"
@@ -9,14 +8,8 @@
 #include "storage/snapshot.h"
 #include "storage/turn.h"
 
-/* Asks the kernel for the pages of a value, so that a batch of reads waits once and not page by
- * page: the map is opened without read-ahead, which would fetch neighbours nobody asked for. */
-static void prefetch(const struct storage *storage, const void *bytes, size_t size)
-{
-    uintptr_t from = (uintptr_t)bytes & ~(uintptr_t)(storage->page_bytes - 1);
-    uintptr_t end = (uintptr_t)bytes + size;
-    (void)madvise((void *)from, end - from, MADV_WILLNEED);
-}
+/* From here on mapping the pages at once is cheaper than one fault each. */
+#define POPULATE_BYTES ((size_t)64 << 10)
 
 static void count_read(struct storage *storage, uint64_t chunks, uint64_t bytes)
 {
@@ -290,7 +283,7 @@ static enum status read_chunks(struct storage *storage, MDB_cursor *cursor,
             const struct storage_read *read = &reads[from + i];
             status = find(cursor, shape, read->branch, read->index, &runs[i]);
             if (!status)
-                prefetch(storage,
+                store_prefetch(storage,
                          runs[i].items + (read->index - runs[i].first) * shape->item_bytes,
                          shape->item_bytes);
         }
@@ -338,12 +331,15 @@ static enum status read_items(struct storage *storage, MDB_txn *txn, enum store_
             break;
         uint32_t from = (uint32_t)(first - run.first);
         uint64_t n = run.count - from < count ? run.count - from : count;
-        prefetch(storage, run.items + (size_t)from * shape.item_bytes, n * shape.item_bytes);
+        const unsigned char *items = run.items + (size_t)from * shape.item_bytes;
+        store_prefetch(storage, items, n * shape.item_bytes);
+        if (n * shape.item_bytes >= POPULATE_BYTES)
+            store_populate(storage, items, n * shape.item_bytes);
         for (uint64_t i = from - from % run.group; !status && i < from + n; i += run.group)
             if (!record_run_intact(&run, (uint32_t)i))
                 status = STATUS_CORRUPT;
         if (!status)
-            memcpy(to, run.items + (size_t)from * shape.item_bytes, n * shape.item_bytes);
+            memcpy(to, items, n * shape.item_bytes);
         to += n * shape.item_bytes;
         first += n;
         count -= n;

@@ -48,11 +48,11 @@ enum status snapshot_get(const struct storage *storage, MDB_txn *txn, uint64_t s
 }
 
 enum status snapshot_put(struct store_write *write, uint64_t branch, uint64_t position,
-                         const void *bytes, size_t size, uint64_t references,
-                         uint64_t *snapshot)
+                         const void *bytes, size_t size, uint64_t references, uint64_t *snapshot)
 {
     struct record_counter counter;
-    struct record_snapshot record = {.references = references, .branch = branch, .position = position};
+    struct record_snapshot record = {
+        .references = references, .branch = branch, .position = position};
     ASSERT(size > 0);
     record.size = size;
     record.piece_bytes = PIECE_BYTES;
@@ -108,19 +108,36 @@ enum status snapshot_release(struct store_write *write, uint64_t snapshot)
     return STATUS_OK;
 }
 
+/* Piece `n` as it lies in the store. */
+static enum status find_piece(const struct storage *storage, MDB_txn *txn, uint64_t snapshot,
+                              uint64_t n, MDB_val *value)
+{
+    unsigned char key[RECORD_PIECE_KEY_BYTES];
+    record_piece_key(key, snapshot, (uint32_t)n);
+    enum status status = store_get(storage, txn, STORE_SNAPSHOT, key, sizeof key, value);
+    return status == STATUS_NOT_FOUND ? STATUS_CORRUPT : status;
+}
+
 enum status snapshot_read(const struct storage *storage, MDB_txn *txn, uint64_t snapshot,
                           const struct record_snapshot *record, void *out)
 {
     unsigned char *to = out;
+    MDB_val value;
+    for (uint64_t n = 1; n <= piece_count(record); n++) {
+        enum status status = find_piece(storage, txn, snapshot, n, &value);
+        if (status)
+            return status;
+        store_prefetch(storage, value.mv_data, value.mv_size);
+    }
     for (uint64_t n = 1; n <= piece_count(record); n++) {
         unsigned char key[RECORD_PIECE_KEY_BYTES];
         const void *bytes;
-        MDB_val value;
         size_t size = piece_size(record, n);
-        record_piece_key(key, snapshot, (uint32_t)n);
-        enum status status = store_get(storage, txn, STORE_SNAPSHOT, key, sizeof key, &value);
+        enum status status = find_piece(storage, txn, snapshot, n, &value);
         if (status)
-            return status == STATUS_NOT_FOUND ? STATUS_CORRUPT : status;
+            return status;
+        store_populate(storage, value.mv_data, value.mv_size);
+        record_piece_key(key, snapshot, (uint32_t)n);
         status = record_piece_decode(key, sizeof key, value.mv_data, value.mv_size, &bytes);
         if (status || value.mv_size != RECORD_PIECE_HEADER_BYTES + size)
             return STATUS_CORRUPT;

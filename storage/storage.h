@@ -37,6 +37,7 @@ struct storage_options {
     const char *model_name;      /* for the message of that refusal; copied */
     size_t map_bytes;            /* 0: LIMITS_MAP_BYTES; the most the file may grow to */
     size_t queue_bytes;          /* 0: LIMITS_WRITER_QUEUE_BYTES */
+    uint32_t linger_ms;          /* 0: LIMITS_LINGER_MS; how long appends alone wait for more */
     uint32_t keep_snapshots;     /* of each memory's last turns; 0: LIMITS_KEEP_SNAPSHOTS */
     bool read_only;              /* for `check`; takes no lock and starts no writer; with kv_bytes 0
                                     sizes and model are taken as they are */

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -223,6 +224,23 @@ uint64_t store_space(const struct storage *storage, size_t key_size, size_t size
         return node_header + key_size + size;
     return (size + page_header + storage->page_bytes - 1) / storage->page_bytes *
            storage->page_bytes;
+}
+
+static void advise(const struct storage *storage, const void *bytes, size_t size, int advice)
+{
+    uintptr_t from = (uintptr_t)bytes & ~(uintptr_t)(storage->page_bytes - 1);
+    uintptr_t end = (uintptr_t)bytes + size;
+    (void)madvise((void *)from, end - from, advice);
+}
+
+void store_prefetch(const struct storage *storage, const void *bytes, size_t size)
+{
+    advise(storage, bytes, size, MADV_WILLNEED);
+}
+
+void store_populate(const struct storage *storage, const void *bytes, size_t size)
+{
+    advise(storage, bytes, size, MADV_POPULATE_READ); /* an older kernel refuses, and faults */
 }
 
 /* ---- the reserve ---- */
@@ -590,6 +608,8 @@ static struct storage *allocate(const struct storage_options *options)
     storage->reserve_bytes -= storage->reserve_bytes % page;
     storage->keep_snapshots =
         options->keep_snapshots ? options->keep_snapshots : LIMITS_KEEP_SNAPSHOTS;
+    storage->linger_ns =
+        (options->linger_ms ? options->linger_ms : LIMITS_LINGER_MS) * UINT64_C(1000000);
     storage->queue_bytes = options->queue_bytes ? options->queue_bytes : LIMITS_WRITER_QUEUE_BYTES;
     storage->writer_thread = pthread_self();
     pthread_rwlock_init(&storage->map_lock, NULL);

@@ -41,6 +41,7 @@ struct storage {
     size_t map_bytes, reserve_bytes;
     size_t queue_bytes;
     uint32_t keep_snapshots;
+    uint64_t linger_ns;
     bool reserve_released; /* writer thread */
     bool read_only;
     int lock_fd; /* -1: none */
@@ -76,6 +77,12 @@ STATUS_CHECKED enum status store_put_room(struct store_write *write, enum store_
 /* STATUS_NOT_FOUND when there is none. */
 STATUS_CHECKED enum status store_delete(struct store_write *write, enum store_db db,
                                         const void *key, size_t key_size);
+
+/* Asks the kernel for the pages of a value, so that a batch of reads waits once and not page by
+ * page: the map is opened without read-ahead, which would fetch neighbours nobody asked for. */
+void store_prefetch(const struct storage *storage, const void *bytes, size_t size);
+/* Maps the pages of a long value at once, before they are read one behind the other. */
+void store_populate(const struct storage *storage, const void *bytes, size_t size);
 
 /* The reserve lets deletes go through when the map or the disk is full: releasing it raises the
  * map to its full size and removes the reserve file; restoring undoes both. Writer thread, with no

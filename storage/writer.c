@@ -16,6 +16,9 @@
 #define GROUP_BYTES (64 * LIMITS_MIB)
 #define GROUP_ITEMS 4096
 /* Records freed in one transaction, and groups between two steps while writes are waiting. */
+/* Appends alone wait for company, so many and storage->linger_ns: nobody hears of a turn before its
+ * commit, and a chunk by itself would cost a sync and half a page for each of its tables. */
+#define LINGER_BYTES (4 * LIMITS_MIB)
 #define COLLECT_RECORDS 64
 #define COLLECT_EVERY 8
 #define HISTOGRAM_FIRST_NS 64000u
@@ -65,11 +68,13 @@ struct writer {
     /* under the mutex */
     struct list queue;
     size_t queue_bytes, queue_items;
+    size_t urgent;     /* of the queue: items that are no appends */
+    uint64_t since_ns; /* when the first of the queue came */
     bool closing;
     struct storage_stats stats; /* the writer's part of it */
     /* the writer thread's own */
-    struct branch_set failed;           /* branches that wait for a truncate */
-    struct item *appends[GROUP_ITEMS];  /* of the transaction, not yet written */
+    struct branch_set failed;          /* branches that wait for a truncate */
+    struct item *appends[GROUP_ITEMS]; /* of the transaction, not yet written */
     const void *kvs[GROUP_ITEMS], *landmarks[GROUP_ITEMS];
     struct item *batch[GROUP_ITEMS];
     size_t append_count;
@@ -154,8 +159,7 @@ static enum status write_branch(struct writer *writer, struct store_write *write
         set_add(&writer->failed, branch);
     }
     writer->chunks_in_group += good;
-    return good ? branch_append_chunks(write, branch, &record, writer->kvs, writer->landmarks,
-                                       good)
+    return good ? branch_append_chunks(write, branch, &record, writer->kvs, writer->landmarks, good)
                 : STATUS_OK;
 }
 
@@ -424,6 +428,20 @@ static void carry_out_group(struct writer *writer, struct list *group)
     list_init(group);
 }
 
+/* Whether what is queued is worth a commit already. Under the mutex. */
+static bool is_due(const struct writer *writer, uint64_t *until_ns)
+{
+    *until_ns = writer->since_ns + writer->storage->linger_ns;
+    return writer->urgent || writer->closing || writer->queue_bytes >= LINGER_BYTES ||
+           now_ns() >= *until_ns;
+}
+
+static void wait_until(struct writer *writer, uint64_t ns)
+{
+    struct timespec until = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    pthread_cond_timedwait(&writer->wake, &writer->mutex, &until);
+}
+
 /* Waits for work. Fills `group`, or leaves it empty when it is time to collect. False: the end. */
 static bool next_group(struct writer *writer, struct list *group)
 {
@@ -431,8 +449,11 @@ static bool next_group(struct writer *writer, struct list *group)
     size_t bytes = 0, items = 0;
     list_init(group);
     pthread_mutex_lock(&writer->mutex);
+    uint64_t until_ns;
     while (list_empty(&writer->queue) && !writer->closing && !writer->collect)
         pthread_cond_wait(&writer->wake, &writer->mutex);
+    while (!list_empty(&writer->queue) && !is_due(writer, &until_ns))
+        wait_until(writer, until_ns);
     if (list_empty(&writer->queue) && writer->closing)
         alive = false;
     while (!list_empty(&writer->queue) && items < GROUP_ITEMS) {
@@ -441,6 +462,7 @@ static bool next_group(struct writer *writer, struct list *group)
             break;
         bytes += item->bytes;
         items++;
+        writer->urgent -= item->kind != ITEM_APPEND;
         list_remove(&item->node);
         list_push_back(group, &item->node);
     }
@@ -479,7 +501,11 @@ enum status writer_start(struct storage *storage, struct error *err)
     writer->collect = true; /* what the last run left over */
     list_init(&writer->queue);
     pthread_mutex_init(&writer->mutex, NULL);
-    pthread_cond_init(&writer->wake, NULL);
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&writer->wake, &attributes);
+    pthread_condattr_destroy(&attributes);
     storage->writer = writer;
     /* Signals are the main thread's business. */
     sigfillset(&all);
@@ -558,8 +584,11 @@ static enum status enqueue(struct storage *storage, struct item *item)
                 writer->queue_bytes + item->bytes > storage->queue_bytes)) {
         status = STATUS_BUSY;
     } else {
+        if (list_empty(&writer->queue))
+            writer->since_ns = now_ns();
         writer->queue_bytes += item->bytes;
         writer->queue_items++;
+        writer->urgent += item->kind != ITEM_APPEND;
         list_push_back(&writer->queue, &item->node);
         pthread_cond_signal(&writer->wake);
     }
@@ -631,8 +660,8 @@ static enum status queue_id(struct storage *storage, enum item_kind kind, const 
     return enqueue(storage, item);
 }
 
-enum status storage_memory_delete(struct storage *storage, const char *id,
-                                  storage_done_cb done_cb, void *context)
+enum status storage_memory_delete(struct storage *storage, const char *id, storage_done_cb done_cb,
+                                  void *context)
 {
     return queue_id(storage, ITEM_DELETE, id, done_cb, context);
 }
@@ -693,9 +722,8 @@ enum status storage_turn_delete(struct storage *storage, const char *id, uint64_
     return queue_turn(storage, ITEM_DELETE_TURN, id, position, NULL, done_cb, context);
 }
 
-enum status storage_append(struct storage *storage, uint64_t branch, uint64_t index,
-                           const void *kv, const void *landmark, storage_done_cb done_cb,
-                           void *context)
+enum status storage_append(struct storage *storage, uint64_t branch, uint64_t index, const void *kv,
+                           const void *landmark, storage_done_cb done_cb, void *context)
 {
     if (!storage->writer)
         return STATUS_CLOSED;
@@ -706,8 +734,7 @@ enum status storage_append(struct storage *storage, uint64_t branch, uint64_t in
     item->branch = branch;
     item->index = index;
     item->kv = memcpy(item->payload, kv, storage->kv_bytes);
-    item->landmark =
-        memcpy(item->payload + storage->kv_bytes, landmark, storage->landmark_bytes);
+    item->landmark = memcpy(item->payload + storage->kv_bytes, landmark, storage->landmark_bytes);
     return enqueue(storage, item);
 }
 

@@ -25,7 +25,8 @@ static struct storage_options options_of(const char *path)
                                     .chunk_tokens = S,
                                     .model_fingerprint = FINGERPRINT,
                                     .model_name = "test-model",
-                                    .map_bytes = 256 * LIMITS_MIB};
+                                    .map_bytes = 256 * LIMITS_MIB,
+                                    .linger_ms = 1};
 }
 
 static struct storage *open_at(const char *path)
