@@ -17,9 +17,16 @@
 #include "tests/lib/chunk_ram.h"
 #include "tests/lib/golden.h"
 
-#define LOGIT_TOLERANCE 1e-4
-#define WEIGHT_TOLERANCE 1e-4
-#define TIE 1e-4 /* scores closer than this may be picked either way */
+/* What fp32 sums in another order make of logits (relative to the largest) and of weights, and how
+ * close scores must be to be picked either way. */
+#define TOLERANCE 1e-4
+/* Where a GPU rounds the inputs of products to bf16, by 2^-9 at most, some twenty roundings a token
+ * make a percent or so of a typical logit, and now and then a pick of these small random models
+ * goes the other way and moves the logits behind it: no bound on the worst one follows. The root
+ * mean square error, relative to that of the logits, and the share of picks that flip, are bounded.
+ */
+#define BF16_TOLERANCE 5e-2
+#define BF16_FLIPS 50 /* one pick in so many */
 
 struct bed {
     const struct golden *golden;
@@ -30,8 +37,9 @@ struct bed {
     size_t length;
     const int64_t *logit_positions; /* NULL: every position */
     size_t logit_count;
-    double worst_logit, worst_weight, largest;
-    size_t ties, checked_picks, checked_logits;
+    bool rounded; /* to bf16 */
+    double worst_logit, worst_weight, largest, off_squares, squares;
+    size_t ties, flips, checked_picks, checked_logits;
 };
 
 /* Index of `position` among the kept logits, or -1. */
@@ -56,6 +64,8 @@ static void check_logits(struct bed *bed, size_t position)
         const double off = fabs((double)bed->session->logits[i] - (double)want[i]);
         if (!(off <= bed->worst_logit)) /* a NaN is the worst of all */
             bed->worst_logit = off;
+        bed->off_squares += off * off;
+        bed->squares += (double)want[i] * (double)want[i];
     }
     bed->checked_logits++;
 }
@@ -74,8 +84,12 @@ static void check_head(struct bed *bed, const struct engine_step_item *item, uin
                 found = &item->picks[i];
         if (weights[j] == 0)
             continue;
-        if (!found && (margin < TIE || weights[j] < 1e-30f)) {
+        if (!found && ((double)margin < TOLERANCE || weights[j] < 1e-30f)) {
             bed->ties++;
+            return;
+        }
+        if (!found && bed->rounded) {
+            bed->flips++;
             return;
         }
         assert_non_null(found);
@@ -154,7 +168,7 @@ static void check_folder(const char *model, const char *golden_folder, enum engi
 {
     struct golden golden;
     assert_true(golden_open(golden_folder, &golden));
-    struct bed bed = {.golden = &golden};
+    struct bed bed = {.golden = &golden, .rounded = dtype == ENGINE_DTYPE_BF16};
     chunk_ram_init(&bed.ram);
     struct engine_options options = {.model_path = model,
                                      .backend = backend,
@@ -186,8 +200,15 @@ static void check_folder(const char *model, const char *golden_folder, enum engi
            golden_folder, engine_get_info(bed.engine)->backend, bed.worst_logit / bed.largest,
            bed.checked_logits, bed.checked_picks, bed.ties, bed.worst_weight);
     assert_true(bed.checked_logits > 0 && bed.checked_picks > 0);
-    assert_true(bed.worst_logit <= LOGIT_TOLERANCE * bed.largest);
-    assert_true(bed.worst_weight <= WEIGHT_TOLERANCE);
+    if (bed.rounded) {
+        const double error = sqrt(bed.off_squares / bed.squares);
+        printf("  rounded to bf16: %.1e of a typical logit, %zu picks flipped\n", error, bed.flips);
+        assert_true(error <= BF16_TOLERANCE);
+        assert_true(bed.flips * BF16_FLIPS <= bed.checked_picks);
+    } else {
+        assert_true(bed.worst_logit <= TOLERANCE * bed.largest);
+        assert_true(bed.worst_weight <= TOLERANCE);
+    }
     engine_close(bed.engine);
     chunk_ram_close(&bed.ram);
     golden_close(&golden);
@@ -204,14 +225,17 @@ static const char *const published[] = {"encoder1-kv1", "encoder2-groups2-qknorm
 
 static const char *const levels[] = {"portable", "avx2", "avx512"};
 
-static void check_own(enum engine_backend backend)
+static bool small; /* without the shipped model */
+
+static void check_own(enum engine_backend backend, enum engine_dtype dtype)
 {
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
         char folder[256];
         snprintf(folder, sizeof folder, "tests/golden/%s", own[i]);
-        check_folder(folder, folder, backend, ENGINE_DTYPE_FP32);
+        check_folder(folder, folder, backend, dtype);
     }
-    check_folder("engine/models/ramba-6m", "tests/golden/shipped", backend, ENGINE_DTYPE_FP32);
+    if (!small)
+        check_folder("engine/models/ramba-6m", "tests/golden/shipped", backend, dtype);
 }
 
 static void check_published(enum engine_backend backend)
@@ -235,7 +259,7 @@ static void check_published(enum engine_backend backend)
 static void ref_matches_the_reference(void **state)
 {
     (void)state;
-    check_own(ENGINE_BACKEND_REF);
+    check_own(ENGINE_BACKEND_REF, ENGINE_DTYPE_FP32);
 }
 
 static void ref_matches_the_published_code(void **state)
@@ -250,7 +274,7 @@ static void cpu_matches_the_reference(void **state)
     (void)state;
     for (size_t i = 0; i < sizeof levels / sizeof *levels; i++) {
         setenv("RAMBAD_CPU", levels[i], 1);
-        check_own(ENGINE_BACKEND_CPU);
+        check_own(ENGINE_BACKEND_CPU, ENGINE_DTYPE_FP32);
     }
     unsetenv("RAMBAD_CPU");
 }
@@ -268,7 +292,13 @@ static void cpu_matches_the_published_code(void **state)
 static void cuda_matches_the_reference(void **state)
 {
     (void)state;
-    check_own(ENGINE_BACKEND_CUDA);
+    check_own(ENGINE_BACKEND_CUDA, ENGINE_DTYPE_FP32);
+}
+
+static void cuda_in_bf16_is_near_the_reference(void **state)
+{
+    (void)state;
+    check_own(ENGINE_BACKEND_CUDA, ENGINE_DTYPE_BF16);
 }
 
 static void cuda_matches_the_published_code(void **state)
@@ -277,13 +307,15 @@ static void cuda_matches_the_published_code(void **state)
     check_published(ENGINE_BACKEND_CUDA);
 }
 
-/* `cuda`: the CUDA backend alone. */
+/* `cuda`: the CUDA backend alone; `cuda small`: without the shipped model. */
 int main(int argc, char **argv)
 {
     const struct CMUnitTest cuda[] = {
         cmocka_unit_test(cuda_matches_the_reference),
+        cmocka_unit_test(cuda_in_bf16_is_near_the_reference),
         cmocka_unit_test(cuda_matches_the_published_code),
     };
+    small = argc > 2 && strcmp(argv[2], "small") == 0;
     if (argc > 1 && strcmp(argv[1], "cuda") == 0)
         return cmocka_run_group_tests(cuda, NULL, NULL);
     const struct CMUnitTest tests[] = {
@@ -292,6 +324,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(cpu_matches_the_reference),
         cmocka_unit_test(cpu_matches_the_published_code),
         cmocka_unit_test(cuda_matches_the_reference),
+        cmocka_unit_test(cuda_in_bf16_is_near_the_reference),
         cmocka_unit_test(cuda_matches_the_published_code),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
