@@ -248,6 +248,16 @@ static void publish_stats(struct engine *engine)
     pthread_mutex_unlock(&engine->stats_lock);
 }
 
+void engine_must_work(const struct engine *engine)
+{
+    struct error err;
+    if (!engine->ops->check || !engine->ops->check(engine->context, &err))
+        return;
+    log_event(LOG_ERROR, "engine_broken", "message", LOG_STR, err.message, "action", LOG_STR,
+              "the daemon ends here; start it again: memories come back from disk", NULL);
+    _exit(EXIT_FAILURE);
+}
+
 static void sample(struct engine_step_item *item)
 {
     if (!item->status && item->sampler)
@@ -280,11 +290,7 @@ enum status engine_step(struct engine *engine, struct engine_step_item *items, s
     }
     if (n)
         model_forward(engine, running, n);
-    struct error broken;
-    if (engine->ops->check && engine->ops->check(engine->context, &broken)) {
-        free(running);
-        return STATUS_INTERNAL; /* the backend has said why */
-    }
+    engine_must_work(engine);
     for (uint32_t i = 0; i < n; i++) {
         struct engine_step_item *item = running[i].step;
         item->status = running[i].status;

@@ -38,6 +38,11 @@ struct engine {
     struct engine_stats stats, counted; /* published under the lock; the engine's own */
 };
 
+/* Waits for the backend; where it is broken (a GPU that failed), says so and ends the process:
+ * nothing computed since the last call can be trusted, and memories come back from disk. Called
+ * before anything leaves the engine: tokens, chunks, snapshots. */
+void engine_must_work(const struct engine *engine);
+
 /* One sequence of a forward pass. */
 struct model_item {
     struct engine_session *session;

@@ -200,9 +200,7 @@ static void append_chunks(struct pass *p, const struct weights_layer *layer)
         const struct chunk_key key = {s->ranges[s->range_count - 1].branch, m->chunk_index[i]};
         engine->ops->copy(engine->context, m->host_landmark, m->chunk_landmarks[i],
                           engine->info.landmark_bytes);
-        struct error broken;
-        if (engine->ops->check && engine->ops->check(engine->context, &broken))
-            return; /* nothing wrong reaches the disk; engine_step fails */
+        engine_must_work(engine);
         const enum status status =
             engine->io.append(engine->io.context, key, m->chunk_kv[i], m->host_landmark);
         if (status) { /* room was asked for before the step, so this is not a full queue */

@@ -326,6 +326,7 @@ void engine_session_snapshot(const struct engine_session *session, void *out)
     to += bytes;
     bytes = partial_rows(session) * c->hidden_size * sizeof(float);
     engine->ops->copy(engine->context, to, session->partial, bytes);
+    engine_must_work(engine);
     to += bytes;
     if (session->has_logits)
         memcpy(to, session->logits, c->vocab_size * sizeof(float));
