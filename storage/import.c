@@ -113,12 +113,13 @@ static enum status take_landmarks(struct storage_import *file, const char *landm
                                     file->kv.data + i * m->kv_bytes,
                                     landmarks + i * m->landmark_bytes, gather_cb, &file->gather);
         } while (status && gather_refused(&file->gather, status));
-        if (status)
-            break;
+        if (status) {
+            status = gather_wait(&file->gather);
+            return failed(status, err);
+        }
     }
-    enum status status = gather_wait(&file->gather);
-    file->next = MEMORY_FILE_TOKENS;
-    return status ? failed(status, err) : STATUS_OK;
+    file->next = MEMORY_FILE_TOKENS; /* whose commit waits for these too */
+    return STATUS_OK;
 }
 
 static enum status commit(struct storage_import *file, const char *tokens, uint64_t count,
@@ -344,6 +345,7 @@ enum status storage_import_open(struct storage *storage, uint32_t vocabulary,
 
 void storage_import_close(struct storage_import *file)
 {
+    (void)!gather_wait(&file->gather); /* chunks whose tokens never came */
     if (file->has_memory) /* should the queue be full, the next opening drops it */
         (void)!storage_memory_delete(file->storage, file->memory, NULL, NULL);
     memory_file_manifest_close(&file->manifest);

@@ -89,8 +89,8 @@ STATUS_CHECKED enum status storage_memory_delete(struct storage *storage, const 
 
 /* Appends chunk `index` to `branch`; kv and landmark are copied. Indexes of a branch come in
  * order without holes. After a failure every further append or commit of that branch fails with
- * STATUS_IO until storage_truncate, so a later commit can never cover a lost chunk.
- * STATUS_BUSY: the queue is full. */
+ * it (STATUS_DISK_FULL, else STATUS_IO) until storage_truncate, so a later commit can never cover
+ * a lost chunk. Waits for others, or a commit, up to linger_ms. STATUS_BUSY: the queue is full. */
 STATUS_CHECKED enum status storage_append(struct storage *storage, uint64_t branch,
                                           uint64_t index, const void *kv, const void *landmark,
                                           storage_done_cb done_cb, void *context);

@@ -55,8 +55,12 @@ struct item {
     unsigned char payload[];
 };
 
+struct failed_branch {
+    uint64_t branch;
+    enum status status; /* what all of it gets from then on */
+};
 struct branch_set {
-    uint64_t *branches;
+    struct failed_branch *branches;
     size_t count, capacity;
 };
 
@@ -92,30 +96,32 @@ static uint64_t now_ns(void)
 
 /* ---- branches that failed ---- */
 
-static bool set_has(const struct branch_set *set, uint64_t branch)
+static enum status set_get(const struct branch_set *set, uint64_t branch)
 {
     for (size_t i = 0; i < set->count; i++)
-        if (set->branches[i] == branch)
-            return true;
-    return false;
+        if (set->branches[i].branch == branch)
+            return set->branches[i].status;
+    return STATUS_OK;
 }
 
-static void set_add(struct branch_set *set, uint64_t branch)
+/* A full disk is told as such to what follows; anything else is a failure of the branch. */
+static void set_add(struct branch_set *set, uint64_t branch, enum status status)
 {
-    if (branch == 0 || set_has(set, branch))
+    if (branch == 0 || set_get(set, branch))
         return;
     if (set->count == set->capacity) {
         set->capacity = set->capacity ? 2 * set->capacity : 16;
         set->branches = realloc(set->branches, set->capacity * sizeof *set->branches);
         ASSERT(set->branches);
     }
-    set->branches[set->count++] = branch;
+    set->branches[set->count++] =
+        (struct failed_branch){branch, status == STATUS_DISK_FULL ? STATUS_DISK_FULL : STATUS_IO};
 }
 
 static void set_remove(struct branch_set *set, uint64_t branch)
 {
     for (size_t i = 0; i < set->count; i++)
-        if (set->branches[i] == branch)
+        if (set->branches[i].branch == branch)
             set->branches[i--] = set->branches[--set->count];
 }
 
@@ -123,7 +129,7 @@ static struct branch_set set_copy(const struct branch_set *set)
 {
     struct branch_set copy = {0};
     for (size_t i = 0; i < set->count; i++)
-        set_add(&copy, set->branches[i]);
+        set_add(&copy, set->branches[i].branch, set->branches[i].status);
     return copy;
 }
 
@@ -135,15 +141,15 @@ static enum status write_branch(struct writer *writer, struct store_write *write
 {
     struct record_branch record;
     size_t good = 0;
-    enum status status = STATUS_IO, rest = STATUS_INVALID;
-    if (!set_has(&writer->failed, branch))
+    enum status status = set_get(&writer->failed, branch), rest = STATUS_INVALID;
+    if (!status)
         status = branch_get(write->storage, write->txn, branch, &record);
     if (!status && !record.owner[0])
         status = STATUS_NOT_FOUND;
     if (status) {
         /* An unknown branch has no truncate to wait for. */
         if (status != STATUS_NOT_FOUND)
-            set_add(&writer->failed, branch);
+            set_add(&writer->failed, branch, status);
         for (size_t i = 0; i < count; i++)
             writer->batch[i]->status = status;
         return STATUS_OK;
@@ -156,7 +162,7 @@ static enum status write_branch(struct writer *writer, struct store_write *write
     for (size_t i = good; i < count; i++) {
         writer->batch[i]->status = rest;
         rest = STATUS_IO;
-        set_add(&writer->failed, branch);
+        set_add(&writer->failed, branch, STATUS_IO);
     }
     writer->chunks_in_group += good;
     return good ? branch_append_chunks(write, branch, &record, writer->kvs, writer->landmarks, good)
@@ -193,11 +199,12 @@ static enum status carry_out_commit(struct writer *writer, struct store_write *w
     if (status)
         return status;
     item->branch = memory.branch;
-    if (set_has(&writer->failed, memory.branch))
-        return STATUS_IO;
+    status = set_get(&writer->failed, memory.branch);
+    if (status)
+        return status;
     status = memory_commit(write, &item->commit);
     if (status)
-        set_add(&writer->failed, memory.branch);
+        set_add(&writer->failed, memory.branch, status);
     return status;
 }
 
@@ -341,9 +348,12 @@ static void retry_alone(struct writer *writer, struct item *item)
     list_init(&alone);
     list_push_back(&alone, &item->node);
     bool frees = item_frees(item);
-    bool doomed = item->kind == ITEM_APPEND && set_has(&writer->failed, item->branch);
-    enum status status = doomed ? STATUS_IO : attempt(writer, &alone);
-    if (status == STATUS_DISK_FULL && (frees || writer->collect)) {
+    enum status status =
+        item->kind == ITEM_APPEND ? set_get(&writer->failed, item->branch) : STATUS_OK;
+    const bool doomed = status != STATUS_OK;
+    if (!doomed)
+        status = attempt(writer, &alone);
+    if (status == STATUS_DISK_FULL && !doomed && (frees || writer->collect)) {
         if (frees)
             store_reserve_release(writer->storage);
         else
@@ -356,7 +366,7 @@ static void retry_alone(struct writer *writer, struct item *item)
         item->status = status;
         writer->chunks_in_group = 0;
         if (item->kind == ITEM_APPEND || item->kind == ITEM_COMMIT)
-            set_add(&writer->failed, item->branch);
+            set_add(&writer->failed, item->branch, status);
     }
     list_remove(&item->node);
 }
