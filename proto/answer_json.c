@@ -58,19 +58,33 @@ void answer_logprobs_close(struct answer_logprobs *l)
     l->count = 0;
 }
 
+/* A token that is no text by itself is named by its bytes, as OpenAI's API does: two of them are
+ * not the same key. */
+static void append_token(struct buf *out, const char *text, size_t size)
+{
+    if (json_is_utf8(text, size)) {
+        json_append_string(out, text, size);
+        return;
+    }
+    buf_append_text(out, "\"bytes:");
+    for (size_t i = 0; i < size; i++)
+        buf_append_format(out, "\\\\x%02x", (unsigned char)text[i]);
+    buf_append_text(out, "\"");
+}
+
 void answer_logprobs_add(struct answer_logprobs *l, const char *text, size_t size, double logprob,
                          const struct answer_top *tops, size_t top_count, size_t offset)
 {
     const char *comma = l->count++ ? "," : "";
     buf_append_text(&l->tokens, comma);
-    json_append_string(&l->tokens, text, size);
+    append_token(&l->tokens, text, size);
     buf_append_text(&l->values, comma);
     json_append_number(&l->values, logprob);
     buf_append_text(&l->tops, comma);
     buf_append_text(&l->tops, tops ? "{" : "null");
     for (size_t i = 0; tops && i < top_count; i++) {
         buf_append_text(&l->tops, i ? "," : "");
-        json_append_string(&l->tops, tops[i].text, tops[i].size);
+        append_token(&l->tops, tops[i].text, tops[i].size);
         buf_append_text(&l->tops, ":");
         json_append_number(&l->tops, tops[i].logprob);
     }

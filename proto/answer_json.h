@@ -27,7 +27,8 @@ struct answer_top {
 };
 void answer_logprobs_init(struct answer_logprobs *logprobs);
 void answer_logprobs_close(struct answer_logprobs *logprobs);
-/* `logprob` NaN is null; tops NULL: null (the first echoed token); `offset` of the token in the
+/* A token that is no UTF-8 by itself is written as "bytes:" and \xNN for each of its bytes.
+ * `logprob` NaN is null; tops NULL: null (the first echoed token); `offset` of the token in the
  * text, in characters. */
 void answer_logprobs_add(struct answer_logprobs *logprobs, const char *text, size_t size,
                          double logprob, const struct answer_top *tops, size_t top_count,

@@ -22,6 +22,17 @@ static size_t character(const unsigned char *p, size_t left)
     return size;
 }
 
+bool json_is_utf8(const char *text, size_t size)
+{
+    for (size_t i = 0; i < size;) {
+        const size_t n = character((const unsigned char *)text + i, size - i);
+        if (!n)
+            return false;
+        i += n;
+    }
+    return true;
+}
+
 void json_append_string(struct buf *out, const char *text, size_t size)
 {
     const unsigned char *p = (const unsigned char *)text;

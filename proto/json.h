@@ -12,6 +12,8 @@
 
 /* A JSON string with its quotes. Bytes that are no UTF-8 become U+FFFD. */
 void json_append_string(struct buf *out, const char *text, size_t size);
+/* Whether `text` is UTF-8 from its first byte to its last. */
+bool json_is_utf8(const char *text, size_t size);
 /* null for what JSON cannot hold. */
 void json_append_number(struct buf *out, double value);
 

@@ -186,13 +186,13 @@ int main(int argc, char **argv)
         return check_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "bench") == 0)
         return bench_main(argc - 1, argv + 1);
-    if (argc > 1 && strcmp(argv[1], "--version") == 0) {
-        printf("rambad %s\n", RAMBAD_VERSION);
-        return 0;
-    }
     if (argc > 1 && strcmp(argv[1], "serve") == 0) {
         argc--;
         argv++;
+    }
+    if (argc > 1 && strcmp(argv[1], "--version") == 0) {
+        printf("rambad %s\n", RAMBAD_VERSION);
+        return 0;
     }
     struct error err = {0};
     bool help;

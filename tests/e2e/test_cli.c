@@ -1,5 +1,5 @@
 /* The command line against the real daemon: in pipes, on a terminal, through a crash of the server,
- * and its exit codes. */
+ * and the exit codes of both programs. */
 #include <fcntl.h>
 #include <pty.h>
 #include <setjmp.h>
@@ -24,14 +24,17 @@
 static struct daemon daemon_;
 static char *folder, book[1024];
 
-/* A script with `ramba` as a command and $BOOK; its standard output. Returns its exit code. */
+/* A script with `ramba` and `rambad` as commands and $BOOK; its standard output. Returns its exit
+ * code. */
 static int sh(struct buf *out, const char *format, ...) __attribute__((format(printf, 2, 3)));
 static int sh(struct buf *out, const char *format, ...)
 {
     char script[1024];
     va_list args;
     va_start(args, format);
-    const int begin = snprintf(script, sizeof script, "ramba() { \"$RAMBA_BIN\" \"$@\"; }\n");
+    const int begin = snprintf(script, sizeof script,
+                               "ramba() { \"$RAMBA_BIN\" \"$@\"; }\n"
+                               "rambad() { \"$RAMBAD_BIN\" \"$@\"; }\n");
     vsnprintf(script + begin, sizeof script - (size_t)begin, format, args);
     va_end(args);
     out->size = 0;
@@ -141,6 +144,44 @@ static void test_exit_codes(void **state)
         if (code != cases[i].code)
             print_message("%s\n", cases[i].script);
         assert_int_equal(code, cases[i].code);
+    }
+    buf_close(&out);
+}
+
+/* What the daemon's program says and how it ends, where it does not serve. */
+static void test_daemon_program(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *script;
+        int code;
+        const char *says; /* on either output */
+    } cases[] = {
+        {"rambad --version", 0, "rambad " RAMBAD_VERSION},
+        {"rambad serve --version", 0, "rambad " RAMBAD_VERSION},
+        {"rambad --help", 0, "--host-memory SIZE"},
+        {"rambad serve --help", 0, "RAMBAD_HOST_MEMORY"},
+        {"rambad bench --help", 0, "--"},
+        {"rambad check --help", 0, "usage: rambad check DIR"},
+        {"rambad check", 2, "usage: rambad check DIR"},
+        {"rambad check /no/such/folder", 1, "/no/such/folder"},
+        {"rambad dance", 2, "\"dance\" is no command"},
+        {"rambad --prot 80", 2, "--prot"},
+        {"RAMBAD_PORT=http rambad", 2, "port: \"http\" is not a whole number"},
+        {"rambad --config /no/such/file", 2, "/no/such/file"},
+        {"rambad --model /no/such/model --data $F/other", 1, "/no/such/model"},
+        {"rambad --model " MODEL " --data $F/data --port 0", 1, "in use by process"},
+        {"rambad --model " MODEL " --data $F/other --host nowhere", 1,
+         "nowhere is not an IP address"},
+        {"rambad --model " MODEL " --data $F/other --port ${RAMBA_URL##*:}", 1,
+         "address already in"},
+    };
+    struct buf out;
+    buf_init(&out);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const int code = sh(&out, "F=%s; unset RAMBAD_CONFIG\n%s 2>&1", folder, cases[i].script);
+        if (code != cases[i].code || !strstr(out.data, cases[i].says))
+            fail_msg("%s: exit code %d\n%s", cases[i].script, code, out.data);
     }
     buf_close(&out);
 }
@@ -259,6 +300,7 @@ static int setup(void **state)
     char data[1024];
     (void)state;
     setenv("RAMBA_BIN", "build/ramba", 0);
+    setenv("RAMBAD_BIN", "build/rambad", 0);
     folder = store_helper_folder();
     snprintf(data, sizeof data, "%s/data", folder);
     mkdir(data, 0700);
@@ -286,9 +328,10 @@ static int teardown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_pipes),       cmocka_unit_test(test_forks),
-        cmocka_unit_test(test_exit_codes),  cmocka_unit_test(test_progress),
-        cmocka_unit_test(test_server_dies), cmocka_unit_test(test_interrupt),
+        cmocka_unit_test(test_pipes),      cmocka_unit_test(test_forks),
+        cmocka_unit_test(test_exit_codes), cmocka_unit_test(test_daemon_program),
+        cmocka_unit_test(test_progress),   cmocka_unit_test(test_server_dies),
+        cmocka_unit_test(test_interrupt),
     };
     cmocka_set_test_filter(getenv("RAMBAD_TEST"));
     return cmocka_run_group_tests(tests, setup, teardown);
