@@ -20,8 +20,9 @@
 
 #define MEMORY_FILE_FORMAT 1
 #define MEMORY_FILE_HEADER_BYTES 48
-#define MEMORY_FILE_PART_BYTES ((size_t)1 << 20) /* of a payload, or one chunk where that is more \
-                                                  */
+#define MEMORY_FILE_PART_BYTES                                         \
+    ((size_t)1 << 20) /* of a payload, or one chunk where that is more \
+                       */
 #define MEMORY_FILE_MANIFEST_BYTES ((size_t)256 << 10)
 
 enum memory_file_kind {
@@ -36,7 +37,7 @@ enum memory_file_kind {
 struct memory_file_manifest {
     uint32_t format, chunk_tokens;
     uint64_t fingerprint;
-    char model[128];
+    char model[384]; /* a record's 127 bytes; those that are no UTF-8 come back as three */
     uint64_t kv_bytes, landmark_bytes; /* of one chunk */
     uint64_t token_count, text_bytes, snapshot_bytes;
     int64_t created_at;

@@ -175,7 +175,7 @@ enum status store_read_model(struct storage *storage, struct memory_file_manifes
     manifest->chunk_tokens = meta.chunk_tokens;
     manifest->kv_bytes = meta.kv_bytes;
     manifest->landmark_bytes = meta.landmark_bytes;
-    memcpy(manifest->model, meta.model_name, sizeof manifest->model);
+    memcpy(manifest->model, meta.model_name, sizeof meta.model_name);
     return STATUS_OK;
 }
 
