@@ -365,6 +365,30 @@ static void test_pipelining(void **state)
     buf_close(&requests);
 }
 
+/* More than is buffered waits in the socket while a turn runs, and is all there afterwards. */
+static void test_pipelining_much(void **state)
+{
+    struct fixture *f = *state;
+    const char *turn = "{\"prompt\":\"one\",\"max_tokens\":300,\"ignore_eos\":true}";
+    const size_t size = 200000;
+    char *metadata = malloc(size);
+    struct wire wire;
+    struct wire_answer answer;
+    assert_non_null(metadata);
+    memset(metadata, ' ', size);
+    memcpy(metadata, "{}", 2);
+    wire_open(&wire, &f->daemon);
+    wire_ask(&wire, "POST", "/v1/completions", "", turn, strlen(turn));
+    for (int i = 0; i < 3; i++)
+        wire_ask(&wire, "POST", "/v1/memories", "", metadata, size);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(wire_answer(&wire, &answer, false), i ? 201 : 200);
+        wire_answer_close(&answer);
+    }
+    wire_close(&wire);
+    free(metadata);
+}
+
 static void test_unusual(void **state)
 {
     struct fixture *f = *state;
@@ -769,23 +793,15 @@ static void test_second_signal(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_malformed),
-        cmocka_unit_test(test_headers_too_large),
-        cmocka_unit_test(test_slow),
-        cmocka_unit_test(test_body_too_large),
-        cmocka_unit_test(test_routes),
-        cmocka_unit_test(test_request_ids),
-        cmocka_unit_test(test_pipelining),
-        cmocka_unit_test(test_unusual),
-        cmocka_unit_test(test_too_many_connections),
-        cmocka_unit_test(test_chunked_upload),
-        cmocka_unit_test(test_back_pressure),
-        cmocka_unit_test(test_disconnect),
-        cmocka_unit_test(test_slow_reader),
-        cmocka_unit_test(test_metrics),
-        cmocka_unit_test(test_drain),
-        cmocka_unit_test(test_drain_deadline),
-        cmocka_unit_test(test_second_signal),
+        cmocka_unit_test(test_malformed),      cmocka_unit_test(test_headers_too_large),
+        cmocka_unit_test(test_slow),           cmocka_unit_test(test_body_too_large),
+        cmocka_unit_test(test_routes),         cmocka_unit_test(test_request_ids),
+        cmocka_unit_test(test_pipelining),     cmocka_unit_test(test_pipelining_much),
+        cmocka_unit_test(test_unusual),        cmocka_unit_test(test_too_many_connections),
+        cmocka_unit_test(test_chunked_upload), cmocka_unit_test(test_back_pressure),
+        cmocka_unit_test(test_disconnect),     cmocka_unit_test(test_slow_reader),
+        cmocka_unit_test(test_metrics),        cmocka_unit_test(test_drain),
+        cmocka_unit_test(test_drain_deadline), cmocka_unit_test(test_second_signal),
     };
     cmocka_set_test_filter(getenv("RAMBAD_TEST")); /* such as test_drain*; NULL: all */
     return cmocka_run_group_tests(tests, setup, teardown);
