@@ -1,11 +1,11 @@
-/* kill -9 at random moments of appends and turns. After each, the daemon is opened again, nothing
- * that was acknowledged may be missing, and the work goes on from the committed position. At the
- * end a daemon that was never killed does the same work: the memories must be the same, to the
- * byte and in what they answer.
+/* kill -9 at random moments of appends, turns and rewinds. After each, the daemon is opened again,
+ * nothing that was acknowledged may be missing, and the work goes on from the committed position.
+ * At the end a daemon that was never killed does the same work: the memories must be the same, to
+ * the byte and in what they answer.
  *
  * The work is a function of the seed alone: memory m is new, or a fork of memory m - 1; its
- * operations are appends of some KiB and turns, taken in order. A kill that comes after its
- * operation is over does not happen and is not counted. */
+ * operations are appends of some KiB, turns and rewinds, taken in order. A kill that comes after
+ * its operation is over does not happen and is not counted. */
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -30,7 +30,8 @@
 #define KILLS_MAX 4 /* of one operation: those that are aimed too early must not use up all */
 
 struct operation {
-    bool is_turn;
+    bool is_turn, is_rewind;
+    uint64_t back;       /* of a rewind: tokens */
     uint32_t max_tokens; /* of a turn */
     struct buf text;     /* to append, or the turn's prompt */
 };
@@ -43,11 +44,11 @@ struct memory {
 
 struct crash {
     uint64_t seed;
-    unsigned long kills_wanted, kills, kills_append, kills_turn, kills_start;
-    unsigned long lost_answers;       /* committed, but the kill took the answer */
-    unsigned memory_count;            /* made so far by the run with kills */
-    uint64_t random;                  /* of the kills' moments */
-    double append_s_per_byte, turn_s; /* how long they take, to aim at */
+    unsigned long kills_wanted, kills, kills_append, kills_turn, kills_rewind, kills_start;
+    unsigned long lost_answers;                 /* committed, but the kill took the answer */
+    unsigned memory_count;                      /* made so far by the run with kills */
+    uint64_t random;                            /* of the kills' moments */
+    double append_s_per_byte, turn_s, rewind_s; /* how long they take, to aim at */
     char *folder;
     struct daemon killed, calm;
     struct memory with_kills[MEMORIES_MAX], without[MEMORIES_MAX];
@@ -68,9 +69,13 @@ static void make_operation(const struct crash *crash, unsigned memory, unsigned 
     uint64_t state = crash->seed ^ ((uint64_t)memory << 32 | index) * 0xd6e8feb86659fd93u;
     buf_init(&operation->text);
     operation->is_turn = draw(&state, 3) == 0;
+    operation->is_rewind = !operation->is_turn && draw(&state, 4) == 0;
+    operation->back = draw(&state, 3000);
     operation->max_tokens = 1 + (uint32_t)draw(&state, 24);
     /* Appends of less than one block to several: kills fall within and between commits. */
     uint64_t size = operation->is_turn ? 1 + draw(&state, 200) : 1 + draw(&state, APPEND_MAX);
+    if (operation->is_rewind)
+        size = 0;
     for (uint64_t i = 0; i < size; i++) {
         char c = "etaoin shrdlu\ncmfwypvbgkjqxz,.-0123456789ETAOIN"[draw(&state, 47)];
         buf_append(&operation->text, &c, 1);
@@ -129,15 +134,21 @@ static bool killer_end(struct killer *killer)
 
 /* ---- operations ---- */
 
-/* Sends what of an operation begins at `done`; `at` is where the memory stands. Returns the HTTP
- * status, 0 when the daemon died first. `answer` holds what came until then: of an append, its
- * events. */
+/* Sends what of an operation begins at `done`; `at` is where the memory stands, or shall stand
+ * after a rewind. Returns the HTTP status, 0 when the daemon died first. `answer` holds what came
+ * until then: of an append, its events. */
 static int send_operation(const struct daemon *daemon, const char *id,
                           const struct operation *operation, uint64_t done, uint64_t at,
                           struct buf *answer)
 {
     char path[160];
     answer->size = 0;
+    if (operation->is_rewind) {
+        char to[64];
+        snprintf(path, sizeof path, "/v1/memories/%s/rewind", id);
+        snprintf(to, sizeof to, "{\"to\":%llu}", (unsigned long long)at);
+        return daemon_call(daemon, "POST", path, "application/json", to, strlen(to), answer);
+    }
     if (!operation->is_turn) {
         snprintf(path, sizeof path, "/v1/memories/%s/append?offset=%llu", id,
                  (unsigned long long)at);
@@ -196,6 +207,55 @@ static double aim(struct crash *crash, const struct operation *operation, uint64
     double likely =
         operation->is_turn ? crash->turn_s : crash->append_s_per_byte * (double)left + 0.005;
     return likely * 1.3 * (double)draw(&crash->random, 1000000) / 1e6;
+}
+
+/* The position that a rewind goes to. */
+static uint64_t rewind_target(const struct memory *memory, const struct operation *operation)
+{
+    return memory->token_count > operation->back ? memory->token_count - operation->back : 0;
+}
+
+/* A rewind happens or does not happen; it may be asked for again. */
+static void survive_rewind(struct crash *crash, struct memory *memory,
+                           const struct operation *operation)
+{
+    const uint64_t target = rewind_target(memory, operation);
+    struct buf answer;
+    buf_init(&answer);
+    for (unsigned kills = 0;;) {
+        struct killer killer;
+        bool armed = crash->kills < crash->kills_wanted && kills < KILLS_MAX;
+        if (armed)
+            killer_start(&killer, &crash->killed,
+                         crash->rewind_s * 1.3 * (double)draw(&crash->random, 1000000) / 1e6);
+        double start = daemon_now();
+        int code = send_operation(&crash->killed, memory->id, operation, 0, target, &answer);
+        double seconds = daemon_now() - start;
+        bool cut = armed && killer_end(&killer);
+        if (code != 200 && !cut) {
+            daemon_print_log(&crash->killed);
+            fail_msg("HTTP %d: %s", code, buf_text(&answer));
+        }
+        if (cut) {
+            crash->kills++;
+            crash->kills_rewind++;
+            kills++;
+            restart(crash);
+        } else {
+            crash->rewind_s += 0.2 * (seconds - crash->rewind_s);
+        }
+        struct client_memory now = daemon_get_memory(&crash->killed, memory->id);
+        if (now.token_count == target) {
+            crash->lost_answers += code != 200;
+            memory->text_bytes = now.text_bytes;
+            memory->token_count = now.token_count;
+            break;
+        }
+        assert_int_not_equal(code, 200);
+        assert_int_equal(now.token_count, memory->token_count);
+        assert_int_equal(now.text_bytes, memory->text_bytes);
+    }
+    buf_close(&answer);
 }
 
 /* Brings one operation to its end through any number of kills. */
@@ -261,7 +321,8 @@ static void do_once(const struct crash *crash, struct memory *memory,
 {
     struct buf answer;
     buf_init(&answer);
-    int code = send_operation(&crash->calm, memory->id, operation, 0, memory->text_bytes, &answer);
+    uint64_t at = operation->is_rewind ? rewind_target(memory, operation) : memory->text_bytes;
+    int code = send_operation(&crash->calm, memory->id, operation, 0, at, &answer);
     if (code != 200)
         print_message("HTTP %d: %s\n", code, buf_text(&answer));
     assert_int_equal(code, 200);
@@ -327,7 +388,10 @@ static void test_crash(void **state)
         for (unsigned i = 0; i < OPERATIONS; i++) {
             struct operation operation;
             make_operation(crash, m, i, &operation);
-            survive(crash, &crash->with_kills[m], &operation);
+            if (operation.is_rewind)
+                survive_rewind(crash, &crash->with_kills[m], &operation);
+            else
+                survive(crash, &crash->with_kills[m], &operation);
             buf_close(&operation.text);
         }
         print_message("%lu kills, %u memories, %.0f s\n", crash->kills, crash->memory_count,
@@ -338,10 +402,11 @@ static void test_crash(void **state)
         read_back(&crash->killed, &crash->with_kills[m]);
     daemon_stop(&crash->killed);
     daemon_check(&crash->killed);
-    print_message("seed %llu: %lu kills, %lu in appends, %lu in turns, and %lu while opening; "
+    print_message("seed %llu: %lu kills, %lu in appends, %lu in turns, %lu in rewinds, and %lu "
+                  "while opening; "
                   "%lu answers were lost after their commit\n",
                   (unsigned long long)crash->seed, crash->kills, crash->kills_append,
-                  crash->kills_turn, crash->kills_start, crash->lost_answers);
+                  crash->kills_turn, crash->kills_rewind, crash->kills_start, crash->lost_answers);
 
     daemon_start(&crash->calm);
     for (unsigned m = 0; m < crash->memory_count; m++) {
@@ -382,6 +447,7 @@ int main(void)
     crash->random = crash->seed + 1;
     crash->append_s_per_byte = 2e-5;
     crash->turn_s = 0.05;
+    crash->rewind_s = 0.3;
     print_message("RAMBAD_SEED=%llu RAMBAD_CRASH_KILLS=%lu\n", (unsigned long long)crash->seed,
                   crash->kills_wanted);
     crash->folder = store_helper_folder();
