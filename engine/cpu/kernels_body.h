@@ -73,28 +73,114 @@ CPU_FN void fetch(const void *w, enum ops_dtype dtype, size_t at)
                     vfma(a[r], b, acc[i][r]);                                                     \
             }                                                                                     \
         }                                                                                         \
-        for (int i = 0; i < COUNT; i++)                                                           \
-            for (int r = 0; r < ROWS; r++) {                                                      \
-                if (j < k)                                                                        \
-                    acc[i][r] = vfma(vload_part(x + (size_t)r * x_stride + j, k - j),             \
-                                     load_weight_part(w, dtype, (size_t)i * w_stride + j, k - j), \
-                                     acc[i][r]);                                                  \
-                float *to = &out[(size_t)r * out_stride + (size_t)i];                             \
-                *to = add ? *to + vsum(acc[i][r]) : vsum(acc[i][r]);                              \
-            }                                                                                     \
+        _Pragma("GCC unroll 8") for (int i = 0; i < COUNT; i++)                                   \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++)                                \
+        {                                                                                         \
+            if (j < k)                                                                            \
+                acc[i][r] =                                                                       \
+                    vfma(vload_part(x + (size_t)r * x_stride + j, k - j),                         \
+                         load_weight_part(w, dtype, (size_t)i * w_stride + j, k - j), acc[i][r]); \
+            float *to = &out[(size_t)r * out_stride + (size_t)i];                                 \
+            *to = add ? *to + vsum(acc[i][r]) : vsum(acc[i][r]);                                  \
+        }                                                                                         \
     } while (0)
 
-#define SKINNY_COUNT(COUNT)    \
-    if (m == 8)                \
-        SKINNY_TILE(COUNT, 8); \
-    else if (m == 4)           \
-        SKINNY_TILE(COUNT, 4); \
-    else if (m == 2)           \
-        SKINNY_TILE(COUNT, 2); \
-    else                       \
-        SKINNY_TILE(COUNT, 1)
+/* The same lanes, but for rows of x too many and too long for the first cache: they are taken
+ * DEEP columns at a time, for DEEP_ROWS rows of the weight, whose lanes wait in `lanes`. The
+ * columns are copied together first: rows a power of two apart would put each other out. */
+#define DEEP 256
+#define DEEP_ROWS 16
+#define NEAR (DEEP + V)
 
-/* m is 8, 4, 2 or 1. */
+#define DEEP_TILE(COUNT, ROWS)                                                                   \
+    do {                                                                                         \
+        vf acc[COUNT][ROWS];                                                                     \
+        float *kept = lanes + (size_t)i * ROWS * V;                                              \
+        const size_t row = (at + i) * w_stride;                                                  \
+        _Pragma("GCC unroll 8") for (int c = 0; c < COUNT; c++)                                  \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[c][r] =                   \
+                vload(kept + (c * ROWS + r) * V);                                                \
+        uint32_t j = from;                                                                       \
+        for (; j + V <= to; j += V) {                                                            \
+            vf a[ROWS];                                                                          \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) a[r] =                        \
+                vload(near + r * NEAR + j - from);                                               \
+            _Pragma("GCC unroll 8") for (int c = 0; c < COUNT; c++)                              \
+            {                                                                                    \
+                const size_t here = row + (size_t)c * w_stride + j;                              \
+                const vf b = load_weight(w, dtype, here);                                        \
+                fetch(w, dtype, here + next);                                                    \
+                _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[c][r] =               \
+                    vfma(a[r], b, acc[c][r]);                                                    \
+            }                                                                                    \
+        }                                                                                        \
+        if (j < to)                                                                              \
+            _Pragma("GCC unroll 8") for (int c = 0; c < COUNT; c++)                              \
+            {                                                                                    \
+                const vf b = load_weight_part(w, dtype, row + (size_t)c * w_stride + j, to - j); \
+                _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[c][r] =               \
+                    vfma(vload_part(near + r * NEAR + j - from, to - j), b, acc[c][r]);          \
+            }                                                                                    \
+        _Pragma("GCC unroll 8") for (int c = 0; c < COUNT; c++)                                  \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++)                               \
+                vstore(kept + (c * ROWS + r) * V, acc[c][r]);                                    \
+    } while (0)
+
+/* V sums of V lanes each, added in vsum's order. */
+CPU_FN vf vsums(const float *lanes, size_t stride)
+{
+    vf t[V];
+    _Pragma("GCC unroll 16") for (int i = 0; i < V; i++) t[i] = vload(lanes + (size_t)i * stride);
+    vtranspose(t);
+    _Pragma("GCC unroll 4") for (int half = V / 2; half; half /= 2)
+        _Pragma("GCC unroll 8") for (int i = 0; i < half; i++) t[i] = vadd(t[i], t[i + half]);
+    return t[0];
+}
+
+/* m is 8 or 4. */
+CPU_FN void skinny_deep(const void *w, enum ops_dtype dtype, size_t w_stride, uint32_t count,
+                        uint32_t k, const float *x, size_t x_stride, uint32_t m, float *out,
+                        size_t out_stride, bool add)
+{
+    float lanes[DEEP_ROWS * 8 * V] __attribute__((aligned(64)));
+    float near[8 * NEAR] __attribute__((aligned(64)));
+    for (uint32_t at = 0; at < count; at += DEEP_ROWS) {
+        const uint32_t n = count - at < DEEP_ROWS ? count - at : DEEP_ROWS;
+        memset(lanes, 0, (size_t)n * m * V * sizeof *lanes);
+        for (uint32_t from = 0; from < k; from += DEEP) {
+            const uint32_t to = k - from < DEEP ? k : from + DEEP;
+            /* What the next round reads: further columns, or the next rows' first. */
+            const size_t next = to < k ? DEEP : DEEP_ROWS * w_stride - from;
+            uint32_t i = 0;
+            for (uint32_t r = 0; r < m; r++)
+                memcpy(near + r * NEAR, x + r * x_stride + from, (to - from) * sizeof *near);
+            for (; i + 2 <= n && (m == 4 || V == 16); i += 2) /* else registers run out */
+                if (m == 8)
+                    DEEP_TILE(2, 8);
+                else
+                    DEEP_TILE(2, 4);
+            for (; i < n; i++)
+                if (m == 8)
+                    DEEP_TILE(1, 8);
+                else
+                    DEEP_TILE(1, 4);
+        }
+        for (uint32_t r = 0; r < m; r++) {
+            float *to = out + r * out_stride + at;
+            uint32_t i = 0;
+            for (; i + V <= n; i += V) {
+                const vf sums = vsums(lanes + (size_t)(i * m + r) * V, (size_t)m * V);
+                vstore(to + i, add ? vadd(vload(to + i), sums) : sums);
+            }
+            for (; i < n; i++) {
+                const float sum = vsum(vload(lanes + (size_t)(i * m + r) * V));
+                to[i] = add ? to[i] + sum : sum;
+            }
+        }
+    }
+}
+
+/* m is 2 or 1. */
 CPU_FN void skinny_rows(const void *w, enum ops_dtype dtype, size_t w_stride, uint32_t count,
                         uint32_t k, const float *x, size_t x_stride, uint32_t m, float *out,
                         size_t out_stride, bool add)
@@ -102,19 +188,20 @@ CPU_FN void skinny_rows(const void *w, enum ops_dtype dtype, size_t w_stride, ui
     const size_t element = dtype == OPS_FP32 ? 4 : 2;
     uint32_t at = 0;
     /* As many accumulators as hide the latency of an FMA and still fit the registers. */
-    const uint32_t step = m == 1 ? 8 : m == 2 ? 4 : 2;
+    const uint32_t step = m == 1 ? 8 : 4;
     for (; at + step <= count; at += step) {
-        if (step == 8)
+        if (m == 1)
             SKINNY_TILE(8, 1);
-        else if (step == 4)
-            SKINNY_TILE(4, 2);
         else
-            SKINNY_COUNT(2);
+            SKINNY_TILE(4, 2);
         w = (const char *)w + step * w_stride * element;
         out += step;
     }
     for (; at < count; at++) {
-        SKINNY_COUNT(1);
+        if (m == 1)
+            SKINNY_TILE(1, 1);
+        else
+            SKINNY_TILE(1, 2);
         w = (const char *)w + w_stride * element;
         out++;
     }
@@ -126,7 +213,10 @@ CPU_FN void skinny_any(const void *w, enum ops_dtype dtype, size_t w_stride, uin
 {
     for (uint32_t step = 8; m; step /= 2)
         for (; m >= step; m -= step) {
-            skinny_rows(w, dtype, w_stride, count, k, x, x_stride, step, out, out_stride, add);
+            if (step >= 4)
+                skinny_deep(w, dtype, w_stride, count, k, x, x_stride, step, out, out_stride, add);
+            else
+                skinny_rows(w, dtype, w_stride, count, k, x, x_stride, step, out, out_stride, add);
             x += step * x_stride;
             out += step * out_stride;
         }

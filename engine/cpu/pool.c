@@ -1,7 +1,8 @@
 /* pool.c - see pool.h.
  * A loop is published as a new `ticket` (release): how many indices it has, and the next to take.
  * Workers wait for one, first spinning for some microseconds, as loops follow each
- * other closely inside a step, then on a condition. The loop has ended when every index is done:
+ * other closely inside a step, then yielding, as the caller may be waiting for this very
+ * processor, then on a condition. The loop has ended when every index is done:
  * a worker that the system has put aside, and so took none, is not waited for. */
 #include "engine/cpu/pool.h"
 
@@ -11,7 +12,8 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
-#define SPINS 4000
+#define SPINS 1000 /* then the processor is offered to whoever waits for it, */
+#define YIELDS 200 /* so often before a worker sleeps */
 
 struct worker {
     struct pool *pool;
@@ -69,10 +71,13 @@ static bool idle(struct pool *pool)
 /* Until there is an index to take, or the pool closes. */
 static void await(struct pool *pool)
 {
-    for (int i = 0; i < SPINS; i++) {
+    for (int i = 0; i < SPINS + YIELDS; i++) {
         if (!idle(pool))
             return;
-        relax();
+        if (i < SPINS)
+            relax();
+        else
+            sched_yield();
     }
     pthread_mutex_lock(&pool->lock);
     while (idle(pool))
