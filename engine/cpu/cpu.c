@@ -52,7 +52,7 @@ static size_t worker_floats(const struct model_config *c, uint32_t max_rows)
     const size_t scores = CPU_BLOCK * (size_t)c->state_size;
     const size_t ssd = CPU_BLOCK * CPU_BLOCK + head * CPU_BLOCK + head * c->state_size;
     const size_t scan = CPU_SCAN * ((size_t)max_rows + c->retrieval_dim / c->retrieval_heads);
-    const size_t attend = 2 * s * hd + c->heads * s;
+    const size_t attend = c->heads * s;
     const size_t encoder = (s + 1) * (s + 1) + cpu_panels(s + 1) * hd + (s + 1) * cpu_panels(hd);
     const size_t most =
         larger(larger(larger(product, scores), larger(ssd, scan)), larger(attend, encoder));

@@ -64,7 +64,7 @@ struct cpu_kernels {
     /* First index in [from, n) with s[index] > limit, or n. */
     uint32_t (*find_above)(const float *s, uint32_t from, uint32_t n, float limit);
     /* o_g += weight * softmax(q_g K^T * scale) V for `heads` query heads; q and o are [heads, hd];
-     * scratch holds 2 * S * hd + heads * S floats. */
+     * scratch holds heads * S floats. */
     void (*attend)(const struct cpu_page *page, const float *q, uint32_t heads, float scale,
                    float weight, bool extra, float *scratch, float *o);
 };

@@ -516,47 +516,55 @@ CPU_TARGET static uint32_t find_above(const float *s, uint32_t from, uint32_t n,
     return from;
 }
 
-/* o_g[hd] += p_g V for ROWS heads at once, V elements of hd at a time. */
-#define MIX_TILE(ROWS)                                                                 \
-    do {                                                                               \
-        for (uint32_t e = 0; e < hd; e += V) {                                         \
-            const uint32_t n = hd - e < V ? hd - e : V;                                \
-            vf acc[ROWS];                                                              \
-            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[r] = vset(0);   \
-            for (uint32_t t = 0; t < tokens; t++) {                                    \
-                const vf v = n == V ? vload(values + (size_t)t * hd + e)               \
-                                    : vload_part(values + (size_t)t * hd + e, n);      \
-                _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[r] =        \
-                    vfma(vset(p[(size_t)r * tokens + t]), v, acc[r]);                  \
-            }                                                                          \
-            for (int r = 0; r < ROWS; r++) {                                           \
-                float *to = o + (size_t)r * hd + e;                                    \
-                if (n == V)                                                            \
-                    vstore(to, vfma(acc[r], vset(weight), vload(to)));                 \
-                else                                                                   \
-                    vstore_part(to, vfma(acc[r], vset(weight), vload_part(to, n)), n); \
-            }                                                                          \
-        }                                                                              \
-        p += (size_t)ROWS * tokens;                                                    \
-        o += (size_t)ROWS * hd;                                                        \
+/* o_g += weight * p_g V for ROWS heads and WIDE * V elements from `e` on, of which n exist. */
+#define MIX_TILE(ROWS, WIDE)                                                              \
+    do {                                                                                  \
+        vf acc[ROWS][WIDE];                                                               \
+        _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++)                            \
+            _Pragma("GCC unroll 2") for (int i = 0; i < WIDE; i++) acc[r][i] = vset(0);   \
+        for (uint32_t t = 0; t < tokens; t++) {                                           \
+            vf v[WIDE];                                                                   \
+            _Pragma("GCC unroll 2") for (int i = 0; i < WIDE; i++) v[i] =                 \
+                n >= V ? load_weight(values, dtype, t * stride + e + (uint32_t)(i * V))   \
+                       : load_weight_part(values, dtype, t * stride + e, n);              \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++)                        \
+            {                                                                             \
+                const vf share = vset(p[(size_t)r * tokens + t]);                         \
+                _Pragma("GCC unroll 2") for (int i = 0; i < WIDE; i++) acc[r][i] =        \
+                    vfma(share, v[i], acc[r][i]);                                         \
+            }                                                                             \
+        }                                                                                 \
+        for (int r = 0; r < ROWS; r++)                                                    \
+            for (int i = 0; i < WIDE; i++) {                                              \
+                float *to = o + (size_t)r * hd + e + i * V;                               \
+                if (n >= V)                                                               \
+                    vstore(to, vfma(acc[r][i], vset(weight), vload(to)));                 \
+                else                                                                      \
+                    vstore_part(to, vfma(acc[r][i], vset(weight), vload_part(to, n)), n); \
+            }                                                                             \
     } while (0)
 
-CPU_TARGET static void attend(const struct cpu_page *page, const float *q, uint32_t heads,
-                              float scale, float weight, bool extra, float *scratch, float *o)
+/* Twice as wide where the registers allow, so that sums of few heads do not wait for themselves. */
+#define MIX_ROWS(ROWS)                                                \
+    do {                                                              \
+        uint32_t e = 0, n = 2 * V;                                    \
+        for (; e + 2 * V <= hd && (ROWS <= 4 || V == 16); e += 2 * V) \
+            MIX_TILE(ROWS, 2);                                        \
+        for (; e < hd; e += V) {                                      \
+            n = hd - e;                                               \
+            MIX_TILE(ROWS, 1);                                        \
+        }                                                             \
+        p += (size_t)ROWS * tokens;                                   \
+        o += (size_t)ROWS * hd;                                       \
+    } while (0)
+
+CPU_FN void attend_any(const struct cpu_page *page, enum ops_dtype dtype, const float *q,
+                       uint32_t heads, float scale, float weight, bool extra, float *p, float *o)
 {
     const uint32_t tokens = page->tokens, hd = page->width;
-    float *keys = scratch, *values = keys + (size_t)tokens * hd, *p = values + (size_t)tokens * hd;
-    for (uint32_t t = 0; t < tokens; t++) {
-        const size_t at = (size_t)t * page->stride;
-        if (page->dtype == OPS_FP32) {
-            memcpy(keys + (size_t)t * hd, (const float *)page->keys + at, hd * sizeof *keys);
-            memcpy(values + (size_t)t * hd, (const float *)page->values + at, hd * sizeof *keys);
-        } else {
-            widen((const uint16_t *)page->keys + at, keys + (size_t)t * hd, hd);
-            widen((const uint16_t *)page->values + at, values + (size_t)t * hd, hd);
-        }
-    }
-    skinny_any(keys, OPS_FP32, hd, tokens, hd, q, hd, heads, p, tokens, false);
+    const size_t stride = page->stride;
+    const void *values = page->values;
+    skinny_any(page->keys, dtype, stride, tokens, hd, q, hd, heads, p, tokens, false);
     for (uint32_t g = 0; g < heads; g++) {
         float *row = p + (size_t)g * tokens;
         for (uint32_t t = 0; t < tokens; t++)
@@ -565,11 +573,20 @@ CPU_TARGET static void attend(const struct cpu_page *page, const float *q, uint3
     }
     uint32_t left = heads;
     for (; left >= 8; left -= 8)
-        MIX_TILE(8);
+        MIX_ROWS(8);
     for (; left >= 4; left -= 4)
-        MIX_TILE(4);
+        MIX_ROWS(4);
     for (; left; left--)
-        MIX_TILE(1);
+        MIX_ROWS(1);
+}
+
+CPU_TARGET static void attend(const struct cpu_page *page, const float *q, uint32_t heads,
+                              float scale, float weight, bool extra, float *scratch, float *o)
+{
+    if (page->dtype == OPS_FP32)
+        attend_any(page, OPS_FP32, q, heads, scale, weight, extra, scratch, o);
+    else
+        attend_any(page, OPS_BF16, q, heads, scale, weight, extra, scratch, o);
 }
 
 static const struct cpu_kernels table = {
