@@ -126,6 +126,16 @@ CPU_FN void fetch(const void *w, enum ops_dtype dtype, size_t at)
                 vstore(kept + (c * ROWS + r) * V, acc[c][r]);                                    \
     } while (0)
 
+/* A short memcpy that starts at once. */
+CPU_FN void bring(float *to, const float *from, uint32_t n)
+{
+    uint32_t i = 0;
+    for (; i + V <= n; i += V)
+        vstore(to + i, vload(from + i));
+    if (i < n)
+        vstore_part(to + i, vload_part(from + i, n - i), n - i);
+}
+
 /* V sums of V lanes each, added in vsum's order. */
 CPU_FN vf vsums(const float *lanes, size_t stride)
 {
@@ -146,14 +156,15 @@ CPU_FN void skinny_deep(const void *w, enum ops_dtype dtype, size_t w_stride, ui
     float near[8 * NEAR] __attribute__((aligned(64)));
     for (uint32_t at = 0; at < count; at += DEEP_ROWS) {
         const uint32_t n = count - at < DEEP_ROWS ? count - at : DEEP_ROWS;
-        memset(lanes, 0, (size_t)n * m * V * sizeof *lanes);
+        for (uint32_t i = 0; i < n * m; i++)
+            vstore(lanes + (size_t)i * V, vset(0));
         for (uint32_t from = 0; from < k; from += DEEP) {
             const uint32_t to = k - from < DEEP ? k : from + DEEP;
             /* What the next round reads: further columns, or the next rows' first. */
             const size_t next = to < k ? DEEP : DEEP_ROWS * w_stride - from;
             uint32_t i = 0;
-            for (uint32_t r = 0; r < m; r++)
-                memcpy(near + r * NEAR, x + r * x_stride + from, (to - from) * sizeof *near);
+            for (uint32_t r = 0; r < m && (!at || k > DEEP); r++)
+                bring(near + r * NEAR, x + r * x_stride + from, to - from);
             for (; i + 2 <= n && (m == 4 || V == 16); i += 2) /* else registers run out */
                 if (m == 8)
                     DEEP_TILE(2, 8);
