@@ -196,6 +196,38 @@ void client_json_completion_close(struct client_completion *completion)
     *completion = (struct client_completion){0};
 }
 
+enum status client_json_turn_list(const char *text, size_t size, struct client_turn_list *list)
+{
+    *list = (struct client_turn_list){0};
+    cJSON *root = parse_object(text, size);
+    const cJSON *data = field(root, "data"), *item;
+    bool good = cJSON_IsArray(data);
+    if (good) {
+        list->items = make((size_t)cJSON_GetArraySize(data), sizeof *list->items);
+        list->has_more = cJSON_IsTrue(field(root, "has_more"));
+        cJSON_ArrayForEach(item, data)
+        {
+            struct client_turn *turn = &list->items[list->count++];
+            turn->position = whole(item, "position");
+            turn->text_bytes = whole(item, "text_bytes");
+            turn->created_at = (int64_t)whole(item, "created_at");
+            turn->has_snapshot = cJSON_IsTrue(field(item, "snapshot"));
+            copy_text(item, "bookmark", turn->bookmark, sizeof turn->bookmark);
+            good &= cJSON_IsObject(item);
+        }
+    }
+    if (!good)
+        client_json_turn_list_close(list);
+    cJSON_Delete(root);
+    return good ? STATUS_OK : STATUS_INVALID;
+}
+
+void client_json_turn_list_close(struct client_turn_list *list)
+{
+    free(list->items);
+    *list = (struct client_turn_list){0};
+}
+
 enum status client_json_chunk_list(const char *text, size_t size, struct client_chunk_list *list)
 {
     *list = (struct client_chunk_list){0};

@@ -62,6 +62,21 @@ struct client_chunk {
     size_t text_size;
 };
 
+/* One turn of a memory's past. */
+struct client_turn {
+    uint64_t position;                    /* of the memory after it, in tokens */
+    uint64_t text_bytes;                  /* of the memory after it */
+    int64_t created_at;                   /* seconds since 1970 */
+    bool has_snapshot;                    /* a fork there is made at once */
+    char bookmark[LIMITS_BOOKMARK_BYTES]; /* "" for none */
+};
+
+struct client_turn_list {
+    struct client_turn *items; /* owned */
+    size_t count;
+    bool has_more;
+};
+
 struct client_chunk_list {
     struct client_chunk *items; /* owned */
     size_t count;
@@ -87,6 +102,9 @@ STATUS_CHECKED enum status client_json_append(const char *text, size_t size,
 STATUS_CHECKED enum status client_json_completion(const char *text, size_t size,
                                                   struct client_completion *completion);
 void client_json_completion_close(struct client_completion *completion);
+STATUS_CHECKED enum status client_json_turn_list(const char *text, size_t size,
+                                                 struct client_turn_list *list);
+void client_json_turn_list_close(struct client_turn_list *list);
 STATUS_CHECKED enum status client_json_chunk_list(const char *text, size_t size,
                                                   struct client_chunk_list *list);
 void client_json_chunk_list_close(struct client_chunk_list *list);

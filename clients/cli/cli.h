@@ -34,6 +34,7 @@ int cli_new(struct cli *cli, int argc, char **argv);
 int cli_fork(struct cli *cli, int argc, char **argv);
 int cli_export(struct cli *cli, int argc, char **argv);
 int cli_import(struct cli *cli, int argc, char **argv);
+int cli_turns(struct cli *cli, int argc, char **argv);
 int cli_rewind(struct cli *cli, int argc, char **argv);
 int cli_remove(struct cli *cli, int argc, char **argv);
 

@@ -216,6 +216,49 @@ int cli_fork(struct cli *cli, int argc, char **argv)
     return create(cli, argc, argv, true);
 }
 
+static void print_turns(const struct client_turn_list *list, bool is_first)
+{
+    char when[32], tokens[32];
+    if (is_first && list->count)
+        printf("%14s  %-16s  %-8s  %s\n", "POSITION", "CREATED", "SNAPSHOT", "BOOKMARK");
+    for (size_t i = 0; i < list->count; i++) {
+        const struct client_turn *turn = &list->items[i];
+        format_time(when, turn->created_at);
+        snprintf(tokens, sizeof tokens, "%llu", (unsigned long long)turn->position);
+        printf("%14s  %-16s  %-8s  %s\n", tokens, when, turn->has_snapshot ? "yes" : "-",
+               turn->bookmark);
+    }
+}
+
+int cli_turns(struct cli *cli, int argc, char **argv)
+{
+    struct client_memory memory;
+    if (argc != 2)
+        return cli_usage(cli, "wants one MEMORY");
+    int code = cli_get_memory(cli, argv[1], &memory);
+    uint64_t from = memory.token_count;
+    for (bool more = true, is_first = true; code == CLI_OK && more; is_first = false) {
+        char path[160];
+        struct http_answer answer;
+        struct client_turn_list list = {0};
+        snprintf(path, sizeof path, "/v1/memories/%s/turns?limit=%d&from=%llu", memory.id, PAGE,
+                 (unsigned long long)from);
+        struct http_call call = {.method = "GET", .path = path};
+        if (!http_do(&cli->http, &call, &answer))
+            code = cli_fail_http(cli, &answer);
+        else if (client_json_turn_list(answer.body.data, answer.body.size, &list))
+            code = cli_fail(cli, CLI_FAILED, "the server's list of turns is not one");
+        else
+            print_turns(&list, is_first);
+        more = list.has_more && list.count > 0;
+        if (more)
+            from = list.items[list.count - 1].position - 1;
+        client_json_turn_list_close(&list);
+        http_answer_close(&answer);
+    }
+    return code;
+}
+
 int cli_rewind(struct cli *cli, int argc, char **argv)
 {
     struct client_memory memory;

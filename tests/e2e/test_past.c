@@ -196,6 +196,36 @@ static void test_refusals(struct past *past)
     buf_close(&answer);
 }
 
+/* The same from the command line: a fork at the oldest turn that is listed, rewound to its start.
+ */
+static void test_commands(struct past *past)
+{
+    char at[32], id[LIMITS_ID_BYTES];
+    struct buf out;
+    buf_init(&out);
+    const char *const turns[] = {"turns", past->id, NULL};
+    assert_int_equal(daemon_ramba(&past->daemon, turns, &out), 0);
+    for (unsigned i = 0; i < TURNS; i++) {
+        snprintf(at, sizeof at, " %llu ", (unsigned long long)past->position[i]);
+        assert_non_null(strstr(buf_text(&out), at));
+    }
+    snprintf(at, sizeof at, "%llu", (unsigned long long)past->position[0]);
+    const char *const fork[] = {"fork", past->id, "--at", at, NULL};
+    out.size = 0;
+    assert_int_equal(daemon_ramba(&past->daemon, fork, &out), 0);
+    assert_true(out.size > 1 && out.size <= sizeof id);
+    memcpy(id, out.data, out.size);
+    id[out.size - 1] = 0;
+    assert_stands_at(past, id, 0);
+    const char *const rewind[] = {"rewind", id, "7", NULL};
+    assert_int_equal(daemon_ramba(&past->daemon, rewind, &out), 0);
+    assert_int_equal(daemon_get_memory(&past->daemon, id).token_count, 7);
+    const char *const too_far[] = {"rewind", id, "8", NULL};
+    assert_int_equal(daemon_ramba(&past->daemon, too_far, &out), 1);
+    remove_memory(past, id);
+    buf_close(&out);
+}
+
 static void test_past(void **state)
 {
     struct past *past = *state;
@@ -217,6 +247,7 @@ static void test_past(void **state)
             daemon_start(&past->daemon);
         }
     }
+    test_commands(past);
     /* Between turns too; and what goes on from there is what goes on from the memory itself. */
     struct client_memory fork = fork_at(past, past->id, past->position[3] + 17);
     assert_int_equal(rewind_to(past, past->id, past->position[3] + 17, &answer), 200);

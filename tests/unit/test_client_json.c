@@ -121,6 +121,39 @@ static void test_completion(void **state)
     buf_close(&json);
 }
 
+static void test_turns(void **state)
+{
+    (void)state;
+    const struct answer_turn said[] = {{.position = 90,
+                                        .parent = 40,
+                                        .text_bytes = 300,
+                                        .created_at = 1700000000,
+                                        .has_snapshot = true,
+                                        .bookmark = "a \"good\" place"},
+                                       {.position = 40, .parent = -1, .bookmark = ""}};
+    struct client_turn_list heard;
+    struct buf json;
+    buf_init(&json);
+    buf_append_text(&json, "{\"object\":\"list\",\"data\":[");
+    answer_json_turn(&json, &said[0]);
+    buf_append_text(&json, ",");
+    answer_json_turn(&json, &said[1]);
+    buf_append_text(&json, "],\"has_more\":true}");
+    assert_int_equal(client_json_turn_list(json.data, json.size, &heard), STATUS_OK);
+    assert_int_equal(heard.count, 2);
+    assert_true(heard.has_more);
+    assert_int_equal(heard.items[0].position, 90);
+    assert_int_equal(heard.items[0].text_bytes, 300);
+    assert_int_equal(heard.items[0].created_at, 1700000000);
+    assert_true(heard.items[0].has_snapshot && !heard.items[1].has_snapshot);
+    assert_string_equal(heard.items[0].bookmark, "a \"good\" place");
+    assert_string_equal(heard.items[1].bookmark, "");
+    client_json_turn_list_close(&heard);
+    assert_int_equal(client_json_turn_list("{\"data\":[7]}", 12, &heard), STATUS_INVALID);
+    assert_int_equal(client_json_turn_list("{}", 2, &heard), STATUS_INVALID);
+    buf_close(&json);
+}
+
 static void test_requests(void **state)
 {
     (void)state;
@@ -181,7 +214,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_memory),   cmocka_unit_test(test_append),
         cmocka_unit_test(test_error),    cmocka_unit_test(test_completion),
-        cmocka_unit_test(test_requests), cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_turns),    cmocka_unit_test(test_requests),
+        cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
