@@ -24,7 +24,7 @@ static const char help[] =
     "  ramba show MEMORY               what one holds\n"
     "  ramba new                       make an empty memory; prints its id\n"
     "  ramba fork MEMORY               copy a memory at once; both go their own ways\n"
-    "  ramba turns MEMORY              the turns of its past, newest first: where to fork or rewind\n"
+    "  ramba turns MEMORY              the turns of its past: where to fork or rewind\n"
     "  ramba rewind MEMORY POSITION    take a memory back to an earlier position, in tokens\n"
     "  ramba export MEMORY FILE        write a memory to a file (FILE -: standard output)\n"
     "  ramba import FILE               make a memory of such a file; prints its id\n"

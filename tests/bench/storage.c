@@ -1,7 +1,10 @@
 /* What storage costs at the shape of the 370M model: ingest against a plain synced write of the
- * same size, bytes on disk a token, what is written for a byte that is kept, a turn's commit, and
- * taking up a long memory again, cold and warm. bench_storage FOLDER [TOKENS]      FOLDER is made
- * and must not exist */
+ * same size, bytes on disk a token, what is written for a byte that is kept, a turn's commit, a
+ * fork, and taking up a long memory again, cold and warm.
+ *
+ *   bench_storage FOLDER [TOKENS]
+ *
+ * FOLDER is made and must not exist. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -22,6 +25,7 @@
 #define SNAPSHOT ((size_t)49 << 20) /* fp32 state, conv tails, logits */
 #define PICKS 8u
 #define TURNS 8u
+#define FORKS 1000u
 
 static double now(void)
 {
@@ -211,6 +215,19 @@ int main(int argc, char **argv)
     printf("a turn: %.1f ms to commit, %.1f MiB written for a snapshot of %.0f MiB\n",
            (now() - began) / TURNS * 1e3, (written() - io) / TURNS / 1048576,
            (double)SNAPSHOT / 1048576);
+    /* Forks share all but their own few records. */
+    storage_get_stats(storage, &stats);
+    const uint64_t used = stats.map_used_bytes;
+    began = now();
+    for (unsigned i = 0; i < FORKS; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "f%u", i);
+        ASSERT(store_create(storage, id, "m") == STATUS_OK);
+    }
+    double seconds = now() - began;
+    storage_get_stats(storage, &stats);
+    printf("a fork: %.2f ms, %.0f bytes, of %u\n", seconds / FORKS * 1e3,
+           (double)(stats.map_used_bytes - used) / FORKS, FORKS);
     storage_close(storage);
 
     drop_cache(argv[1]);
