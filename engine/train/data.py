@@ -30,8 +30,9 @@ class Books:
 
 
 class Builder:
-    def __init__(self, tokenizer, books, seed, talk_share):
-        self.talk_share = talk_share  # of the rows with questions
+    def __init__(self, tokenizer, books, seed, mix, talk_share):
+        """`mix`: how often which kind of fact; `talk_share`: of the rows with questions."""
+        self.mix, self.talk_share = mix, talk_share
         self.tokenizer, self.books, self.rng = tokenizer, books, random.Random(seed)
 
     def plain(self, length):
@@ -57,7 +58,7 @@ class Builder:
             count = length // (2 * len(self.tokenizer.encode(tasks.niah(rng, kind).text)))
             return tasks.distinct([tasks.niah(rng, kind) for _ in range(count)])
         count = rng.randint(4, 9) if length <= 512 else rng.randint(6, 28)
-        needles = tasks.distinct([tasks.mixed(rng) for _ in range(count)])
+        needles = tasks.distinct([tasks.mixed(rng, self.mix) for _ in range(count)])
         return needles + self.passages(max(0, count // 4 - 1))
 
     def passages(self, count):
@@ -192,7 +193,7 @@ class Builder:
                 ids += text
                 marks += [TEXT] * len(text)
             elif draw < 0.6 or not told:
-                needle = tasks.mixed(rng)
+                needle = tasks.mixed(rng, self.mix)
                 if any(needle.key == other.key for other, _, _ in told):
                     continue
                 told.append((needle, self.tokenizer.encode(needle.text), len(ids)))

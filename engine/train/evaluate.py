@@ -100,9 +100,9 @@ def noise(tokenizer, length):
 def haystack(tokenizer, books, rng, needles, length, of_noise):
     """Token ids [length], and which of them are book text."""
     pieces = [tokenizer.encode(needle.text) for needle in needles]
-    room = length - sum(map(len, pieces))
+    room = max(0, length - sum(map(len, pieces)))
     text, cut = noise(tokenizer, room) if of_noise else spread(books, rng, room)
-    places = np.flatnonzero(cut)
+    places = np.flatnonzero(cut) if cut.any() else [0]
     ids, book, before = [], [], 0
     rng.shuffle(pieces)
     for piece, place in zip(pieces, sorted(rng.choice(places) for _ in pieces)):

@@ -331,10 +331,13 @@ def pair(rng, taken, letters, digits):
     return Needle("pair", f" {key}{value}", [(f" {key}", value)], key)
 
 
-def mixed(rng):
-    """One needle of the full mix."""
-    makers = [passkey, niah, fact, statement, event, phone]
-    return rng.choices(makers, [2, 5, 3, 4, 3, 1])[0](rng)
+KINDS = {"passkey": passkey, "niah": niah, "fact": fact, "statement": statement, "event": event,
+         "phone": phone}
+
+
+def mixed(rng, mix):
+    """One needle; `mix` says how often which of KINDS."""
+    return KINDS[rng.choices(list(mix), list(mix.values()))[0]](rng)
 
 
 def distinct(needles):

@@ -32,7 +32,7 @@ SAVE_SECONDS = 60
 def worker(settings, data, seed, stage, queue):
     tokenizer = Tokenizer.load(data)
     builder = Builder(tokenizer, Books(os.path.join(data, "train.npy"), tokenizer), seed,
-                      settings["talk_share"])
+                      settings["mix"], settings["talk_share"])
     while True:
         now = stage.value
         shape = "long" if now == LAST_STAGE and builder.rng.random() < settings["long_share"] else "short"
