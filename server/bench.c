@@ -602,6 +602,7 @@ int bench_main(int argc, char **argv)
     struct error err = {0};
     const struct engine_options options = {
         .model_path = model,
+        .backend = ENGINE_BACKEND_CPU, /* the floors are this processor's */
         .threads = b.threads,
         .host_memory_bytes = (size_t)512 << 20,
         .random_weights_seed = 1,

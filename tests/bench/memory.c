@@ -84,6 +84,7 @@ int main(int argc, char **argv)
     io.read = read_chunks;
     io.read_landmarks = read_landmarks;
     struct engine_options options = {.model_path = argv[1],
+                                     .backend = ENGINE_BACKEND_CPU,
                                      .threads = 1,
                                      .host_memory_bytes = (size_t)1 << 30,
                                      .random_weights_seed = 1,
