@@ -1,7 +1,8 @@
 """Compare the reference with goldens: those that the published code computed, and our own.
 
 Reads $RAMBAD_SHARED/published/goldens (default ../shared beside the checkout) and, with --own, the
-project's own tests/golden and the shipped model's. Exit status 1 when a number is off, 77 when there is nothing to read.
+project's own tests/golden and the shipped model's. Exit status 1 when a number is off, 77 when
+there is nothing to read.
 """
 
 import argparse
@@ -66,7 +67,8 @@ def check(folder):
         errors[kind] = max(errors.get(kind, 0.0), error)
     good = wrong_picks == 0 and all(e < LOGITS_LIMIT for e in errors.values())
     text = " ".join(f"{k} {e:.1e}" for k, e in errors.items())
-    print(f"{'ok  ' if good else 'FAIL'} {os.path.basename(folder)}: {text} picks off {wrong_picks}")
+    name = os.path.basename(folder)
+    print(f"{'ok  ' if good else 'FAIL'} {name}: {text} picks off {wrong_picks}")
     return good
 
 

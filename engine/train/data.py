@@ -11,7 +11,7 @@ CHUNK = 64
 
 
 class Books:
-    """The token stream of the books, and where text may be cut in two without changing its tokens."""
+    """The token stream of the books, and where text may be cut without changing its tokens."""
 
     def __init__(self, path, tokenizer):
         self.ids = np.load(path)
@@ -25,8 +25,8 @@ class Books:
     def take(self, rng, length):
         """`length` tokens from a place where a word begins."""
         at = rng.randrange(0, len(self.ids) - length - 64)
-        at += int(self.cut[at:at + 64].argmax())
-        return self.ids[at:at + length], self.cut[at:at + length]
+        at += int(self.cut[at : at + 64].argmax())
+        return self.ids[at : at + length], self.cut[at : at + length]
 
 
 class Builder:
@@ -51,8 +51,9 @@ class Builder:
         if stage == 1:
             digits = rng.choice([2, 3, 5, 7])
             count = (length - length // 4) // (digits + 3)
-            return [tasks.pair(rng, taken, rng.choice([1, 2, 2]), digits)
-                    for _ in range(min(count, 60))]
+            return [
+                tasks.pair(rng, taken, rng.choice([1, 2, 2]), digits) for _ in range(min(count, 60))
+            ]
         if rng.random() < 0.08:  # a haystack made of needles
             kind = rng.choice(["numbers", "words", "uuids"])
             count = length // (2 * len(self.tokenizer.encode(tasks.niah(rng, kind).text)))
@@ -69,11 +70,13 @@ class Builder:
             if len(words) < 20:
                 continue
             head = self.rng.randint(5, 9)
-            opening, rest = " ".join(words[:head]), " ".join(words[head:head + 8])
-            question = self.rng.choice([f'\n"{opening}', f"\n{opening}",
-                                        f'\nQuestion: What follows "{opening}"?\nAnswer:'])
-            needles.append(tasks.Needle("passage", "\n" + " ".join(words), [(question, " " + rest)],
-                                        opening))
+            opening, rest = " ".join(words[:head]), " ".join(words[head : head + 8])
+            question = self.rng.choice(
+                [f'\n"{opening}', f"\n{opening}", f'\nQuestion: What follows "{opening}"?\nAnswer:']
+            )
+            needles.append(
+                tasks.Needle("passage", "\n" + " ".join(words), [(question, " " + rest)], opening)
+            )
         return needles
 
     def questions(self, needles, room):
@@ -102,7 +105,7 @@ class Builder:
         places = [-1] * len(answer)
         match = difflib.SequenceMatcher(None, needle, answer, False)
         for a, b, size in match.get_matching_blocks():
-            places[b:b + size] = range(a, a + size)
+            places[b : b + size] = range(a, a + size)
         known = -1
         for i in reversed(range(len(answer))):
             places[i] = known = places[i] if places[i] >= 0 else known
@@ -125,7 +128,7 @@ class Builder:
             if stage > 1 and sum(map(len, texts)) > length * 0.55:  # leave room for a haystack
                 texts.pop()
                 break
-        needles = needles[:len(texts)]
+        needles = needles[: len(texts)]
         asked, asked_marks, starts = self.questions(needles, length // 4)
         if not asked:  # a short row of long facts
             return self.plain(length)
@@ -222,8 +225,12 @@ class Builder:
         for at, answer, which in asked:
             self.point(gold, at, answer, told[which][1], told[which][2])
         resets = np.zeros(length, bool)
-        return (np.array(ids[:length], np.int64), np.array(marks[:length], np.uint8), resets,
-                gold[:length])
+        return (
+            np.array(ids[:length], np.int64),
+            np.array(marks[:length], np.uint8),
+            resets,
+            gold[:length],
+        )
 
     def point(self, gold, at, answer, needle, place):
         """Marks where the tokens of an answer at `at` are to be read: in the needle at `place`."""

@@ -36,8 +36,12 @@ def locker(rng):
     """The sentence of the daemon's own story, with another name and code each time."""
     first, value = rng.choice(tasks.FIRST), tasks.number(rng)
     question = tasks.plain_question(f"What is the secret code of {first}'s locker?")
-    return tasks.Needle("locker", f" The secret code of {first}'s locker is {value}.",
-                        [(question, f" {value}.")], first)
+    return tasks.Needle(
+        "locker",
+        f" The secret code of {first}'s locker is {value}.",
+        [(question, f" {value}.")],
+        first,
+    )
 
 
 def other_form(rng):
@@ -87,7 +91,7 @@ def spread(books, rng, length):
         return books.take(rng, length)
     at = rng.randrange(len(books.ids))
     repeats = -(-(length + at) // len(books.ids))
-    return (np.tile(books.ids, repeats)[at:at + length], np.tile(books.cut, repeats)[at:at + length])
+    return tuple(np.tile(part, repeats)[at : at + length] for part in (books.ids, books.cut))
 
 
 def noise(tokenizer, length):
@@ -136,13 +140,19 @@ class Daemon:
 
     def read(self, tokenizer, ids, book):
         memory = self.call("POST", "/v1/memories", b"{}")["id"]
-        self.call("POST", f"/v1/memories/{memory}/append", tokenizer.decode(ids).encode(),
-                  "text/plain")
+        self.call(
+            "POST", f"/v1/memories/{memory}/append", tokenizer.decode(ids).encode(), "text/plain"
+        )
         return memory, None
 
     def ask(self, memory, tokenizer, question, answer):
-        body = {"memory": memory, "memory_write": False, "prompt": question, "temperature": 0,
-                "max_tokens": len(tokenizer.encode(answer)) + 4}
+        body = {
+            "memory": memory,
+            "memory_write": False,
+            "prompt": question,
+            "temperature": 0,
+            "max_tokens": len(tokenizer.encode(answer)) + 4,
+        }
         text = self.call("POST", "/v1/completions", json.dumps(body).encode())["choices"][0]["text"]
         return text.startswith(answer.replace("<|im_end|>", ""))
 
@@ -157,6 +167,7 @@ class Local:
         import torch
 
         from model import Ramba
+
         torch.set_grad_enabled(False)
         self.torch, self.piece = torch, piece
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,11 +179,15 @@ class Local:
         session, head = {}, max(0, len(ids) - TAIL)
         ids = self.torch.from_numpy(ids).to(self.device)
         for at in range(0, head, self.piece):
-            self.model.stream(session, ids[at:min(at + self.piece, head)])
+            self.model.stream(session, ids[at : min(at + self.piece, head)])
         logits = self.model.head(self.model.stream(session, ids[head:]))[0, :-1]
-        losses = self.torch.nn.functional.cross_entropy(logits.float(), ids[head + 1:],
-                                                        reduction="none")
-        return session, losses[self.torch.from_numpy(book[head + 1:]).to(self.device)].mean().item()
+        losses = self.torch.nn.functional.cross_entropy(
+            logits.float(), ids[head + 1 :], reduction="none"
+        )
+        return (
+            session,
+            losses[self.torch.from_numpy(book[head + 1 :]).to(self.device)].mean().item(),
+        )
 
     def ask(self, session, tokenizer, question, answer):
         """Greedy decoding gives the answer when each of its tokens is the most likely one after
@@ -180,8 +195,8 @@ class Local:
         question, answer = tokenizer.encode(question), tokenizer.encode(answer)
         session = {**session, "states": dict(session["states"])}
         ids = self.torch.tensor(question + answer, device=self.device)
-        logits = self.model.head(self.model.stream(session, ids))[0, len(question) - 1:-1]
-        return bool((logits.argmax(-1) == ids[len(question):]).all())
+        logits = self.model.head(self.model.stream(session, ids))[0, len(question) - 1 : -1]
+        return bool((logits.argmax(-1) == ids[len(question) :]).all())
 
     def forget(self, session):
         pass
@@ -199,15 +214,20 @@ def case(target, tokenizer, books, names, length, seed, of_noise):
 
 def plot(rows, names, title, path):
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(9, 5))
     for name in names:
-        axes.plot([row["length"] for row in rows], [100 * row[name] for row in rows], marker="o",
-                  label=name)
+        axes.plot(
+            [row["length"] for row in rows],
+            [100 * row[name] for row in rows],
+            marker="o",
+            label=name,
+        )
     axes.set_xscale("log", base=2)
-    axes.set_xticks([row["length"] for row in rows],
-                    [f"{row['length'] // 1024}K" for row in rows])
+    axes.set_xticks([row["length"] for row in rows], [f"{row['length'] // 1024}K" for row in rows])
     axes.set_ylim(-3, 103)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("right answers, %")
@@ -219,8 +239,9 @@ def plot(rows, names, title, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", help="a running daemon")
     parser.add_argument("--key", default=os.environ.get("RAMBA_API_KEY"), help="its API key")
     parser.add_argument("--model", help="a model's folder, to be run in PyTorch")
@@ -240,7 +261,9 @@ def main():
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         parser.error(f"no task {unknown[0]}; there are {', '.join(TASKS)}")
-    target = Daemon(args.url, args.key) if args.url else Local(args.model, not args.no_hsa, args.piece)
+    target = (
+        Daemon(args.url, args.key) if args.url else Local(args.model, not args.no_hsa, args.piece)
+    )
     tokenizer = Tokenizer.load(args.data)
     books = Books(os.path.join(args.data, "held.npy"), tokenizer)
     lengths = [int(length) for length in args.lengths.split(",")]
@@ -252,17 +275,28 @@ def main():
     for length, count in zip(lengths, cases):
         results = []
         for number in range(count):
-            results.append(case(target, tokenizer, books, names, length, args.seed + number,
-                                args.noise))
+            results.append(
+                case(target, tokenizer, books, names, length, args.seed + number, args.noise)
+            )
             if sys.stderr.isatty():
                 print(f"\r{length}: {number + 1} of {count}", end="\r", file=sys.stderr)
         losses = [loss for loss, _ in results if loss is not None]
         loss = round(sum(losses) / len(losses), 4) if losses else None
         right = [sum(r[i] for _, r in results) / count for i in range(len(names))]
-        rows.append({"length": length, "cases": count, "text": loss,
-                     **{name: round(share, 4) for name, share in zip(names, right)}})
-        print(f"{length:<8}{count:<6} {'-' if loss is None else loss:<6} "
-              + " ".join(f"{r:13.3f}" for r in right) + f"  {time.time() - begin:.0f}", flush=True)
+        rows.append(
+            {
+                "length": length,
+                "cases": count,
+                "text": loss,
+                **{name: round(share, 4) for name, share in zip(names, right)},
+            }
+        )
+        print(
+            f"{length:<8}{count:<6} {'-' if loss is None else loss:<6} "
+            + " ".join(f"{r:13.3f}" for r in right)
+            + f"  {time.time() - begin:.0f}",
+            flush=True,
+        )
         if args.out:
             base = os.path.splitext(args.out)[0]
             with open(base + ".csv", "w", newline="") as file:

@@ -148,8 +148,7 @@ def random_tensors(c, generator):
         if kind == "mamba":
             norm(p + "norm", d)
             step = torch.exp(
-                torch.rand(c.mamba_heads, generator=generator, dtype=torch.float64)
-                * math.log(100)
+                torch.rand(c.mamba_heads, generator=generator, dtype=torch.float64) * math.log(100)
                 + math.log(0.005)
             )
             out[p + "mixer.dt_bias"] = step + torch.log(-torch.expm1(-step))

@@ -14,12 +14,32 @@ from torch import nn
 import safetensors_io
 
 DEFAULTS = dict(
-    conv_kernel=4, expand=2, head_dim=64, n_groups=1, state_size=128, layer_norm_epsilon=1e-5,
-    use_bias=False, use_conv_bias=True, chunk_size=64, chunk_topk=8, num_mamba_per_gca=8,
-    num_upper_groups=1, encoder_layers=1, time_step_limit=[0.0, math.inf], tie_word_embeddings=True,
-    enable_qk_norm=False, enable_lmk_norm=False, enable_softmax=False, enable_softmax1=False,
-    enable_pos_decay=False, singlehead_retrieval=False, enc_prenorm=False, mask_slide_window=False,
-    slide_window=0, residual_in_fp32=True)
+    conv_kernel=4,
+    expand=2,
+    head_dim=64,
+    n_groups=1,
+    state_size=128,
+    layer_norm_epsilon=1e-5,
+    use_bias=False,
+    use_conv_bias=True,
+    chunk_size=64,
+    chunk_topk=8,
+    num_mamba_per_gca=8,
+    num_upper_groups=1,
+    encoder_layers=1,
+    time_step_limit=[0.0, math.inf],
+    tie_word_embeddings=True,
+    enable_qk_norm=False,
+    enable_lmk_norm=False,
+    enable_softmax=False,
+    enable_softmax1=False,
+    enable_pos_decay=False,
+    singlehead_retrieval=False,
+    enc_prenorm=False,
+    mask_slide_window=False,
+    slide_window=0,
+    residual_in_fp32=True,
+)
 
 
 BANK = 16384  # landmarks of earlier plain text kept for the distraction loss
@@ -110,24 +130,28 @@ def ssd(x, dt, a, b, c, resets, state, block):
     hop = run.permute(0, 2, 1)
     hop = hop.unsqueeze(-1) - hop.unsqueeze(-2)  # [B,H,z,s]
     alive = (seen.unsqueeze(2) == seen.unsqueeze(1)) & torch.ones(
-        blocks + 1, blocks + 1, dtype=torch.bool, device=x.device).tril()
+        blocks + 1, blocks + 1, dtype=torch.bool, device=x.device
+    ).tril()
     hop = hop.masked_fill(~alive.unsqueeze(1), -math.inf).exp().to(low)
     states = torch.einsum("bhzs,bshpn->bzhpn", hop, sources)
     from_start = inside.exp() * (segment == 0).unsqueeze(-1)
     ch = c.repeat_interleave(share, 3)
-    y = y + torch.einsum("bzihn,bzhpn->bzihp", ch, states[:, :-1]) * from_start.unsqueeze(-1).to(low)
+    old = torch.einsum("bzihn,bzhpn->bzihp", ch, states[:, :-1])
+    y = y + old * from_start.unsqueeze(-1).to(low)
     return y.reshape(batch, length, heads, width), states[:, -1]
 
 
 class Mixer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        d, inner, groups, size = config.hidden_size, config.inner, config.n_groups, config.state_size
+        d, inner = config.hidden_size, config.inner
+        groups, size = config.n_groups, config.state_size
         self.config, self.heads = config, inner // config.head_dim
         mixed = inner + 2 * groups * size
         self.in_proj = nn.Linear(d, inner + mixed + self.heads, bias=config.use_bias)
-        self.conv1d = nn.Conv1d(mixed, mixed, config.conv_kernel, groups=mixed,
-                                bias=config.use_conv_bias)
+        self.conv1d = nn.Conv1d(
+            mixed, mixed, config.conv_kernel, groups=mixed, bias=config.use_conv_bias
+        )
         self.dt_bias = nn.Parameter(torch.zeros(self.heads))
         self.A_log = nn.Parameter(torch.arange(1, self.heads + 1).float().log())
         self.D = nn.Parameter(torch.ones(self.heads))
@@ -140,15 +164,14 @@ class Mixer(nn.Module):
         config = self.config
         inner, groups, size = config.inner, config.n_groups, config.state_size
         batch, length, _ = x.shape
-        z, mixed, dt = self.in_proj(x).split(
-            [inner, inner + 2 * groups * size, self.heads], dim=-1)
+        z, mixed, dt = self.in_proj(x).split([inner, inner + 2 * groups * size, self.heads], dim=-1)
         tail = config.conv_kernel - 1
         columns = mixed.transpose(1, 2)
         if conv is None:
             columns = F.pad(columns, (tail, 0))
         else:
             columns = torch.cat([conv.to(columns.dtype), columns], 2)
-        conv = columns[:, :, columns.shape[2] - tail:]
+        conv = columns[:, :, columns.shape[2] - tail :]
         mixed = F.silu(self.conv1d(columns).transpose(1, 2))
         xs, b, c = mixed.split([inner, groups * size, groups * size], dim=-1)
         xs = xs.reshape(batch, length, self.heads, -1)
@@ -162,8 +185,9 @@ class Mixer(nn.Module):
         if pad:  # dt = 0 leaves the state as it is
             args = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in args]
             resets = None if resets is None else F.pad(resets, (0, pad))
-        y, ssm = ssd(args[0], args[1], -self.A_log.to(wide).exp(), args[2], args[3], resets, ssm,
-                     block)
+        y, ssm = ssd(
+            args[0], args[1], -self.A_log.to(wide).exp(), args[2], args[3], resets, ssm, block
+        )
         y = y[:, :length] + xs * self.D.unsqueeze(-1).to(xs.dtype)
         y = self.norm(y.reshape(batch, length, inner) * F.silu(z))
         return self.out_proj(y), ssm, conv
@@ -195,7 +219,8 @@ class EncoderAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, hd = config.hidden_size, config.attention_head
-        self.heads, self.kv_heads, self.hd = config.num_attention_heads, config.num_key_value_heads, hd
+        self.hd = hd
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(d, self.heads * hd)
         self.k_proj = nn.Linear(d, self.kv_heads * hd)
         self.v_proj = nn.Linear(d, self.kv_heads * hd)
@@ -212,7 +237,7 @@ class EncoderAttention(nn.Module):
         q, k = rope(q, positions), rope(k, positions)
         share = self.heads // self.kv_heads
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-        scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.hd ** -0.5
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.hd**-0.5
         out = torch.einsum("bhij,bhjd->bhid", scores.softmax(-1).to(v.dtype), v)
         return self.o_proj(out.transpose(1, 2).reshape(count, length, -1))
 
@@ -277,7 +302,7 @@ class ChunkingLayer(nn.Module):
         config = self.config
         batch, length, d = x.shape
         count = length // config.chunk_size
-        chunks = x[:, :count * config.chunk_size].reshape(batch * count, config.chunk_size, d)
+        chunks = x[:, : count * config.chunk_size].reshape(batch * count, config.chunk_size, d)
         if config.encoder_layers > 0:
             cls = self.cls_emb.to(chunks.dtype).expand(len(chunks), -1, -1)
             chunks = torch.cat([chunks, cls], 1)
@@ -319,7 +344,8 @@ class RetrievalLayer(nn.Module):
 
     def visible(self, positions, count):
         """[L,C]: which chunks a token may read."""
-        window = self.config.chunk_size - self.config.slide_window if self.config.mask_slide_window else 0
+        config = self.config
+        window = config.chunk_size - config.slide_window if config.mask_slide_window else 0
         ends = (torch.arange(count, device=positions.device) + 1) * self.config.chunk_size
         return positions.unsqueeze(1) + window >= ends
 
@@ -408,7 +434,7 @@ class HsaLayer(nn.Module):
         q = self.q_proj(self.pre_norm(x)).view(batch, length, kv, share, hd)
         if config.enable_qk_norm:
             q = self.q_norm(q)
-        logits = torch.einsum("blkgd,bcskd->bkglcs", q, keys.to(q.dtype)) * hd ** -0.5
+        logits = torch.einsum("blkgd,bcskd->bkglcs", q, keys.to(q.dtype)) * hd**-0.5
         if config.enable_softmax1:
             extra = torch.zeros_like(logits[..., :1])
             attention = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
@@ -429,7 +455,7 @@ class HsaLayer(nn.Module):
         place = gold[batch, at].long()
         q = self.q_proj(self.pre_norm(x[batch, at]))
         q = q.view(len(batch), config.num_kv_heads, -1, config.attention_head)
-        q = q[:, :, :max(1, q.shape[2] // 2)]
+        q = q[:, :, : max(1, q.shape[2] // 2)]
         if config.enable_qk_norm:
             q = self.q_norm(q)
         k = keys[batch, place // config.chunk_size].to(q.dtype)
@@ -447,10 +473,10 @@ class HsaLayer(nn.Module):
         picks, weights = picks[0].expand(-1, kv, -1), weights[0].expand(-1, kv, -1)
         head = torch.arange(kv, device=x.device).view(1, kv, 1)
         k, v = keys[0].transpose(1, 2)[picks, head], values[0].transpose(1, 2)[picks, head]
-        logits = torch.einsum("lkgd,lkcsd->lkgcs", q, k.to(q.dtype)) * hd ** -0.5
+        logits = torch.einsum("lkgd,lkcsd->lkgcs", q, k.to(q.dtype)) * hd**-0.5
         if config.enable_softmax1:
             logits = torch.cat([logits, torch.zeros_like(logits[..., :1])], -1)
-        attention = logits.softmax(-1)[..., :config.chunk_size] * weights[:, :, None, :, None]
+        attention = logits.softmax(-1)[..., : config.chunk_size] * weights[:, :, None, :, None]
         out = torch.einsum("lkgcs,lkcsd->lkgd", attention.to(v.dtype), v)
         return x + self.o_proj(out.reshape(1, length, -1).to(x.dtype)).to(x.dtype)
 
@@ -485,15 +511,16 @@ class Ramba(nn.Module):
             return F.linear(x, self.backbone.embeddings.weight)
         return self.lm_head(x)
 
-    def hidden(self, ids, resets=None, states=None, trace=None, distractors=0, asked=None,
-               gold=None):
+    def hidden(
+        self, ids, resets=None, states=None, trace=None, distractors=0, asked=None, gold=None
+    ):
         """[B,L] -> the last layer's hidden states [B,L,d], and the Mamba states after it.
 
         `states`: a list of [B,H,P,N], one for each Mamba layer, or None. `trace`: a dict to be
         filled with layer{i}.hidden, .k, .v, .landmarks, .weights. With `distractors` > 0, the
         first so many rows are plain text, and self.distraction is how strongly the positions
-        `asked` [B,L] would read that text or the plain text of earlier steps: a loss that keeps landmarks apart in longer contexts
-        than are trained on. `gold` [B,L]: the place that a position should read from,
+        `asked` [B,L] would read that text or the plain text of earlier steps: a loss that keeps
+        landmarks apart in longer contexts than are trained on. `gold` [B,L]: the place that a position should read from,
         or -1; self.retrieval is then the mean of -log of its chunk's weight, were every chunk
         picked, and self.attention that of its place's share of the attention to that chunk, in
         half of the heads of the first HSA layer.
@@ -512,8 +539,13 @@ class Ramba(nn.Module):
                 if self.hsa:
                     keys, values, landmarks = layer(x)
                 if trace is not None:
-                    trace.update({f"layer{i}.k": keys, f"layer{i}.v": values,
-                                  f"layer{i}.landmarks": landmarks})
+                    trace.update(
+                        {
+                            f"layer{i}.k": keys,
+                            f"layer{i}.v": values,
+                            f"layer{i}.landmarks": landmarks,
+                        }
+                    )
             elif isinstance(layer, RetrievalLayer):
                 if self.hsa and landmarks.shape[1]:
                     weights = layer(x, landmarks, positions)
@@ -561,8 +593,9 @@ class Ramba(nn.Module):
                 if whole:
                     made = [t.to(x.dtype) for t in layer(rest[:, :whole])]
                     old = session.get("memory")
-                    session["memory"] = made if old is None else [
-                        torch.cat(pair, 1) for pair in zip(old, made)]
+                    session["memory"] = (
+                        made if old is None else [torch.cat(pair, 1) for pair in zip(old, made)]
+                    )
             elif isinstance(layer, RetrievalLayer):
                 if self.hsa and "memory" in session:
                     picks, weights = layer.pick(x, session["memory"][2], positions)
@@ -575,7 +608,9 @@ class Ramba(nn.Module):
     def load(folder, dtype=torch.float32):
         config = Config.load(os.path.join(folder, "config.json"))
         tensors = safetensors_io.load(os.path.join(folder, "model.safetensors"))
-        config["tie_word_embeddings"] = "lm_head.weight" not in tensors or config.tie_word_embeddings
+        config["tie_word_embeddings"] = (
+            "lm_head.weight" not in tensors or config.tie_word_embeddings
+        )
         if config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
         model = Ramba(config).to(dtype)

@@ -25,8 +25,9 @@ def unwrap(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--out", required=True)
@@ -34,8 +35,11 @@ def main():
     with open(args.config) as file:
         config = json.load(file)
     os.makedirs(args.out, exist_ok=True)
-    books = {name[:-4]: read(os.path.join(args.corpus, name))
-             for name in sorted(os.listdir(args.corpus)) if name.endswith(".txt")}
+    books = {
+        name[:-4]: read(os.path.join(args.corpus, name))
+        for name in sorted(os.listdir(args.corpus))
+        if name.endswith(".txt")
+    }
     held = {name: books.pop(name) for name in config["held_out"]}
     # Both ways in which long text comes: as printed, and one line a paragraph.
     books.update({name + " unwrapped": unwrap(text) for name, text in books.items()})
@@ -46,8 +50,10 @@ def main():
         for text in texts.values():
             ids += words.encode(text) + [words.end]
         np.save(os.path.join(args.out, name + ".npy"), np.array(ids, np.uint16))
-        print(f"{name}: {len(texts)} texts, {len(ids)} tokens, "
-              f"{sum(len(t.encode()) for t in texts.values()) / len(ids):.2f} bytes a token")
+        print(
+            f"{name}: {len(texts)} texts, {len(ids)} tokens, "
+            f"{sum(len(t.encode()) for t in texts.values()) / len(ids):.2f} bytes a token"
+        )
 
 
 if __name__ == "__main__":

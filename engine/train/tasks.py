@@ -61,7 +61,7 @@ class Needle:
 
 
 def number(rng, digits=7):
-    return str(rng.randrange(10 ** (digits - 1), 10 ** digits))
+    return str(rng.randrange(10 ** (digits - 1), 10**digits))
 
 
 def ruler_key(rng):
@@ -84,14 +84,19 @@ def fragments(rng, count):
     out = ""
     for _ in range(count):
         out += rng.choice(["", " "]) + "".join(
-            rng.choice(string.ascii_lowercase) for _ in range(rng.randint(1, 4)))
+            rng.choice(string.ascii_lowercase) for _ in range(rng.randint(1, 4))
+        )
     return out.strip()
 
 
 def passkey(rng):
     value = number(rng) if rng.random() < 0.7 else fragments(rng, 10)
-    return Needle("passkey", f"\n|The passkey is: {value}|",
-                  [("\n|What is the passkey? The passkey is", f" {value}|")], "passkey")
+    return Needle(
+        "passkey",
+        f"\n|The passkey is: {value}|",
+        [("\n|What is the passkey? The passkey is", f" {value}|")],
+        "passkey",
+    )
 
 
 def niah_value(rng, kind):
@@ -105,23 +110,34 @@ def niah_value(rng, kind):
 def niah(rng, kind=None, key=None):
     kind = kind or rng.choices(["numbers", "words", "uuids"], [6, 2, 2])[0]
     key, value, one = key or ruler_key(rng), niah_value(rng, kind), kind[:-1]
-    question = (f"\nWhat is the special magic {one} for {key} mentioned in the provided text? The "
-                f"special magic {one} for {key} mentioned in the provided text is")
-    return Needle("niah_" + kind, f" One of the special magic {kind} for {key} is: {value}.",
-                  [(question, f" {value}.")], key)
+    question = (
+        f"\nWhat is the special magic {one} for {key} mentioned in the provided text? The "
+        f"special magic {one} for {key} mentioned in the provided text is"
+    )
+    return Needle(
+        "niah_" + kind,
+        f" One of the special magic {kind} for {key} is: {value}.",
+        [(question, f" {value}.")],
+        key,
+    )
 
 
 def niah_intro(kind, single=True):
     one = kind[:-1]
     if single:
-        return (f"A special magic {one} is hidden within the following text. Make sure to memorize "
-                f"it. I will quiz you about the {one} afterwards.\n")
-    return (f"Some special magic {kind} are hidden within the following text. Make sure to memorize "
-            f"them. I will quiz you about the {kind} afterwards.\n")
+        return (
+            f"A special magic {one} is hidden within the following text. Make sure to memorize "
+            f"it. I will quiz you about the {one} afterwards.\n"
+        )
+    return (
+        f"Some special magic {kind} are hidden within the following text. Make sure to memorize "
+        f"them. I will quiz you about the {kind} afterwards.\n"
+    )
 
 
-NOISE = ("The grass is green. The sky is blue. The sun is yellow. Here we go. There and back "
-         "again. ")
+NOISE = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back " "again. "
+)
 
 
 def phone(rng, name=None):
@@ -142,62 +158,152 @@ def fact_forms(rng):
     place, town, value = _places(rng), rng.choice(TOWNS), number(rng)
     small, animal, last = str(rng.randrange(10, 1000)), rng.choice(ANIMALS), rng.choice(LAST)
     return [
-        (f"My {relation} {first} keeps the {colour} {thing} in {place}.",
-         f"Where does my {relation} {first} keep the {colour} {thing}?",
-         f"In which place is the {colour} {thing} of {first}?", f"In {place}."),
-        (f"The secret code of {first}'s locker is {value}.",
-         f"What is the secret code of {first}'s locker?",
-         f"Which code opens the locker of {first}?", f"{value}."),
-        (f"{first}'s phone number is {value}.", f"What is {first}'s phone number?",
-         f"Which number do I call to reach {first}?", f"{value}."),
-        (f"The password for the {colour} {thing} is {value}.",
-         f"What is the password for the {colour} {thing}?",
-         f"Tell me the password of the {colour} {thing}.", f"{value}."),
-        (f"I parked the car at level {small}, {colour} zone.", "Where did I park the car?",
-         "At which level and zone is my car?", f"At level {small}, {colour} zone."),
-        (f"{first} was born in {town}.", f"Where was {first} born?",
-         f"In which town was {first} born?", f"In {town}."),
-        (f"{first} lives at {small} {last} Street in {town}.", f"Where does {first} live?",
-         f"What is the address of {first}?", f"At {small} {last} Street in {town}."),
-        (f"My {animal} is called {first}.", f"What is my {animal} called?",
-         f"What is the name of my {animal}?", f"{first}."),
-        (f"The train to {town} leaves from platform {small}.",
-         f"From which platform does the train to {town} leave?",
-         f"Where do I board the train to {town}?", f"From platform {small}."),
-        (f"{first} owes {other} {small} pounds.", f"How much does {first} owe {other}?",
-         f"How many pounds must {first} pay {other}?", f"{small} pounds."),
-        (f"The favourite colour of {first} is {colour}.", f"What is the favourite colour of {first}?",
-         f"Which colour does {first} like best?", f"{colour}."),
-        (f"The meeting with {first} {last} takes place in room {small}.",
-         f"In which room is the meeting with {first} {last}?",
-         f"Where do I meet {first} {last}?", f"In room {small}."),
-        (f"The combination of the {colour} safe is {value}.",
-         f"What is the combination of the {colour} safe?",
-         f"How do I open the {colour} safe?", f"{value}."),
-        (f"Remember that {first}'s flight number is {value}.", f"What is {first}'s flight number?",
-         f"Which flight does {first} take?", f"{value}."),
-        (f"{first} married {other} {last}.", f"Whom did {first} marry?",
-         f"Who is married to {first}?", f"{other} {last}."),
-        (f"The {thing} belongs to {first} {last}.", f"To whom does the {thing} belong?",
-         f"Who owns the {thing}?", f"{first} {last}."),
+        (
+            f"My {relation} {first} keeps the {colour} {thing} in {place}.",
+            f"Where does my {relation} {first} keep the {colour} {thing}?",
+            f"In which place is the {colour} {thing} of {first}?",
+            f"In {place}.",
+        ),
+        (
+            f"The secret code of {first}'s locker is {value}.",
+            f"What is the secret code of {first}'s locker?",
+            f"Which code opens the locker of {first}?",
+            f"{value}.",
+        ),
+        (
+            f"{first}'s phone number is {value}.",
+            f"What is {first}'s phone number?",
+            f"Which number do I call to reach {first}?",
+            f"{value}.",
+        ),
+        (
+            f"The password for the {colour} {thing} is {value}.",
+            f"What is the password for the {colour} {thing}?",
+            f"Tell me the password of the {colour} {thing}.",
+            f"{value}.",
+        ),
+        (
+            f"I parked the car at level {small}, {colour} zone.",
+            "Where did I park the car?",
+            "At which level and zone is my car?",
+            f"At level {small}, {colour} zone.",
+        ),
+        (
+            f"{first} was born in {town}.",
+            f"Where was {first} born?",
+            f"In which town was {first} born?",
+            f"In {town}.",
+        ),
+        (
+            f"{first} lives at {small} {last} Street in {town}.",
+            f"Where does {first} live?",
+            f"What is the address of {first}?",
+            f"At {small} {last} Street in {town}.",
+        ),
+        (
+            f"My {animal} is called {first}.",
+            f"What is my {animal} called?",
+            f"What is the name of my {animal}?",
+            f"{first}.",
+        ),
+        (
+            f"The train to {town} leaves from platform {small}.",
+            f"From which platform does the train to {town} leave?",
+            f"Where do I board the train to {town}?",
+            f"From platform {small}.",
+        ),
+        (
+            f"{first} owes {other} {small} pounds.",
+            f"How much does {first} owe {other}?",
+            f"How many pounds must {first} pay {other}?",
+            f"{small} pounds.",
+        ),
+        (
+            f"The favourite colour of {first} is {colour}.",
+            f"What is the favourite colour of {first}?",
+            f"Which colour does {first} like best?",
+            f"{colour}.",
+        ),
+        (
+            f"The meeting with {first} {last} takes place in room {small}.",
+            f"In which room is the meeting with {first} {last}?",
+            f"Where do I meet {first} {last}?",
+            f"In room {small}.",
+        ),
+        (
+            f"The combination of the {colour} safe is {value}.",
+            f"What is the combination of the {colour} safe?",
+            f"How do I open the {colour} safe?",
+            f"{value}.",
+        ),
+        (
+            f"Remember that {first}'s flight number is {value}.",
+            f"What is {first}'s flight number?",
+            f"Which flight does {first} take?",
+            f"{value}.",
+        ),
+        (
+            f"{first} married {other} {last}.",
+            f"Whom did {first} marry?",
+            f"Who is married to {first}?",
+            f"{other} {last}.",
+        ),
+        (
+            f"The {thing} belongs to {first} {last}.",
+            f"To whom does the {thing} belong?",
+            f"Who owns the {thing}?",
+            f"{first} {last}.",
+        ),
         (f"{first} hid the {thing} under the {colour} {rng.choice(NOUNS)}.", None, None, None),
-        (f"The order number of the {thing} is {value}.", f"What is the order number of the {thing}?",
-         f"Under which number was the {thing} ordered?", f"{value}."),
-        (f"{first} works as a guide in {town}.", f"In which town does {first} work?",
-         f"Where does {first} work?", f"In {town}."),
-        (f"My {relation}'s name is {first} {last}.", f"What is my {relation}'s name?",
-         f"Who is my {relation}?", f"{first} {last}."),
+        (
+            f"The order number of the {thing} is {value}.",
+            f"What is the order number of the {thing}?",
+            f"Under which number was the {thing} ordered?",
+            f"{value}.",
+        ),
+        (
+            f"{first} works as a guide in {town}.",
+            f"In which town does {first} work?",
+            f"Where does {first} work?",
+            f"In {town}.",
+        ),
+        (
+            f"My {relation}'s name is {first} {last}.",
+            f"What is my {relation}'s name?",
+            f"Who is my {relation}?",
+            f"{first} {last}.",
+        ),
         # Held out.
-        (f"You can reach {first} under extension {small}.", f"What is {first}'s extension?",
-         f"Which extension reaches {first}?", f"{small}."),
-        (f"The {colour} {thing} was bought in {town}.", f"Where was the {colour} {thing} bought?",
-         f"In which town did we buy the {colour} {thing}?", f"In {town}."),
-        (f"{first} moved to {town} last year.", f"Where did {first} move?",
-         f"To which town did {first} move?", f"To {town}."),
-        (f"The serial number of the {thing} is {value}.", f"What is the serial number of the {thing}?",
-         f"Which serial number does the {thing} have?", f"{value}."),
-        (f"The guest in room {small} is {first} {last}.", f"Who is the guest in room {small}?",
-         f"Who stays in room {small}?", f"{first} {last}."),
+        (
+            f"You can reach {first} under extension {small}.",
+            f"What is {first}'s extension?",
+            f"Which extension reaches {first}?",
+            f"{small}.",
+        ),
+        (
+            f"The {colour} {thing} was bought in {town}.",
+            f"Where was the {colour} {thing} bought?",
+            f"In which town did we buy the {colour} {thing}?",
+            f"In {town}.",
+        ),
+        (
+            f"{first} moved to {town} last year.",
+            f"Where did {first} move?",
+            f"To which town did {first} move?",
+            f"To {town}.",
+        ),
+        (
+            f"The serial number of the {thing} is {value}.",
+            f"What is the serial number of the {thing}?",
+            f"Which serial number does the {thing} have?",
+            f"{value}.",
+        ),
+        (
+            f"The guest in room {small} is {first} {last}.",
+            f"Who is the guest in room {small}?",
+            f"Who stays in room {small}?",
+            f"{first} {last}.",
+        ),
     ]
 
 
@@ -208,12 +314,16 @@ def fact(rng, held_out=False):
     while True:
         forms = fact_forms(rng)
         sentence, question, other, answer = rng.choice(
-            forms[TRAINED_FORMS:] if held_out else forms[:TRAINED_FORMS])
+            forms[TRAINED_FORMS:] if held_out else forms[:TRAINED_FORMS]
+        )
         if question is None:  # the object needs drawing once for both halves
             first, thing, noun = rng.choice(FIRST), rng.choice(THINGS), rng.choice(NOUNS)
             colour = rng.choice(COLOURS)
             sentence = f"{first} hid the {thing} under the {colour} {noun}."
-            question, other = f"Where did {first} hide the {thing}?", f"Under what is the {thing} of {first}?"
+            question, other = (
+                f"Where did {first} hide the {thing}?",
+                f"Under what is the {thing} of {first}?",
+            )
             answer = f"Under the {colour} {noun}."
         wording = question if rng.random() < 0.5 else other
         if rng.random() < 0.5:
@@ -235,21 +345,37 @@ def _value(rng):
     kind = rng.randrange(12)
     if kind < 4:
         return number(rng, rng.choice([1, 2, 3, 4, 4, 5, 6, 7, 8]))
-    return [ruler_key(rng), rng.choice(NOUNS), f"{rng.choice(FIRST)} {rng.choice(LAST)}",
-            rng.choice(TOWNS), f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1700, 2030)}",
-            f"{rng.choice(string.ascii_uppercase)}{rng.randrange(1, 100)}-"
-            f"{rng.randrange(100)}{rng.choice(string.ascii_uppercase)}",
-            f"{rng.randint(0, 23)}:{rng.randint(10, 59)}", f"the {rng.choice(ADJECTIVES)} one"][kind - 4]
+    return [
+        ruler_key(rng),
+        rng.choice(NOUNS),
+        f"{rng.choice(FIRST)} {rng.choice(LAST)}",
+        rng.choice(TOWNS),
+        f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1700, 2030)}",
+        f"{rng.choice(string.ascii_uppercase)}{rng.randrange(1, 100)}-"
+        f"{rng.randrange(100)}{rng.choice(string.ascii_uppercase)}",
+        f"{rng.randint(0, 23)}:{rng.randint(10, 59)}",
+        f"the {rng.choice(ADJECTIVES)} one",
+    ][kind - 4]
 
 
 def _subject(rng):
     first, noun, adjective = rng.choice(FIRST), rng.choice(NOUNS), rng.choice(ADJECTIVES)
-    return rng.choice([
-        f"the {adjective} {noun}", f"the {rng.choice(THINGS)} of {first}", f"{first}'s {noun}",
-        f"{first}'s {adjective} {rng.choice(THINGS)}", f"the {noun} in {rng.choice(TOWNS)}",
-        f"the {noun} near the {rng.choice(NOUNS)}", f"my {rng.choice(RELATIONS)}'s {noun}",
-        f"project {noun.capitalize()}", f"{first} {rng.choice(LAST)}", f"my {adjective} {noun}",
-        f"the {rng.choice(COLOURS)} {noun}", f"the {adjective} {noun} club"])
+    return rng.choice(
+        [
+            f"the {adjective} {noun}",
+            f"the {rng.choice(THINGS)} of {first}",
+            f"{first}'s {noun}",
+            f"{first}'s {adjective} {rng.choice(THINGS)}",
+            f"the {noun} in {rng.choice(TOWNS)}",
+            f"the {noun} near the {rng.choice(NOUNS)}",
+            f"my {rng.choice(RELATIONS)}'s {noun}",
+            f"project {noun.capitalize()}",
+            f"{first} {rng.choice(LAST)}",
+            f"my {adjective} {noun}",
+            f"the {rng.choice(COLOURS)} {noun}",
+            f"the {adjective} {noun} club",
+        ]
+    )
 
 
 def statement(rng):
@@ -261,20 +387,40 @@ def statement(rng):
     whose = f"{subject}'s {attribute}" if rng.random() < 0.5 else of
     if rng.random() < 0.25:
         whose = of = rng.choice([f"the {attribute} for {subject}", f"the {attribute} to {subject}"])
-    told = rng.choice([
-        f"{of[0].upper()}{of[1:]} is {value}.", f"{whose[0].upper()}{whose[1:]} is {value}.",
-        f"Remember that {of} is {value}.", f"Please note: {whose} is {value}.",
-        f"I changed {of} to {value}.", f"They say that {whose} is {value}.",
-        f"By the way, {whose} is {value}.", f"From today on {of} is {value}.",
-        f"{of[0].upper()}{of[1:]} was set to {value}.", f"{of[0].upper()}{of[1:]}: {value}."])
-    question = rng.choice([
-        f"What is {of}?", f"What is {whose}?", f"What was {of}?", f"Tell me {of}.",
-        f"Do you remember {whose}?", f"What did I say about {of}?", f"Which is {of}?"])
+    told = rng.choice(
+        [
+            f"{of[0].upper()}{of[1:]} is {value}.",
+            f"{whose[0].upper()}{whose[1:]} is {value}.",
+            f"Remember that {of} is {value}.",
+            f"Please note: {whose} is {value}.",
+            f"I changed {of} to {value}.",
+            f"They say that {whose} is {value}.",
+            f"By the way, {whose} is {value}.",
+            f"From today on {of} is {value}.",
+            f"{of[0].upper()}{of[1:]} was set to {value}.",
+            f"{of[0].upper()}{of[1:]}: {value}.",
+        ]
+    )
+    question = rng.choice(
+        [
+            f"What is {of}?",
+            f"What is {whose}?",
+            f"What was {of}?",
+            f"Tell me {of}.",
+            f"Do you remember {whose}?",
+            f"What did I say about {of}?",
+            f"Which is {of}?",
+        ]
+    )
     form = plain_question if rng.random() < 0.6 else chat_question
     end = "<|im_end|>" if form is chat_question else ""
     lead = " " if form is plain_question else ""
-    return Needle("statement", rng.choice([" ", "\n"]) + told,
-                  [(form(question), f"{lead}{value}.{end}")], f"{attribute} {subject}")
+    return Needle(
+        "statement",
+        rng.choice([" ", "\n"]) + told,
+        [(form(question), f"{lead}{value}.{end}")],
+        f"{attribute} {subject}",
+    )
 
 
 VERBS = """bought/buy sold/sell lost/lose found/find left/leave hid/hide painted/paint repaired/repair
@@ -290,22 +436,54 @@ DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 def event(rng):
     """Somebody did something somewhere: any part of it may be asked for."""
     done, do = rng.choice(VERBS).split("/")
-    who = rng.choice([rng.choice(FIRST), f"{rng.choice(FIRST)} {rng.choice(LAST)}",
-                      f"my {rng.choice(RELATIONS)}", f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"])
-    what = rng.choice([f"the {rng.choice(COLOURS)} {rng.choice(NOUNS)}", f"a {rng.choice(THINGS)}",
-                       f"the {rng.choice(ADJECTIVES)} {rng.choice(THINGS)}",
-                       f"{rng.randint(2, 99)} {rng.choice(NOUNS)}s", f"her {rng.choice(THINGS)}"])
-    where = rng.choice([f"in {rng.choice(TOWNS)}", f"in {_places(rng)}", f"at {rng.choice(FIRST)}'s house",
-                        f"under the {rng.choice(NOUNS)}", f"near the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}",
-                        f"behind the {rng.choice(NOUNS)}", f"at {rng.randint(1, 999)} {rng.choice(LAST)} Street"])
-    when = rng.choice([f"on {rng.choice(DAYS)}", f"in {rng.choice(MONTHS)}", f"at {rng.randint(1, 12)} o'clock",
-                       f"on {rng.randint(1, 28)} {rng.choice(MONTHS)}", f"in {rng.randint(1700, 2030)}"])
+    who = rng.choice(
+        [
+            rng.choice(FIRST),
+            f"{rng.choice(FIRST)} {rng.choice(LAST)}",
+            f"my {rng.choice(RELATIONS)}",
+            f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}",
+        ]
+    )
+    what = rng.choice(
+        [
+            f"the {rng.choice(COLOURS)} {rng.choice(NOUNS)}",
+            f"a {rng.choice(THINGS)}",
+            f"the {rng.choice(ADJECTIVES)} {rng.choice(THINGS)}",
+            f"{rng.randint(2, 99)} {rng.choice(NOUNS)}s",
+            f"her {rng.choice(THINGS)}",
+        ]
+    )
+    where = rng.choice(
+        [
+            f"in {rng.choice(TOWNS)}",
+            f"in {_places(rng)}",
+            f"at {rng.choice(FIRST)}'s house",
+            f"under the {rng.choice(NOUNS)}",
+            f"near the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}",
+            f"behind the {rng.choice(NOUNS)}",
+            f"at {rng.randint(1, 999)} {rng.choice(LAST)} Street",
+        ]
+    )
+    when = rng.choice(
+        [
+            f"on {rng.choice(DAYS)}",
+            f"in {rng.choice(MONTHS)}",
+            f"at {rng.randint(1, 12)} o'clock",
+            f"on {rng.randint(1, 28)} {rng.choice(MONTHS)}",
+            f"in {rng.randint(1700, 2030)}",
+        ]
+    )
     price = f"for {rng.randint(2, 999)} {rng.choice(['pounds', 'dollars', 'crowns', 'guineas'])}"
-    parts, asked = f"{who} {done} {what}", [(f"Who {done} {what}?", who),
-                                            (f"What did {who} {do}?", what)]
+    parts, asked = f"{who} {done} {what}", [
+        (f"Who {done} {what}?", who),
+        (f"What did {who} {do}?", what),
+    ]
     if rng.random() < 0.7:
         parts += " " + where
-        asked += [(f"Where did {who} {do} {what}?", where), (f"In which place did {who} {do} {what}?", where)]
+        asked += [
+            (f"Where did {who} {do} {what}?", where),
+            (f"In which place did {who} {do} {what}?", where),
+        ]
     if rng.random() < 0.4:
         parts += " " + when
         asked.append((f"When did {who} {do} {what}?", when))
@@ -315,8 +493,11 @@ def event(rng):
     question, answer = rng.choice(asked)
     answer = f"{answer[0].upper()}{answer[1:]}."
     told = f"{parts[0].upper()}{parts[1:]}."
-    form = (plain_question(question), " " + answer) if rng.random() < 0.6 else (
-        chat_question(question), answer + "<|im_end|>")
+    form = (
+        (plain_question(question), " " + answer)
+        if rng.random() < 0.6
+        else (chat_question(question), answer + "<|im_end|>")
+    )
     return Needle("event", rng.choice([" ", "\n"]) + told, [form], f"{who} {done} {what}")
 
 
@@ -331,8 +512,14 @@ def pair(rng, taken, letters, digits):
     return Needle("pair", f" {key}{value}", [(f" {key}", value)], key)
 
 
-KINDS = {"passkey": passkey, "niah": niah, "fact": fact, "statement": statement, "event": event,
-         "phone": phone}
+KINDS = {
+    "passkey": passkey,
+    "niah": niah,
+    "fact": fact,
+    "statement": statement,
+    "event": event,
+    "phone": phone,
+}
 
 
 def mixed(rng, mix):

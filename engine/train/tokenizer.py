@@ -55,7 +55,12 @@ def pattern():
 
 def describe(vocab, merges, added):
     """The tokenizer.json of a vocabulary: characters of BYTE_TO_CHAR -> id."""
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     return {
         "version": "1.0",
         "truncation": None,
@@ -170,7 +175,9 @@ class Tokenizer:
         self.split = pattern()
         self.cache = {}
         names = sorted(self.added, key=len, reverse=True)
-        self.added_split = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        self.added_split = (
+            re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        )
 
     @staticmethod
     def load(folder):

@@ -31,18 +31,26 @@ SAVE_SECONDS = 60
 
 def worker(settings, data, seed, stage, queue):
     tokenizer = Tokenizer.load(data)
-    builder = Builder(tokenizer, Books(os.path.join(data, "train.npy"), tokenizer), seed,
-                      settings["mix"], settings["talk_share"])
+    builder = Builder(
+        tokenizer,
+        Books(os.path.join(data, "train.npy"), tokenizer),
+        seed,
+        settings["mix"],
+        settings["talk_share"],
+    )
     while True:
         now = stage.value
-        shape = "long" if now == LAST_STAGE and builder.rng.random() < settings["long_share"] else "short"
+        shape = (
+            "long"
+            if now == LAST_STAGE and builder.rng.random() < settings["long_share"]
+            else "short"
+        )
         size = settings[shape]
         plain = settings["plain_rows"] * size["batch"] // 8
         if now == 0:
             plain = size["batch"] // 16
         level = now if shape == "long" else min(now, 2)
-        queue.put((shape, now, plain,
-                   builder.batch(level, size["batch"], size["length"], plain)))
+        queue.put((shape, now, plain, builder.batch(level, size["batch"], size["length"], plain)))
 
 
 def build(settings):
@@ -93,9 +101,14 @@ class Trainer:
         rest = [p for p in self.model.parameters() if p.dim() < 2]
         options = {"fused": True} if self.device == "cuda" else {}
         self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": self.settings["weight_decay"]},
-             {"params": rest, "weight_decay": 0.0}],
-            lr=self.settings["learning_rate"], betas=(0.9, 0.95), **options)
+            [
+                {"params": decay, "weight_decay": self.settings["weight_decay"]},
+                {"params": rest, "weight_decay": 0.0},
+            ],
+            lr=self.settings["learning_rate"],
+            betas=(0.9, 0.95),
+            **options,
+        )
         self.step, self.tokens, self.seconds, self.stage = 0, 0, 0.0, 0
         self.pool, self.skipped = None, 0
         self.path = os.path.join(args.out, "checkpoint.pt")
@@ -122,9 +135,14 @@ class Trainer:
         print(f"resumed at step {self.step}, {self.tokens / 1e6:.1f}M tokens, stage {self.stage}")
 
     def save(self):
-        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                    "progress": (self.step, self.tokens, self.seconds, self.stage)},
-                   self.path + ".new")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "progress": (self.step, self.tokens, self.seconds, self.stage),
+            },
+            self.path + ".new",
+        )
         os.replace(self.path + ".new", self.path)
         export(self.model, self.settings, self.args)
         with open(os.path.join(self.args.out, "export", "progress.json"), "w") as file:
@@ -140,8 +158,12 @@ class Trainer:
     def states(self, batch):
         """States for a batch: half zero, half the final states of other segments."""
         if self.pool is None:
-            shape = (64, self.config.inner // self.config.head_dim, self.config.head_dim,
-                     self.config.state_size)
+            shape = (
+                64,
+                self.config.inner // self.config.head_dim,
+                self.config.head_dim,
+                self.config.state_size,
+            )
             layers = sum(isinstance(l, MambaLayer) for l in self.model.backbone.layers)
             self.pool = [torch.zeros(shape, device=self.device) for _ in range(layers)]
         self.rows = torch.randperm(64, device=self.device)[:batch]
@@ -158,10 +180,13 @@ class Trainer:
         if self.stage < self.settings["distraction_from"]:
             plain = 0  # before the landmarks mean anything, it would only silence all of them
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
-            x, after = self.model.hidden(ids_t, resets_t, self.states(len(ids)),
-                                         distractors=plain, asked=asked, gold=gold)
+            x, after = self.model.hidden(
+                ids_t, resets_t, self.states(len(ids)), distractors=plain, asked=asked, gold=gold
+            )
             logits = self.model.head(x)[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(
+            target
+        )
         text = (loss * (kind == TEXT)).sum() / (kind == TEXT).sum().clamp(min=1)
         answer = (loss * (kind == ANSWER)).sum() / (kind == ANSWER).sum().clamp(min=1)
         s = self.settings
@@ -183,7 +208,7 @@ class Trainer:
             if self.skipped > 50:
                 raise SystemExit(f"step {self.step}: 50 steps without a finite gradient")
         self.optimizer.zero_grad(set_to_none=True)
-        right = (logits.argmax(-1) == target)
+        right = logits.argmax(-1) == target
         distraction = torch.as_tensor(self.model.distraction).detach()
         retrieval = torch.as_tensor(self.model.retrieval).detach()
         attention = torch.as_tensor(self.model.attention).detach()
@@ -193,13 +218,22 @@ class Trainer:
         args, settings = self.args, self.settings
         stage = multiprocessing.Value("i", self.stage)
         queue = multiprocessing.Queue(args.workers * 3)
-        pool = [multiprocessing.Process(target=worker, daemon=True, args=(
-            settings, args.data, settings["seed"] + 1000 * i + self.step, stage, queue))
-            for i in range(args.workers)]
+        pool = [
+            multiprocessing.Process(
+                target=worker,
+                daemon=True,
+                args=(settings, args.data, settings["seed"] + 1000 * i + self.step, stage, queue),
+            )
+            for i in range(args.workers)
+        ]
         for process in pool:
             process.start()
         begin = last = saved = time.time()
-        answers, last_tokens, last_log = {"short": Answers(), "long": Answers()}, self.tokens, self.step
+        answers, last_tokens, last_log = (
+            {"short": Answers(), "long": Answers()},
+            self.tokens,
+            self.step,
+        )
         sums = np.zeros(5)
         stage_began = self.step
         while time.time() - begin < args.seconds and self.seconds < args.total_seconds:
@@ -217,14 +251,17 @@ class Trainer:
                 sums += [float(loss) for loss in losses]
             if self.step - last_log >= args.log_every:
                 spent = now - begin
-                print(f"step {self.step} stage {self.stage} {self.tokens / 1e6:.1f}M tokens "
-                      f"{(self.tokens - last_tokens) / spent / 1e3:.0f}K tok/s text "
-                      f"{sums[0] / (args.log_every / 10):.3f} answer {sums[1] / (args.log_every / 10):.3f} "
-                      f"distraction {sums[2] / (args.log_every / 10):.3f} "
-                      f"retrieval {sums[3] / (args.log_every / 10):.3f} "
-                      f"attention {sums[4] / (args.log_every / 10):.3f} right short "
-                      f"{answers['short'].right:.3f} long {answers['long'].right:.3f} "
-                      f"lr {self.rate():.1e} skipped {self.skipped} {self.seconds:.0f}s", flush=True)
+                print(
+                    f"step {self.step} stage {self.stage} {self.tokens / 1e6:.1f}M tokens "
+                    f"{(self.tokens - last_tokens) / spent / 1e3:.0f}K tok/s text "
+                    f"{sums[0] / (args.log_every / 10):.3f} answer {sums[1] / (args.log_every / 10):.3f} "
+                    f"distraction {sums[2] / (args.log_every / 10):.3f} "
+                    f"retrieval {sums[3] / (args.log_every / 10):.3f} "
+                    f"attention {sums[4] / (args.log_every / 10):.3f} right short "
+                    f"{answers['short'].right:.3f} long {answers['long'].right:.3f} "
+                    f"lr {self.rate():.1e} skipped {self.skipped} {self.seconds:.0f}s",
+                    flush=True,
+                )
                 sums[:] = 0
                 last_log = self.step
             if now - saved > SAVE_SECONDS:
@@ -251,21 +288,28 @@ def export(model, settings, args):
     for name in ["tokenizer.json", "tokenizer_config.json"]:
         shutil.copy(os.path.join(args.data, name), folder)
     with open(os.path.join(folder, "config.json"), "w") as file:
-        json.dump({"architectures": ["RambaForCausalLM"], **settings["model"],
-                   "torch_dtype": "bfloat16"}, file, indent=1)
-    safetensors_io.save({name: t.detach().to("cpu", torch.bfloat16)
-                         for name, t in model.state_dict().items()},
-                        os.path.join(folder, "model.safetensors"))
+        json.dump(
+            {"architectures": ["RambaForCausalLM"], **settings["model"], "torch_dtype": "bfloat16"},
+            file,
+            indent=1,
+        )
+    safetensors_io.save(
+        {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()},
+        os.path.join(folder, "model.safetensors"),
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--start", help="an export to go on from, with a schedule of its own, where "
-                        "OUT has no checkpoint")
+    parser.add_argument(
+        "--start",
+        help="an export to go on from, with a schedule of its own, where " "OUT has no checkpoint",
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="stop this call after so long")
     parser.add_argument("--total-seconds", type=float, default=1320, help="training time in all")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
