@@ -23,6 +23,10 @@
 #define LIMITS_IDLE_TIMEOUT_S 75                 /* above the 60 s of common load balancers */
 #define LIMITS_BODY_TIMEOUT_S 30                 /* without one byte of the body arriving */
 
+/* Keys. */
+#define LIMITS_KEYS 4096          /* all are looked at for each request, in constant time */
+#define LIMITS_KEY_BYTES_LEAST 16 /* of one that a person chose */
+
 /* Requests. */
 #define LIMITS_QUEUE_REQUESTS 256 /* waiting for the engine, then 429 */
 #define LIMITS_RUNNING 32         /* sequences decoded together */
@@ -31,7 +35,8 @@
 #define LIMITS_STOP_STRINGS 4     /* as the API page says */
 #define LIMITS_STOP_BYTES 256 /* a stop string is held back from the stream while it may match */
 #define LIMITS_LOGPROBS 20    /* as the API's top_logprobs */
-#define LIMITS_ECHO_LOGPROBS ((size_t)1 << 20) /* values echoed with a prompt, tens of bytes each */
+#define LIMITS_ECHO_LOGPROBS ((size_t)1 << 20) /* values echoed with a prompt, tens of bytes each \
+                                                */
 #define LIMITS_LOGIT_BIAS 1024
 #define LIMITS_METADATA_PAIRS 16 /* as the API page says, with the two below */
 #define LIMITS_METADATA_KEY 64

@@ -10,7 +10,7 @@
 
 #include "proto/limits.h"
 
-enum kind { TEXT, COUNT, BYTES };
+enum kind { TEXT, COUNT, BYTES, SWITCH };
 
 struct setting {
     const char *name, *value, *fallback, *help; /* value: how --help calls it */
@@ -26,6 +26,9 @@ static const struct setting settings[] = {
     {"host", "ADDRESS", "127.0.0.1", "address to listen on; 0.0.0.0 for every one", TEXT,
      FIELD(host)},
     {"port", "N", "8080", "port to listen on; 0 for any that is free", COUNT, FIELD(port)},
+    {"keys", "FILE", "", "API keys, written by rambad key; SIGHUP reads them again", TEXT,
+     FIELD(keys)},
+    {"insecure", "", "0", "listen beyond this machine without keys", SWITCH, FIELD(insecure)},
     {"data", "DIR", "data", "folder of the memories; one daemon at a time", TEXT, FIELD(data)},
     {"model", "DIR", "engine/models/ramba-6m",
      "folder with config.json, model.safetensors, tokenizer.json", TEXT, FIELD(model)},
@@ -91,7 +94,7 @@ static enum status set(struct config *config, const struct setting *s, const cha
 {
     char *field = (char *)config + s->offset;
     if (s->kind == TEXT) {
-        if (!*value || strlen(value) >= s->size)
+        if ((!*value && *s->fallback) || strlen(value) >= s->size)
             return error_set_param(err, STATUS_INVALID, s->name, "%s %s: empty or too long", where,
                                    s->name);
         memcpy(field, value, strlen(value) + 1);
@@ -100,13 +103,15 @@ static enum status set(struct config *config, const struct setting *s, const cha
     uint64_t number = 0;
     char *end;
     errno = 0;
-    const bool good = s->kind == BYTES ? parse_bytes(value, &number)
-                                       : (number = strtoull(value, &end, 10),
-                                          isdigit((unsigned char)*value) && !*end && !errno);
+    bool good = s->kind == BYTES ? parse_bytes(value, &number)
+                                 : (number = strtoull(value, &end, 10),
+                                    isdigit((unsigned char)*value) && !*end && !errno);
+    good = good && (s->kind != SWITCH || number <= 1);
     if (!good)
         return error_set_param(err, STATUS_INVALID, s->name,
                                s->kind == BYTES ? "%s %s: \"%s\" is not a size such as 512M or 2G"
-                                                : "%s %s: \"%s\" is not a whole number",
+                               : s->kind == SWITCH ? "%s %s: \"%s\" is neither 1 nor 0"
+                                                   : "%s %s: \"%s\" is not a whole number",
                                where, s->name, value);
     memcpy(field, &number, sizeof number);
     return STATUS_OK;
@@ -190,7 +195,8 @@ static enum status read_flags(int argc, char **argv, struct config *config, bool
         const size_t at = find(flag + 2, size);
         if (at == SETTINGS && !is_file)
             return error_set(err, STATUS_INVALID, "there is no flag %s; see --help", flag);
-        const char *value = flag[2 + size] == '=' ? flag + 3 + size : argv[++i];
+        const bool is_switch = !is_file && settings[at].kind == SWITCH;
+        const char *value = flag[2 + size] == '=' ? flag + 3 + size : is_switch ? "1" : argv[++i];
         if (!value)
             return error_set(err, STATUS_INVALID, "%s needs a value", flag);
         if (is_file) {
@@ -271,14 +277,17 @@ void config_print_help(void)
 {
     printf("rambad - a memory server for long conversations and documents\n\n"
            "  rambad [serve] [--NAME VALUE ...]   serve the HTTP API\n"
+           "  rambad key NAME FILE                make an API key\n"
            "  rambad check DIR                    verify every record of a data folder\n"
            "  rambad bench [--help]               measure this machine\n"
            "  rambad --version | --help\n\n"
            "Settings, as a flag (--host-memory 4G), in the environment (RAMBAD_HOST_MEMORY=4G) or\n"
            "in a file of \"host-memory = 4G\" lines (--config FILE); the first of these wins.\n\n");
     for (size_t i = 0; i < SETTINGS; i++)
-        printf("  --%s %s%*s%s (%s)\n", settings[i].name, settings[i].value,
+        printf(*settings[i].fallback ? "  --%s %s%*s%s (%s)\n" : "  --%s %s%*s%s\n",
+               settings[i].name, settings[i].value,
                (int)(26 - strlen(settings[i].name) - strlen(settings[i].value)), "",
                settings[i].help, settings[i].fallback);
-    printf("\nSIGTERM finishes or commits what runs, then ends; a second one ends at once.\n");
+    printf("\nSIGTERM finishes or commits what runs, then ends; a second one ends at once.\n"
+           "RAMBAD_API_KEY, in the environment alone, is one key more beside those of --keys.\n");
 }

@@ -10,11 +10,12 @@
 #include "proto/status.h"
 
 struct config {
-    char host[64], data[1024], model[1024], backend[16], memory_dtype[8], log_level[8];
+    char host[64], data[1024], model[1024], keys[1024], backend[16], memory_dtype[8], log_level[8];
     uint64_t port, threads, running, queue, connections;
     uint64_t drain_timeout, header_timeout, body_timeout, idle_timeout; /* seconds */
     uint64_t host_memory, session_memory, map_size;                     /* bytes */
     uint64_t keep_snapshots;
+    uint64_t insecure; /* a switch */
 };
 
 /* Reads the flags from argv[1] on, then RAMBAD_* of the environment, then the file of --config.

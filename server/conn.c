@@ -415,18 +415,38 @@ static void nowhere_end(struct request *request)
 static const struct request_handler nowhere = {
     .name = "none", .body_limit = NOWHERE_BYTES, .end_cb = nowhere_end};
 
+/* Leaves the request to `nowhere`; one with a long body ends the connection instead. */
+static enum status turn_away(struct conn *conn, const struct http_head *head, enum status status)
+{
+    conn->request.handler = &nowhere;
+    conn->request.refusal = status;
+    return head->chunked || head->content_length > (int64_t)NOWHERE_BYTES ? status : STATUS_OK;
+}
+
 static enum status find_handler(struct conn *conn, const struct http_head *head)
 {
     struct request *r = &conn->request;
     r->refusal = route_find(head, &r->handler, r->argument);
     if (!r->refusal)
         return STATUS_OK;
-    r->handler = &nowhere;
     if (r->refusal == STATUS_NOT_FOUND)
         error_set(&conn->err, r->refusal, "there is nothing at %.200s", head->path);
     else
         error_set(&conn->err, r->refusal, "%.200s does not take %s", head->path, head->method);
-    return head->chunked || head->content_length > (int64_t)NOWHERE_BYTES ? r->refusal : STATUS_OK;
+    return turn_away(conn, head, r->refusal);
+}
+
+static enum status check_key(struct conn *conn, const struct http_head *head)
+{
+    struct request *r = &conn->request;
+    const struct auth *auth = conn->server->auth;
+    if (r->handler->without_key || !auth_is_required(auth) ||
+        auth_check(auth, head->authorization, r->key))
+        return STATUS_OK;
+    error_set(&conn->err, STATUS_UNAUTHORIZED,
+              *head->authorization ? "the API key is not one of this server's"
+                                   : "send an API key: \"authorization: Bearer KEY\"");
+    return turn_away(conn, head, STATUS_UNAUTHORIZED);
 }
 
 static enum status head_cb(void *context, const struct http_head *head)
@@ -440,7 +460,9 @@ static enum status head_cb(void *context, const struct http_head *head)
         snprintf(r->id, sizeof r->id, "%s", head->request_id);
     else
         server_new_id(conn->server, "req_", r->id);
-    const enum status status = find_handler(conn, head);
+    enum status status = find_handler(conn, head);
+    if (!status)
+        status = check_key(conn, head);
     if (status)
         return status;
     if (conn->server->draining && !r->handler->while_draining)
@@ -452,6 +474,12 @@ static enum status head_cb(void *context, const struct http_head *head)
             error_set(&conn->err, STATUS_UNSUPPORTED, "\"%.*s\" is not a query field of %.200s",
                       (int)strcspn(unknown, "=&") < 60 ? (int)strcspn(unknown, "=&") : 60, unknown,
                       head->path);
+    }
+    if (!r->refusal && r->handler->of_memory && !request_may_use(r, r->argument)) {
+        error_set(&conn->err, STATUS_NOT_FOUND, "no memory named %s", r->argument);
+        status = turn_away(conn, head, STATUS_NOT_FOUND);
+        if (status)
+            return status;
     }
     if (!r->handler->body_cb && head->content_length > (int64_t)r->handler->body_limit)
         return error_set(&conn->err, STATUS_TOO_LARGE, "the body may hold at most %zu bytes",
@@ -550,6 +578,23 @@ void request_done(struct request *request)
         free_if_over(conn);
     else if (request->complete && !conn->in_process)
         finish_request(conn);
+}
+
+const char *request_tenant(const struct request *request)
+{
+    return request->key[0] ? request->key : NULL;
+}
+
+bool request_may_use(const struct request *request, const char *id)
+{
+    struct storage_memory memory;
+    if (!request->key[0])
+        return true;
+    if (storage_memory_get(request->server->storage, id, &memory))
+        return false;
+    const bool may = !memory.ephemeral && strcmp(memory.tenant, request->key) == 0;
+    storage_memory_close(&memory);
+    return may;
 }
 
 /* ---- answers ---- */
@@ -656,6 +701,8 @@ void request_fail(struct request *request, enum status status, const struct erro
         buf_append_text(&headers, "retry-after-ms: 1000\r\nretry-after: 1\r\n");
     else if (status == STATUS_BUSY || status == STATUS_UNAVAILABLE)
         buf_append_text(&headers, "retry-after-ms: 2000\r\nretry-after: 2\r\n");
+    else if (status == STATUS_UNAUTHORIZED)
+        buf_append_text(&headers, "www-authenticate: Bearer\r\n");
     else if (status == STATUS_METHOD)
         route_append_allow(request->head->path, &headers);
     answer(request, status_http(status), "application/json", buf_text(&headers), body.data,

@@ -22,6 +22,8 @@ struct request_handler {
     size_t body_limit;
     const char *const *query; /* names it takes, NULL at the end; NULL: none */
     bool while_draining;      /* is answered to the last */
+    bool without_key;         /* is answered to everybody */
+    bool of_memory;           /* {id} is a memory of the key's */
     /* A stream of text: part of the body. It may stop the flow with request_pause. */
     void (*body_cb)(struct request *request, const char *data, size_t size);
     /* The body begins: for handlers with a body_cb. */
@@ -37,6 +39,7 @@ struct request {
     const struct http_head *head;
     char id[LIMITS_ID_BYTES];
     char argument[LIMITS_ID_BYTES]; /* {id} of the path */
+    char key[LIMITS_ID_BYTES];      /* name of the API key; "": the server has none */
     struct buf body;
     /* The handler's own. gone_cb runs once if the client goes away before the answer is complete;
      * after it the handler must not answer, only clean up and call request_done. */
@@ -48,7 +51,7 @@ struct request {
      * sign of life. Set by the handler while it holds the request. */
     bool wants_stream;
     bool gone, head_complete, answered, streaming, chunked, complete, held;
-    bool download; /* a stream of bytes that are no events */
+    bool download;       /* a stream of bytes that are no events */
     enum status refusal; /* of a request that no handler takes */
     int http_status;
     uint64_t began_ns, spoke_ns; /* when it came; the last sign of life to its client */
@@ -58,6 +61,11 @@ struct request {
  * have answered when end_cb returns. */
 void request_hold(struct request *request);
 void request_done(struct request *request);
+/* Whose memories the request is about; NULL: everybody's, on a server without keys. */
+const char *request_tenant(const struct request *request);
+/* Whether it may know of the memory `id`. A stranger's is like one that is not there, which is also
+ * false, but true on a server without keys. Any thread. */
+bool request_may_use(const struct request *request, const char *id);
 /* The whole answer. */
 void request_answer(struct request *request, int http_status, const char *type, const char *body,
                     size_t size);

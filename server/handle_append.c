@@ -281,6 +281,7 @@ static void end(struct request *request)
 }
 
 const struct request_handler handle_append = {.name = "append",
+                                              .of_memory = true,
                                               .query = (const char *const[]){"offset", NULL},
                                               .begin_cb = begin,
                                               .body_cb = body,

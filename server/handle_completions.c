@@ -625,6 +625,8 @@ static enum status check_asked(struct completion *c)
         return error_set_param(&c->err, STATUS_NOT_FOUND, "model",
                                "no model named %s; this server has %s", c->asked.model,
                                info->model_name);
+    if (c->asked.memory[0] && !request_may_use(c->request, c->asked.memory))
+        return error_set(&c->err, STATUS_NOT_FOUND, "no memory named %s", c->asked.memory);
     struct sampler_params params;
     fill_sampling(c, &params);
     const enum status status =

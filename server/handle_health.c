@@ -29,8 +29,8 @@ static void metrics(struct request *request)
 }
 
 const struct request_handler handle_health_live = {
-    .name = "health", .while_draining = true, .end_cb = live};
+    .name = "health", .while_draining = true, .without_key = true, .end_cb = live};
 const struct request_handler handle_health_ready = {
-    .name = "health", .while_draining = true, .end_cb = ready};
+    .name = "health", .while_draining = true, .without_key = true, .end_cb = ready};
 const struct request_handler handle_metrics = {
     .name = "metrics", .while_draining = true, .end_cb = metrics};

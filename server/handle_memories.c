@@ -34,6 +34,12 @@ static void create(struct request *request)
         request_fail(request, status, &err);
         return;
     }
+    if (asked.from[0] && !request_may_use(request, asked.from)) {
+        error_set_param(&err, STATUS_NOT_FOUND, "from", "no memory named %s", asked.from);
+        memory_request_close(&asked);
+        request_fail(request, STATUS_NOT_FOUND, &err);
+        return;
+    }
     request->server->metrics.forks += asked.from[0] != 0;
     if (asked.at) {
         reach_fork(request, &asked);
@@ -47,8 +53,10 @@ static void create(struct request *request)
     }
     server_new_id(request->server, "mem_", wait->id);
     wait_for_write(wait, created);
-    const struct storage_memory_options options = {
-        .id = wait->id, .from = asked.from[0] ? asked.from : NULL, .metadata = asked.metadata};
+    const struct storage_memory_options options = {.id = wait->id,
+                                                   .from = asked.from[0] ? asked.from : NULL,
+                                                   .metadata = asked.metadata,
+                                                   .tenant = request->key};
     const enum status queued =
         storage_memory_create(request->server->storage, &options, wait_stored_cb, wait);
     memory_request_close(&asked);
@@ -78,8 +86,9 @@ static void list(struct request *request)
     struct storage_memory memories[WAIT_LIST_MAX];
     size_t count = 0;
     bool has_more = false;
-    const enum status status = storage_memory_list(
-        request->server->storage, has_after ? after : NULL, limit, memories, &count, &has_more);
+    const enum status status =
+        storage_memory_list(request->server->storage, request_tenant(request),
+                            has_after ? after : NULL, limit, memories, &count, &has_more);
     if (status) {
         wait_fail_memory(request, status, has_after ? after : "");
         return;
@@ -257,9 +266,12 @@ const struct request_handler handle_memories_list = {
     .name = "memories_list",
     .query = (const char *const[]){"limit", "after", NULL},
     .end_cb = list};
-const struct request_handler handle_memories_get = {.name = "memories_get", .end_cb = get};
-const struct request_handler handle_memories_delete = {.name = "memories_delete", .end_cb = delete};
+const struct request_handler handle_memories_get = {
+    .name = "memories_get", .of_memory = true, .end_cb = get};
+const struct request_handler handle_memories_delete = {
+    .name = "memories_delete", .of_memory = true, .end_cb = delete};
 const struct request_handler handle_memories_chunks = {
     .name = "memories_chunks",
+    .of_memory = true,
     .query = (const char *const[]){"from", "limit", NULL},
     .end_cb = chunks};

@@ -169,7 +169,7 @@ static void write_piece(uv_work_t *work)
     if (!move->in)
         move->status = storage_import_open(
             move->server->storage, engine_get_info(move->server->engine)->config->vocab_size,
-            &move->in);
+            move->request->key, &move->in);
     if (!move->status && move->piece.size)
         move->status =
             storage_import_feed(move->in, move->piece.data, move->piece.size, &move->err);
@@ -242,8 +242,8 @@ static void import_end(struct request *request)
     import_next(move);
 }
 
-const struct request_handler handle_memories_export = {.name = "memories_export",
-                                                       .end_cb = export_memory};
+const struct request_handler handle_memories_export = {
+    .name = "memories_export", .of_memory = true, .end_cb = export_memory};
 const struct request_handler handle_memories_import = {.name = "memories_import",
                                                        .begin_cb = import_begin,
                                                        .body_cb = import_body,

@@ -149,11 +149,19 @@ static void rewind_memory(struct request *request)
         reach_rewind(request, request->argument, to);
 }
 
-const struct request_handler handle_turns_list = {
-    .name = "turns_list", .query = (const char *const[]){"from", "limit", NULL}, .end_cb = list};
+const struct request_handler handle_turns_list = {.name = "turns_list",
+                                                  .of_memory = true,
+                                                  .query =
+                                                      (const char *const[]){"from", "limit", NULL},
+                                                  .end_cb = list};
 const struct request_handler handle_turns_bookmark = {
-    .name = "turns_bookmark", .body_limit = BODY_LIMIT, .end_cb = bookmark};
-const struct request_handler handle_turns_delete = {
-    .name = "turns_delete", .query = (const char *const[]){"position", NULL}, .end_cb = delete};
-const struct request_handler handle_memories_rewind = {
-    .name = "memories_rewind", .body_limit = BODY_LIMIT, .end_cb = rewind_memory};
+    .name = "turns_bookmark", .of_memory = true, .body_limit = BODY_LIMIT, .end_cb = bookmark};
+const struct request_handler handle_turns_delete = {.name = "turns_delete",
+                                                    .of_memory = true,
+                                                    .query =
+                                                        (const char *const[]){"position", NULL},
+                                                    .end_cb = delete};
+const struct request_handler handle_memories_rewind = {.name = "memories_rewind",
+                                                       .of_memory = true,
+                                                       .body_limit = BODY_LIMIT,
+                                                       .end_cb = rewind_memory};

@@ -8,8 +8,16 @@
 #include "proto/base/assert.h"
 #include "proto/limits.h"
 
-enum kept { KEPT_CONTENT_TYPE, KEPT_ACCEPT, KEPT_REQUEST_ID, KEPT_EXPECT, KEPT_COUNT };
-static const char *const kept_names[] = {"content-type", "accept", "x-request-id", "expect"};
+enum kept {
+    KEPT_CONTENT_TYPE,
+    KEPT_ACCEPT,
+    KEPT_REQUEST_ID,
+    KEPT_AUTHORIZATION,
+    KEPT_EXPECT,
+    KEPT_COUNT
+};
+static const char *const kept_names[] = {"content-type", "accept", "x-request-id", "authorization",
+                                         "expect"};
 
 struct http_parser {
     llhttp_t llhttp;
@@ -130,8 +138,8 @@ static int on_head(llhttp_t *llhttp)
         h->query = h->path + strlen(h->path);
     if (!decode(h->path) || h->path[0] != '/')
         return stop(p, STATUS_INVALID);
-    char **const texts[] = {&h->content_type, &h->accept, &h->request_id};
-    for (int i = 0; i < 3; i++) {
+    char **const texts[] = {&h->content_type, &h->accept, &h->request_id, &h->authorization};
+    for (int i = 0; i < KEPT_EXPECT; i++) {
         buf_text(&p->kept[i]);
         *texts[i] = p->kept[i].data;
     }

@@ -14,9 +14,9 @@
 /* The head of a request. Texts end with NUL and live until the next request begins. */
 struct http_head {
     char method[16];
-    char *path;                               /* percent-decoded */
-    char *query;                              /* as sent, without the '?'; "" when there is none */
-    char *content_type, *accept, *request_id; /* "" when absent */
+    char *path;  /* percent-decoded */
+    char *query; /* as sent, without the '?'; "" when there is none */
+    char *content_type, *accept, *request_id, *authorization; /* "" when absent */
     bool keep_alive, expect_continue, chunked, http_1_0;
     int64_t content_length; /* -1: not told */
 };

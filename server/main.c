@@ -15,7 +15,7 @@ struct process {
     uv_loop_t loop;
     struct config config;
     struct server server;
-    uv_signal_t terminate, interrupt;
+    uv_signal_t terminate, interrupt, hangup;
     int signals;
 };
 
@@ -94,6 +94,7 @@ static void closed_cb(void *context)
     server_close(&process->server);
     uv_close((uv_handle_t *)&process->terminate, NULL);
     uv_close((uv_handle_t *)&process->interrupt, NULL);
+    uv_close((uv_handle_t *)&process->hangup, NULL);
 }
 
 static void drained_cb(void *context)
@@ -113,6 +114,17 @@ static void signal_cb(uv_signal_t *handle, int number)
     server_drain(&process->server, process->config.drain_timeout * 1000, drained_cb, process);
 }
 
+static void hangup_cb(uv_signal_t *handle, int number)
+{
+    struct process *process = handle->data;
+    struct error err = {0};
+    (void)number;
+    if (auth_reload(process->server.auth, &err))
+        log_event(LOG_ERROR, "keys stay as they were", "error", LOG_STR, err.message, NULL);
+    else
+        log_event(LOG_INFO, "keys read", "file", LOG_STR, process->config.keys, NULL);
+}
+
 /* Connections and the store's files count against one limit, which is often set low. */
 static void raise_file_limit(void)
 {
@@ -129,9 +141,25 @@ static void watch_signals(struct process *process)
     signal(SIGPIPE, SIG_IGN);
     uv_signal_init(&process->loop, &process->terminate);
     uv_signal_init(&process->loop, &process->interrupt);
-    process->terminate.data = process->interrupt.data = process;
+    uv_signal_init(&process->loop, &process->hangup);
+    process->terminate.data = process->interrupt.data = process->hangup.data = process;
     uv_signal_start(&process->terminate, signal_cb, SIGTERM);
     uv_signal_start(&process->interrupt, signal_cb, SIGINT);
+    uv_signal_start(&process->hangup, hangup_cb, SIGHUP);
+}
+
+/* Keys, and whether it may listen without any. */
+static enum status open_keys(const struct config *config, struct auth **auth, struct error *err)
+{
+    const bool loopback = strncmp(config->host, "127.", 4) == 0 || strcmp(config->host, "::1") == 0;
+    const enum status status = auth_open(config->keys, getenv(AUTH_ENVIRONMENT), auth, err);
+    if (status || auth_is_required(*auth) || loopback || config->insecure)
+        return status;
+    auth_close(*auth);
+    return error_set(err, STATUS_INVALID,
+                     "--host %s is open to others, who could read and change every memory: make a "
+                     "key with \"rambad key NAME FILE\" and give --keys FILE, or say --insecure",
+                     config->host);
 }
 
 static int serve(struct process *process)
@@ -145,9 +173,14 @@ static int serve(struct process *process)
     log_set_level(level);
     signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes is a full disk, answered as such */
     raise_file_limit();
-    if (open_engine(config, &engine, &err))
+    if (open_keys(config, &server->auth, &err))
         return fail("", &err);
+    if (open_engine(config, &engine, &err)) {
+        auth_close(server->auth);
+        return fail("", &err);
+    }
     if (open_storage(config, engine, &server->storage, &err)) {
+        auth_close(server->auth);
         engine_close(engine);
         return fail("", &err);
     }
@@ -163,6 +196,7 @@ static int serve(struct process *process)
     int port = (int)config->port;
     if (server_listen(server, &port, &err) ||
         engine_thread_open(&process->loop, &options, &server->engine_thread, &err)) {
+        auth_close(server->auth);
         engine_close(engine);
         storage_close(server->storage);
         return fail("", &err);
@@ -175,6 +209,7 @@ static int serve(struct process *process)
     uv_run(&process->loop, UV_RUN_DEFAULT);
     storage_close(server->storage);
     uv_loop_close(&process->loop);
+    auth_close(server->auth);
     log_event(LOG_INFO, "ended", NULL);
     return 0;
 }
@@ -184,6 +219,8 @@ int main(int argc, char **argv)
     static struct process process;
     if (argc > 1 && strcmp(argv[1], "check") == 0)
         return check_main(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "key") == 0)
+        return auth_key_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "bench") == 0)
         return bench_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "serve") == 0) {

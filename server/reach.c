@@ -228,6 +228,7 @@ static void start(struct reach *reach, const char *metadata)
                                                    .from = reach->at ? reach->source : NULL,
                                                    .at = reach->at,
                                                    .metadata = metadata,
+                                                   .tenant = reach->wait->request->key,
                                                    .ephemeral = true};
     wait_for_write(reach->wait, forked);
     const enum status status =

@@ -7,6 +7,7 @@
 #include <uv.h>
 
 #include "proto/base/list.h"
+#include "server/auth.h"
 #include "server/config.h"
 #include "server/engine_thread.h"
 #include "server/metrics.h"
@@ -15,6 +16,7 @@
 struct server {
     uv_loop_t *loop;
     const struct config *config;
+    struct auth *auth;
     struct engine_thread *engine_thread;
     const struct engine *engine; /* its immutable parts: tokeniser, sizes */
     struct storage *storage;

@@ -15,6 +15,7 @@ struct storage_import {
     struct gather gather;
     uint32_t vocabulary;
     char memory[LIMITS_ID_BYTES]; /* ephemeral until the end */
+    char tenant[LIMITS_ID_BYTES];
     bool has_memory, ended;
     uint64_t branch;
     struct memory_file_manifest ours, manifest;
@@ -82,7 +83,7 @@ static enum status take_manifest(struct storage_import *file, const char *payloa
     if ((m->token_count > 0) != (m->snapshot_bytes > 0) || m->snapshot_bytes > SNAPSHOT_BYTES_MOST)
         return damaged(file, "has sizes that do not fit", err);
     struct storage_memory_options options = {
-        .id = file->memory, .metadata = m->metadata, .ephemeral = true};
+        .id = file->memory, .metadata = m->metadata, .tenant = file->tenant, .ephemeral = true};
     gather_new_id(file->memory);
     status = gather_create(&file->gather, file->storage, &options);
     if (status)
@@ -317,14 +318,18 @@ enum status storage_import_finish(struct storage_import *file, const char *id, s
     return status ? failed(status, err) : STATUS_OK;
 }
 
-enum status storage_import_open(struct storage *storage, uint32_t vocabulary,
+enum status storage_import_open(struct storage *storage, uint32_t vocabulary, const char *tenant,
                                 struct storage_import **out)
 {
+    if (tenant && strlen(tenant) >= LIMITS_ID_BYTES)
+        return STATUS_INVALID;
     struct storage_import *file = calloc(1, sizeof *file);
     if (!file)
         return STATUS_NO_MEMORY;
     file->storage = storage;
     file->vocabulary = vocabulary;
+    if (tenant)
+        memcpy(file->tenant, tenant, strlen(tenant) + 1);
     file->next = MEMORY_FILE_MANIFEST;
     gather_init(&file->gather);
     buf_init(&file->part);

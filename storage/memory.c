@@ -72,7 +72,8 @@ static enum status step_back(struct store_write *write, struct record_memory *so
 }
 
 enum status memory_create(struct store_write *write, const char *id, const char *from, uint64_t at,
-                          bool ephemeral, const char *metadata, size_t metadata_size)
+                          bool ephemeral, const char *tenant, const char *metadata,
+                          size_t metadata_size)
 {
     struct record_memory record = {0}, source = {0};
     enum status status = memory_get(write->storage, write->txn, id, &record);
@@ -95,6 +96,7 @@ enum status memory_create(struct store_write *write, const char *id, const char 
     record.metadata_size = metadata_size;
     if (from)
         memcpy(record.parent, from, strlen(from) + 1);
+    memcpy(record.tenant, tenant, strlen(tenant) + 1);
     status = branch_create(write, source.branch, source.position, id, &record.branch);
     if (!status && record.snapshot)
         status = snapshot_reference(write, record.snapshot);

@@ -16,7 +16,8 @@ STATUS_CHECKED enum status memory_get(const struct storage *storage, MDB_txn *tx
 
 STATUS_CHECKED enum status memory_create(struct store_write *write, const char *id,
                                          const char *from, uint64_t at, bool ephemeral,
-                                         const char *metadata, size_t metadata_size);
+                                         const char *tenant, const char *metadata,
+                                         size_t metadata_size);
 STATUS_CHECKED enum status memory_update(struct store_write *write, const char *id,
                                          const char *metadata, size_t metadata_size);
 STATUS_CHECKED enum status memory_delete(struct store_write *write, const char *id);

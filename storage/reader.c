@@ -29,6 +29,7 @@ static enum status fill_memory(const struct storage *storage, MDB_txn *txn, cons
     *memory = (struct storage_memory){.branch = record->branch};
     memcpy(memory->id, id, strlen(id) + 1);
     memcpy(memory->parent, record->parent, sizeof memory->parent);
+    memcpy(memory->tenant, record->tenant, sizeof memory->tenant);
     memory->created_at = record->created_at;
     memory->token_count = record->position;
     memory->chunk_count = record->position / storage->chunk_tokens;
@@ -71,10 +72,15 @@ void storage_memory_close(struct storage_memory *memory)
     memory->metadata = NULL;
 }
 
+static bool belongs_to(const struct record_memory *record, const char *tenant)
+{
+    return !tenant || strcmp(record->tenant, tenant) == 0;
+}
+
 /* Walks the branches from the newest down: their order is the order of creation. */
-static enum status list_memories(struct storage *storage, MDB_txn *txn, uint64_t before,
-                                 size_t limit, struct storage_memory *memories, size_t *count,
-                                 bool *has_more)
+static enum status list_memories(struct storage *storage, MDB_txn *txn, const char *tenant,
+                                 uint64_t before, size_t limit, struct storage_memory *memories,
+                                 size_t *count, bool *has_more)
 {
     unsigned char wanted[8];
     MDB_cursor *cursor;
@@ -97,7 +103,7 @@ static enum status list_memories(struct storage *storage, MDB_txn *txn, uint64_t
         status = memory_get(storage, txn, branch.owner, &record);
         if (status == STATUS_NOT_FOUND)
             status = STATUS_CORRUPT;
-        if (status || record.ephemeral)
+        if (status || record.ephemeral || !belongs_to(&record, tenant))
             continue;
         if (*count == limit) {
             *has_more = true;
@@ -111,8 +117,9 @@ static enum status list_memories(struct storage *storage, MDB_txn *txn, uint64_t
     return status || rc == 0 || rc == MDB_NOTFOUND ? status : store_status(rc);
 }
 
-enum status storage_memory_list(struct storage *storage, const char *after, size_t limit,
-                                struct storage_memory *memories, size_t *count, bool *has_more)
+enum status storage_memory_list(struct storage *storage, const char *tenant, const char *after,
+                                size_t limit, struct storage_memory *memories, size_t *count,
+                                bool *has_more)
 {
     struct record_memory record = {.branch = UINT64_MAX};
     MDB_txn *txn;
@@ -123,8 +130,11 @@ enum status storage_memory_list(struct storage *storage, const char *after, size
         return status;
     if (after)
         status = memory_get(storage, txn, after, &record);
+    if (!status && after && !belongs_to(&record, tenant))
+        status = STATUS_NOT_FOUND;
     if (!status)
-        status = list_memories(storage, txn, record.branch, limit, memories, count, has_more);
+        status =
+            list_memories(storage, txn, tenant, record.branch, limit, memories, count, has_more);
     store_read_end(storage, txn);
     if (status) {
         for (size_t i = 0; i < *count; i++)

@@ -6,6 +6,8 @@
 #include "proto/base/hash.h"
 
 #define VERSION 1
+#define MEMORY_EPHEMERAL 1u /* flags of a memory */
+#define MEMORY_TENANT 2u
 #define SMALL_HEADER_BYTES 4
 #define CHECKSUM_BYTES 8
 
@@ -338,8 +340,11 @@ void record_memory_encode(struct buf *out, const void *key, size_t key_size,
     put_u64(out, memory->text_bytes);
     put_u64(out, memory->snapshot);
     put_u64(out, (uint64_t)memory->created_at);
-    put_u32(out, memory->ephemeral ? 1 : 0);
+    put_u32(out,
+            (memory->ephemeral ? MEMORY_EPHEMERAL : 0) | (memory->tenant[0] ? MEMORY_TENANT : 0));
     put_text(out, memory->parent, sizeof memory->parent);
+    if (memory->tenant[0])
+        put_text(out, memory->tenant, sizeof memory->tenant);
     put_u32(out, (uint32_t)memory->metadata_size);
     buf_append(out, memory->metadata, memory->metadata_size);
     small_end(out, key, key_size);
@@ -358,11 +363,16 @@ enum status record_memory_decode(const void *key, size_t key_size, const void *v
     memory->snapshot = take_u64(&in);
     memory->created_at = (int64_t)take_u64(&in);
     uint32_t flags = take_u32(&in);
-    memory->ephemeral = flags == 1;
+    memory->ephemeral = (flags & MEMORY_EPHEMERAL) != 0;
     take_text(&in, memory->parent, sizeof memory->parent);
+    memory->tenant[0] = 0;
+    if (flags & MEMORY_TENANT) {
+        take_text(&in, memory->tenant, sizeof memory->tenant);
+        in.bad |= !memory->tenant[0];
+    }
     memory->metadata_size = take_u32(&in);
     memory->metadata = (const char *)take(&in, memory->metadata_size);
-    if (flags > 1 || memory->metadata_size > RECORD_METADATA_BYTES)
+    if (flags > (MEMORY_EPHEMERAL | MEMORY_TENANT) || memory->metadata_size > RECORD_METADATA_BYTES)
         return STATUS_CORRUPT;
     return small_close(&in);
 }

@@ -13,7 +13,7 @@
 #include "proto/status.h"
 
 /* Format of the folder. A reader refuses a higher one; a change of any layout below raises it. */
-#define RECORD_FORMAT 2 /* 1 knew no turns; storage_open migrates it */
+#define RECORD_FORMAT 3 /* 1 knew no turns, 2 no tenants; storage_open migrates both */
 
 enum record_kind {
     RECORD_KV = 1,
@@ -93,6 +93,7 @@ struct record_memory {
     int64_t created_at;
     bool ephemeral;
     char parent[LIMITS_ID_BYTES];
+    char tenant[LIMITS_ID_BYTES]; /* whose it is; "": nobody's, and not in the record */
     const char *metadata; /* not terminated; decoded: borrowed from the value */
     size_t metadata_size;
 };

@@ -69,6 +69,8 @@ struct storage_memory_options {
     uint64_t at;          /* 0: at its committed position; else at its last snapshot before or at
                              this position, at the beginning when there is none */
     const char *metadata; /* JSON object text, stored as it is; NULL: "{}" */
+    const char *tenant;   /* whose it is, for the caller to ask for; NULL: nobody's. A settled
+                             memory stays whose the one it takes the place of was */
     bool ephemeral;       /* not listed, dropped at the next opening */
 };
 
@@ -144,6 +146,7 @@ STATUS_CHECKED enum status storage_turn_delete(struct storage *storage, const ch
 struct storage_memory {
     char id[LIMITS_ID_BYTES];
     char parent[LIMITS_ID_BYTES]; /* "" for none */
+    char tenant[LIMITS_ID_BYTES]; /* "" for nobody's */
     uint64_t branch;
     int64_t created_at; /* seconds since 1970 */
     uint64_t token_count, chunk_count, text_bytes;
@@ -157,12 +160,13 @@ struct storage_memory {
 STATUS_CHECKED enum status storage_memory_get(struct storage *storage, const char *id,
                                               struct storage_memory *memory);
 void storage_memory_close(struct storage_memory *memory);
-/* Memories that are not ephemeral, newest first, after the one named `after` (NULL: from the
- * start): at most `limit` into `memories`; `*has_more` says whether there are others. An unknown
- * `after` is STATUS_NOT_FOUND. */
-STATUS_CHECKED enum status storage_memory_list(struct storage *storage, const char *after,
-                                               size_t limit, struct storage_memory *memories,
-                                               size_t *count, bool *has_more);
+/* The tenant's memories (NULL: everybody's) that are not ephemeral, newest first, after the one
+ * named `after` (NULL: from the start): at most `limit` into `memories`; `*has_more` says whether
+ * there are others. An `after` that is none of them is STATUS_NOT_FOUND. */
+STATUS_CHECKED enum status storage_memory_list(struct storage *storage, const char *tenant,
+                                               const char *after, size_t limit,
+                                               struct storage_memory *memories, size_t *count,
+                                               bool *has_more);
 struct storage_turn {
     uint64_t position, text_bytes;
     int64_t created_at;
@@ -226,9 +230,11 @@ STATUS_CHECKED enum status storage_export_next(struct storage_export *file, stru
 void storage_export_close(struct storage_export *file);
 
 struct storage_import;
-/* `vocabulary`: how many tokens the model knows. STATUS_DISK_FULL, STATUS_IO, STATUS_NO_MEMORY. */
+/* `vocabulary`: how many tokens the model knows. `tenant`: whose the memory will be, NULL:
+ * nobody's; copied. STATUS_INVALID: one that is too long. STATUS_DISK_FULL, STATUS_IO,
+ * STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status storage_import_open(struct storage *storage, uint32_t vocabulary,
-                                               struct storage_import **out);
+                                               const char *tenant, struct storage_import **out);
 /* The file's next bytes, as they come. STATUS_MISMATCH (another model's), STATUS_CORRUPT (altered),
  * STATUS_UNSUPPORTED (a newer format) say in `err` which part; also STATUS_DISK_FULL, STATUS_IO,
  * STATUS_NO_MEMORY. After a failure only storage_import_close may follow. */

@@ -443,7 +443,7 @@ static enum status migrate(struct store_write *write, struct record_meta *meta)
 {
     uint32_t old = meta->format;
     struct buf buf;
-    enum status status = memory_migrate(write);
+    enum status status = old < 2 ? memory_migrate(write) : STATUS_OK; /* 2 reads as it is */
     if (status)
         return status;
     meta->format = RECORD_FORMAT;

@@ -47,6 +47,7 @@ struct item {
     const void *kv, *landmark;
     char id[LIMITS_ID_BYTES];
     char from[LIMITS_ID_BYTES]; /* create: "" for none; settle: the ephemeral memory */
+    char tenant[LIMITS_ID_BYTES]; /* create */
     uint64_t at;                /* create; bookmark, delete turn: the turn's position */
     char bookmark[LIMITS_BOOKMARK_BYTES];
     bool ephemeral;
@@ -216,7 +217,7 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
     switch (item->kind) {
     case ITEM_CREATE:
         return memory_create(write, item->id, item->from[0] ? item->from : NULL, item->at,
-                             item->ephemeral, metadata, item->metadata_size);
+                             item->ephemeral, item->tenant, metadata, item->metadata_size);
     case ITEM_UPDATE:
         return memory_update(write, item->id, metadata, item->metadata_size);
     case ITEM_COMMIT:
@@ -634,7 +635,8 @@ static enum status queue_metadata(struct storage *storage, enum item_kind kind,
     item->at = options->at;
     item->metadata_size = size;
     memcpy(item->payload, metadata, size);
-    if (set_id(item->id, options->id) || (options->from && set_id(item->from, options->from))) {
+    if (set_id(item->id, options->id) || (options->from && set_id(item->from, options->from)) ||
+        (options->tenant && options->tenant[0] && set_id(item->tenant, options->tenant))) {
         free(item);
         return STATUS_INVALID;
     }

@@ -491,7 +491,7 @@ static void test_list(void **state)
     struct storage_memory page[7];
     size_t count;
     bool more;
-    assert_int_equal(storage_memory_list(storage, NULL, 7, page, &count, &more), STATUS_OK);
+    assert_int_equal(storage_memory_list(storage, NULL, NULL, 7, page, &count, &more), STATUS_OK);
     assert_true(count == 0 && !more);
     for (int i = 0; i < 20; i++) {
         char id[16];
@@ -505,7 +505,7 @@ static void test_list(void **state)
     int seen = 0, expect = 19;
     do {
         assert_int_equal(
-            storage_memory_list(storage, after[0] ? after : NULL, 7, page, &count, &more),
+            storage_memory_list(storage, NULL, after[0] ? after : NULL, 7, page, &count, &more),
             STATUS_OK);
         for (size_t i = 0; i < count; i++, expect--, seen++) {
             char id[16];
@@ -519,11 +519,80 @@ static void test_list(void **state)
         assert_true(count == 7 || !more);
     } while (more);
     assert_int_equal(seen, 15);
-    assert_int_equal(storage_memory_list(storage, "m5", 7, page, &count, &more),
+    assert_int_equal(storage_memory_list(storage, NULL, "m5", 7, page, &count, &more),
                      STATUS_NOT_FOUND);
-    assert_int_equal(storage_memory_list(storage, NULL, 0, page, &count, &more), STATUS_OK);
+    assert_int_equal(storage_memory_list(storage, NULL, NULL, 0, page, &count, &more), STATUS_OK);
     assert_true(count == 0 && more);
     storage_close(storage);
+}
+
+static void create_for(struct storage *storage, const char *id, const char *from,
+                       const char *tenant)
+{
+    const struct storage_memory_options options = {.id = id, .from = from, .tenant = tenant};
+    struct store_wait wait;
+    store_wait_init(&wait);
+    assert_int_equal(
+        store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait)),
+        STATUS_OK);
+}
+
+/* The tenant's memories behind `after`, "a b c". */
+static void assert_listed(struct storage *storage, const char *tenant, const char *after,
+                          size_t limit, bool has_more, const char *ids)
+{
+    struct storage_memory page[7];
+    char names[128] = "";
+    size_t count, size = 0;
+    bool more;
+    assert_int_equal(storage_memory_list(storage, tenant, after, limit, page, &count, &more),
+                     STATUS_OK);
+    for (size_t i = 0; i < count; i++) {
+        assert_string_equal(page[i].tenant, tenant);
+        size +=
+            (size_t)snprintf(names + size, sizeof names - size, "%s%s", i ? " " : "", page[i].id);
+        storage_memory_close(&page[i]);
+    }
+    assert_string_equal(names, ids);
+    assert_int_equal(more, has_more);
+}
+
+/* A tenant's list holds the tenant's memories, in pages too; whose a memory is stays with it
+ * through metadata, settling and a restart. */
+static void test_tenants(void **state)
+{
+    static const char *const tenants[] = {"ann", "bob", NULL};
+    struct storage *storage = open_at(*state);
+    struct storage_memory page[7];
+    struct store_wait wait;
+    size_t count;
+    bool more;
+    for (int i = 0; i < 9; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "m%d", i);
+        create_for(storage, id, NULL, tenants[i % 3]);
+    }
+    create_for(storage, "fork", "m0", "ann");
+    store_wait_init(&wait);
+    assert_int_equal(
+        store_wait_finish(&wait, storage_memory_update(storage, "m1", "{}", store_wait_cb, &wait)),
+        STATUS_OK);
+    assert_int_equal(store_create_ephemeral(storage, "e", "m4"), STATUS_OK);
+    store_wait_init(&wait);
+    assert_int_equal(
+        store_wait_finish(&wait, storage_memory_settle(storage, "e", "m4", store_wait_cb, &wait)),
+        STATUS_OK);
+    storage_close(storage);
+    storage = open_at(*state);
+    assert_listed(storage, "ann", NULL, 2, true, "fork m6");
+    assert_listed(storage, "ann", "m6", 7, false, "m3 m0");
+    assert_listed(storage, "bob", NULL, 7, false, "m4 m7 m1");
+    assert_listed(storage, "", NULL, 7, false, "m8 m5 m2");
+    assert_listed(storage, "eve", NULL, 7, false, "");
+    assert_int_equal(storage_memory_list(storage, "bob", "m6", 7, page, &count, &more),
+                     STATUS_NOT_FOUND);
+    storage_close(storage);
+    assert_clean(*state);
 }
 
 /* Short turns must not cost a page or more for every few bytes. */
@@ -913,11 +982,12 @@ int main(void)
         TEST(test_metadata),         TEST(test_order_of_appends),
         TEST(test_forks_of_forks),   TEST(test_delete_orders),
         TEST(test_recovery),         TEST(test_list),
-        TEST(test_packing),          TEST(test_second_process),
-        TEST(test_refusals),         TEST(test_read_only),
-        TEST(test_full_queue),       TEST(test_order_of_answers),
-        TEST(test_readers_and_writer), TEST(test_map_full),
-        TEST(test_bad_neighbour),    TEST(test_lineage_limit),
+        TEST(test_tenants),          TEST(test_packing),
+        TEST(test_second_process),   TEST(test_refusals),
+        TEST(test_read_only),        TEST(test_full_queue),
+        TEST(test_order_of_answers), TEST(test_readers_and_writer),
+        TEST(test_map_full),         TEST(test_bad_neighbour),
+        TEST(test_lineage_limit),
     };
     return cmocka_run_group_tests_name("storage", tests, NULL, NULL);
 }

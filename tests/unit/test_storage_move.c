@@ -30,12 +30,18 @@ static enum status import_from(struct storage *storage, const char *id, const ch
                                size_t size, size_t piece, struct error *err)
 {
     struct storage_import *file;
-    enum status status = storage_import_open(storage, VOCABULARY, &file);
+    enum status status = storage_import_open(storage, VOCABULARY, "t", &file);
     assert_int_equal(status, STATUS_OK);
     for (size_t at = 0; !status && at < size; at += piece)
         status = storage_import_feed(file, data + at, size - at < piece ? size - at : piece, err);
     if (!status)
         status = storage_import_finish(file, id, err);
+    struct storage_memory memory;
+    if (!status) {
+        assert_int_equal(storage_memory_get(storage, id, &memory), STATUS_OK);
+        assert_string_equal(memory.tenant, "t");
+        storage_memory_close(&memory);
+    }
     storage_import_close(file);
     return status;
 }

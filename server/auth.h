@@ -1,0 +1,35 @@
+/* auth.h - API keys: who may ask, and whose a memory is.
+ * Thread: the loop. Owns the table of keys.
+ *
+ * A key has a name, which is what memories belong to: a key may be replaced, or two of one name be
+ * good side by side, and nothing is lost. Of a key only the hash is kept. */
+#ifndef SERVER_AUTH_H
+#define SERVER_AUTH_H
+
+#include <stdbool.h>
+
+#include "proto/limits.h"
+#include "proto/status.h"
+
+struct auth;
+
+#define AUTH_ENVIRONMENT "RAMBAD_API_KEY" /* one key, as it is; it is named "environment" */
+
+/* Keys of the file `path` ("": none), lines of "NAME sha256:HEX", # begins a comment; and `plain`
+ * (NULL or "": none), copied. STATUS_NOT_FOUND, STATUS_INVALID (a line; no key in the file; a plain
+ * one that is too short), STATUS_IO, STATUS_NO_MEMORY. */
+STATUS_CHECKED enum status auth_open(const char *path, const char *plain, struct auth **out,
+                                     struct error *err);
+/* Reads the file again. After a failure the keys are what they were. */
+STATUS_CHECKED enum status auth_reload(struct auth *auth, struct error *err);
+void auth_close(struct auth *auth);
+
+/* Whether there are keys at all: if not, everybody may ask. */
+bool auth_is_required(const struct auth *auth);
+/* `authorization` is the header's value. Takes as long for a wrong key as for a good one. */
+bool auth_check(const struct auth *auth, const char *authorization, char name[LIMITS_ID_BYTES]);
+
+/* `rambad key NAME FILE`: makes a key, adds its hash to the file and prints it. The exit code. */
+int auth_key_main(int argc, char **argv);
+
+#endif
