@@ -86,12 +86,11 @@ TASKS = {
 
 
 def spread(books, rng, length):
-    """`length` tokens of book text, again and again from one place where there is too little."""
-    if length <= len(books.ids) - 128:
-        return books.take(rng, length)
-    at = rng.randrange(len(books.ids))
-    repeats = -(-(length + at) // len(books.ids))
-    return tuple(np.tile(part, repeats)[at : at + length] for part in (books.ids, books.cut))
+    """`length` tokens of book text. Their end is drawn, so that a case ends in the same words at
+    every length; the books go round."""
+    end = rng.randrange(len(books.ids))
+    at = np.arange(end - length, end) % len(books.ids)
+    return books.ids[at], books.cut[at]
 
 
 def noise(tokenizer, length):
