@@ -92,33 +92,92 @@ void answer_logprobs_add(struct answer_logprobs *l, const char *text, size_t siz
     buf_append_format(&l->offsets, "%s%zu", comma, offset);
 }
 
-static void append_head(struct buf *out, const struct answer_head *head)
+/* {token, logprob, bytes} without its end. */
+static void append_chat_token(struct buf *out, const char *text, size_t size, double logprob)
 {
-    buf_append_format(
-        out, "{\"id\":\"%s\",\"object\":\"text_completion\",\"created\":%lld,\"model\":", head->id,
-        (long long)head->created);
-    append_text(out, head->model);
-    buf_append_text(out, ",\"choices\":[");
+    buf_append_text(out, "{\"token\":");
+    append_token(out, text, size);
+    buf_append_text(out, ",\"logprob\":");
+    json_append_number(out, logprob);
+    buf_append_text(out, ",\"bytes\":[");
+    for (size_t i = 0; i < size; i++)
+        buf_append_format(out, "%s%u", i ? "," : "", (unsigned char)text[i]);
+    buf_append_text(out, "]");
 }
 
-static void append_choice(struct buf *out, const struct answer_choice *choice)
+void answer_logprobs_add_chat(struct answer_logprobs *l, const char *text, size_t size,
+                              double logprob, const struct answer_top *tops, size_t top_count)
 {
-    buf_append_format(out, "{\"index\":%u,\"text\":", choice->index);
-    json_append_string(out, choice->text ? choice->text : "", choice->text_size);
-    buf_append_text(out, ",\"logprobs\":");
-    if (choice->logprobs) {
-        buf_append_text(out, "{\"tokens\":[");
-        append_buf(out, &choice->logprobs->tokens);
-        buf_append_text(out, "],\"token_logprobs\":[");
-        append_buf(out, &choice->logprobs->values);
-        buf_append_text(out, "],\"top_logprobs\":[");
-        append_buf(out, &choice->logprobs->tops);
-        buf_append_text(out, "],\"text_offset\":[");
-        append_buf(out, &choice->logprobs->offsets);
-        buf_append_text(out, "]}");
-    } else {
-        buf_append_text(out, "null");
+    buf_append_text(&l->tokens, l->count++ ? "," : "");
+    append_chat_token(&l->tokens, text, size, logprob);
+    buf_append_text(&l->tokens, ",\"top_logprobs\":[");
+    for (size_t i = 0; i < top_count; i++) {
+        buf_append_text(&l->tokens, i ? "," : "");
+        append_chat_token(&l->tokens, tops[i].text, tops[i].size, tops[i].logprob);
+        buf_append_text(&l->tokens, "}");
     }
+    buf_append_text(&l->tokens, "]}");
+}
+
+static void append_head(struct buf *out, const struct answer_head *head, bool whole)
+{
+    const char *object = !head->chat ? "text_completion"
+                         : whole     ? "chat.completion"
+                                     : "chat.completion.chunk";
+    buf_append_format(out, "{\"id\":\"%s\",\"object\":\"%s\",\"created\":%lld,\"model\":", head->id,
+                      object, (long long)head->created);
+    append_text(out, head->model);
+    buf_append_format(out, ",\"system_fingerprint\":\"fp_%016llx\",\"choices\":[",
+                      (unsigned long long)head->fingerprint);
+}
+
+static void append_logprobs(struct buf *out, const struct answer_logprobs *logprobs, bool chat)
+{
+    buf_append_text(out, chat ? "{\"content\":[" : "{\"tokens\":[");
+    append_buf(out, &logprobs->tokens);
+    if (chat) {
+        buf_append_text(out, "],\"refusal\":null}");
+        return;
+    }
+    buf_append_text(out, "],\"token_logprobs\":[");
+    append_buf(out, &logprobs->values);
+    buf_append_text(out, "],\"top_logprobs\":[");
+    append_buf(out, &logprobs->tops);
+    buf_append_text(out, "],\"text_offset\":[");
+    append_buf(out, &logprobs->offsets);
+    buf_append_text(out, "]}");
+}
+
+/* "text":..., "message":{...} or "delta":{...}. */
+static void append_said(struct buf *out, const struct answer_head *head,
+                        const struct answer_choice *choice, bool whole)
+{
+    const char *text = choice->text ? choice->text : "";
+    if (!head->chat) {
+        buf_append_text(out, "\"text\":");
+        json_append_string(out, text, choice->text_size);
+        return;
+    }
+    buf_append_text(out, whole ? "\"message\":{" : "\"delta\":{");
+    if (whole || choice->begins)
+        buf_append_text(out, "\"role\":\"assistant\",\"refusal\":null,");
+    if (whole || choice->begins || choice->text) {
+        buf_append_text(out, "\"content\":");
+        json_append_string(out, text, choice->text_size);
+    }
+    buf_append_text(out, "}");
+}
+
+static void append_choice(struct buf *out, const struct answer_head *head,
+                          const struct answer_choice *choice, bool whole)
+{
+    buf_append_format(out, "{\"index\":%u,", choice->index);
+    append_said(out, head, choice, whole);
+    buf_append_text(out, ",\"logprobs\":");
+    if (choice->logprobs)
+        append_logprobs(out, choice->logprobs, head->chat);
+    else
+        buf_append_text(out, "null");
     if (choice->retrieval) {
         buf_append_text(out, ",\"retrieval\":[");
         append_buf(out, choice->retrieval);
@@ -143,15 +202,15 @@ static void append_usage(struct buf *out, const struct answer_usage *usage)
 void answer_json_chunk(struct buf *out, const struct answer_head *head,
                        const struct answer_choice *choice, bool null_usage)
 {
-    append_head(out, head);
-    append_choice(out, choice);
+    append_head(out, head, false);
+    append_choice(out, head, choice, false);
     buf_append_text(out, null_usage ? "],\"usage\":null}" : "]}");
 }
 
 void answer_json_usage_chunk(struct buf *out, const struct answer_head *head,
                              const struct answer_usage *usage)
 {
-    append_head(out, head);
+    append_head(out, head, false);
     append_usage(out, usage);
 }
 
@@ -159,10 +218,10 @@ void answer_json_completion(struct buf *out, const struct answer_head *head,
                             const struct answer_choice *choices, size_t count,
                             const struct answer_usage *usage)
 {
-    append_head(out, head);
+    append_head(out, head, true);
     for (size_t i = 0; i < count; i++) {
         buf_append_text(out, i ? "," : "");
-        append_choice(out, &choices[i]);
+        append_choice(out, head, &choices[i], true);
     }
     append_usage(out, usage);
 }

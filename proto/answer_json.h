@@ -34,17 +34,24 @@ void answer_logprobs_add(struct answer_logprobs *logprobs, const char *text, siz
                          double logprob, const struct answer_top *tops, size_t top_count,
                          size_t offset);
 
+/* The same for a chat, where a token goes with its bytes and its alternatives. */
+void answer_logprobs_add_chat(struct answer_logprobs *logprobs, const char *text, size_t size,
+                              double logprob, const struct answer_top *tops, size_t top_count);
+
 struct answer_head {
     const char *id, *model;
-    int64_t created; /* seconds since 1970 */
+    int64_t created;      /* seconds since 1970 */
+    uint64_t fingerprint; /* of the model */
+    bool chat;            /* the shapes of /v1/chat/completions */
 };
 struct answer_usage {
     uint64_t prompt_tokens, completion_tokens, cached_tokens;
 };
 struct answer_choice {
     uint32_t index;
-    const char *text;
+    const char *text; /* NULL: nothing was said, as at a stream's beginning or end */
     size_t text_size;
+    bool begins;                            /* of a chat's stream: says whose the text is */
     const struct answer_logprobs *logprobs; /* NULL: null */
     const struct buf *retrieval;            /* elements of the array, with commas; NULL: none */
     const char *finish_reason;              /* NULL: null */

@@ -3,6 +3,7 @@
 
 #include <cjson/cJSON.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -37,6 +38,33 @@ static const char *const fields[] = {"model",
                                      "include",
                                      "ignore_eos",
                                      NULL};
+
+static const char *const chat_fields[] = {"model",
+                                          "messages",
+                                          "max_tokens",
+                                          "max_completion_tokens",
+                                          "n",
+                                          "logprobs",
+                                          "top_logprobs",
+                                          "stop",
+                                          "temperature",
+                                          "top_p",
+                                          "top_k",
+                                          "min_p",
+                                          "seed",
+                                          "stream",
+                                          "stream_options",
+                                          "repetition_penalty",
+                                          "presence_penalty",
+                                          "frequency_penalty",
+                                          "logit_bias",
+                                          "user",
+                                          "memory",
+                                          "memory_write",
+                                          "retrieval",
+                                          "include",
+                                          "ignore_eos",
+                                          NULL};
 
 static void *take(struct json_fields *f, size_t count, size_t size)
 {
@@ -105,6 +133,109 @@ static void read_prompts(struct json_fields *f, struct completion_request *r)
         }
 }
 
+/* ---- messages ---- */
+
+static void append_part(struct json_fields *f, const char *name, const cJSON *part,
+                        struct chat_message *message)
+{
+    const cJSON *type = cJSON_GetObjectItemCaseSensitive(part, "type");
+    const cJSON *text =
+        cJSON_IsObject(part) ? cJSON_GetObjectItemCaseSensitive(part, "text") : part;
+    if (cJSON_IsObject(part) && (!cJSON_IsString(type) || strcmp(type->valuestring, "text") != 0)) {
+        json_fail(f, STATUS_UNSUPPORTED, name, "may hold parts of type \"text\" alone");
+        return;
+    }
+    if (!cJSON_IsString(text)) {
+        json_fail(f, STATUS_INVALID, name, "must be text, or an array of text parts");
+        return;
+    }
+    const size_t size = strlen(text->valuestring);
+    char *grown = realloc(message->text, message->size + size + 1);
+    if (!grown) {
+        f->status = error_set(f->err, STATUS_NO_MEMORY, "out of memory");
+        return;
+    }
+    memcpy(grown + message->size, text->valuestring, size + 1);
+    message->text = grown;
+    message->size += size;
+}
+
+static const char *read_role(struct json_fields *f, const char *name, const cJSON *item)
+{
+    static const char *const roles[] = {"system", "user", "assistant"};
+    const char *role = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(item, "role"));
+    if (role && strcmp(role, "developer") == 0) /* what system is called for newer models */
+        role = "system";
+    for (size_t i = 0; role && i < sizeof roles / sizeof *roles; i++)
+        if (strcmp(role, roles[i]) == 0)
+            return roles[i];
+    json_fail(f, role ? STATUS_UNSUPPORTED : STATUS_INVALID, name,
+              "must be system, developer, user or assistant");
+    return "";
+}
+
+static void read_message(struct json_fields *f, size_t index, const cJSON *item,
+                         struct chat_message *message)
+{
+    char name[64];
+    const cJSON *field, *part;
+    snprintf(name, sizeof name, "messages[%zu]", index);
+    if (!cJSON_IsObject(item)) {
+        json_fail(f, STATUS_INVALID, name, "must be an object");
+        return;
+    }
+    cJSON_ArrayForEach(field, item)
+    {
+        snprintf(name, sizeof name, "messages[%zu].%.30s", index, field->string);
+        /* An answer's message may come back as it was given, with "refusal": null. */
+        if (strcmp(field->string, "role") != 0 && strcmp(field->string, "content") != 0 &&
+            !cJSON_IsNull(field))
+            json_fail(f, STATUS_UNSUPPORTED, name, "is not a field that is taken");
+    }
+    snprintf(name, sizeof name, "messages[%zu].role", index);
+    message->role = read_role(f, name, item);
+    snprintf(name, sizeof name, "messages[%zu].content", index);
+    const cJSON *content = cJSON_GetObjectItemCaseSensitive(item, "content");
+    if (!cJSON_IsArray(content)) {
+        append_part(f, name, cJSON_IsObject(content) ? NULL : content, message);
+        return;
+    }
+    if (!content->child)
+        json_fail(f, STATUS_INVALID, name, "is empty");
+    cJSON_ArrayForEach(part, content)
+    {
+        if (!f->status)
+            append_part(f, name, cJSON_IsObject(part) ? part : NULL, message);
+    }
+}
+
+static void read_messages(struct json_fields *f, struct completion_request *r)
+{
+    const cJSON *messages = cJSON_GetObjectItemCaseSensitive(f->root, "messages"), *item;
+    const int count = cJSON_IsArray(messages) ? cJSON_GetArraySize(messages) : 0;
+    if (!count || count > LIMITS_MESSAGES) {
+        json_fail(f, STATUS_INVALID, "messages",
+                  !messages ? "is missing"
+                  : count   ? "holds too many messages"
+                            : "must be an array of messages, and not empty");
+        return;
+    }
+    r->messages = take(f, (size_t)count, sizeof *r->messages);
+    r->prompts = take(f, 1, sizeof *r->prompts);
+    if (!r->messages || !r->prompts)
+        return;
+    r->prompt_count = 1;
+    cJSON_ArrayForEach(item, messages)
+    {
+        if (f->status)
+            return;
+        read_message(f, r->message_count, item, &r->messages[r->message_count]);
+        r->message_count++;
+    }
+}
+
+/* ---- what both have ---- */
+
 static void add_stop(struct json_fields *f, struct completion_request *r, const cJSON *item)
 {
     if (!cJSON_IsString(item) || !item->valuestring[0])
@@ -168,6 +299,28 @@ static void read_logprobs(struct json_fields *f, struct completion_request *r)
     if (!cJSON_IsTrue(item)) /* a switch elsewhere, a number here */
         json_read_count(f, "logprobs", 0, LIMITS_LOGPROBS, &count);
     r->logprobs = (int32_t)count;
+}
+
+static void read_chat_logprobs(struct json_fields *f, struct completion_request *r)
+{
+    bool wanted = false;
+    uint64_t count = UINT64_MAX;
+    json_read_bool(f, "logprobs", &wanted);
+    json_read_count(f, "top_logprobs", 0, LIMITS_LOGPROBS, &count);
+    if (count != UINT64_MAX && !wanted)
+        json_fail(f, STATUS_INVALID, "top_logprobs", "needs \"logprobs\": true");
+    r->logprobs = !wanted ? -1 : count == UINT64_MAX ? 0 : (int32_t)count;
+}
+
+/* One bound under its old name and its new one. */
+static void read_chat_bound(struct json_fields *f, struct completion_request *r)
+{
+    uint64_t older = 0, newer = 0;
+    json_read_count(f, "max_tokens", 1, MAX_TOKENS_LIMIT, &older);
+    json_read_count(f, "max_completion_tokens", 1, MAX_TOKENS_LIMIT, &newer);
+    if (older && newer && older != newer)
+        json_fail(f, STATUS_INVALID, "max_tokens", "is not what \"max_completion_tokens\" says");
+    r->max_tokens = newer ? newer : older ? older : LIMITS_CHAT_TOKENS;
 }
 
 static void read_stream_options(struct json_fields *f, struct completion_request *r)
@@ -240,8 +393,26 @@ static void check_together(struct json_fields *f, const struct completion_reques
         json_fail(f, STATUS_INVALID, "n", "times the prompts is more than 128 sequences");
 }
 
-enum status completion_request_parse(const char *json, size_t size, struct completion_request *out,
-                                     struct error *err)
+static void read_common(struct json_fields *f, struct completion_request *r)
+{
+    json_read_text(f, "model", r->model, sizeof r->model);
+    json_read_count(f, "n", 1, LIMITS_CHOICES, &r->n);
+    r->best_of = r->n;
+    read_stop(f, r);
+    read_sampling(f, r);
+    read_bias(f, r);
+    json_read_bool(f, "stream", &r->stream);
+    read_stream_options(f, r);
+    json_read_text(f, "memory", r->memory, sizeof r->memory);
+    json_read_bool(f, "memory_write", &r->memory_write);
+    r->memory_write = r->memory_write && r->memory[0];
+    json_read_bool(f, "retrieval", &r->retrieval);
+    read_include(f, r);
+    json_read_bool(f, "ignore_eos", &r->ignore_eos);
+}
+
+static enum status parse(const char *json, size_t size, bool chat, struct completion_request *out,
+                         struct error *err)
 {
     cJSON *root;
     const enum status status = json_parse_object(json, size, &root, err);
@@ -249,32 +420,37 @@ enum status completion_request_parse(const char *json, size_t size, struct compl
         return status;
     struct json_fields f = {.root = root, .err = err};
     struct completion_request *r = out;
-    *r = (struct completion_request){.max_tokens = 16, .n = 1, .memory_write = true};
-    json_refuse_others(&f, fields);
-    json_read_text(&f, "model", r->model, sizeof r->model);
-    read_prompts(&f, r);
-    json_read_count(&f, "max_tokens", 0, MAX_TOKENS_LIMIT, &r->max_tokens);
-    json_read_count(&f, "n", 1, LIMITS_CHOICES, &r->n);
-    r->best_of = r->n;
-    json_read_count(&f, "best_of", 1, LIMITS_CHOICES, &r->best_of);
-    json_read_bool(&f, "echo", &r->echo);
-    read_logprobs(&f, r);
-    read_stop(&f, r);
-    read_sampling(&f, r);
-    read_bias(&f, r);
-    json_read_bool(&f, "stream", &r->stream);
-    read_stream_options(&f, r);
-    json_read_text(&f, "memory", r->memory, sizeof r->memory);
-    json_read_bool(&f, "memory_write", &r->memory_write);
-    r->memory_write = r->memory_write && r->memory[0];
-    json_read_bool(&f, "retrieval", &r->retrieval);
-    read_include(&f, r);
-    json_read_bool(&f, "ignore_eos", &r->ignore_eos);
+    *r = (struct completion_request){.chat = chat, .max_tokens = 16, .n = 1, .memory_write = true};
+    json_refuse_others(&f, chat ? chat_fields : fields);
+    read_common(&f, r);
+    if (chat) {
+        read_messages(&f, r);
+        read_chat_bound(&f, r);
+        read_chat_logprobs(&f, r);
+    } else {
+        read_prompts(&f, r);
+        json_read_count(&f, "max_tokens", 0, MAX_TOKENS_LIMIT, &r->max_tokens);
+        json_read_count(&f, "best_of", 1, LIMITS_CHOICES, &r->best_of);
+        json_read_bool(&f, "echo", &r->echo);
+        read_logprobs(&f, r);
+    }
     check_together(&f, r);
     cJSON_Delete(root);
     if (f.status)
         completion_request_close(r);
     return f.status;
+}
+
+enum status completion_request_parse(const char *json, size_t size, struct completion_request *out,
+                                     struct error *err)
+{
+    return parse(json, size, false, out, err);
+}
+
+enum status completion_request_parse_chat(const char *json, size_t size,
+                                          struct completion_request *out, struct error *err)
+{
+    return parse(json, size, true, out, err);
 }
 
 void completion_request_close(struct completion_request *request)
@@ -284,6 +460,9 @@ void completion_request_close(struct completion_request *request)
         free(request->prompts[i].ids);
     }
     free(request->prompts);
+    for (size_t i = 0; i < request->message_count; i++)
+        free(request->messages[i].text);
+    free(request->messages);
     for (size_t i = 0; i < request->stop_count; i++)
         free(request->stop[i]);
     free(request->bias);

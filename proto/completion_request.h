@@ -1,4 +1,5 @@
-/* completion_request.h - the body of POST /v1/completions as a plain struct.
+/* completion_request.h - the bodies of POST /v1/completions and /v1/chat/completions as one plain
+ * struct.
  * Thread: any (pure functions). Owns its strings and arrays until completion_request_close. */
 #ifndef PROTO_COMPLETION_REQUEST_H
 #define PROTO_COMPLETION_REQUEST_H
@@ -22,7 +23,16 @@ struct completion_bias {
     float bias;
 };
 
+struct chat_message {
+    const char *role; /* "system", "user" or "assistant"; lives for ever */
+    char *text;
+    size_t size;
+};
+
 struct completion_request {
+    bool chat;
+    struct chat_message *messages; /* chat: at least one; then there is one prompt, empty */
+    size_t message_count;
     char model[128]; /* "" when not given */
     struct completion_prompt *prompts;
     size_t prompt_count; /* at least 1 */
@@ -47,6 +57,10 @@ struct completion_request {
 STATUS_CHECKED enum status completion_request_parse(const char *json, size_t size,
                                                     struct completion_request *out,
                                                     struct error *err);
+/* The same for a chat. Default max_tokens: LIMITS_CHAT_TOKENS. */
+STATUS_CHECKED enum status completion_request_parse_chat(const char *json, size_t size,
+                                                         struct completion_request *out,
+                                                         struct error *err);
 void completion_request_close(struct completion_request *request);
 
 #endif

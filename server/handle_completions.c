@@ -1,4 +1,5 @@
-/* handle_completions.c - POST /v1/completions: text in, text out, from a memory or from nothing.
+/* handle_completions.c - POST /v1/completions and /v1/chat/completions: text in, text out, from a
+ * memory or from nothing. A chat differs in how it is read, and in the shapes of its answer.
  * One job a prompt; what they say is gathered by choice, and streamed as it comes or sent whole. */
 #include <math.h>
 #include <stdio.h>
@@ -68,7 +69,9 @@ static struct answer_head head_of(const struct completion *c)
 {
     return (struct answer_head){.id = c->id,
                                 .model = engine_get_info(c->server->engine)->model_name,
-                                .created = c->created};
+                                .created = c->created,
+                                .fingerprint = engine_get_info(c->server->engine)->fingerprint,
+                                .chat = c->asked.chat};
 }
 
 static void destroy(struct completion *c)
@@ -138,8 +141,11 @@ static void add_logprob(const struct completion *c, struct answer_logprobs *logp
         named[i].logprob = (double)tops[i].logprob;
     }
     const char *text = tokenizer_bytes(tokenizer_of(c), token, &size);
-    answer_logprobs_add(logprobs, text, size, logprob, isnan(logprob) ? NULL : named, top_count,
-                        offset);
+    if (c->asked.chat)
+        answer_logprobs_add_chat(logprobs, text, size, logprob, named, top_count);
+    else
+        answer_logprobs_add(logprobs, text, size, logprob, isnan(logprob) ? NULL : named, top_count,
+                            offset);
 }
 
 /* ---- retrieval ---- */
@@ -458,6 +464,19 @@ static void part_done(struct part *part, const struct event *event)
         finish(c);
 }
 
+/* A stream's head goes out at once; a chat's says for each choice who speaks. */
+static void begin_stream(struct completion *c)
+{
+    if (!c->asked.stream || c->gone)
+        return;
+    if (!c->request->streaming)
+        request_stream_begin(c->request);
+    for (uint32_t i = 0; c->asked.chat && i < c->asked.n; i++) {
+        const struct answer_choice begins = {.index = i, .begins = true};
+        send_chunk(c, &begins);
+    }
+}
+
 static void event_cb(void *context, const struct event *event)
 {
     struct part *part = context;
@@ -467,8 +486,7 @@ static void event_cb(void *context, const struct event *event)
         part->cached = event->cached_tokens;
         c->usage.prompt_tokens += event->prompt_tokens + event->cached_tokens;
         c->usage.cached_tokens += event->cached_tokens;
-        if (c->asked.stream && !c->gone && !c->request->streaming)
-            request_stream_begin(c->request);
+        begin_stream(c);
         if (c->asked.echo && c->asked.logprobs < 0)
             echo_text(part);
         break;
@@ -567,6 +585,9 @@ static enum status make_tokens(struct completion *c, struct part *part,
                                const struct completion_prompt *prompt)
 {
     const int32_t vocab = (int32_t)engine_get_info(c->server->engine)->config->vocab_size;
+    if (c->asked.chat)
+        return chat_encode(tokenizer_of(c), c->asked.messages, c->asked.message_count,
+                           c->asked.memory[0] != 0, &part->tokens, &part->text_bytes);
     if (prompt->text) {
         part->text_bytes = prompt->text_size;
         return tokenizer_encode(tokenizer_of(c), prompt->text, prompt->text_size, true,
@@ -625,6 +646,14 @@ static enum status check_asked(struct completion *c)
         return error_set_param(&c->err, STATUS_NOT_FOUND, "model",
                                "no model named %s; this server has %s", c->asked.model,
                                info->model_name);
+    if (c->asked.chat && c->server->chat_template != CHAT_TEMPLATE_CHATML)
+        return error_set_param(
+            &c->err, STATUS_UNSUPPORTED, "messages",
+            c->server->chat_template == CHAT_TEMPLATE_NONE
+                ? "the model %s has no chat template: it continues text, see /v1/completions"
+                : "the chat template of the model %s is not one that this server knows (ChatML); "
+                  "see /v1/completions",
+            info->model_name);
     if (c->asked.memory[0] && !request_may_use(c->request, c->asked.memory))
         return error_set(&c->err, STATUS_NOT_FOUND, "no memory named %s", c->asked.memory);
     struct sampler_params params;
@@ -640,7 +669,9 @@ static void prepare(uv_work_t *work)
 {
     struct completion *c = work->data;
     const struct buf *body = &c->request->body;
-    c->status = completion_request_parse(body->data, body->size, &c->asked, &c->err);
+    c->status = c->request->handler == &handle_chat
+                    ? completion_request_parse_chat(body->data, body->size, &c->asked, &c->err)
+                    : completion_request_parse(body->data, body->size, &c->asked, &c->err);
     if (!c->status)
         c->status = check_asked(c);
     if (c->status)
@@ -679,7 +710,7 @@ static void complete(struct request *request)
     }
     c->request = request;
     c->server = request->server;
-    server_new_id(c->server, "cmpl-", c->id);
+    server_new_id(c->server, request->handler == &handle_chat ? "chatcmpl-" : "cmpl-", c->id);
     c->created = (int64_t)time(NULL);
     c->began_ns = request->began_ns;
     request->state = c;
@@ -691,3 +722,5 @@ static void complete(struct request *request)
 
 const struct request_handler handle_completions = {
     .name = "completions", .body_limit = LIMITS_JSON_BODY_BYTES, .end_cb = complete};
+const struct request_handler handle_chat = {
+    .name = "chat", .body_limit = LIMITS_JSON_BODY_BYTES, .end_cb = complete};

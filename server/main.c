@@ -148,12 +148,21 @@ static void watch_signals(struct process *process)
     uv_signal_start(&process->hangup, hangup_cb, SIGHUP);
 }
 
+/* Whether others can reach this address. What is none is left to the listener's own refusal. */
+static bool is_open(const char *host)
+{
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
+    if (!uv_ip4_addr(host, 0, &v4))
+        return ntohl(v4.sin_addr.s_addr) >> 24 != IN_LOOPBACKNET;
+    return !uv_ip6_addr(host, 0, &v6) && !IN6_IS_ADDR_LOOPBACK(&v6.sin6_addr);
+}
+
 /* Keys, and whether it may listen without any. */
 static enum status open_keys(const struct config *config, struct auth **auth, struct error *err)
 {
-    const bool loopback = strncmp(config->host, "127.", 4) == 0 || strcmp(config->host, "::1") == 0;
     const enum status status = auth_open(config->keys, getenv(AUTH_ENVIRONMENT), auth, err);
-    if (status || auth_is_required(*auth) || loopback || config->insecure)
+    if (status || auth_is_required(*auth) || config->insecure || !is_open(config->host))
         return status;
     auth_close(*auth);
     return error_set(err, STATUS_INVALID,
@@ -188,6 +197,7 @@ static int serve(struct process *process)
     server->loop = &process->loop;
     server->config = config;
     server->engine = engine;
+    server->chat_template = chat_open(config->model, engine_tokenizer(engine));
     const struct engine_thread_options options = {.engine = engine,
                                                   .storage = server->storage,
                                                   .running_max = (uint32_t)config->running,

@@ -11,6 +11,7 @@ static const struct {
     {"GET", "/v1/models", &handle_models_list},
     {"GET", "/v1/models/{}", &handle_models_get},
     {"POST", "/v1/completions", &handle_completions},
+    {"POST", "/v1/chat/completions", &handle_chat},
     {"POST", "/v1/memories", &handle_memories_create},
     {"GET", "/v1/memories", &handle_memories_list},
     {"GET", "/v1/memories/{}", &handle_memories_get},

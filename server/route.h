@@ -14,7 +14,7 @@ STATUS_CHECKED enum status route_find(const struct http_head *head,
 void route_append_allow(const char *path, struct buf *out);
 
 extern const struct request_handler handle_models_list, handle_models_get;
-extern const struct request_handler handle_completions;
+extern const struct request_handler handle_completions, handle_chat;
 extern const struct request_handler handle_memories_create, handle_memories_list,
     handle_memories_get, handle_memories_delete, handle_memories_chunks;
 extern const struct request_handler handle_turns_list, handle_turns_bookmark, handle_turns_delete,

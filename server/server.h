@@ -8,6 +8,7 @@
 
 #include "proto/base/list.h"
 #include "server/auth.h"
+#include "server/chat.h"
 #include "server/config.h"
 #include "server/engine_thread.h"
 #include "server/metrics.h"
@@ -18,6 +19,7 @@ struct server {
     const struct config *config;
     struct auth *auth;
     struct engine_thread *engine_thread;
+    enum chat_template chat_template;
     const struct engine *engine; /* its immutable parts: tokeniser, sizes */
     struct storage *storage;
     struct metrics metrics;

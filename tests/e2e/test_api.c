@@ -13,6 +13,7 @@
 
 #include <cmocka.h>
 
+#include "tests/lib/answer.h"
 #include "tests/lib/daemon.h"
 #include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
@@ -25,35 +26,6 @@
 static struct daemon daemon_;
 static char *folder;
 static const char *const flags[] = {"--threads", "1", NULL};
-
-static const cJSON *at(const cJSON *json, const char *path)
-{
-    char name[64];
-    while (json && *path) {
-        const size_t size = strcspn(path, ".");
-        snprintf(name, sizeof name, "%.*s", (int)size, path);
-        json = cJSON_IsArray(json) ? cJSON_GetArrayItem(json, atoi(name))
-                                   : cJSON_GetObjectItemCaseSensitive(json, name);
-        path += size + (path[size] == '.');
-    }
-    return json;
-}
-
-static const char *text_at(const cJSON *json, const char *path)
-{
-    const char *text = cJSON_GetStringValue(at(json, path));
-    if (!text)
-        fail_msg("no text at %s", path);
-    return text ? text : "";
-}
-
-static double number_at(const cJSON *json, const char *path)
-{
-    const cJSON *item = at(json, path);
-    if (!cJSON_IsNumber(item))
-        fail_msg("no number at %s", path);
-    return item->valuedouble;
-}
 
 /* A call that must succeed; delete the result. */
 static cJSON *call(const char *method, const char *path, const char *body)
@@ -88,32 +60,6 @@ static void refused(const char *method, const char *path, const char *body, int 
     wire_answer_close(&answer);
 }
 
-/* The events of a stream, as one JSON array; the last was [DONE]. */
-static cJSON *events_of(const struct wire_answer *answer)
-{
-    cJSON *events = cJSON_CreateArray();
-    bool done = false;
-    for (const char *p = answer->body.data; *p;) {
-        const char *end = strstr(p, "\n\n");
-        assert_non_null(end);
-        assert_false(done);
-        if (*p != ':') {
-            assert_memory_equal(p, "data: ", 6);
-            p += 6;
-            done = end - p == 6 && memcmp(p, "[DONE]", 6) == 0;
-            if (!done) {
-                cJSON *event = cJSON_ParseWithLength(p, (size_t)(end - p));
-                assert_non_null(event);
-                assert_null(at(event, "error"));
-                cJSON_AddItemToArray(events, event);
-            }
-        }
-        p = end + 2;
-    }
-    assert_true(done);
-    return events;
-}
-
 static cJSON *stream(const char *path, const char *headers, const char *body)
 {
     struct wire wire;
@@ -126,7 +72,7 @@ static cJSON *stream(const char *path, const char *headers, const char *body)
     assert_true(wire_header(&answer, "content-type", value, sizeof value));
     assert_string_equal(value, "text/event-stream");
     assert_true(wire_header(&answer, "cache-control", value, sizeof value));
-    cJSON *events = events_of(&answer);
+    cJSON *events = answer_events(&answer);
     wire_answer_close(&answer);
     wire_close(&wire);
     return events;
@@ -207,6 +153,9 @@ static void test_bodies(void **state)
         refused("POST", "/v1/completions", cases[i].body, 400, cases[i].code, cases[i].param);
     refused("POST", "/v1/completions", "{\"prompt\":\"x\",\"model\":\"gpt-9\"}", 404, "not_found",
             "model");
+    refused("POST", "/v1/chat/completions", /* this model has no template */
+            "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}", 400, "unsupported",
+            "messages");
     refused("POST", "/v1/completions", "{\"prompt\":\"x\",\"memory\":\"mem_none\"}", 404,
             "not_found", NULL);
     refused("POST", "/v1/completions",
@@ -246,12 +195,12 @@ static void test_models(void **state)
     (void)state;
     cJSON *list = call("GET", "/v1/models", NULL);
     cJSON *one = call("GET", "/v1/models/" MODEL_NAME, NULL);
-    assert_string_equal(text_at(list, "object"), "list");
-    assert_true(cJSON_Compare(at(list, "data.0"), one, true));
-    assert_string_equal(text_at(one, "id"), MODEL_NAME);
-    assert_string_equal(text_at(one, "object"), "model");
-    assert_string_equal(text_at(one, "owned_by"), "rambad");
-    assert_true(number_at(one, "created") > 1.6e9);
+    assert_string_equal(answer_text(list, "object"), "list");
+    assert_true(cJSON_Compare(answer_at(list, "data.0"), one, true));
+    assert_string_equal(answer_text(one, "id"), MODEL_NAME);
+    assert_string_equal(answer_text(one, "object"), "model");
+    assert_string_equal(answer_text(one, "owned_by"), "rambad");
+    assert_true(answer_number(one, "created") > 1.6e9);
     cJSON_Delete(list);
     cJSON_Delete(one);
 }
@@ -262,33 +211,33 @@ static void test_completion(void **state)
 {
     (void)state;
     cJSON *a = complete("\"prompt\":\"Once upon\"," TURN);
-    assert_string_equal(text_at(a, "object"), "text_completion");
-    assert_string_equal(text_at(a, "model"), MODEL_NAME);
-    assert_memory_equal(text_at(a, "id"), "cmpl-", 5);
-    assert_true(number_at(a, "created") > 1.6e9);
-    assert_string_equal(text_at(a, "choices.0.finish_reason"), "length");
-    assert_true(cJSON_IsNull(at(a, "choices.0.logprobs")));
-    assert_int_equal(number_at(a, "usage.prompt_tokens"), 9);
-    assert_int_equal(number_at(a, "usage.completion_tokens"), 16); /* the default */
-    assert_int_equal(number_at(a, "usage.total_tokens"), 25);
-    assert_int_equal(number_at(a, "usage.prompt_tokens_details.cached_tokens"), 0);
+    assert_string_equal(answer_text(a, "object"), "text_completion");
+    assert_string_equal(answer_text(a, "model"), MODEL_NAME);
+    assert_memory_equal(answer_text(a, "id"), "cmpl-", 5);
+    assert_true(answer_number(a, "created") > 1.6e9);
+    assert_string_equal(answer_text(a, "choices.0.finish_reason"), "length");
+    assert_true(cJSON_IsNull(answer_at(a, "choices.0.logprobs")));
+    assert_int_equal(answer_number(a, "usage.prompt_tokens"), 9);
+    assert_int_equal(answer_number(a, "usage.completion_tokens"), 16); /* the default */
+    assert_int_equal(answer_number(a, "usage.total_tokens"), 25);
+    assert_int_equal(answer_number(a, "usage.prompt_tokens_details.cached_tokens"), 0);
     /* The same prompt as token ids; several at once; max_tokens 0. */
     cJSON *ids = complete("\"prompt\":[79,110,99,101,32,117,112,111,110],\"model\":\"" MODEL_NAME
                           "\",\"user\":\"me\"," TURN);
     cJSON *many = complete("\"prompt\":[\"other\",\"Once upon\"],\"n\":2," TURN);
-    assert_string_equal(text_at(ids, "choices.0.text"), text_at(a, "choices.0.text"));
-    assert_int_equal(cJSON_GetArraySize(at(many, "choices")), 4);
+    assert_string_equal(answer_text(ids, "choices.0.text"), answer_text(a, "choices.0.text"));
+    assert_int_equal(cJSON_GetArraySize(answer_at(many, "choices")), 4);
     for (int i = 0; i < 4; i++) {
-        const cJSON *choice = cJSON_GetArrayItem(at(many, "choices"), i);
-        assert_int_equal(number_at(choice, "index"), i);
+        const cJSON *choice = cJSON_GetArrayItem(answer_at(many, "choices"), i);
+        assert_int_equal(answer_number(choice, "index"), i);
     }
-    assert_string_equal(text_at(many, "choices.2.text"), text_at(a, "choices.0.text"));
-    assert_string_equal(text_at(many, "choices.3.text"), text_at(a, "choices.0.text"));
-    assert_int_equal(number_at(many, "usage.prompt_tokens"), 14);
-    assert_int_equal(number_at(many, "usage.completion_tokens"), 64);
+    assert_string_equal(answer_text(many, "choices.2.text"), answer_text(a, "choices.0.text"));
+    assert_string_equal(answer_text(many, "choices.3.text"), answer_text(a, "choices.0.text"));
+    assert_int_equal(answer_number(many, "usage.prompt_tokens"), 14);
+    assert_int_equal(answer_number(many, "usage.completion_tokens"), 64);
     cJSON *none = complete("\"prompt\":\"Once upon\",\"max_tokens\":0,\"echo\":true," TURN);
-    assert_string_equal(text_at(none, "choices.0.text"), "Once upon");
-    assert_int_equal(number_at(none, "usage.completion_tokens"), 0);
+    assert_string_equal(answer_text(none, "choices.0.text"), "Once upon");
+    assert_int_equal(answer_number(none, "usage.completion_tokens"), 0);
     cJSON_Delete(a);
     cJSON_Delete(ids);
     cJSON_Delete(many);
@@ -306,12 +255,13 @@ static void test_seed(void **state)
         snprintf(text, sizeof text, fields, i < 2 ? "7" : i == 2 ? "8" : "null");
         answers[i] = complete(text);
     }
-    assert_true(cJSON_Compare(at(answers[0], "choices"), at(answers[1], "choices"), true));
+    assert_true(
+        cJSON_Compare(answer_at(answers[0], "choices"), answer_at(answers[1], "choices"), true));
     for (int i = 2; i < 4; i++)
-        assert_string_not_equal(text_at(answers[0], "choices.0.text"),
-                                text_at(answers[i], "choices.0.text"));
-    assert_string_not_equal(text_at(answers[0], "choices.0.text"),
-                            text_at(answers[0], "choices.1.text"));
+        assert_string_not_equal(answer_text(answers[0], "choices.0.text"),
+                                answer_text(answers[i], "choices.0.text"));
+    assert_string_not_equal(answer_text(answers[0], "choices.0.text"),
+                            answer_text(answers[0], "choices.1.text"));
     for (int i = 0; i < 4; i++)
         cJSON_Delete(answers[i]);
 }
@@ -321,25 +271,25 @@ static void test_bias_and_stop(void **state)
     (void)state;
     /* A bias of 100 decides every token: "z". */
     cJSON *a = complete("\"prompt\":\"x\",\"max_tokens\":5,\"logit_bias\":{\"122\":100}," TURN);
-    assert_string_equal(text_at(a, "choices.0.text"), "zzzzz");
+    assert_string_equal(answer_text(a, "choices.0.text"), "zzzzz");
     cJSON_Delete(a);
     /* A stop string that spans tokens is not in the text, nor is any part of it. */
     a = complete("\"prompt\":\"x\",\"max_tokens\":9,\"stop\":[\"q\",\"zz\"],"
                  "\"logit_bias\":{\"122\":100}," TURN);
-    assert_string_equal(text_at(a, "choices.0.text"), "");
-    assert_string_equal(text_at(a, "choices.0.finish_reason"), "stop");
-    assert_int_equal(number_at(a, "usage.completion_tokens"), 2);
+    assert_string_equal(answer_text(a, "choices.0.text"), "");
+    assert_string_equal(answer_text(a, "choices.0.finish_reason"), "stop");
+    assert_int_equal(answer_number(a, "usage.completion_tokens"), 2);
     cJSON_Delete(a);
     /* One that never completes is given back at the end. */
     a = complete("\"prompt\":\"x\",\"max_tokens\":3,\"stop\":\"zzzz\","
                  "\"logit_bias\":{\"122\":100}," TURN);
-    assert_string_equal(text_at(a, "choices.0.text"), "zzz");
-    assert_string_equal(text_at(a, "choices.0.finish_reason"), "length");
+    assert_string_equal(answer_text(a, "choices.0.text"), "zzz");
+    assert_string_equal(answer_text(a, "choices.0.finish_reason"), "length");
     cJSON_Delete(a);
     /* The end of the text, unless it is to be ignored. */
     a = complete("\"prompt\":\"x\",\"max_tokens\":3,\"temperature\":0,\"logit_bias\":{\"0\":100}");
-    assert_string_equal(text_at(a, "choices.0.finish_reason"), "stop");
-    assert_int_equal(number_at(a, "usage.completion_tokens"), 1);
+    assert_string_equal(answer_text(a, "choices.0.finish_reason"), "stop");
+    assert_int_equal(answer_number(a, "usage.completion_tokens"), 1);
     cJSON_Delete(a);
 }
 
@@ -347,11 +297,11 @@ static void test_logprobs(void **state)
 {
     (void)state;
     cJSON *a = complete("\"prompt\":\"abc\",\"max_tokens\":4,\"logprobs\":3,\"echo\":true," TURN);
-    const cJSON *l = at(a, "choices.0.logprobs");
-    const char *text = text_at(a, "choices.0.text");
+    const cJSON *l = answer_at(a, "choices.0.logprobs");
+    const char *text = answer_text(a, "choices.0.text");
     assert_memory_equal(text, "abc", 3);
-    const cJSON *tokens = at(l, "tokens"), *values = at(l, "token_logprobs");
-    const cJSON *tops = at(l, "top_logprobs"), *offsets = at(l, "text_offset");
+    const cJSON *tokens = answer_at(l, "tokens"), *values = answer_at(l, "token_logprobs");
+    const cJSON *tops = answer_at(l, "top_logprobs"), *offsets = answer_at(l, "text_offset");
     assert_int_equal(cJSON_GetArraySize(tokens), 7);
     assert_int_equal(cJSON_GetArraySize(values), 7);
     assert_int_equal(cJSON_GetArraySize(tops), 7);
@@ -374,8 +324,8 @@ static void test_logprobs(void **state)
     /* A token that is no character by itself is named by its byte. */
     a = complete("\"prompt\":\"x\",\"max_tokens\":1,\"logprobs\":1,"
                  "\"logit_bias\":{\"233\":100}," TURN);
-    assert_string_equal(text_at(a, "choices.0.logprobs.tokens.0"), "bytes:\\xe9");
-    assert_string_equal(text_at(a, "choices.0.text"), "\xef\xbf\xbd");
+    assert_string_equal(answer_text(a, "choices.0.logprobs.tokens.0"), "bytes:\\xe9");
+    assert_string_equal(answer_text(a, "choices.0.text"), "\xef\xbf\xbd");
     cJSON_Delete(a);
     /* logprobs 0: the tokens' own alone. best_of ranks by them. */
     a = complete("\"prompt\":\"abc\",\"max_tokens\":4,\"logprobs\":0,\"n\":1,\"best_of\":4,"
@@ -385,16 +335,17 @@ static void test_logprobs(void **state)
     double best = -INFINITY;
     const char *best_text = NULL;
     for (int i = 0; i < 4; i++) {
-        const cJSON *choice = cJSON_GetArrayItem(at(all, "choices"), i), *value;
+        const cJSON *choice = cJSON_GetArrayItem(answer_at(all, "choices"), i), *value;
         double sum = 0;
-        cJSON_ArrayForEach(value, at(choice, "logprobs.token_logprobs")) sum += value->valuedouble;
+        cJSON_ArrayForEach(value, answer_at(choice, "logprobs.token_logprobs")) sum +=
+            value->valuedouble;
         if (sum > best) {
             best = sum;
-            best_text = text_at(choice, "text");
+            best_text = answer_text(choice, "text");
         }
     }
-    assert_int_equal(cJSON_GetArraySize(at(a, "choices")), 1);
-    assert_string_equal(text_at(a, "choices.0.text"), best_text);
+    assert_int_equal(cJSON_GetArraySize(answer_at(a, "choices")), 1);
+    assert_string_equal(answer_text(a, "choices.0.text"), best_text);
     cJSON_Delete(a);
     cJSON_Delete(all);
 }
@@ -415,35 +366,35 @@ static void test_stream(void **state)
     assert_true(count > 4);
     for (int i = 0; i < count; i++) {
         const cJSON *event = cJSON_GetArrayItem(events, i);
-        assert_string_equal(text_at(event, "object"), "text_completion");
-        assert_string_equal(text_at(event, "id"), text_at(events, "0.id"));
-        assert_true(number_at(event, "created") == number_at(events, "0.created"));
-        assert_string_equal(text_at(event, "model"), MODEL_NAME);
+        assert_string_equal(answer_text(event, "object"), "text_completion");
+        assert_string_equal(answer_text(event, "id"), answer_text(events, "0.id"));
+        assert_true(answer_number(event, "created") == answer_number(events, "0.created"));
+        assert_string_equal(answer_text(event, "model"), MODEL_NAME);
         if (i + 1 == count) { /* usage, in an event of its own */
-            assert_int_equal(cJSON_GetArraySize(at(event, "choices")), 0);
-            assert_true(cJSON_Compare(at(event, "usage"), at(whole, "usage"), true));
+            assert_int_equal(cJSON_GetArraySize(answer_at(event, "choices")), 0);
+            assert_true(cJSON_Compare(answer_at(event, "usage"), answer_at(whole, "usage"), true));
             break;
         }
-        assert_true(cJSON_IsNull(at(event, "usage")));
-        assert_int_equal(cJSON_GetArraySize(at(event, "choices")), 1);
-        const int index = (int)number_at(event, "choices.0.index");
+        assert_true(cJSON_IsNull(answer_at(event, "usage")));
+        assert_int_equal(cJSON_GetArraySize(answer_at(event, "choices")), 1);
+        const int index = (int)answer_number(event, "choices.0.index");
         assert_true(index >= 0 && index < 4 && !ends[index]);
-        buf_append_text(&text[index], text_at(event, "choices.0.text"));
-        tokens[index] += cJSON_GetArraySize(at(event, "choices.0.logprobs.tokens"));
-        ends[index] = cJSON_IsString(at(event, "choices.0.finish_reason"));
+        buf_append_text(&text[index], answer_text(event, "choices.0.text"));
+        tokens[index] += cJSON_GetArraySize(answer_at(event, "choices.0.logprobs.tokens"));
+        ends[index] = cJSON_IsString(answer_at(event, "choices.0.finish_reason"));
     }
     for (int i = 0; i < 4; i++) {
-        const cJSON *choice = cJSON_GetArrayItem(at(whole, "choices"), i);
+        const cJSON *choice = cJSON_GetArrayItem(answer_at(whole, "choices"), i);
         assert_true(ends[i]);
-        assert_string_equal(buf_text(&text[i]), text_at(choice, "text"));
-        assert_int_equal(tokens[i], cJSON_GetArraySize(at(choice, "logprobs.tokens")));
+        assert_string_equal(buf_text(&text[i]), answer_text(choice, "text"));
+        assert_int_equal(tokens[i], cJSON_GetArraySize(answer_at(choice, "logprobs.tokens")));
         buf_close(&text[i]);
     }
     cJSON_Delete(whole);
     cJSON_Delete(events);
     events = stream_completion("\"prompt\":\"x\",\"max_tokens\":2," TURN);
     const cJSON *event;
-    cJSON_ArrayForEach(event, events) assert_null(at(event, "usage")); /* not asked for */
+    cJSON_ArrayForEach(event, events) assert_null(answer_at(event, "usage")); /* not asked for */
     cJSON_Delete(events);
 }
 
@@ -452,8 +403,8 @@ static void test_stream(void **state)
 static void make(const char *body, char id[LIMITS_ID_BYTES])
 {
     cJSON *memory = call("POST", "/v1/memories", body);
-    assert_string_equal(text_at(memory, "object"), "memory");
-    snprintf(id, LIMITS_ID_BYTES, "%s", text_at(memory, "id"));
+    assert_string_equal(answer_text(memory, "object"), "memory");
+    snprintf(id, LIMITS_ID_BYTES, "%s", answer_text(memory, "id"));
     cJSON_Delete(memory);
 }
 
@@ -474,19 +425,19 @@ static void test_memory(void **state)
     make("{\"metadata\":{\"name\":\"raven\",\"k\\u00e9y\":\"\\\"quoted\\\"\"}}", id);
     cJSON *a = append(id, "", book);
     const double size = (double)strlen(book);
-    assert_string_equal(text_at(a, "object"), "memory.append");
-    assert_string_equal(text_at(a, "memory"), id);
-    assert_true(number_at(a, "tokens") == size && number_at(a, "position") == size &&
-                number_at(a, "text_bytes") == size && number_at(a, "seconds") > 0);
+    assert_string_equal(answer_text(a, "object"), "memory.append");
+    assert_string_equal(answer_text(a, "memory"), id);
+    assert_true(answer_number(a, "tokens") == size && answer_number(a, "position") == size &&
+                answer_number(a, "text_bytes") == size && answer_number(a, "seconds") > 0);
     cJSON_Delete(a);
     snprintf(path, sizeof path, "/v1/memories/%s", id);
     a = call("GET", path, NULL);
-    assert_true(number_at(a, "token_count") == size);
-    assert_int_equal(number_at(a, "chunk_count"), strlen(book) / CHUNK);
-    assert_true(number_at(a, "bytes_on_disk") > 0 && number_at(a, "created_at") > 1.6e9);
-    assert_true(cJSON_IsNull(at(a, "parent")));
-    assert_string_equal(text_at(a, "metadata.name"), "raven");
-    assert_string_equal(text_at(a, "metadata.k\xc3\xa9y"), "\"quoted\"");
+    assert_true(answer_number(a, "token_count") == size);
+    assert_int_equal(answer_number(a, "chunk_count"), strlen(book) / CHUNK);
+    assert_true(answer_number(a, "bytes_on_disk") > 0 && answer_number(a, "created_at") > 1.6e9);
+    assert_true(cJSON_IsNull(answer_at(a, "parent")));
+    assert_string_equal(answer_text(a, "metadata.name"), "raven");
+    assert_string_equal(answer_text(a, "metadata.k\xc3\xa9y"), "\"quoted\"");
     cJSON_Delete(a);
     /* Chunks, page by page: their text is the text. */
     struct buf text;
@@ -494,17 +445,17 @@ static void test_memory(void **state)
     for (int from = 0, more = 1; more; from += 3) {
         snprintf(path, sizeof path, "/v1/memories/%s/chunks?from=%d&limit=3", id, from);
         a = call("GET", path, NULL);
-        more = cJSON_IsTrue(at(a, "has_more"));
+        more = cJSON_IsTrue(answer_at(a, "has_more"));
         const cJSON *chunk;
         int index = from;
-        cJSON_ArrayForEach(chunk, at(a, "data"))
+        cJSON_ArrayForEach(chunk, answer_at(a, "data"))
         {
-            assert_int_equal(number_at(chunk, "index"), index);
-            assert_int_equal(number_at(chunk, "token_start"), index * CHUNK);
-            assert_int_equal(number_at(chunk, "token_end"), (index + 1) * CHUNK);
-            assert_int_equal(number_at(chunk, "byte_start"), text.size);
-            buf_append_text(&text, text_at(chunk, "text"));
-            assert_int_equal(number_at(chunk, "byte_end"), text.size);
+            assert_int_equal(answer_number(chunk, "index"), index);
+            assert_int_equal(answer_number(chunk, "token_start"), index * CHUNK);
+            assert_int_equal(answer_number(chunk, "token_end"), (index + 1) * CHUNK);
+            assert_int_equal(answer_number(chunk, "byte_start"), text.size);
+            buf_append_text(&text, answer_text(chunk, "text"));
+            assert_int_equal(answer_number(chunk, "byte_end"), text.size);
             index++;
         }
         cJSON_Delete(a);
@@ -515,8 +466,8 @@ static void test_memory(void **state)
     /* Delete, and it is gone for all. */
     snprintf(path, sizeof path, "/v1/memories/%s", id);
     a = call("DELETE", path, NULL);
-    assert_string_equal(text_at(a, "object"), "memory.deleted");
-    assert_true(cJSON_IsTrue(at(a, "deleted")));
+    assert_string_equal(answer_text(a, "object"), "memory.deleted");
+    assert_true(cJSON_IsTrue(answer_at(a, "deleted")));
     cJSON_Delete(a);
     refused("GET", path, NULL, 404, "not_found", NULL);
     refused("DELETE", path, NULL, 404, "not_found", NULL);
@@ -542,11 +493,11 @@ static void test_append_offset(void **state)
     wire_answer_close(&answer);
     wire_close(&wire);
     cJSON *a = append(id, "?offset=6", "second");
-    assert_int_equal(number_at(a, "text_bytes"), 12);
+    assert_int_equal(answer_number(a, "text_bytes"), 12);
     cJSON_Delete(a);
     a = append(id, "", ""); /* nothing is nothing */
-    assert_int_equal(number_at(a, "tokens"), 0);
-    assert_int_equal(number_at(a, "text_bytes"), 12);
+    assert_int_equal(answer_number(a, "tokens"), 0);
+    assert_int_equal(answer_number(a, "text_bytes"), 12);
     cJSON_Delete(a);
 }
 
@@ -568,10 +519,10 @@ static void test_append_events(void **state)
     assert_true(count >= 6); /* the start, a block each 16 KiB, the end */
     for (int i = 0; i < count; i++) {
         const cJSON *event = cJSON_GetArrayItem(events, i);
-        assert_string_equal(text_at(event, "object"),
+        assert_string_equal(answer_text(event, "object"),
                             i + 1 < count ? "memory.append.progress" : "memory.append");
-        assert_true(number_at(event, "text_bytes") >= last);
-        last = number_at(event, "text_bytes");
+        assert_true(answer_number(event, "text_bytes") >= last);
+        last = answer_number(event, "text_bytes");
     }
     assert_true(last == (double)text.size);
     cJSON_Delete(events);
@@ -594,25 +545,26 @@ static void test_turns(void **state)
              "\"prompt\":\"Who?\",\"max_tokens\":8,\"memory\":\"%s\",\"memory_write\":false," TURN,
              id);
     cJSON *a = complete(fields), *b = complete(fields);
-    assert_true(cJSON_Compare(at(a, "choices"), at(b, "choices"), true));
-    assert_int_equal(number_at(a, "usage.prompt_tokens_details.cached_tokens"), strlen(book));
-    assert_int_equal(number_at(a, "usage.prompt_tokens"), strlen(book) + 4);
+    assert_true(cJSON_Compare(answer_at(a, "choices"), answer_at(b, "choices"), true));
+    assert_int_equal(answer_number(a, "usage.prompt_tokens_details.cached_tokens"), strlen(book));
+    assert_int_equal(answer_number(a, "usage.prompt_tokens"), strlen(book) + 4);
     assert_int_equal(daemon_get_memory(&daemon_, id).token_count, strlen(book));
     cJSON_Delete(b);
     /* With it, prompt and answer are there, and the memory goes on behind them. */
     snprintf(fields, sizeof fields, "\"prompt\":\"Who?\",\"max_tokens\":8,\"memory\":\"%s\"," TURN,
              id);
     b = complete(fields);
-    assert_true(cJSON_Compare(at(a, "choices"), at(b, "choices"), true));
+    assert_true(cJSON_Compare(answer_at(a, "choices"), answer_at(b, "choices"), true));
     assert_int_equal(daemon_get_memory(&daemon_, id).token_count, strlen(book) + 12);
     cJSON *c = complete(fields);
-    assert_int_equal(number_at(c, "usage.prompt_tokens_details.cached_tokens"), strlen(book) + 12);
+    assert_int_equal(answer_number(c, "usage.prompt_tokens_details.cached_tokens"),
+                     strlen(book) + 12);
     cJSON_Delete(b);
     /* The fork knows nothing of it, and answers as the memory did. */
     snprintf(fields, sizeof fields, "\"prompt\":\"Who?\",\"max_tokens\":8,\"memory\":\"%s\"," TURN,
              fork);
     b = complete(fields);
-    assert_true(cJSON_Compare(at(a, "choices"), at(b, "choices"), true));
+    assert_true(cJSON_Compare(answer_at(a, "choices"), answer_at(b, "choices"), true));
     cJSON_Delete(a);
     cJSON_Delete(b);
     cJSON_Delete(c);
@@ -634,17 +586,17 @@ static void test_list(void **state)
     while (more) { /* newest first */
         snprintf(path, sizeof path, "/v1/memories?limit=2%s%s", after[0] ? "&after=" : "", after);
         cJSON *page = call("GET", path, NULL);
-        const int count = cJSON_GetArraySize(at(page, "data"));
-        assert_true(count == 2 || !cJSON_IsTrue(at(page, "has_more")));
+        const int count = cJSON_GetArraySize(answer_at(page, "data"));
+        assert_true(count == 2 || !cJSON_IsTrue(answer_at(page, "has_more")));
         for (int i = 0; i < count; i++) {
-            const char *id = text_at(cJSON_GetArrayItem(at(page, "data"), i), "id");
+            const char *id = answer_text(cJSON_GetArrayItem(answer_at(page, "data"), i), "id");
             if (found < 5)
                 assert_string_equal(id, ids[4 - found]);
             found++;
         }
-        more = cJSON_IsTrue(at(page, "has_more"));
+        more = cJSON_IsTrue(answer_at(page, "has_more"));
         if (count)
-            snprintf(after, sizeof after, "%s", text_at(page, "last_id"));
+            snprintf(after, sizeof after, "%s", answer_text(page, "last_id"));
         cJSON_Delete(page);
     }
     assert_true(found >= 5);
@@ -657,20 +609,21 @@ static void check_retrieval(const cJSON *lists, int token_count, char seen[64])
     int index = 0;
     cJSON_ArrayForEach(token, lists)
     {
-        assert_int_equal(number_at(token, "token_index"), index++);
-        assert_true(strlen(text_at(token, "token")) > 0);
-        assert_true(cJSON_GetArraySize(at(token, "chunks")) > 0);
-        cJSON_ArrayForEach(chunk, at(token, "chunks"))
+        assert_int_equal(answer_number(token, "token_index"), index++);
+        assert_true(strlen(answer_text(token, "token")) > 0);
+        assert_true(cJSON_GetArraySize(answer_at(token, "chunks")) > 0);
+        cJSON_ArrayForEach(chunk, answer_at(token, "chunks"))
         {
-            const unsigned number = (unsigned)number_at(chunk, "chunk");
+            const unsigned number = (unsigned)answer_number(chunk, "chunk");
             assert_true(number < 64);
-            assert_int_equal(number_at(chunk, "token_start"), number * CHUNK);
-            assert_int_equal(number_at(chunk, "token_end"), (number + 1) * CHUNK);
-            assert_true(number_at(chunk, "weight") >= 0 && number_at(chunk, "weight") <= 1.001);
-            assert_int_equal(at(chunk, "text") != NULL, !seen[number]);
+            assert_int_equal(answer_number(chunk, "token_start"), number * CHUNK);
+            assert_int_equal(answer_number(chunk, "token_end"), (number + 1) * CHUNK);
+            assert_true(answer_number(chunk, "weight") >= 0 &&
+                        answer_number(chunk, "weight") <= 1.001);
+            assert_int_equal(answer_at(chunk, "text") != NULL, !seen[number]);
             const size_t begin = number * CHUNK;
-            if (at(chunk, "text") && begin + CHUNK <= strlen(book))
-                assert_memory_equal(text_at(chunk, "text"), book + begin, CHUNK);
+            if (answer_at(chunk, "text") && begin + CHUNK <= strlen(book))
+                assert_memory_equal(answer_text(chunk, "text"), book + begin, CHUNK);
             seen[number] = 1;
         }
     }
@@ -688,7 +641,7 @@ static void test_retrieval(void **state)
              "\"retrieval\":true," TURN,
              id);
     cJSON *a = complete(fields);
-    check_retrieval(at(a, "choices.0.retrieval"), 24, seen);
+    check_retrieval(answer_at(a, "choices.0.retrieval"), 24, seen);
     assert_true(memchr(seen, 1, strlen(book) / CHUNK) != NULL);
     cJSON *events = stream_completion(fields), *joined = cJSON_CreateArray();
     cJSON *event;
@@ -700,14 +653,14 @@ static void test_retrieval(void **state)
             cJSON_AddItemToArray(joined, cJSON_DetachItemFromArray(list, 0));
     }
     check_retrieval(joined, 24, again);
-    assert_true(cJSON_Compare(joined, at(a, "choices.0.retrieval"), true));
+    assert_true(cJSON_Compare(joined, answer_at(a, "choices.0.retrieval"), true));
     cJSON_Delete(a);
     snprintf(fields, sizeof fields,
              "\"prompt\":\"Who?\",\"memory\":\"%s\",\"memory_write\":false,"
              "\"include\":[\"memory.retrieval\"],\"max_tokens\":2," TURN,
              id);
     a = complete(fields);
-    assert_int_equal(cJSON_GetArraySize(at(a, "choices.0.retrieval")), 2);
+    assert_int_equal(cJSON_GetArraySize(answer_at(a, "choices.0.retrieval")), 2);
     cJSON_Delete(a);
     cJSON_Delete(events);
     cJSON_Delete(joined);
@@ -727,7 +680,7 @@ static void *ask_aside(void *context)
 {
     struct side *side = context;
     cJSON *a = complete(side->fields);
-    side->text = strdup(text_at(a, "choices.0.text"));
+    side->text = strdup(answer_text(a, "choices.0.text"));
     cJSON_Delete(a);
     return NULL;
 }

@@ -64,6 +64,23 @@ static void parse_completion(const char *json, size_t size)
     completion_request_close(&request);
 }
 
+static void parse_chat(const char *json, size_t size)
+{
+    struct completion_request request;
+    struct error err = {0};
+    const enum status status = completion_request_parse_chat(json, size, &request, &err);
+    check_refusal(status, &err);
+    if (status)
+        return;
+    check_completion(&request);
+    ASSERT(request.message_count >= 1 && request.message_count <= LIMITS_MESSAGES);
+    for (size_t i = 0; i < request.message_count; i++)
+        ASSERT(request.messages[i].role[0] &&
+               strlen(request.messages[i].text) == request.messages[i].size);
+    ASSERT(request.max_tokens >= 1);
+    completion_request_close(&request);
+}
+
 static void parse_memory(const char *json, size_t size)
 {
     struct memory_request request, again;
@@ -133,6 +150,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                    {parse_memory, "{\"from\":\"mem_0\""},
                    {parse_bookmark, "{\"position\":1"},
                    {parse_rewind, "{\"to\":1"},
+                   {parse_chat, "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"},
                    {parse_answers, "{\"object\":\"memory.append\",\"id\":\"mem_0\""}};
     if (!size)
         return 0;

@@ -85,7 +85,7 @@ static void test_error(void **state)
 static void test_completion(void **state)
 {
     (void)state;
-    const struct answer_head head = {"cmpl-1", "model", 1700000000};
+    const struct answer_head head = {.id = "cmpl-1", .model = "model", .created = 1700000000};
     const struct answer_choice choice = {
         .text = " In a castle.", .text_size = 13, .finish_reason = "stop"};
     const struct answer_usage usage = {11, 4, 7};
