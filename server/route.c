@@ -65,6 +65,15 @@ enum status route_find(const struct http_head *head, const struct request_handle
     return status;
 }
 
+bool route_at(size_t index, const char **method, const char **path)
+{
+    if (index >= sizeof routes / sizeof *routes)
+        return false;
+    *method = routes[index].method;
+    *path = routes[index].path;
+    return true;
+}
+
 void route_append_allow(const char *path, struct buf *out)
 {
     char argument[LIMITS_ID_BYTES];

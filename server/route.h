@@ -10,6 +10,9 @@ STATUS_CHECKED enum status route_find(const struct http_head *head,
                                       const struct request_handler **handler,
                                       char argument[LIMITS_ID_BYTES]);
 
+/* The routes one by one, "{}" for an id; false behind the last. */
+bool route_at(size_t index, const char **method, const char **path);
+
 /* The header line "allow: GET, HEAD" with what `path` takes. */
 void route_append_allow(const char *path, struct buf *out);
 
