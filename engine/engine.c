@@ -243,6 +243,13 @@ static void publish_stats(struct engine *engine)
     s->pages_resident = engine->memory.allocated;
     s->pages_pinned = engine->memory.pinned;
     s->page_capacity = engine->memory.capacity;
+    if (engine->ops->page_stats) {
+        const struct ops_page_stats device = engine->ops->page_stats(engine->context);
+        s->device_page_capacity = device.capacity;
+        s->device_pages = device.resident;
+        s->device_page_hits = device.hits;
+        s->device_page_misses = device.misses;
+    }
     pthread_mutex_lock(&engine->stats_lock);
     engine->stats = *s;
     pthread_mutex_unlock(&engine->stats_lock);

@@ -90,6 +90,11 @@ struct ops_picks {
     float *weights;   /* [rows, Hr, K] */
 };
 
+/* A device's own copies of K/V pages; in pages. */
+struct ops_page_stats {
+    uint64_t capacity, resident, hits, misses; /* now, now; since `open` */
+};
+
 /* Context of an open backend: worker threads, scratch memory. */
 struct ops_context;
 
@@ -124,6 +129,8 @@ struct ops {
     void (*release_host)(struct ops_context *context, void *memory);
     /* The host wrote a page: a copy that the backend keeps of it is stale. NULL: it keeps none. */
     void (*host_wrote)(struct ops_context *context, const void *page);
+    /* Of those copies. NULL: it keeps none. */
+    struct ops_page_stats (*page_stats)(const struct ops_context *context);
     /* Any direction between memory of `alloc` and the host's; complete when it returns. */
     void (*copy)(struct ops_context *context, void *to, const void *from, size_t bytes);
 

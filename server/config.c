@@ -32,10 +32,12 @@ static const struct setting settings[] = {
     {"data", "DIR", "data", "folder of the memories; one daemon at a time", TEXT, FIELD(data)},
     {"model", "DIR", "engine/models/ramba-6m",
      "folder with config.json, model.safetensors, tokenizer.json", TEXT, FIELD(model)},
-    {"backend", "NAME", "auto", "auto, cpu, or ref (slow and plain)", TEXT, FIELD(backend)},
+    {"backend", "NAME", "auto", "auto, cuda, cpu, or ref (slow and plain)", TEXT, FIELD(backend)},
     {"threads", "N", "0", "CPU workers of the engine; 0 for every CPU", COUNT, FIELD(threads)},
     {"host-memory", "SIZE", "1G", "RAM for chunk pages; the rest stays on disk", BYTES,
      FIELD(host_memory)},
+    {"device-memory", "SIZE", "0", "a GPU's copies of chunk pages; 0 for an eighth of its memory",
+     BYTES, FIELD(device_memory)},
     {"session-memory", "SIZE", "1G", "RAM for memories kept open between turns", BYTES,
      FIELD(session_memory)},
     {"memory-dtype", "TYPE", "bf16", "bf16 or fp32: how chunk memories are kept", TEXT,
@@ -226,8 +228,8 @@ static enum status check(const struct config *c, struct error *err)
     if (c->port > 65535)
         return error_set_param(err, STATUS_INVALID, "port", "port: at most 65535");
     if (!one_of(c->backend, backends))
-        return error_set_param(err, STATUS_INVALID, "backend", "backend: auto, cpu or ref, not %s",
-                               c->backend);
+        return error_set_param(err, STATUS_INVALID, "backend",
+                               "backend: auto, cuda, cpu or ref, not %s", c->backend);
     if (!one_of(c->memory_dtype, dtypes))
         return error_set_param(err, STATUS_INVALID, "memory-dtype",
                                "memory-dtype: bf16 or fp32, not %s", c->memory_dtype);

@@ -68,6 +68,7 @@ static enum status open_engine(const struct config *config, struct engine **engi
                                                           : ENGINE_BACKEND_AUTO,
         .threads = (uint32_t)config->threads,
         .host_memory_bytes = config->host_memory,
+        .device_memory_bytes = config->device_memory,
         .memory_dtype =
             strcmp(config->memory_dtype, "fp32") == 0 ? ENGINE_DTYPE_FP32 : ENGINE_DTYPE_BF16};
     return engine_open(&options, engine, err);

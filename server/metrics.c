@@ -98,6 +98,14 @@ static void write_engine(struct buf *out, const struct engine_thread_stats *s)
               (double)e->page_read_bytes);
     write_one(out, "counter", "page_read_seconds_total", "Time spent reading them.",
               (double)e->page_read_ns * 1e-9);
+    write_one(out, "gauge", "device_pages", "Chunk pages with a copy on the GPU.",
+              (double)e->device_pages);
+    write_one(out, "gauge", "device_pages_capacity", "Chunk pages that may have one.",
+              (double)e->device_page_capacity);
+    write_one(out, "counter", "device_page_hits_total", "Chunks read that were on the GPU.",
+              (double)e->device_page_hits);
+    write_one(out, "counter", "device_page_misses_total", "Chunks read that were copied there.",
+              (double)e->device_page_misses);
 }
 
 static void write_storage(struct buf *out, const struct storage_stats *s)

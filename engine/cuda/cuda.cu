@@ -9,6 +9,7 @@
 
 extern "C" {
 #include "engine/bf16.h"
+#include "proto/base/hash.h"
 #include "proto/base/log.h"
 }
 
@@ -159,6 +160,7 @@ void cuda_begin(struct ops_context *x)
         return;
     cuda_wait(x); /* copies out of the buffer and kernels that read its twin are done */
     x->stage_used = 0;
+    x->stage_epoch++;
     if (!x->failed)
         free_retired(x);
 }
@@ -167,6 +169,11 @@ void *cuda_stage(struct ops_context *x, const void *data, size_t bytes)
 {
     if (x->failed)
         return NULL;
+    const uint64_t hash = hash64(data, bytes, 0);
+    struct cuda_staged *known = &x->staged[hash % CUDA_STAGED];
+    if (known->epoch == x->stage_epoch && known->hash == hash && known->bytes == bytes &&
+        memcmp(known->host, data, bytes) == 0)
+        return known->device;
     if (bytes > x->stage_bytes - x->stage_used) {
         ASSERT(x->retired_count < 2 * CUDA_RETIRED);
         x->retired[x->retired_count++] = x->stage_host;
@@ -183,10 +190,11 @@ void *cuda_stage(struct ops_context *x, const void *data, size_t bytes)
     if (x->stage_used > x->stage_bytes)
         x->stage_used = x->stage_bytes;
     memcpy(host, data, bytes);
-    return cuda_check(x, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, x->stream),
-                      "a copy to the GPU")
-               ? device
-               : NULL;
+    if (!cuda_check(x, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, x->stream),
+                    "a copy to the GPU"))
+        return NULL;
+    *known = (struct cuda_staged){hash, x->stage_epoch, bytes, host, device};
+    return device;
 }
 
 struct cuda_segment *cuda_segments(struct ops_context *x, const struct ops_rows *rows)
@@ -408,6 +416,7 @@ static enum status cuda_open(const struct ops_options *options, struct ops_conte
     x->max_rows = options->max_rows;
     x->page_bytes = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim * (x->wide ? 4 : 2);
     x->page_budget = options->device_memory_bytes;
+    x->stage_epoch = 1;
     read_fault(x);
     enum status status = open_device(x, err);
     if (!status)
@@ -452,6 +461,7 @@ static struct ops make_table(void)
     table.alloc_host = cuda_alloc_host;
     table.release_host = cuda_release_host;
     table.host_wrote = cuda_pages_forget;
+    table.page_stats = cuda_page_stats;
     table.copy = cuda_copy;
     table.embed = cuda_embed;
     table.mamba = cuda_mamba;

@@ -23,9 +23,17 @@ extern "C" {
 #define CUDA_BLOCK_TOKENS 64 /* tokens of a block of the chunked (SSD) form */
 #define CUDA_CHUNKS 16       /* chunks encoded together, always: see encode_chunks.cu */
 #define CUDA_RETIRED 16      /* staging buffers outgrown within one op */
+#define CUDA_STAGED 512      /* staged arrays remembered by their content */
 
 struct cuda_products; /* cuBLASLt and what it chose for each shape */
 struct cuda_pages;    /* K/V pages on the device */
+
+struct cuda_staged { /* an array that is on the device already */
+    uint64_t hash, epoch;
+    size_t bytes;
+    const char *host;
+    char *device;
+};
 
 struct ops_context {
     struct model_config config;
@@ -42,7 +50,9 @@ struct ops_context {
     size_t stage_bytes, stage_used;
     char *retired[2 * CUDA_RETIRED];
     uint32_t retired_count;
-    void **placed; /* weights */
+    struct cuda_staged staged[CUDA_STAGED];
+    uint64_t stage_epoch; /* counts how often the buffer began anew */
+    void **placed;        /* weights */
     size_t placed_count, placed_capacity;
     struct cuda_products *products;
     struct cuda_pages *pages;
@@ -102,7 +112,9 @@ void *cuda_take(struct ops_context *context, size_t bytes);
 void cuda_give(struct ops_context *context, void *memory);
 /* Begins an op: staged arrays of earlier ops may be overwritten from here on. */
 void cuda_begin(struct ops_context *context);
-/* The device's copy of a small array, valid until the next cuda_begin; NULL after a failure. */
+/* The device's copy of a small array, which nobody writes to, valid until the next cuda_begin; NULL
+ * after a failure. What equals an array that still lies there is not sent again: tables of rows,
+ * states, pages and blocks are the same from layer to layer, most of them from step to step. */
 void *cuda_stage(struct ops_context *context, const void *data, size_t bytes);
 /* Segments of the call and the segment of each row, staged; false after a failure. */
 bool cuda_stage_rows(struct ops_context *context, const struct ops_rows *rows,
@@ -118,8 +130,8 @@ void cuda_wait(struct ops_context *context);
 enum status cuda_products_open(struct ops_context *context, struct error *err);
 void cuda_products_close(struct ops_context *context);
 /* out [m, n] fp32 = x [m, k] w [n, k]^T, or += with `add`; x and w bf16, or floats when wide. The
- * same m, n and k give the same numbers wherever x lies in its buffer. False: cuBLASLt has no kernel
- * for the shape, nothing was done. */
+ * same m, n and k give the same numbers wherever x lies in its buffer. False: cuBLASLt has no
+ * kernel for the shape, nothing was done. */
 bool cuda_product(struct ops_context *context, const void *w, uint32_t n, uint32_t k, const void *x,
                   uint32_t m, float *out, bool add);
 
@@ -149,15 +161,17 @@ void cuda_pages_forget(struct ops_context *context, const void *page);
 void cuda_pages_forget_all(struct ops_context *context);
 /* Device copies of pages that one kernel reads together: begin, then take each. */
 void cuda_pages_begin(struct ops_context *context);
-/* The device's copy, brought here when it is missing; NULL: no room beside those taken since
- * cuda_pages_begin (or a failure). */
+/* The device's copy, filled by cuda_pages_end when it is missing; NULL: no room beside those taken
+ * since cuda_pages_begin (or a failure). */
 void *cuda_pages_take(struct ops_context *context, const void *page);
 /* Like cuda_pages_take, but the content is about to be written on the device. */
 void *cuda_pages_create(struct ops_context *context, const void *page);
-/* All of the kernel's pages are taken. */
+/* All of the kernel's pages are taken: those that are missing come now, in one copy. */
 void cuda_pages_end(struct ops_context *context);
 /* Waits until the copies from host pages before the last cuda_pages_end are done. */
 void cuda_pages_settle(struct ops_context *context);
+
+struct ops_page_stats cuda_page_stats(const struct ops_context *context);
 
 /* ---- the ops ---- */
 

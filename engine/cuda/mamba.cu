@@ -415,6 +415,7 @@ extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights
     for (uint32_t i = 0; own && i < rows->segment_count; i++) {
         own[i].ssm = states[i].ssm;
         own[i].conv = states[i].conv;
+        own[i].position = 0; /* unused here, and so the table is the same in the next step */
     }
     if (own && cuda_stage_rows(x, rows, own, &segments, &row_segment)) {
         cuda_norm(x, hidden, &w->norm, c->hidden_size, c->norm_epsilon, rows->row_count, x->normed);

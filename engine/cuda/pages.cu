@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "engine/cuda/cuda.h"
+#include "engine/cuda/device.cuh"
 
 extern "C" {
 #include "proto/base/hash.h"
@@ -10,6 +11,7 @@ extern "C" {
 }
 
 #define SLAB_PAGES 64
+#define COPY_THREADS 256
 
 struct slot {
     struct list lru;  /* every slot; the least recently used first */
@@ -17,6 +19,11 @@ struct slot {
     void *data;
     uint64_t stamp;    /* of the kernel that reads it */
     struct slot *next; /* in its hash chain */
+};
+
+struct copy {
+    void *to;
+    const void *from; /* pinned host memory, which the device reads where it lies */
 };
 
 struct cuda_pages {
@@ -27,8 +34,10 @@ struct cuda_pages {
     void **slabs; /* device memory and slot structs in turn */
     size_t slab_count;
     uint64_t stamp;
+    uint64_t hits, misses;
+    struct copy *missing; /* to be copied here by cuda_pages_end */
+    size_t missing_count, missing_capacity;
     cudaEvent_t copied; /* after the last copy from a host page */
-    bool copying;       /* copies since the last cuda_pages_end */
     bool waiting;       /* copies before it that nobody waited for */
 };
 
@@ -124,6 +133,7 @@ void cuda_pages_close(struct ops_context *x)
         cudaEventDestroy(p->copied);
     free(p->slabs);
     free(p->table);
+    free(p->missing);
     free(p);
     x->pages = NULL;
 }
@@ -198,21 +208,35 @@ static struct slot *take(struct ops_context *x, const void *page, bool *fresh)
     return slot;
 }
 
+/* Notes a page for cuda_pages_end to copy. */
+static bool note_missing(struct ops_context *x, void *to, const void *from)
+{
+    struct cuda_pages *p = x->pages;
+    if (p->missing_count == p->missing_capacity) {
+        const size_t capacity = p->missing_capacity ? 2 * p->missing_capacity : 256;
+        struct copy *missing = (struct copy *)realloc(p->missing, capacity * sizeof *missing);
+        if (!missing) {
+            cuda_fail(x, STATUS_NO_MEMORY, "out of memory for a step's pages");
+            return false;
+        }
+        p->missing = missing;
+        p->missing_capacity = capacity;
+    }
+    struct copy *copy = &p->missing[p->missing_count++];
+    copy->to = to;
+    copy->from = from;
+    return true;
+}
+
 void *cuda_pages_take(struct ops_context *x, const void *page)
 {
     bool fresh;
     struct slot *slot = take(x, page, &fresh);
     if (!slot)
         return NULL;
-    if (fresh) {
-        if (!cuda_check(
-                x,
-                cudaMemcpyAsync(slot->data, page, x->page_bytes, cudaMemcpyHostToDevice, x->stream),
-                "a copy of a page to the GPU"))
-            return NULL;
-        x->pages->copying = true;
-    }
-    return slot->data;
+    x->pages->hits += !fresh;
+    x->pages->misses += fresh;
+    return !fresh || note_missing(x, slot->data, page) ? slot->data : NULL;
 }
 
 void *cuda_pages_create(struct ops_context *x, const void *page)
@@ -222,13 +246,44 @@ void *cuda_pages_create(struct ops_context *x, const void *page)
     return slot ? slot->data : NULL;
 }
 
+/* Whole pages, a block each, in words of `T`. */
+template <typename T>
+static __global__ void __launch_bounds__(COPY_THREADS)
+    copy_pages(const struct copy *copies, size_t words)
+{
+    const struct copy copy = copies[blockIdx.x];
+    for (size_t i = threadIdx.x; i < words; i += COPY_THREADS)
+        ((T *)copy.to)[i] = ((const T *)copy.from)[i];
+}
+
+/* All that is missing in one launch, read from where the host keeps it: pages are small, and a copy
+ * call for each would cost more than its bytes. */
 void cuda_pages_end(struct ops_context *x)
 {
     struct cuda_pages *p = x->pages;
-    if (x->failed || !p->copying)
+    const size_t count = p->missing_count;
+    p->missing_count = 0;
+    if (x->failed || !count)
         return;
-    p->copying = false;
-    p->waiting = cuda_check(x, cudaEventRecord(p->copied, x->stream), "an event");
+    const struct copy *copies =
+        (const struct copy *)cuda_stage(x, p->missing, count * sizeof *p->missing);
+    const dim3 grid((unsigned)count), block(COPY_THREADS);
+    if (x->page_bytes % sizeof(uint4) == 0)
+        CUDA_LAUNCH(x, copy_pages<uint4>, grid, block, 0, copies, x->page_bytes / sizeof(uint4));
+    else
+        CUDA_LAUNCH(x, copy_pages<uint32_t>, grid, block, 0, copies, x->page_bytes / 4);
+    if (!x->failed)
+        p->waiting = cuda_check(x, cudaEventRecord(p->copied, x->stream), "an event");
+}
+
+struct ops_page_stats cuda_page_stats(const struct ops_context *x)
+{
+    struct ops_page_stats out = {};
+    out.capacity = x->pages->capacity;
+    out.resident = x->pages->count;
+    out.hits = x->pages->hits;
+    out.misses = x->pages->misses;
+    return out;
 }
 
 void cuda_pages_settle(struct ops_context *x)

@@ -59,6 +59,7 @@ static void test_defaults(void **state)
     assert_string_equal(config.host, "127.0.0.1");
     assert_int_equal(config.port, 8080);
     assert_int_equal(config.host_memory, UINT64_C(1) << 30);
+    assert_int_equal(config.device_memory, 0);
     assert_int_equal(config.map_size, UINT64_C(1) << 40);
     assert_int_equal(config.queue, 256);
     assert_int_equal(config.header_timeout, 10);
@@ -84,9 +85,10 @@ static void test_precedence(void **state)
     assert_int_equal(config.port, 1002);
     assert_int_equal(config.host_memory, 5 << 10);
     assert_int_equal(config.queue, 7);
-    read_well(ARGS("--port=1003", "--host-memory", "7"));
+    read_well(ARGS("--port=1003", "--host-memory", "7", "--device-memory", "20G"));
     assert_int_equal(config.port, 1003);
     assert_int_equal(config.host_memory, 7);
+    assert_int_equal(config.device_memory, UINT64_C(20) << 30);
     assert_int_equal(config.queue, 7);
     unlink(path);
 }
@@ -105,6 +107,7 @@ static void test_refusals(void **state)
                  {"--host-memory", "M", "host-memory"},
                  {"--host-memory", "+1", "host-memory"},
                  {"--host-memory", "99999999T", "host-memory"},
+                 {"--device-memory", "half", "device-memory"},
                  {"--backend", "quantum", "backend"},
                  {"--memory-dtype", "fp64", "memory-dtype"},
                  {"--log-level", "loud", "log-level"},
