@@ -1,5 +1,12 @@
-/* Times of the CUDA backend at the 370M shape with random weights: decode steps
- * and prefill through the engine, beside the bytes or operations that they cannot do without.
+/* Times of the CUDA backend at the 370M shape with random weights, through the engine: decode steps
+ * and prefill, each over its floor, and the share of each op.
+ *
+ * The floor of a row is what its bytes take at the bandwidth of a copy on the device, or its
+ * operations at the rate of a large bf16 product, whichever is more; both are measured first, in
+ * the same run, through the same table of ops. The share of an op comes from steps of their own, in
+ * which the device is waited for after each: `host` is how long the calls took in steps without
+ * these waits, so where the sum of `host` is close to the step's time, launches bound it.
+ *
  * Prints a table; with a path as argument, writes the same as CSV. Exits with 77 without a GPU.
  * Runs from the repository's root. */
 #include <math.h>
@@ -8,10 +15,13 @@
 #include <string.h>
 #include <time.h>
 
-#include "engine/engine.h"
+#include "engine/engine_private.h"
 #include "proto/base/assert.h"
 
+#define SECONDS_MAX 100 /* rows after that are left out, and said to be */
+
 static FILE *csv;
+static double began, bandwidth, rate; /* bytes/s, operations/s */
 
 static double now(void)
 {
@@ -20,19 +30,306 @@ static double now(void)
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-static void report(const char *what, uint32_t rows, uint64_t context, double seconds, double bytes,
-                   double operations)
+/* ---- what the device can do ---- */
+
+static void wait_for(const struct ops *ops, struct ops_context *context)
 {
-    printf("%-10s %6u rows, context %9llu: %10.3f ms  %7.0f GB/s  %7.1f TFLOP/s  %9.0f tok/s\n",
-           what, rows, (unsigned long long)context, seconds * 1e3, bytes / seconds * 1e-9,
-           operations / seconds * 1e-12, rows / seconds);
-    fflush(stdout);
-    if (csv)
-        fprintf(csv, "%s,%u,%llu,%.6f,%.0f,%.0f\n", what, rows, (unsigned long long)context,
-                seconds * 1e3, bytes, operations);
+    struct error err = {0};
+    if (ops->check(context, &err)) {
+        printf("FAIL: %s\n", err.message);
+        exit(1);
+    }
 }
 
-/* Chunks that nobody keeps: landmarks and pages of any chunk are the same random bytes. */
+/* Bytes read and written in a second by copies of 1 GiB on the device. */
+static double measure_bandwidth(const struct ops *ops, struct ops_context *context)
+{
+    const size_t bytes = (size_t)1 << 30;
+    const int times = 20;
+    void *from = ops->alloc(context, bytes), *to = ops->alloc(context, bytes);
+    ASSERT(from && to);
+    ops->copy(context, to, from, bytes);
+    wait_for(ops, context);
+    const double begin = now();
+    for (int i = 0; i < times; i++)
+        ops->copy(context, to, from, bytes);
+    wait_for(ops, context);
+    const double seconds = now() - begin;
+    ops->release(context, from);
+    ops->release(context, to);
+    return 2.0 * (double)bytes * times / seconds;
+}
+
+#define PRODUCT_ROWS 4096
+#define PRODUCT_DEPTH 4096
+#define PRODUCT_COLUMNS 32768
+
+/* Operations in a second of a product as the engine's long ones are: bf16 in, fp32 out; with the
+ * norm before it, some two percent of the time. */
+static double measure_rate(const struct ops *ops, struct ops_context *context,
+                           const uint16_t *noise, size_t noise_count)
+{
+    const int times = 20;
+    const size_t inputs = (size_t)PRODUCT_ROWS * PRODUCT_DEPTH,
+                 weights = (size_t)PRODUCT_COLUMNS * PRODUCT_DEPTH;
+    uint16_t *matrix = malloc(weights * sizeof *matrix);
+    float *host = malloc(inputs * sizeof *host);
+    float *x = ops->alloc(context, inputs * sizeof *x);
+    float *out = ops->alloc(context, (size_t)PRODUCT_ROWS * PRODUCT_COLUMNS * sizeof *out);
+    ASSERT(matrix && host && x && out);
+    for (size_t i = 0; i < weights; i += noise_count)
+        memcpy(matrix + i, noise, noise_count * sizeof *noise); /* a whole number of times */
+    for (size_t i = 0; i < inputs; i++)
+        host[i] = (float)(i * 7919 % 2001) / 1000 - 1;
+    ops->copy(context, x, host, inputs * sizeof *x);
+    struct ops_tensor head = {matrix, OPS_BF16, PRODUCT_COLUMNS, PRODUCT_DEPTH};
+    float ones[PRODUCT_DEPTH];
+    for (size_t i = 0; i < PRODUCT_DEPTH; i++)
+        ones[i] = 1;
+    struct ops_tensor norm = {ones, OPS_FP32, 1, PRODUCT_DEPTH};
+    struct error err;
+    ASSERT(!ops->place(context, &head, &err) && !ops->place(context, &norm, &err));
+    const struct ops_segment segment = {.count = PRODUCT_ROWS};
+    const struct ops_rows rows = {&segment, 1, PRODUCT_ROWS};
+    double begin = 0;
+    for (int i = -3; i < times; i++) {
+        if (i == 0) {
+            wait_for(ops, context);
+            begin = now();
+        }
+        ops->logits(context, &norm, &head, &rows, x, out);
+    }
+    wait_for(ops, context);
+    const double seconds = now() - begin;
+    ops->release(context, x);
+    ops->release(context, out);
+    free(matrix);
+    free(host);
+    return 2.0 * PRODUCT_ROWS * PRODUCT_DEPTH * (double)PRODUCT_COLUMNS * times / seconds;
+}
+
+/* Both, in a context of their own. False: the backend does not open, `*status` and `err` say why.
+ */
+static enum status measure_device(const uint16_t *noise, size_t noise_count, struct error *err)
+{
+    static const struct model_config config = {.hidden_size = PRODUCT_DEPTH,
+                                               .vocab_size = PRODUCT_COLUMNS,
+                                               .inner_size = 64,
+                                               .mamba_heads = 1,
+                                               .mamba_head_dim = 64,
+                                               .state_size = 16,
+                                               .state_groups = 1,
+                                               .conv_kernel = 4,
+                                               .conv_size = 96,
+                                               .proj_size = 161,
+                                               .norm_epsilon = 1e-5f,
+                                               .chunk_tokens = 16,
+                                               .topk = 1,
+                                               .heads = 1,
+                                               .kv_heads = 1,
+                                               .head_dim = 64,
+                                               .retrieval_dim = 64,
+                                               .retrieval_heads = 1};
+    const struct ops_options options = {.config = &config,
+                                        .threads = 1,
+                                        .max_rows = PRODUCT_ROWS,
+                                        .memory_dtype = OPS_BF16,
+                                        .device_memory_bytes = (size_t)1 << 20};
+    const struct ops *ops = ops_cuda();
+    struct ops_context *context;
+    const enum status status = ops->open(&options, &context, err);
+    if (status)
+        return status;
+    bandwidth = measure_bandwidth(ops, context);
+    rate = measure_rate(ops, context, noise, noise_count);
+    ops->close(context);
+    printf("copies on the device: %.0f GB/s read and written; bf16 products: %.0f TFLOP/s\n",
+           bandwidth * 1e-9, rate * 1e-12);
+    return STATUS_OK;
+}
+
+/* ---- where the time goes: the engine's table with a clock around each op ---- */
+
+enum op {
+    OP_EMBED,
+    OP_MAMBA,
+    OP_ENCODE,
+    OP_RETRIEVE,
+    OP_QUERY,
+    OP_ATTEND,
+    OP_OUT,
+    OP_LOGITS,
+    OP_COPY,
+    OP_COUNT
+};
+
+static const char *const op_names[OP_COUNT] = {"embed",    "mamba",     "encode_chunks",
+                                               "retrieve", "hsa_query", "hsa_attend",
+                                               "hsa_out",  "logits",    "copy"};
+
+static struct clock {
+    double seconds;
+    unsigned calls;
+} clocks[OP_COUNT];
+static const struct ops *real;
+static bool waiting; /* for the device, after each op */
+
+static void end(struct ops_context *context, enum op op, double begin)
+{
+    if (waiting)
+        wait_for(real, context);
+    clocks[op].seconds += now() - begin;
+    clocks[op].calls++;
+}
+
+static void timed_embed(struct ops_context *x, const struct ops_tensor *table,
+                        const int32_t *tokens, uint32_t row_count, float *out)
+{
+    const double begin = now();
+    real->embed(x, table, tokens, row_count, out);
+    end(x, OP_EMBED, begin);
+}
+
+static void timed_mamba(struct ops_context *x, const struct ops_mamba_weights *weights,
+                        const struct ops_rows *rows, const struct ops_mamba_state *states,
+                        float *hidden)
+{
+    const double begin = now();
+    real->mamba(x, weights, rows, states, hidden);
+    end(x, OP_MAMBA, begin);
+}
+
+static void timed_encode(struct ops_context *x, const struct ops_chunking_weights *weights,
+                         uint32_t count, const float *const *chunks, void *const *kv,
+                         void *const *landmarks)
+{
+    const double begin = now();
+    real->encode_chunks(x, weights, count, chunks, kv, landmarks);
+    end(x, OP_ENCODE, begin);
+}
+
+static void timed_retrieve(struct ops_context *x, const struct ops_retrieval_weights *weights,
+                           const struct ops_rows *rows, const struct ops_landmarks *landmarks,
+                           const float *hidden, struct ops_picks *picks)
+{
+    const double begin = now();
+    real->retrieve(x, weights, rows, landmarks, hidden, picks);
+    end(x, OP_RETRIEVE, begin);
+}
+
+static void timed_query(struct ops_context *x, const struct ops_hsa_weights *weights,
+                        const struct ops_rows *rows, const float *hidden, float *q)
+{
+    const double begin = now();
+    real->hsa_query(x, weights, rows, hidden, q);
+    end(x, OP_QUERY, begin);
+}
+
+static void timed_attend(struct ops_context *x, uint32_t row_count, const float *q,
+                         const float *weights, const void *const *pages, float *o)
+{
+    const double begin = now();
+    real->hsa_attend(x, row_count, q, weights, pages, o);
+    end(x, OP_ATTEND, begin);
+}
+
+static void timed_out(struct ops_context *x, const struct ops_hsa_weights *weights,
+                      const struct ops_rows *rows, const float *o, float *hidden)
+{
+    const double begin = now();
+    real->hsa_out(x, weights, rows, o, hidden);
+    end(x, OP_OUT, begin);
+}
+
+static void timed_logits(struct ops_context *x, const struct ops_tensor *norm,
+                         const struct ops_tensor *head, const struct ops_rows *rows,
+                         const float *hidden, float *logits)
+{
+    const double begin = now();
+    real->logits(x, norm, head, rows, hidden, logits);
+    end(x, OP_LOGITS, begin);
+}
+
+static void timed_copy(struct ops_context *x, void *to, const void *from, size_t bytes)
+{
+    const double begin = now();
+    real->copy(x, to, from, bytes);
+    end(x, OP_COPY, begin);
+}
+
+static void set_clocks(struct engine *engine)
+{
+    static struct ops table;
+    real = engine->ops;
+    table = *real;
+    table.embed = timed_embed;
+    table.mamba = timed_mamba;
+    table.encode_chunks = timed_encode;
+    table.retrieve = timed_retrieve;
+    table.hsa_query = timed_query;
+    table.hsa_attend = timed_attend;
+    table.hsa_out = timed_out;
+    table.logits = timed_logits;
+    table.copy = timed_copy;
+    engine->ops = &table;
+}
+
+/* ---- rows of the table ---- */
+
+struct row {
+    const char *what;
+    uint32_t rows;
+    uint64_t context;
+    double seconds; /* of a step */
+    double bytes, operations;
+    struct clock host[OP_COUNT], device[OP_COUNT];
+    int steps, waited; /* behind these */
+};
+
+static void report(const struct row *r)
+{
+    const double floor = fmax(r->bytes / bandwidth, r->operations / rate);
+    printf("%-8s %5u rows, context %9llu: %9.3f ms, floor %8.3f ms (%s), %7.1fx; %6.0f GB/s, "
+           "%6.1f TFLOP/s, %8.0f tok/s\n",
+           r->what, r->rows, (unsigned long long)r->context, r->seconds * 1e3, floor * 1e3,
+           r->bytes / bandwidth > r->operations / rate ? "bytes" : "operations", r->seconds / floor,
+           r->bytes / r->seconds * 1e-9, r->operations / r->seconds * 1e-12, r->rows / r->seconds);
+    if (csv)
+        fprintf(csv, "%s,%u,%llu,step,1,%.6f,,%.6f,%.3f,%.0f,%.0f\n", r->what, r->rows,
+                (unsigned long long)r->context, r->seconds * 1e3, floor * 1e3, r->seconds / floor,
+                r->bytes, r->operations);
+    double whole = 0, host = 0;
+    for (int i = 0; i < OP_COUNT; i++) {
+        whole += r->device[i].seconds / r->waited;
+        host += r->host[i].seconds / r->steps;
+    }
+    printf("         ");
+    for (int i = 0; i < OP_COUNT; i++) {
+        const double ms = r->device[i].seconds / r->waited * 1e3,
+                     calling = r->host[i].seconds / r->steps * 1e3;
+        if (!r->device[i].calls)
+            continue;
+        printf(" %s %.0f%%", op_names[i], ms / whole / 10);
+        if (csv)
+            fprintf(csv, "%s,%u,%llu,%s,%u,%.6f,%.6f,,,,\n", r->what, r->rows,
+                    (unsigned long long)r->context, op_names[i],
+                    r->device[i].calls / (unsigned)r->waited, ms, calling);
+    }
+    printf("; each waited for %.3f ms, calls alone %.3f ms\n", whole * 1e3, host * 1e3);
+    fflush(stdout);
+}
+
+static bool out_of_time(const char *what, uint32_t rows, uint64_t context)
+{
+    if (now() - began < SECONDS_MAX)
+        return false;
+    printf("%-8s %5u rows, context %9llu: LEFT OUT, %d seconds are over\n", what, rows,
+           (unsigned long long)context, SECONDS_MAX);
+    return true;
+}
+
+/* ---- the past ----
+ * Chunks that nobody keeps: landmarks and pages of any chunk are the same random bytes. */
 struct fake {
     size_t kv_bytes, landmark_bytes;
     uint16_t *noise;
@@ -75,10 +372,8 @@ static enum status read_landmarks(void *context, uint64_t branch, uint64_t first
     return STATUS_OK;
 }
 
-static void make_noise(struct fake *f, const struct engine_info *info)
+static void make_noise(struct fake *f)
 {
-    f->kv_bytes = info->kv_bytes;
-    f->landmark_bytes = info->landmark_bytes;
     f->noise_count = (size_t)1 << 20;
     f->noise = malloc(f->noise_count * sizeof *f->noise);
     ASSERT(f->noise);
@@ -89,10 +384,10 @@ static void make_noise(struct fake *f, const struct engine_info *info)
     }
 }
 
-/* A session at `position`, with landmarks of everything before it. */
-static struct engine_session *session_at(struct engine *engine, uint64_t position)
+/* A session of `branch` at `position`, with landmarks of everything before it. */
+static struct engine_session *session_at(struct engine *engine, uint64_t branch, uint64_t position)
 {
-    const struct chunk_range range = {.branch = 1};
+    const struct chunk_range range = {.branch = branch};
     struct engine_session *s;
     struct error err = {0};
     ASSERT(!engine_session_create(engine, &range, 1, NULL, 0, &s, &err));
@@ -114,73 +409,183 @@ static struct engine_session *session_at(struct engine *engine, uint64_t positio
     return s;
 }
 
+/* The session goes, and with it the pages that its steps read or made: another may use its branch.
+ */
+static void end_session(struct engine *engine, struct engine_session *s, uint64_t branch)
+{
+    engine_session_destroy(s);
+    engine_forget_chunks(engine, branch, 0);
+}
+
+/* ---- floors ---- */
+
+static double hsa_layers(const struct model_config *c)
+{
+    double n = 0;
+    for (uint32_t i = 0; i < c->layer_count; i++)
+        n += c->layers[i] == MODEL_LAYER_HSA;
+    return n;
+}
+
+static double encoder_weights(const struct model_config *c)
+{
+    const double d = c->hidden_size, kv = (double)c->encoder_kv_heads * c->head_dim;
+    return c->encoder_layers * (2 * d * d + 2 * d * kv + 3 * d * c->encoder_mlp_size);
+}
+
 /* Bytes that a step of `batch` sequences cannot do without: weights but for the encoder, states
  * read and written, landmarks, pages. */
 static double decode_bytes(const struct engine_info *info, uint32_t batch, uint64_t context)
 {
     const struct model_config *c = info->config;
-    const double encoder =
-        2.0 * (4.0 * c->hidden_size * c->hidden_size + 3.0 * c->hidden_size * c->encoder_mlp_size);
     const double state = 8.0 * c->mamba_count * c->inner_size * c->state_size;
     const double landmarks =
         (double)context / c->chunk_tokens * (double)info->landmark_bytes * info->group_count;
-    const double pages = 3.0 * c->topk * (double)info->kv_bytes; /* three HSA layers */
-    return (double)info->weight_bytes - encoder + batch * (state + landmarks + pages);
+    const double pages = hsa_layers(c) * c->topk * (double)info->kv_bytes;
+    return (double)info->weight_bytes - 2 * encoder_weights(c) +
+           batch * (state + landmarks + pages);
+}
+
+/* Operations for a token at `context`, but for the ends of the model: two for each weight, the
+ * recurrence, the landmarks' scan, attention over the picks. */
+static double token_operations(const struct engine_info *info, double context)
+{
+    const struct model_config *c = info->config;
+    const double weights = (double)info->weight_bytes / 2 - (double)c->vocab_size * c->hidden_size;
+    const double recurrence = 4.0 * c->mamba_count * c->inner_size * c->state_size;
+    const double scan = 2.0 * context / c->chunk_tokens * c->retrieval_dim * info->group_count;
+    const double attention =
+        4.0 * hsa_layers(c) * c->topk * c->chunk_tokens * (double)c->hidden_size;
+    const double encoder = 4.0 * c->encoder_layers * c->chunk_tokens * (double)c->hidden_size;
+    return 2 * weights + recurrence + scan + attention + encoder;
+}
+
+static double decode_operations(const struct engine_info *info, uint32_t batch, uint64_t context)
+{
+    const struct model_config *c = info->config;
+    return batch * (token_operations(info, (double)context) - 2 * encoder_weights(c) +
+                    2.0 * c->vocab_size * c->hidden_size);
+}
+
+/* ---- decode ---- */
+
+#define BATCH_MAX 128
+
+/* `steps` steps of every session. */
+static void decode(struct engine *engine, struct engine_session **sessions, uint32_t batch,
+                   int steps)
+{
+    struct engine_step_item items[BATCH_MAX];
+    int32_t tokens[BATCH_MAX];
+    for (int i = 0; i < steps; i++) {
+        for (uint32_t j = 0; j < batch; j++) {
+            tokens[j] = (int32_t)(17 + 31 * j);
+            items[j] = (struct engine_step_item){.session = sessions[j],
+                                                 .tokens = &tokens[j],
+                                                 .token_count = 1,
+                                                 .want_logits = true};
+        }
+        ASSERT(!engine_step(engine, items, batch));
+    }
 }
 
 static void time_decode(struct engine *engine, uint32_t batch, uint64_t context)
 {
-    struct engine_session *sessions[128];
-    struct engine_step_item items[128];
-    int32_t token = 17;
+    const struct engine_info *info = engine_get_info(engine);
+    struct engine_session *sessions[BATCH_MAX];
+    struct row r = {.what = "decode",
+                    .rows = batch,
+                    .context = context,
+                    .bytes = decode_bytes(info, batch, context),
+                    .operations = decode_operations(info, batch, context),
+                    .steps = 24,
+                    .waited = 4};
     uint32_t opened = 0;
-    for (; opened < batch; opened++) {
-        sessions[opened] = session_at(engine, context);
-        if (!sessions[opened])
-            break;
+    if (out_of_time("decode", batch, context))
+        return;
+    while (opened < batch && (sessions[opened] = session_at(engine, 1 + opened, context)))
+        opened++;
+    if (opened == batch) {
+        decode(engine, sessions, batch, 4); /* warms up */
+        memset(clocks, 0, sizeof clocks);
+        const double begin = now();
+        decode(engine, sessions, batch, r.steps);
+        r.seconds = (now() - begin) / r.steps;
+        memcpy(r.host, clocks, sizeof clocks);
+        memset(clocks, 0, sizeof clocks);
+        waiting = true;
+        decode(engine, sessions, batch, r.waited);
+        waiting = false;
+        memcpy(r.device, clocks, sizeof clocks);
+        report(&r);
     }
-    const int steps = 24, warm = 4;
-    double begin = 0;
-    for (int i = 0; opened == batch && i < warm + steps; i++) {
-        if (i == warm)
-            begin = now();
-        for (uint32_t j = 0; j < batch; j++)
-            items[j] = (struct engine_step_item){
-                .session = sessions[j], .tokens = &token, .token_count = 1, .want_logits = true};
-        ASSERT(!engine_step(engine, items, batch));
-    }
-    if (opened == batch)
-        report("decode", batch, context, (now() - begin) / steps,
-               decode_bytes(engine_get_info(engine), batch, context),
-               2.0 * batch * (double)engine_get_info(engine)->weight_bytes / 2);
-    while (opened)
-        engine_session_destroy(sessions[--opened]);
+    while (opened--)
+        end_session(engine, sessions[opened], 1 + opened);
 }
 
-static void time_prefill(struct engine *engine, uint32_t slice, uint64_t context, uint32_t slices)
+/* ---- prefill ---- */
+
+/* The next `slice` tokens, and what they wrote is durable. */
+static void prefill(struct engine *engine, struct engine_session *s, const int32_t *tokens,
+                    uint32_t slice)
 {
-    struct engine_session *s = session_at(engine, context);
+    const uint32_t chunk = engine_get_info(engine)->config->chunk_tokens;
+    const uint64_t first = engine_session_position(s) / chunk;
+    struct engine_step_item item = {.session = s, .tokens = tokens, .token_count = slice};
+    ASSERT(!engine_step(engine, &item, 1) && !item.status);
+    for (uint64_t c = first; c < engine_session_position(s) / chunk; c++)
+        engine_chunk_durable(engine, (struct chunk_key){1, c}, STATUS_OK);
+}
+
+static void time_prefill(struct engine *engine, uint32_t slice, uint64_t context, int slices)
+{
+    const struct engine_info *info = engine_get_info(engine);
+    const double middle = (double)context + slice * (1 + slices / 2.0);
+    struct row r = {.what = "prefill",
+                    .rows = slice,
+                    .context = context,
+                    .bytes = (double)info->weight_bytes, /* once, for all rows */
+                    .operations = slice * token_operations(info, middle),
+                    .steps = slices,
+                    .waited = 1};
+    if (out_of_time("prefill", slice, context))
+        return;
+    struct engine_session *s = session_at(engine, 1, context);
     int32_t *tokens = calloc(slice, sizeof *tokens);
     ASSERT(tokens);
-    for (uint32_t i = 0; i < slice; i++)
-        tokens[i] = (int32_t)(i * 7919 % 50000);
-    double begin = 0;
-    for (uint32_t i = 0; s && i <= slices; i++) { /* the first one warms up */
-        if (i == 1)
-            begin = now();
-        struct engine_step_item item = {.session = s, .tokens = tokens, .token_count = slice};
-        ASSERT(!engine_step(engine, &item, 1) && !item.status);
-        for (uint64_t c = (context + (uint64_t)i * slice) / 64;
-             c < (context + (uint64_t)(i + 1) * slice) / 64; c++)
-            engine_chunk_durable(engine, (struct chunk_key){1, c}, STATUS_OK);
-    }
     if (s) {
-        report("prefill", slice, context, (now() - begin) / slices, 0,
-               2.0 * slice * (double)engine_get_info(engine)->weight_bytes / 2);
-        engine_session_destroy(s);
+        for (uint32_t i = 0; i < slice; i++)
+            tokens[i] = (int32_t)(i * 7919 % 50000);
+        prefill(engine, s, tokens, slice); /* warms up */
+        memset(clocks, 0, sizeof clocks);
+        const double begin = now();
+        for (int i = 0; i < slices; i++)
+            prefill(engine, s, tokens, slice);
+        r.seconds = (now() - begin) / slices;
+        memcpy(r.host, clocks, sizeof clocks);
+        memset(clocks, 0, sizeof clocks);
+        waiting = true;
+        prefill(engine, s, tokens, slice);
+        waiting = false;
+        memcpy(r.device, clocks, sizeof clocks);
+        report(&r);
+        end_session(engine, s, 1);
     }
-    engine_forget_chunks(engine, 1, 0);
     free(tokens);
+}
+
+static void time_all(struct engine *engine)
+{
+    const uint32_t batches[] = {1, 8, 32, BATCH_MAX};
+    for (size_t i = 0; i < sizeof batches / sizeof *batches; i++)
+        time_decode(engine, batches[i], 4096);
+    time_prefill(engine, 256, 0, 8);
+    time_prefill(engine, 1024, 0, 4);
+    time_prefill(engine, 4096, 0, 2);
+    const uint64_t contexts[] = {65536, 1 << 20, 16 << 20, 64 << 20};
+    for (size_t i = 0; i < sizeof contexts / sizeof *contexts; i++)
+        time_decode(engine, 1, contexts[i]);
+    time_prefill(engine, 4096, 1 << 20, 1);
 }
 
 int main(int argc, char **argv)
@@ -198,27 +603,30 @@ int main(int argc, char **argv)
                                                   .read = read_chunks,
                                                   .read_landmarks = read_landmarks},
                                            .random_weights_seed = 1};
-    const enum status status = engine_open(&options, &engine, &err);
+    began = now();
+    make_noise(&fake);
+    enum status status = measure_device(fake.noise, fake.noise_count, &err);
+    if (!status)
+        status = engine_open(&options, &engine, &err);
     if (status) {
         printf("%s: %s\n", status == STATUS_UNSUPPORTED ? "SKIPPED" : "FAIL", err.message);
+        free(fake.noise);
         return status == STATUS_UNSUPPORTED ? 77 : 1;
     }
     csv = argc > 1 ? fopen(argv[1], "we") : NULL;
-    if (csv)
-        fprintf(csv, "what,rows,context,ms,bytes,operations\n");
-    make_noise(&fake, engine_get_info(engine));
-    printf("%s, %.0f MB of weights\n", engine_get_info(engine)->backend,
-           (double)engine_get_info(engine)->weight_bytes / 1e6);
-    const uint32_t batches[] = {1, 8, 32, 128};
-    for (size_t i = 0; i < sizeof batches / sizeof *batches; i++)
-        time_decode(engine, batches[i], 4096);
-    const uint64_t contexts[] = {65536, 1 << 20, 16 << 20, 64 << 20};
-    for (size_t i = 0; i < sizeof contexts / sizeof *contexts; i++)
-        time_decode(engine, 1, contexts[i]);
-    time_prefill(engine, 256, 0, 8);
-    time_prefill(engine, 1024, 0, 4);
-    time_prefill(engine, 4096, 0, 2);
-    time_prefill(engine, 4096, 1 << 20, 1);
+    if (csv) {
+        fprintf(csv, "# copies %.0f bytes/s, products %.0f operations/s\n", bandwidth, rate);
+        fprintf(csv,
+                "what,rows,context,op,calls,ms,call_ms,floor_ms,over_floor,bytes,operations\n");
+    }
+    fake.kv_bytes = engine_get_info(engine)->kv_bytes;
+    fake.landmark_bytes = engine_get_info(engine)->landmark_bytes;
+    printf("%s, %.0f MB of weights, open after %.0f s\n", engine_get_info(engine)->backend,
+           (double)engine_get_info(engine)->weight_bytes / 1e6, now() - began);
+    set_clocks(engine);
+    time_all(engine);
+    printf("%.0f seconds in all\n", now() - began);
+    engine->ops = real;
     engine_close(engine);
     free(fake.noise);
     if (csv)
