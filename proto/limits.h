@@ -44,10 +44,13 @@
 #define LIMITS_METADATA_KEY 64
 #define LIMITS_METADATA_VALUE 512
 
-/* Appends: text is tokenised and committed block by block. A block is a commit, so it must be
- * long enough to be cheap and short enough that a crash costs little. */
+/* Appends: text is tokenised and prefilled block by block. A commit, at a block's end, writes a
+ * snapshot of the same size whatever is new: it comes when the new chunks are so many times as
+ * large, or when a crash would cost so much time. */
 #define LIMITS_APPEND_BLOCK_BYTES ((size_t)16 << 10)
 #define LIMITS_APPEND_BLOCKS_WAITING 4 /* then the socket is no longer read */
+#define LIMITS_APPEND_SNAPSHOT_SHARE 4u
+#define LIMITS_APPEND_COMMIT_MS ((uint64_t)5000)
 
 /* Storage. */
 #define LIMITS_WRITER_QUEUE_BYTES (256 * LIMITS_MIB) /* then STATUS_BUSY: back-pressure */

@@ -102,9 +102,11 @@ struct job {
     uint64_t start_text_bytes;
     struct append_block *block; /* under way */
     uint32_t commits_pending;
-    bool last_seen;   /* the append's last block has been committed */
-    bool turn_open;   /* a block of the append has: the others go on with its turn */
-    int32_t *written; /* generated tokens that the commit adds to the prompt */
+    bool ended;       /* the append's last block has been prefilled */
+    bool last_seen;   /* and its commit is queued */
+    bool turn_open;   /* a commit of the append is: the others go on with its turn */
+    uint64_t due_ns;  /* when its next one shall be */
+    int32_t *written; /* tokens of the next commit: generated, beside the prompt; or of blocks */
     size_t written_count, written_capacity;
     uint64_t written_text_bytes;
     float *echo;

@@ -1,10 +1,10 @@
 /* handle_append.c - POST /v1/memories/{id}/append: text of any size into a memory.
  *
  * The body is cut into blocks by its own bytes, never by how the network cut it, so that a resumed
- * upload gives the same tokens and commits as an uninterrupted one: a block is
- * LIMITS_APPEND_BLOCK_BYTES, shortened to where tokenizer_cut allows a border. A block is tokenised
- * on libuv's pool, then prefilled and committed by the engine's thread. While too many wait, the
- * socket is not read. */
+ * upload gives the same tokens as an uninterrupted one: a block is LIMITS_APPEND_BLOCK_BYTES,
+ * shortened to where tokenizer_cut allows a border. A block is tokenised on libuv's pool, then
+ * prefilled by the engine's thread, which commits one or several at a time. While too many wait,
+ * the socket is not read. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,7 +19,7 @@ struct upload {
     struct server *server;
     struct job *job;
     struct buf text; /* received, not in a block yet */
-    size_t waiting;  /* blocks tokenised or with the engine, not durable */
+    size_t waiting;  /* blocks tokenised or with the engine, not prefilled */
     bool working;    /* a block is on the pool */
     bool ended;      /* the whole body is here */
     bool sent_last, job_done, gone, sse;
@@ -107,14 +107,16 @@ static void event_cb(void *context, const struct event *event)
         u->text_bytes = event->text_bytes;
         send_progress(u);
         break;
-    case EVENT_PROGRESS:
+    case EVENT_BLOCK:
         u->waiting--;
+        next_block(u);
+        break;
+    case EVENT_PROGRESS:
         u->tokens = event->tokens_done;
         u->appended += event->text_bytes - u->text_bytes;
         u->position = event->position;
         u->text_bytes = event->text_bytes;
         send_progress(u);
-        next_block(u);
         break;
     case EVENT_DONE:
         u->job = NULL;

@@ -490,6 +490,7 @@ static void event_cb(void *context, const struct event *event)
         if (c->asked.echo && c->asked.logprobs < 0)
             echo_text(part);
         break;
+    case EVENT_BLOCK:
     case EVENT_PROGRESS:
         break;
     case EVENT_ECHO:

@@ -23,7 +23,8 @@ struct job;           /* a handle; struct job_generate or job_append inside engi
 
 enum event_kind {
     EVENT_STARTED,  /* the job left the queue: prompt tokens, of which cached */
-    EVENT_PROGRESS, /* prefill or append moved on */
+    EVENT_BLOCK,    /* one block of an append was prefilled, the next may come */
+    EVENT_PROGRESS, /* prefill moved on; append: so far it is durable */
     EVENT_ECHO,     /* log probabilities of the prompt's tokens, once, when asked for */
     EVENT_TOKEN,    /* one generated token of one choice */
     EVENT_FINISHED, /* one choice is complete */
@@ -102,10 +103,11 @@ STATUS_CHECKED enum status job_submit_generate(struct engine_thread *engine_thre
 STATUS_CHECKED enum status job_submit_append(struct engine_thread *engine_thread,
                                              const struct job_append *append, job_event_cb event_cb,
                                              void *context, struct job **out);
-/* One more block of an append: `tokens` malloced, taken. A block is prefilled and committed as a
- * unit, each answered by an EVENT_PROGRESS once it is durable; the caller keeps at most
- * LIMITS_APPEND_BLOCKS_WAITING blocks outstanding and stops reading its socket meanwhile. `last`
- * (a block of no tokens is allowed) ends the append. Loop thread, before EVENT_DONE. */
+/* One more block of an append: `tokens` malloced, taken. A block with tokens is answered by an
+ * EVENT_BLOCK once it is prefilled; the caller keeps at most LIMITS_APPEND_BLOCKS_WAITING of them
+ * outstanding and stops reading its socket meanwhile. An EVENT_PROGRESS tells of each commit, which
+ * covers one block or more. `last` (a block of no tokens is allowed) ends the append. Loop thread,
+ * before EVENT_DONE. */
 void job_append_block(struct job *job, int32_t *tokens, size_t token_count, uint64_t text_bytes,
                       bool last);
 /* Asks for an early end: EVENT_DONE with STATUS_CANCELLED follows, unless it was already over.

@@ -1,10 +1,11 @@
-/* job_append.c - text into a memory: block by block, each prefilled in slices, then committed. */
+/* job_append.c - text into a memory: block by block, each prefilled in slices; commits fall on
+ * borders of blocks, when one is due, so that what a memory computes does not depend on them. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "server/engine_thread_private.h"
 
-/* A block's commit on its way to the disk. */
+/* A commit on its way to the disk. */
 struct commit {
     struct job *job;
     uint64_t position, text_bytes, tokens;
@@ -31,6 +32,7 @@ void job_append_start(struct job *job)
     }
     job->start_text_bytes = memory->text_bytes;
     job->cached = memory->position;
+    job->due_ns = engine_thread_now_ns() + LIMITS_APPEND_COMMIT_MS * 1000000;
     job->state = JOB_PREFILL;
     const struct event event = {.kind = EVENT_STARTED,
                                 .cached_tokens = memory->position,
@@ -68,11 +70,23 @@ static void committed(struct reply *reply, enum status status)
     finish_if_done(job);
 }
 
-/* The block under way is prefilled: queues its commit. False: the queue is full, try again. */
-static bool commit_block(struct job *job)
+/* Whether what was prefilled since the last commit is worth a snapshot: it is as large whatever
+ * it is for, so a commit waits until the chunks outweigh it, or until it has waited long. */
+static bool is_due(const struct job *job)
+{
+    const struct engine_session *session = job->memory->session;
+    const struct engine_info *info = engine_get_info(job->thread->engine);
+    const uint64_t chunks = job->written_count / info->config->chunk_tokens;
+    return job->ended || engine_thread_now_ns() >= job->due_ns ||
+           chunks * (info->kv_bytes + info->landmark_bytes) >=
+               LIMITS_APPEND_SNAPSHOT_SHARE * engine_session_snapshot_bytes(session);
+}
+
+/* Queues a commit of the blocks prefilled so far. False: the queue is full, try again; or failed.
+ */
+static bool commit_blocks(struct job *job)
 {
     struct engine_thread *thread = job->thread;
-    struct append_block *block = job->block;
     const struct engine_session *session = job->memory->session;
     const size_t size = engine_session_snapshot_bytes(session);
     void *snapshot = malloc(size);
@@ -87,12 +101,12 @@ static bool commit_block(struct job *job)
     engine_session_snapshot(session, snapshot);
     *commit = (struct commit){.job = job,
                               .position = engine_session_position(session),
-                              .text_bytes = job->start_text_bytes + block->text_bytes,
+                              .text_bytes = job->start_text_bytes + job->written_text_bytes,
                               .tokens = job->added};
     const struct storage_commit write = {.id = job->memory->id,
                                          .position = commit->position,
-                                         .tokens = block->tokens,
-                                         .token_count = block->token_count,
+                                         .tokens = job->written,
+                                         .token_count = job->written_count,
                                          .text_bytes = commit->text_bytes,
                                          .snapshot = snapshot,
                                          .snapshot_bytes = size,
@@ -106,14 +120,47 @@ static bool commit_block(struct job *job)
             job_fail(job, status, "the text could not be stored: %s", status_text(status));
         return false;
     }
-    job->start_text_bytes += block->text_bytes;
+    job->start_text_bytes += job->written_text_bytes;
+    job->written_text_bytes = 0;
+    job->written_count = 0;
+    job->due_ns = engine_thread_now_ns() + LIMITS_APPEND_COMMIT_MS * 1000000;
     job->commits_pending++;
     job->turn_open = true;
-    job->last_seen = block->last;
-    free(block->tokens);
-    free(block);
-    job->block = NULL;
+    job->last_seen = job->ended;
     return true;
+}
+
+static void free_block(struct job *job)
+{
+    free(job->block->tokens);
+    free(job->block);
+    job->block = NULL;
+}
+
+/* The block under way is prefilled, or has no tokens: it waits for a commit. */
+static void end_block(struct job *job)
+{
+    const struct append_block *block = job->block;
+    if (job->written_capacity - job->written_count < block->token_count) {
+        const size_t capacity = 2 * (job->written_count + block->token_count);
+        int32_t *grown = realloc(job->written, capacity * sizeof *grown);
+        if (!grown) {
+            job_fail(job, STATUS_NO_MEMORY, "out of memory for tokens");
+            return;
+        }
+        job->written = grown;
+        job->written_capacity = capacity;
+    }
+    if (block->token_count) {
+        memcpy(job->written + job->written_count, block->tokens,
+               block->token_count * sizeof *block->tokens);
+        const struct event event = {.kind = EVENT_BLOCK};
+        job_post(job, &event);
+    }
+    job->written_count += block->token_count;
+    job->written_text_bytes += block->text_bytes;
+    job->ended = block->last;
+    free_block(job);
 }
 
 /* The next block that the loop has sent; NULL: none yet. */
@@ -132,28 +179,23 @@ void job_append_build(struct job *job, struct step_builder *builder)
 {
     if (job->state != JOB_PREFILL)
         return;
-    /* A block that waits for the writer's queue, then blocks without tokens. */
+    /* A commit that waits for the writer's queue, then blocks without tokens. */
     while (!job->last_seen) {
-        if (!job->block)
-            next_block(job);
-        if (!job->block)
+        if (job->written_count && is_due(job) && !commit_blocks(job))
             return;
-        if (job->prompt_done < job->block->token_count)
+        job->last_seen = job->ended;
+        if (!job->block && !job->ended)
+            next_block(job);
+        if (!job->block || job->prompt_done < job->block->token_count)
             break;
-        if (job->block->token_count) {
-            if (!commit_block(job))
-                return;
-            continue;
-        }
-        job->last_seen = job->block->last;
-        free(job->block->tokens);
-        free(job->block);
-        job->block = NULL;
+        end_block(job);
+        if (job->state != JOB_PREFILL)
+            return;
     }
-    if (job->last_seen) {
+    if (job->last_seen)
         finish_if_done(job);
+    if (!job->block)
         return;
-    }
     const size_t left = job->block->token_count - job->prompt_done;
     const uint32_t n = step_slice(job->thread, engine_session_position(job->memory->session), left);
     const struct engine_step_item item = {.session = job->memory->session,
@@ -167,17 +209,17 @@ void job_append_result(struct job *job, const struct engine_step_item *item)
 {
     job->prompt_done += item->token_count;
     job->added += item->token_count;
-    if (job->prompt_done == job->block->token_count)
-        commit_block(job);
+    if (job->prompt_done < job->block->token_count)
+        return;
+    end_block(job);
+    if (job->state == JOB_PREFILL && is_due(job))
+        commit_blocks(job);
 }
 
 void job_append_close(struct job *job)
 {
-    if (job->block) {
-        free(job->block->tokens);
-        free(job->block);
-        job->block = NULL;
-    }
+    if (job->block)
+        free_block(job);
     if (job->memory)
         live_memory_release(job->thread, job->memory);
     job->memory = NULL;
