@@ -134,7 +134,8 @@ static enum status open_pages(struct engine *engine, size_t budget, uint32_t max
                          "least %zu (%zu pages of %zu bytes)",
                          budget, least * engine->info.kv_bytes, least, engine->info.kv_bytes);
     const enum status status =
-        memory_open(&engine->memory, engine->ops, engine->context, engine->info.kv_bytes, pages);
+        memory_open(&engine->memory, engine->ops, engine->context, engine->info.kv_bytes, pages,
+                    engine->info.landmark_bytes * OPS_LANDMARK_BLOCK);
     return status ? error_set(err, status, "out of memory for the page table") : STATUS_OK;
 }
 
@@ -243,6 +244,7 @@ static void publish_stats(struct engine *engine)
     s->pages_resident = engine->memory.allocated;
     s->pages_pinned = engine->memory.pinned;
     s->page_capacity = engine->memory.capacity;
+    s->landmark_bytes = engine->memory.landmark_bytes;
     if (engine->ops->page_stats) {
         const struct ops_page_stats device = engine->ops->page_stats(engine->context);
         s->device_page_capacity = device.capacity;

@@ -8,7 +8,15 @@
 #include "proto/base/assert.h"
 #include "proto/base/hash.h"
 
-#define SLAB_PAGES 64 /* pages taken from the system at a time */
+#define SLAB_PAGES 64  /* pages taken from the system at a time */
+#define SLAB_BLOCKS 16 /* landmark blocks taken from the backend at a time */
+
+struct memory_slab {
+    struct list node;
+    void *data;
+    uint32_t used;
+    struct memory_landmarks blocks[SLAB_BLOCKS];
+};
 
 static struct memory_page **slot(const struct memory *memory, struct chunk_key key)
 {
@@ -39,11 +47,15 @@ static void free_page(struct memory *memory, struct memory_page *page)
 }
 
 enum status memory_open(struct memory *memory, const struct ops *ops, struct ops_context *context,
-                        size_t kv_bytes, size_t capacity)
+                        size_t kv_bytes, size_t capacity, size_t block_bytes)
 {
-    *memory =
-        (struct memory){.ops = ops, .context = context, .kv_bytes = kv_bytes, .capacity = capacity};
+    *memory = (struct memory){.ops = ops,
+                              .context = context,
+                              .kv_bytes = kv_bytes,
+                              .block_bytes = block_bytes,
+                              .capacity = capacity};
     list_init(&memory->lru);
+    list_init(&memory->landmark_slabs);
     size_t size = 64;
     while (size < capacity)
         size *= 2;
@@ -54,6 +66,7 @@ enum status memory_open(struct memory *memory, const struct ops *ops, struct ops
 
 void memory_close(struct memory *memory)
 {
+    ASSERT(list_empty(&memory->landmark_slabs));
     for (size_t i = 0; i < memory->slab_count; i += 2) {
         memory->ops->release_host(memory->context, memory->slabs[i]);
         free(memory->slabs[i + 1]);
@@ -256,4 +269,57 @@ void memory_forget(struct memory *memory, uint64_t branch, uint64_t first)
             page = next;
         }
     }
+}
+
+/* ---- landmark blocks ---- */
+
+static struct memory_slab *make_slab(struct memory *memory)
+{
+    struct memory_slab *slab = calloc(1, sizeof *slab);
+    if (slab)
+        slab->data = memory->ops->alloc(memory->context, SLAB_BLOCKS * memory->block_bytes);
+    if (!slab || !slab->data) {
+        free(slab);
+        return NULL;
+    }
+    for (size_t i = 0; i < SLAB_BLOCKS; i++) {
+        slab->blocks[i].data = (char *)slab->data + i * memory->block_bytes;
+        slab->blocks[i].slab = slab;
+    }
+    list_push_front(&memory->landmark_slabs, &slab->node);
+    return slab;
+}
+
+struct memory_landmarks *memory_landmarks_take(struct memory *memory)
+{
+    struct memory_slab *slab = LIST_ENTRY(memory->landmark_slabs.next, struct memory_slab, node);
+    if (list_empty(&memory->landmark_slabs) || slab->used == SLAB_BLOCKS)
+        slab = make_slab(memory);
+    if (!slab)
+        return NULL;
+    struct memory_landmarks *block = slab->blocks;
+    while (block->references)
+        block++;
+    block->references = 1;
+    memory->landmark_bytes += memory->block_bytes;
+    if (++slab->used == SLAB_BLOCKS) {
+        list_remove(&slab->node);
+        list_push_back(&memory->landmark_slabs, &slab->node);
+    }
+    return block;
+}
+
+void memory_landmarks_drop(struct memory *memory, struct memory_landmarks *block)
+{
+    struct memory_slab *slab = block->slab;
+    if (--block->references)
+        return;
+    memory->landmark_bytes -= memory->block_bytes;
+    list_remove(&slab->node);
+    if (--slab->used) {
+        list_push_front(&memory->landmark_slabs, &slab->node);
+        return;
+    }
+    memory->ops->release(memory->context, slab->data);
+    free(slab);
 }

@@ -26,10 +26,18 @@ struct memory_page {
     struct list lru;          /* while not pinned */
 };
 
+/* OPS_LANDMARK_BLOCK landmarks, shared by the sessions that came from one another. Blocks come from
+ * the backend a slab at a time: a device hands out memory slowly, and waits to take it back. */
+struct memory_landmarks {
+    uint32_t references; /* 0: free */
+    void *data;          /* memory of ops->alloc */
+    struct memory_slab *slab;
+};
+
 struct memory {
     const struct ops *ops;
     struct ops_context *context;
-    size_t kv_bytes;
+    size_t kv_bytes, block_bytes;
     size_t capacity, allocated, pinned; /* pages */
     struct memory_page **table;
     size_t table_mask;
@@ -37,13 +45,17 @@ struct memory {
     struct list lru; /* oldest first */
     void **slabs;
     size_t slab_count;
+    struct list landmark_slabs; /* those with free blocks first */
+    size_t landmark_bytes;      /* of the blocks in use */
     uint64_t hits, misses, evictions, read_bytes, read_ns;
 };
 
-/* `capacity` pages at most; memory is taken as it is first needed. STATUS_NO_MEMORY. */
+/* `capacity` pages at most, and any number of landmark blocks of `block_bytes`; memory is taken as
+ * it is first needed. STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status memory_open(struct memory *memory, const struct ops *ops,
                                        struct ops_context *context, size_t kv_bytes,
-                                       size_t capacity);
+                                       size_t capacity, size_t block_bytes);
+/* Every block has been dropped before. */
 void memory_close(struct memory *memory);
 
 /* Pages that could be pinned now. */
@@ -64,10 +76,9 @@ void memory_durable(struct memory *memory, struct chunk_key key, bool failed);
 /* Drops the pages of `branch` from chunk `first` on. None of them is in use. */
 void memory_forget(struct memory *memory, uint64_t branch, uint64_t first);
 
-/* OPS_LANDMARK_BLOCK landmarks, shared by the sessions that came from one another. */
-struct memory_landmarks {
-    uint32_t references;
-    void *data; /* memory of ops->alloc */
-};
+/* Takes a block, its content unspecified, with one reference. NULL: no memory. */
+struct memory_landmarks *memory_landmarks_take(struct memory *memory);
+/* One reference less; with the last one the block is free. */
+void memory_landmarks_drop(struct memory *memory, struct memory_landmarks *block);
 
 #endif

@@ -7,7 +7,7 @@
 #include "engine/sampler.h"
 #include "proto/base/assert.h"
 
-#define LOGIT_ROWS 16 /* rows of an echoed prompt scored together */
+#define LOGIT_ROWS 32 /* rows whose logits are computed, and come to the host, together */
 
 struct model {
     uint32_t max_rows, max_chunks;
@@ -16,12 +16,13 @@ struct model {
     float *x, *q, *o, *last;
     float *chunks; /* [max_chunks, S, d]: whole chunks, gathered */
     float *logits; /* [LOGIT_ROWS, V] */
+    /* Memory of ops->alloc_host, which a device copies to without a detour. */
+    struct ops_picks picks; /* [max_rows, Hr, K] */
+    float *host_logits;     /* [LOGIT_ROWS, V] */
     /* Host memory. */
     int32_t *tokens;
-    struct ops_picks picks;                /* [max_rows, Hr, K] */
     const void **pages;                    /* [max_rows, Hr, K] */
     struct memory_page **held, **row_page; /* pinned by this block; page of each pick */
-    float *host_logits;
     void *host_landmark;
     struct ops_segment *segments, *single;
     struct ops_mamba_state *states;
@@ -60,14 +61,15 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->x = ops->alloc(engine->context, max_rows * d * sizeof(float));
     m->q = ops->alloc(engine->context, max_rows * d * sizeof(float));
     m->o = ops->alloc(engine->context, max_rows * d * sizeof(float));
-    m->last = ops->alloc(engine->context, max_rows * d * sizeof(float));
+    m->last = ops->alloc(engine->context, LOGIT_ROWS * d * sizeof(float));
     m->chunks = ops->alloc(engine->context, m->max_chunks * c->chunk_tokens * d * sizeof(float));
     m->logits = ops->alloc(engine->context, (size_t)LOGIT_ROWS * c->vocab_size * sizeof(float));
-    m->host_logits = calloc((size_t)LOGIT_ROWS * c->vocab_size, sizeof(float));
+    m->picks.chunks = ops->alloc_host(engine->context, picks * sizeof *m->picks.chunks);
+    m->picks.weights = ops->alloc_host(engine->context, picks * sizeof *m->picks.weights);
+    m->host_logits =
+        ops->alloc_host(engine->context, (size_t)LOGIT_ROWS * c->vocab_size * sizeof(float));
     m->host_landmark = calloc(1, engine->info.landmark_bytes);
     m->tokens = calloc(max_rows, sizeof *m->tokens);
-    m->picks.chunks = calloc(picks, sizeof *m->picks.chunks);
-    m->picks.weights = calloc(picks, sizeof *m->picks.weights);
     m->pages = calloc(picks, sizeof *m->pages);
     m->held = calloc(picks, sizeof *m->held);
     m->row_page = calloc(picks, sizeof *m->row_page);
@@ -102,11 +104,12 @@ void model_destroy(struct engine *engine, struct model *m)
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i])
             engine->ops->release(engine->context, device[i]);
-    free(m->host_logits);
+    void *host[] = {m->picks.chunks, m->picks.weights, m->host_logits};
+    for (size_t i = 0; i < sizeof host / sizeof *host; i++)
+        if (host[i])
+            engine->ops->release_host(engine->context, host[i]);
     free(m->host_landmark);
     free(m->tokens);
-    free(m->picks.chunks);
-    free(m->picks.weights);
     free(m->pages);
     free(m->held);
     free(m->row_page);
@@ -384,33 +387,45 @@ static void score_targets(struct pass *p, struct model_item *item)
     }
 }
 
-/* Logits of the last row of each item that wants them, LOGIT_ROWS items at a time. */
-static void last_logits(struct pass *p)
+/* Logits of the last rows of `n` items: one copy to the host for all of them. Rows that follow each
+ * other, as when every item decodes, are used where they lie. */
+static void logits_of(struct pass *p, struct model_item *const *items, uint32_t n)
 {
     struct engine *engine = p->engine;
     struct model *m = p->m;
     const size_t d = engine->config.hidden_size, v = engine->config.vocab_size;
+    const size_t first = items[0]->segment.row + items[0]->segment.count - 1;
+    bool adjacent = true;
+    for (uint32_t i = 0; i < n; i++)
+        adjacent &= items[i]->segment.row + items[i]->segment.count - 1 == first + i;
+    for (uint32_t i = 0; i < n && !adjacent; i++) {
+        const size_t row = items[i]->segment.row + items[i]->segment.count - 1;
+        engine->ops->copy(engine->context, m->last + i * d, m->x + row * d, d * sizeof(float));
+    }
+    const struct ops_rows rows = {.segments = m->single, .segment_count = n, .row_count = n};
+    engine->ops->logits(engine->context, &engine->weights.final_norm, &engine->weights.head, &rows,
+                        adjacent ? m->x + first * d : m->last, m->logits);
+    engine->ops->copy(engine->context, m->host_logits, m->logits, n * v * sizeof(float));
+    for (uint32_t i = 0; i < n; i++) {
+        memcpy(items[i]->session->logits, m->host_logits + i * v, v * sizeof(float));
+        items[i]->session->has_logits = true;
+    }
+}
+
+/* Of each item that wants them, LOGIT_ROWS items at a time. */
+static void last_logits(struct pass *p)
+{
     struct model_item *wanting[LOGIT_ROWS];
     uint32_t n = 0;
     for (uint32_t i = 0; i < p->count; i++) {
         struct model_item *item = &p->items[i];
         item->session->has_logits = false;
-        if (item->step->want_logits || item->step->sampler) {
-            const size_t row = item->segment.row + item->segment.count - 1;
-            engine->ops->copy(engine->context, m->last + n * d, m->x + row * d, d * sizeof(float));
+        if (item->step->want_logits || item->step->sampler)
             wanting[n++] = item;
+        if (n == LOGIT_ROWS || (n && i + 1 == p->count)) {
+            logits_of(p, wanting, n);
+            n = 0;
         }
-        if (!n || (n < LOGIT_ROWS && i + 1 < p->count))
-            continue;
-        const struct ops_rows rows = {.segments = m->single, .segment_count = n, .row_count = n};
-        engine->ops->logits(engine->context, &engine->weights.final_norm, &engine->weights.head,
-                            &rows, m->last, m->logits);
-        for (uint32_t j = 0; j < n; j++) {
-            engine->ops->copy(engine->context, wanting[j]->session->logits, m->logits + j * v,
-                              v * sizeof(float));
-            wanting[j]->session->has_logits = true;
-        }
-        n = 0;
     }
 }
 

@@ -49,15 +49,6 @@ uint64_t session_branch_of(const struct engine_session *session, uint64_t index)
     return session->ranges[low].branch;
 }
 
-static void release_block(struct engine *engine, struct memory_landmarks *block)
-{
-    if (--block->references)
-        return;
-    engine->ops->release(engine->context, block->data);
-    engine->counted.landmark_bytes -= landmark_block_bytes(engine);
-    free(block);
-}
-
 static enum status add_block(struct engine_session *session)
 {
     struct engine *engine = session->engine;
@@ -74,15 +65,9 @@ static enum status add_block(struct engine_session *session)
         session->block_data = data;
         session->block_capacity = capacity;
     }
-    struct memory_landmarks *block = calloc(1, sizeof *block);
-    if (block)
-        block->data = engine->ops->alloc(engine->context, landmark_block_bytes(engine));
-    if (!block || !block->data) {
-        free(block);
+    struct memory_landmarks *block = memory_landmarks_take(&engine->memory);
+    if (!block)
         return STATUS_NO_MEMORY;
-    }
-    block->references = 1;
-    engine->counted.landmark_bytes += landmark_block_bytes(engine);
     session->blocks[session->block_count] = block;
     session->block_data[session->block_count++] = block->data;
     return STATUS_OK;
@@ -248,7 +233,7 @@ enum status engine_session_fork(const struct engine_session *session, uint64_t b
             return STATUS_NO_MEMORY;
         }
         if ((i + 1) * (uint64_t)OPS_LANDMARK_BLOCK <= session->chunk_count) {
-            release_block(engine, s->blocks[i]);
+            memory_landmarks_drop(&engine->memory, s->blocks[i]);
             s->blocks[i] = session->blocks[i];
             s->block_data[i] = session->block_data[i];
             s->blocks[i]->references++;
@@ -267,7 +252,7 @@ void engine_session_destroy(struct engine_session *session)
     struct engine *engine = session->engine;
     list_remove(&session->node);
     for (size_t i = 0; i < session->block_count; i++)
-        release_block(engine, session->blocks[i]);
+        memory_landmarks_drop(&engine->memory, session->blocks[i]);
     free(session->blocks);
     free(session->block_data);
     free(session->ranges);
