@@ -10,6 +10,7 @@
 #include "proto/answer_json.h"
 #include "proto/base/assert.h"
 #include "proto/base/log.h"
+#include "server/receipt.h"
 #include "server/route.h"
 
 #define READ_BYTES (64u << 10)
@@ -63,6 +64,7 @@ static void free_if_over(struct conn *conn)
 {
     if (conn->handles || conn->request.held)
         return;
+    receipt_end(&conn->request);
     list_remove(&conn->node);
     conn->server->connection_count--;
     buf_close(&conn->request.body);
@@ -400,6 +402,7 @@ static void reset_request(struct conn *conn)
 {
     struct buf body = conn->request.body;
     buf_close(&body);
+    receipt_end(&conn->request);
     conn->request = (struct request){.conn = conn, .server = conn->server};
     buf_init(&conn->request.body);
     conn->err.message[0] = conn->err.param[0] = 0;
@@ -571,6 +574,7 @@ void request_done(struct request *request)
     struct conn *conn = request->conn;
     ASSERT(request->held);
     request->held = false;
+    receipt_end(request);
     request->state = NULL;
     request->gone_cb = NULL;
     request->wants_stream = false;

@@ -50,6 +50,9 @@ struct request {
     /* The answer will be an event stream: a client that waits long gets its head with the first
      * sign of life. Set by the handler while it holds the request. */
     bool wants_stream;
+    struct list receipt_node; /* receipt.h */
+    bool has_receipt;
+    unsigned char receipt[LIMITS_RECEIPT_NAME_BYTES];
     bool gone, head_complete, answered, streaming, chunked, complete, held;
     bool download;       /* a stream of bytes that are no events */
     enum status refusal; /* of a request that no handler takes */

@@ -149,6 +149,8 @@ static void free_job(struct job *job)
     free(job->slice_logprobs);
     free(job->slice_tops);
     free(job->written);
+    free(job->generate.receipt_head);
+    buf_close(&job->said);
     free(job->sequences);
     free(job);
 }

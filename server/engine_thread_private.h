@@ -109,6 +109,9 @@ struct job {
     int32_t *written; /* tokens of the next commit: generated, beside the prompt; or of blocks */
     size_t written_count, written_capacity;
     uint64_t written_text_bytes;
+    struct buf said; /* for the receipt: the text as it went out */
+    enum finish_reason finish_reason;
+    uint64_t began_text_bytes; /* an append: where it, or what it goes on with, began */
     float *echo;
     struct sampler_top *echo_tops;
     int32_t *targets; /* of the slice under way, with its results */

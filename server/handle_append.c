@@ -6,12 +6,14 @@
  * prefilled by the engine's thread, which commits one or several at a time. While too many wait,
  * the socket is not read. */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 
 #include "proto/answer_json.h"
 #include "proto/base/assert.h"
+#include "server/receipt.h"
 #include "server/route.h"
 
 struct upload {
@@ -24,6 +26,8 @@ struct upload {
     bool ended;      /* the whole body is here */
     bool sent_last, job_done, gone, sse;
     uint64_t tokens, position, text_bytes, appended;
+    uint64_t skip;           /* bytes at the beginning that an earlier try has written */
+    uint64_t earlier_tokens; /* and as tokens */
     uint64_t began_ns;
     enum status status;
     struct error err;
@@ -38,6 +42,25 @@ struct upload {
 
 static void next_block(struct upload *u);
 
+/* The whole of the answer, or its last event. */
+static void acknowledge(struct request *request, const struct answer_append *answer)
+{
+    struct buf json, event;
+    buf_init(&json);
+    buf_init(&event);
+    answer_json_append(&json, answer, false);
+    if (request->streaming) {
+        answer_json_event(&event, &json);
+        buf_append_text(&event, "data: [DONE]\n\n");
+        request_stream_write(request, event.data, event.size);
+        request_stream_end(request);
+    } else {
+        request_answer_json(request, 200, &json);
+    }
+    buf_close(&json);
+    buf_close(&event);
+}
+
 static void end_if_over(struct upload *u)
 {
     if (!u->job_done || u->working)
@@ -45,33 +68,20 @@ static void end_if_over(struct upload *u)
     struct request *request = u->request;
     struct server *server = u->server;
     const double seconds = (double)(uv_hrtime() - u->began_ns) * 1e-9;
-    struct buf json, event;
-    buf_init(&json);
-    buf_init(&event);
     const struct answer_append answer = {.memory = request->argument,
                                          .tokens = u->tokens,
                                          .position = u->position,
                                          .text_bytes = u->text_bytes,
                                          .seconds = seconds};
-    server->metrics.appended_tokens += u->tokens;
+    server->metrics.appended_tokens += u->tokens - u->earlier_tokens;
     server->metrics.appended_bytes += u->appended;
     if (!u->gone && u->status && request->streaming) {
         request_stream_fail(request, u->status, &u->err);
     } else if (!u->gone && u->status) {
         request_fail(request, u->status, &u->err);
     } else if (!u->gone) {
-        answer_json_append(&json, &answer, false);
-        if (request->streaming) {
-            answer_json_event(&event, &json);
-            buf_append_text(&event, "data: [DONE]\n\n");
-            request_stream_write(request, event.data, event.size);
-            request_stream_end(request);
-        } else {
-            request_answer_json(request, 200, &json);
-        }
+        acknowledge(request, &answer);
     }
-    buf_close(&json);
-    buf_close(&event);
     buf_close(&u->text);
     free(u);
     request_done(request);
@@ -112,7 +122,7 @@ static void event_cb(void *context, const struct event *event)
         next_block(u);
         break;
     case EVENT_PROGRESS:
-        u->tokens = event->tokens_done;
+        u->tokens = u->earlier_tokens + event->tokens_done;
         u->appended += event->text_bytes - u->text_bytes;
         u->position = event->position;
         u->text_bytes = event->text_bytes;
@@ -233,6 +243,63 @@ static enum status check(const struct request *request, int64_t *offset, struct 
     return STATUS_OK;
 }
 
+/* An upload with an Idempotency-Key that was sent before. Whole: the answer is given again, and
+ * the request is answered. Broken off: it goes on behind what is on disk. */
+static enum status begin_again(struct request *request, const char *kept, struct upload *u,
+                               struct job_append *append, struct error *err)
+{
+    unsigned long long start, tokens, position, text_bytes;
+    int is_last;
+    double seconds;
+    struct storage_memory memory;
+    if (sscanf(kept, "%llu %llu %llu %llu %d %lf", &start, &tokens, &position, &text_bytes,
+               &is_last, &seconds) != 6)
+        return STATUS_CORRUPT;
+    if (is_last) {
+        const struct answer_append answer = {.memory = request->argument,
+                                             .tokens = tokens,
+                                             .position = position,
+                                             .text_bytes = text_bytes,
+                                             .seconds = seconds};
+        if (u->sse)
+            request_stream_begin(request);
+        acknowledge(request, &answer);
+        return STATUS_OK;
+    }
+    const enum status status =
+        storage_memory_get(request->server->storage, request->argument, &memory);
+    if (status)
+        return error_set(err, status, "no memory named %s", request->argument);
+    const bool stands = memory.text_bytes == text_bytes && memory.token_count == position;
+    storage_memory_close(&memory);
+    if (!stands)
+        return error_set_param(err, STATUS_CONFLICT, "Idempotency-Key",
+                               "the upload with this Idempotency-Key broke off, and the memory has "
+                               "been written since");
+    append->expected_text_bytes = (int64_t)text_bytes;
+    append->goes_on = true;
+    append->earlier_start = start;
+    append->earlier_tokens = u->earlier_tokens = u->tokens = tokens;
+    u->skip = text_bytes - start;
+    return STATUS_OK;
+}
+
+static enum status begin_once(struct request *request, struct upload *u, struct job_append *append,
+                              struct error *err)
+{
+    char *kept = NULL;
+    size_t size;
+    if (!receipt_wanted(request))
+        return STATUS_OK;
+    enum status status = receipt_begin(request, false, &kept, &size, err);
+    append->has_receipt = true;
+    memcpy(append->receipt, request->receipt, sizeof append->receipt);
+    if (!status && kept)
+        status = begin_again(request, kept, u, append, err);
+    free(kept);
+    return status;
+}
+
 static void begin(struct request *request)
 {
     struct error err = {0};
@@ -249,11 +316,15 @@ static void begin(struct request *request)
         struct job_append append = {.expected_text_bytes = offset};
         memcpy(append.request_id, request->id, sizeof append.request_id);
         memcpy(append.memory, request->argument, sizeof append.memory);
-        status = job_submit_append(request->server->engine_thread, &append, event_cb, u, &u->job);
+        status = begin_once(request, u, &append, &err);
+        if (!status && !request->answered)
+            status =
+                job_submit_append(request->server->engine_thread, &append, event_cb, u, &u->job);
     }
-    if (status) {
-        free(u);
+    if (status)
         request_fail(request, status, &err);
+    if (request->answered) {
+        free(u);
         return;
     }
     request->state = u;
@@ -267,6 +338,12 @@ static void body(struct request *request, const char *data, size_t size)
     struct upload *u = request->state;
     if (!u || u->job_done)
         return;
+    if (u->skip) {
+        const size_t skip = u->skip < size ? (size_t)u->skip : size;
+        u->skip -= skip;
+        data += skip;
+        size -= skip;
+    }
     buf_append(&u->text, data, size);
     if (u->text.size > 2 * LIMITS_APPEND_BLOCK_BYTES)
         request_pause(request);

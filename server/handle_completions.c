@@ -12,6 +12,7 @@
 #include "proto/base/assert.h"
 #include "proto/completion_request.h"
 #include "proto/json.h"
+#include "server/receipt.h"
 #include "server/route.h"
 
 struct choice {
@@ -57,6 +58,8 @@ struct completion {
     enum status status;
     struct error err;
     bool gone;
+    bool once;   /* the request has an Idempotency-Key, and writes */
+    bool is_old; /* it is answered as it was when it came before */
     uint64_t began_ns, first_token_ns;
 };
 
@@ -423,10 +426,12 @@ static void finish(struct completion *c)
 {
     struct request *request = c->request;
     struct metrics *m = &c->server->metrics;
-    m->prompt_tokens += c->usage.prompt_tokens;
-    m->cached_tokens += c->usage.cached_tokens;
-    m->completion_tokens += c->usage.completion_tokens;
-    if (!c->status)
+    if (!c->is_old) {
+        m->prompt_tokens += c->usage.prompt_tokens;
+        m->cached_tokens += c->usage.cached_tokens;
+        m->completion_tokens += c->usage.completion_tokens;
+    }
+    if (!c->status && !c->is_old)
         metrics_observe(&m->whole, (double)(uv_hrtime() - c->began_ns) * 1e-9);
     if (c->first_token_ns)
         metrics_observe(&m->first_token, (double)(c->first_token_ns - c->began_ns) * 1e-9);
@@ -545,6 +550,71 @@ static void fill_sampling(const struct completion *c, struct sampler_params *par
     }
 }
 
+/* ---- once ---- */
+
+/* What is kept of the answer begins with the request's body, and whose answer it was. */
+static void set_receipt(const struct completion *c, struct job_generate *g)
+{
+    struct buf head;
+    buf_init(&head);
+    receipt_append_body(c->request, &head);
+    buf_append_format(&head, "%s %lld ", c->id, (long long)c->created);
+    g->has_receipt = true;
+    memcpy(g->receipt, c->request->receipt, sizeof g->receipt);
+    g->receipt_head = strdup(buf_text(&head));
+    ASSERT(g->receipt_head);
+    buf_close(&head);
+}
+
+/* The answer again that was given before; `kept` holds it. */
+static enum status answer_again(struct completion *c, const char *kept, size_t size)
+{
+    unsigned long long prompt, cached, completion;
+    long long created;
+    int reason;
+    char id[LIMITS_ID_BYTES];
+    const char *text = memchr(kept, '\n', size);
+    if (!text || sscanf(kept, "%39s %lld %d %llu %llu %llu", id, &created, &reason, &prompt,
+                        &cached, &completion) != 6)
+        return STATUS_CORRUPT;
+    text++;
+    c->is_old = true;
+    memcpy(c->id, id, sizeof c->id);
+    c->created = created;
+    c->usage = (struct answer_usage){
+        .prompt_tokens = prompt + cached, .completion_tokens = completion, .cached_tokens = cached};
+    struct choice *choice = &c->parts[0].choices[0];
+    const struct answer_choice said = {.text = text, .text_size = size - (size_t)(text - kept)};
+    const struct event finished = {.finish_reason = (enum finish_reason)reason};
+    begin_stream(c);
+    if (c->asked.stream && said.text_size)
+        send_chunk(c, &said);
+    else if (said.text_size)
+        buf_append(&choice->text, said.text, said.text_size);
+    finish_choice(&c->parts[0], &finished);
+    return STATUS_OK;
+}
+
+static enum status begin_once(struct completion *c)
+{
+    const struct completion_request *r = &c->asked;
+    char *kept;
+    size_t size;
+    if (!r->memory_write || !receipt_wanted(c->request))
+        return STATUS_OK;
+    if (r->echo || r->retrieval || r->logprobs >= 0 || r->max_tokens > LIMITS_RECEIPT_TOKENS)
+        return error_set_param(&c->err, STATUS_UNSUPPORTED, "Idempotency-Key",
+                               "an Idempotency-Key is not taken with \"echo\", \"logprobs\", "
+                               "\"retrieval\", or more than %d tokens",
+                               LIMITS_RECEIPT_TOKENS);
+    enum status status = receipt_begin(c->request, true, &kept, &size, &c->err);
+    c->once = !status;
+    if (!status && kept)
+        status = answer_again(c, kept, size);
+    free(kept);
+    return status;
+}
+
 static enum status submit(struct completion *c, struct part *part)
 {
     const struct completion_request *r = &c->asked;
@@ -560,6 +630,8 @@ static enum status submit(struct completion *c, struct part *part)
                              .retrieval = r->retrieval};
     memcpy(g.request_id, c->request->id, sizeof g.request_id);
     memcpy(g.memory, r->memory, sizeof g.memory);
+    if (c->once)
+        set_receipt(c, &g);
     fill_sampling(c, &g.sampling);
     if (!r->has_seed)
         ASSERT(getrandom(&g.sampling.seed, sizeof g.sampling.seed, 0) == sizeof g.sampling.seed);
@@ -574,6 +646,7 @@ static enum status submit(struct completion *c, struct part *part)
         for (size_t i = 0; i < r->stop_count; i++)
             free(g.stop[i]);
         free((void *)(uintptr_t)g.sampling.bias);
+        free(g.receipt_head);
     } else {
         part->tokens = (struct tokenizer_tokens){0};
         c->open++;
@@ -689,7 +762,9 @@ static void prepared(uv_work_t *work, int cancelled)
     struct completion *c = work->data;
     (void)cancelled;
     c->request->wants_stream = c->asked.stream;
-    for (size_t i = 0; i < c->asked.prompt_count && !c->status && !c->gone; i++) {
+    if (!c->status && !c->gone)
+        c->status = begin_once(c);
+    for (size_t i = 0; i < c->asked.prompt_count && !c->status && !c->gone && !c->is_old; i++) {
         const enum status status = submit(c, &c->parts[i]);
         if (status == STATUS_BUSY)
             error_set(&c->err, status, "too many requests are waiting; try again soon");

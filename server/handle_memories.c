@@ -7,6 +7,7 @@
 #include "proto/answer_json.h"
 #include "proto/memory_request.h"
 #include "server/reach.h"
+#include "server/receipt.h"
 #include "server/route.h"
 #include "server/wait.h"
 
@@ -22,6 +23,53 @@ static void created(struct wait *wait)
         wait_answer_memory(wait->request, 201, wait->id);
     }
     wait_end(wait);
+}
+
+/* False: the request is answered, by what was made when it came before, or because it cannot be. */
+static bool begin_once(struct request *request, const struct memory_request *asked,
+                       struct storage_receipt *receipt, struct buf *bytes, const char *id)
+{
+    struct error err = {0};
+    char *kept = NULL;
+    size_t size;
+    if (!receipt_wanted(request))
+        return true;
+    enum status status = receipt_begin(request, true, &kept, &size, &err);
+    if (!status && asked->at)
+        status = error_set_param(&err, STATUS_UNSUPPORTED, "Idempotency-Key",
+                                 "an Idempotency-Key is not taken with \"at\"");
+    if (status)
+        request_fail(request, status, &err);
+    else if (kept)
+        wait_answer_memory(request, 201, kept);
+    free(kept);
+    if (status || request->answered)
+        return false;
+    receipt_append_body(request, bytes);
+    buf_append_text(bytes, id);
+    memcpy(receipt->name, request->receipt, sizeof receipt->name);
+    receipt->bytes = bytes->data;
+    receipt->size = bytes->size;
+    return true;
+}
+
+static void create_now(struct request *request, const struct memory_request *asked, const char *id,
+                       const struct storage_receipt *receipt)
+{
+    struct wait *wait = wait_create(request);
+    if (!wait)
+        return;
+    memcpy(wait->id, id, sizeof wait->id);
+    wait_for_write(wait, created);
+    const struct storage_memory_options options = {.id = wait->id,
+                                                   .from = asked->from[0] ? asked->from : NULL,
+                                                   .metadata = asked->metadata,
+                                                   .tenant = request->key,
+                                                   .receipt = receipt};
+    const enum status queued =
+        storage_memory_create(request->server->storage, &options, wait_stored_cb, wait);
+    if (queued)
+        wait_refused(wait, queued);
 }
 
 static void create(struct request *request)
@@ -40,28 +88,20 @@ static void create(struct request *request)
         request_fail(request, STATUS_NOT_FOUND, &err);
         return;
     }
-    request->server->metrics.forks += asked.from[0] != 0;
-    if (asked.at) {
-        reach_fork(request, &asked);
-        memory_request_close(&asked);
-        return;
+    struct storage_receipt receipt = {0};
+    struct buf bytes;
+    char id[LIMITS_ID_BYTES];
+    buf_init(&bytes);
+    server_new_id(request->server, "mem_", id);
+    if (begin_once(request, &asked, &receipt, &bytes, id)) {
+        request->server->metrics.forks += asked.from[0] != 0;
+        if (asked.at)
+            reach_fork(request, &asked);
+        else
+            create_now(request, &asked, id, receipt.size ? &receipt : NULL);
     }
-    struct wait *wait = wait_create(request);
-    if (!wait) {
-        memory_request_close(&asked);
-        return;
-    }
-    server_new_id(request->server, "mem_", wait->id);
-    wait_for_write(wait, created);
-    const struct storage_memory_options options = {.id = wait->id,
-                                                   .from = asked.from[0] ? asked.from : NULL,
-                                                   .metadata = asked.metadata,
-                                                   .tenant = request->key};
-    const enum status queued =
-        storage_memory_create(request->server->storage, &options, wait_stored_cb, wait);
+    buf_close(&bytes);
     memory_request_close(&asked);
-    if (queued)
-        wait_refused(wait, queued);
 }
 
 /* ---- get, list, delete ---- */

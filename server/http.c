@@ -13,11 +13,12 @@ enum kept {
     KEPT_ACCEPT,
     KEPT_REQUEST_ID,
     KEPT_AUTHORIZATION,
+    KEPT_IDEMPOTENCY_KEY,
     KEPT_EXPECT,
     KEPT_COUNT
 };
-static const char *const kept_names[] = {"content-type", "accept", "x-request-id", "authorization",
-                                         "expect"};
+static const char *const kept_names[] = {"content-type",  "accept",          "x-request-id",
+                                         "authorization", "idempotency-key", "expect"};
 
 struct http_parser {
     llhttp_t llhttp;
@@ -138,7 +139,8 @@ static int on_head(llhttp_t *llhttp)
         h->query = h->path + strlen(h->path);
     if (!decode(h->path) || h->path[0] != '/')
         return stop(p, STATUS_INVALID);
-    char **const texts[] = {&h->content_type, &h->accept, &h->request_id, &h->authorization};
+    char **const texts[] = {&h->content_type, &h->accept, &h->request_id, &h->authorization,
+                            &h->idempotency_key};
     for (int i = 0; i < KEPT_EXPECT; i++) {
         buf_text(&p->kept[i]);
         *texts[i] = p->kept[i].data;

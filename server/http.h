@@ -16,7 +16,8 @@ struct http_head {
     char method[16];
     char *path;  /* percent-decoded */
     char *query; /* as sent, without the '?'; "" when there is none */
-    char *content_type, *accept, *request_id, *authorization; /* "" when absent */
+    /* "" when absent */
+    char *content_type, *accept, *request_id, *authorization, *idempotency_key;
     bool keep_alive, expect_continue, chunked, http_1_0;
     int64_t content_length; /* -1: not told */
 };

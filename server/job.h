@@ -83,6 +83,10 @@ struct job_generate {
     uint32_t stop_count;
     bool echo_logprobs;
     bool retrieval;
+    bool has_receipt; /* commit, with the turn, what was answered: `receipt_head`, malloced, taken,
+                         "FINISH PROMPT CACHED COMPLETION\\n" and the text */
+    unsigned char receipt[LIMITS_RECEIPT_NAME_BYTES];
+    char *receipt_head;
 };
 
 struct job_append {
@@ -91,6 +95,11 @@ struct job_append {
     int64_t expected_text_bytes; /* the memory must hold exactly these bytes of text, else
                                     STATUS_CONFLICT: how a resumed or retried upload cannot apply
                                     twice; -1: wherever it stands */
+    bool has_receipt; /* commit, with each block, how far it has come: "START TOKENS POSITION
+                         TEXT_BYTES IS_LAST SECONDS" */
+    unsigned char receipt[LIMITS_RECEIPT_NAME_BYTES];
+    bool goes_on;                           /* with an upload that broke off, */
+    uint64_t earlier_start, earlier_tokens; /* which began at that byte and added so many */
 };
 
 /* Both take what the fields point to when they return STATUS_OK. STATUS_BUSY: the queue is full

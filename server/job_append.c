@@ -1,5 +1,6 @@
 /* job_append.c - text into a memory: block by block, each prefilled in slices; commits fall on
  * borders of blocks, when one is due, so that what a memory computes does not depend on them. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -31,6 +32,7 @@ void job_append_start(struct job *job)
         return;
     }
     job->start_text_bytes = memory->text_bytes;
+    job->began_text_bytes = job->append.goes_on ? job->append.earlier_start : memory->text_bytes;
     job->cached = memory->position;
     job->due_ns = engine_thread_now_ns() + LIMITS_APPEND_COMMIT_MS * 1000000;
     job->state = JOB_PREFILL;
@@ -70,6 +72,19 @@ static void committed(struct reply *reply, enum status status)
     finish_if_done(job);
 }
 
+/* How far the upload has come with this commit, for whoever sends it again. */
+static void make_receipt(const struct job *job, const struct commit *commit, bool is_last,
+                         struct storage_receipt *receipt, char answer[160])
+{
+    memcpy(receipt->name, job->append.receipt, sizeof receipt->name);
+    receipt->bytes = answer;
+    receipt->size = (size_t)snprintf(
+        answer, 160, "%llu %llu %llu %llu %d %.6f", (unsigned long long)job->began_text_bytes,
+        (unsigned long long)(job->append.earlier_tokens + commit->tokens),
+        (unsigned long long)commit->position, (unsigned long long)commit->text_bytes, is_last,
+        (double)(engine_thread_now_ns() - job->submitted_ns) * 1e-9);
+}
+
 /* Whether what was prefilled since the last commit is worth a snapshot: it is as large whatever
  * it is for, so a commit waits until the chunks outweigh it, or until it has waited long. */
 static bool is_due(const struct job *job)
@@ -103,7 +118,11 @@ static bool commit_blocks(struct job *job)
                               .position = engine_session_position(session),
                               .text_bytes = job->start_text_bytes + job->written_text_bytes,
                               .tokens = job->added};
+    struct storage_receipt receipt;
+    char answer[160];
+    make_receipt(job, commit, job->ended, &receipt, answer);
     const struct storage_commit write = {.id = job->memory->id,
+                                         .receipt = job->append.has_receipt ? &receipt : NULL,
                                          .position = commit->position,
                                          .tokens = job->written,
                                          .token_count = job->written_count,

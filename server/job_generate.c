@@ -191,6 +191,19 @@ static void turn_committed(struct reply *reply, enum status status)
     finish_ok(job);
 }
 
+/* What was answered, for whoever asks again. */
+static void make_receipt(const struct job *job, struct storage_receipt *receipt, struct buf *answer)
+{
+    const struct job_generate *g = &job->generate;
+    buf_append_format(answer, "%s%d %zu %llu %u\n", g->receipt_head, (int)job->finish_reason,
+                      g->token_count, (unsigned long long)job->cached, job->completion_tokens);
+    if (job->said.size)
+        buf_append(answer, job->said.data, job->said.size);
+    memcpy(receipt->name, g->receipt, sizeof receipt->name);
+    receipt->bytes = answer->data;
+    receipt->size = answer->size;
+}
+
 /* Queues the commit of `tokens` (prompt and what was generated) to memory `id`. */
 static enum status queue_commit(struct job *job, const char *id,
                                 const struct engine_session *session, uint64_t text_bytes,
@@ -208,7 +221,13 @@ static enum status queue_commit(struct job *job, const char *id,
             memcpy(tokens, g->tokens, g->token_count * sizeof *tokens);
         if (job->written_count)
             memcpy(tokens + g->token_count, job->written, job->written_count * sizeof *tokens);
+        struct storage_receipt receipt;
+        struct buf answer;
+        buf_init(&answer);
+        if (g->has_receipt)
+            make_receipt(job, &receipt, &answer);
         const struct storage_commit write = {.id = id,
+                                             .receipt = g->has_receipt ? &receipt : NULL,
                                              .position = engine_session_position(session),
                                              .tokens = tokens,
                                              .token_count = count,
@@ -216,6 +235,7 @@ static enum status queue_commit(struct job *job, const char *id,
                                              .snapshot = snapshot,
                                              .snapshot_bytes = size};
         status = storage_commit(job->thread->storage, &write, reply_done_cb, reply);
+        buf_close(&answer);
     }
     free(snapshot);
     free(tokens);
@@ -308,6 +328,8 @@ static void take_token(struct job *job, struct sequence *s, const struct sampler
     const bool hit = stopped && !end;
     if (s->finished && s->stop && !hit)
         sampler_stop_flush(s->stop, &text);
+    if (g->has_receipt && text.size)
+        buf_append(&job->said, text.data, text.size);
     const struct event event = {.kind = EVENT_TOKEN,
                                 .choice = s->index,
                                 .token = s->token,
@@ -323,6 +345,7 @@ static void take_token(struct job *job, struct sequence *s, const struct sampler
     buf_close(&text);
     if (!s->finished)
         return;
+    job->finish_reason = stopped ? FINISH_STOP : FINISH_LENGTH;
     const struct event finished = {.kind = EVENT_FINISHED,
                                    .choice = s->index,
                                    .finish_reason = stopped ? FINISH_STOP : FINISH_LENGTH,
@@ -418,6 +441,7 @@ static void prompt_done(struct job *job, const struct engine_step_item *item)
                                            .stop_index = -1};
             job_post(job, &finished);
         }
+        job->finish_reason = FINISH_LENGTH;
         job->sequences[0].finished = job->sequences[0].settled = true;
         job->state = JOB_DECODE;
         finish_turn(job);

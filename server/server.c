@@ -36,6 +36,7 @@ enum status server_listen(struct server *server, int *port, struct error *err)
     struct sockaddr_storage address;
     const char *host = server->config->host;
     list_init(&server->connections);
+    list_init(&server->receipts);
     metrics_init(&server->metrics);
     server->started_at = (int64_t)time(NULL);
     if (uv_ip4_addr(host, *port, (struct sockaddr_in *)&address) &&

@@ -28,6 +28,7 @@ struct server {
     uv_timer_t cutoff;  /* of clients that do not take their answers while we drain */
     struct list connections;
     size_t connection_count;
+    struct list receipts; /* requests under way that have an Idempotency-Key */
     bool draining, engine_drained;
     void (*drained_cb)(void *context);
     void *drained_context;

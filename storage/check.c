@@ -333,6 +333,13 @@ static void check_child(struct check *check, const MDB_val *key, const MDB_val *
                 child);
 }
 
+static void check_receipt(struct check *check, const MDB_val *key, const MDB_val *value)
+{
+    struct record_receipt receipt;
+    if (record_receipt_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &receipt))
+        problem(check, "a receipt is damaged");
+}
+
 static void check_collect(struct check *check, const MDB_val *key, const MDB_val *value)
 {
     struct record_branch record;
@@ -451,6 +458,8 @@ static enum status check_all(struct check *check)
         status = walk(check, STORE_CHILD, check_child);
     if (!status)
         status = walk(check, STORE_COLLECT, check_collect);
+    if (!status)
+        status = walk(check, STORE_RECEIPT, check_receipt);
     if (!status)
         status = check_orphans(check, STORE_KV);
     if (!status)

@@ -461,6 +461,29 @@ enum status record_turn_decode(const void *key, size_t key_size, const void *val
     return small_close(&in);
 }
 
+void record_receipt_encode(struct buf *out, const void *key, size_t key_size,
+                           const struct record_receipt *receipt)
+{
+    small_begin(out, RECORD_RECEIPT);
+    put_u64(out, (uint64_t)receipt->created_at);
+    put_u32(out, (uint32_t)receipt->size);
+    buf_append(out, receipt->bytes, receipt->size);
+    small_end(out, key, key_size);
+}
+
+enum status record_receipt_decode(const void *key, size_t key_size, const void *value, size_t size,
+                                  struct record_receipt *receipt)
+{
+    struct cursor in;
+    if (key_size != LIMITS_RECEIPT_NAME_BYTES ||
+        small_open(&in, RECORD_RECEIPT, key, key_size, value, size))
+        return STATUS_CORRUPT;
+    receipt->created_at = (int64_t)take_u64(&in);
+    receipt->size = take_u32(&in);
+    receipt->bytes = take(&in, receipt->size);
+    return small_close(&in);
+}
+
 /* ---- pieces ---- */
 
 void record_piece_encode(void *out, const void *key, size_t key_size, const void *bytes,

@@ -13,7 +13,7 @@
 #include "proto/status.h"
 
 /* Format of the folder. A reader refuses a higher one; a change of any layout below raises it. */
-#define RECORD_FORMAT 3 /* 1 knew no turns, 2 no tenants; storage_open migrates both */
+#define RECORD_FORMAT 4 /* 1 knew no turns, 2 no tenants, 3 no receipts; all are migrated */
 
 enum record_kind {
     RECORD_KV = 1,
@@ -25,7 +25,8 @@ enum record_kind {
     RECORD_BRANCH,
     RECORD_SNAPSHOT,
     RECORD_PIECE,
-    RECORD_TURN
+    RECORD_TURN,
+    RECORD_RECEIPT
 };
 
 /* All integers in values are little-endian. Integers in keys are big-endian, so that LMDB's order
@@ -123,6 +124,13 @@ struct record_turn {
     char bookmark[LIMITS_BOOKMARK_BYTES]; /* "" for none */
 };
 
+/* What was answered to a write. Key: its name. */
+struct record_receipt {
+    int64_t created_at;
+    const unsigned char *bytes; /* decoded: borrowed from the value */
+    size_t size;
+};
+
 void record_meta_encode(struct buf *out, const void *key, size_t key_size,
                         const struct record_meta *meta);
 STATUS_CHECKED enum status record_meta_decode(const void *key, size_t key_size, const void *value,
@@ -151,6 +159,12 @@ void record_turn_encode(struct buf *out, const void *key, size_t key_size,
                         const struct record_turn *turn);
 STATUS_CHECKED enum status record_turn_decode(const void *key, size_t key_size, const void *value,
                                               size_t size, struct record_turn *turn);
+
+void record_receipt_encode(struct buf *out, const void *key, size_t key_size,
+                           const struct record_receipt *receipt);
+STATUS_CHECKED enum status record_receipt_decode(const void *key, size_t key_size,
+                                                 const void *value, size_t size,
+                                                 struct record_receipt *receipt);
 
 /* ---- pieces: the bytes of a snapshot, behind the same small header and a checksum ----
  * Key: snapshot (8 bytes), number from 1 (4 bytes); number 0 is the record_snapshot. */

@@ -63,6 +63,14 @@ void storage_close(struct storage *storage);
  * or too long, STATUS_TOO_LARGE for metadata beyond 128 KiB, STATUS_NO_MEMORY. */
 typedef void (*storage_done_cb)(void *context, enum status status);
 
+/* What to answer to whoever asks again for a write that was carried out: on disk in the same commit
+ * as the write, in place of an older one of its name, for LIMITS_RECEIPT_S. */
+struct storage_receipt {
+    unsigned char name[LIMITS_RECEIPT_NAME_BYTES]; /* a good hash, or sweeping is uneven */
+    const void *bytes;
+    size_t size;
+};
+
 struct storage_memory_options {
     const char *id;       /* caller's choice, unique, shorter than LIMITS_ID_BYTES */
     const char *from;     /* NULL: empty; else fork that memory */
@@ -71,6 +79,7 @@ struct storage_memory_options {
     const char *metadata; /* JSON object text, stored as it is; NULL: "{}" */
     const char *tenant;   /* whose it is, for the caller to ask for; NULL: nobody's. A settled
                              memory stays whose the one it takes the place of was */
+    const struct storage_receipt *receipt; /* NULL: none */
     bool ephemeral;       /* not listed, dropped at the next opening */
 };
 
@@ -107,6 +116,7 @@ struct storage_commit {
     uint64_t text_bytes;     /* bytes of text appended to the memory so far, in all */
     const void *snapshot;    /* replaces the memory's snapshot */
     size_t snapshot_bytes;   /* at least 1 */
+    const struct storage_receipt *receipt; /* NULL: none */
     bool goes_on; /* with the turn of the last commit, whose place in the history this takes */
 };
 
@@ -167,6 +177,11 @@ STATUS_CHECKED enum status storage_memory_list(struct storage *storage, const ch
                                                const char *after, size_t limit,
                                                struct storage_memory *memories, size_t *count,
                                                bool *has_more);
+/* The receipt of that name: malloced for the caller, with a NUL behind it. STATUS_NOT_FOUND (none,
+ * or too old), STATUS_CORRUPT. */
+STATUS_CHECKED enum status storage_receipt_get(struct storage *storage, const unsigned char *name,
+                                               void **bytes, size_t *size);
+
 struct storage_turn {
     uint64_t position, text_bytes;
     int64_t created_at;

@@ -26,7 +26,8 @@
 #define CHUNK_BYTES_MOST (64 * LIMITS_MIB)
 
 static const char *const db_names[STORE_DB_COUNT] = {
-    "meta", "memory", "branch", "child", "collect", "kv", "landmark", "token", "snapshot", "turn"};
+    "meta", "memory", "branch", "child", "collect", "kv", "landmark", "token", "snapshot", "turn",
+    "receipt"};
 static const char format_key[] = "format", counter_key[] = "counter";
 
 enum status store_status(int rc)

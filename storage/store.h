@@ -23,6 +23,7 @@ enum store_db {
     STORE_TOKEN,    /* runs of token ids */
     STORE_SNAPSHOT, /* snapshot, piece number -> record_snapshot, pieces */
     STORE_TURN,     /* branch, position -> record_turn */
+    STORE_RECEIPT,  /* name -> record_receipt */
     STORE_DB_COUNT
 };
 

@@ -10,6 +10,7 @@
 #include "proto/base/log.h"
 #include "storage/branch.h"
 #include "storage/memory.h"
+#include "storage/receipt.h"
 
 /* One transaction's share of the queue: enough that its fsync is cheap by the byte, little enough
  * that an acknowledgement does not wait long and the dirty pages fit in memory. */
@@ -53,6 +54,8 @@ struct item {
     bool ephemeral;
     size_t metadata_size; /* create, update: in `payload` */
     struct storage_commit commit;
+    bool has_receipt;
+    struct storage_receipt receipt; /* its bytes are in `payload` */
     unsigned char payload[];
 };
 
@@ -204,6 +207,8 @@ static enum status carry_out_commit(struct writer *writer, struct store_write *w
     if (status)
         return status;
     status = memory_commit(write, &item->commit);
+    if (!status && item->has_receipt)
+        status = receipt_put(write, &item->receipt);
     if (status)
         set_add(&writer->failed, memory.branch, status);
     return status;
@@ -216,8 +221,9 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
     enum status status;
     switch (item->kind) {
     case ITEM_CREATE:
-        return memory_create(write, item->id, item->from[0] ? item->from : NULL, item->at,
-                             item->ephemeral, item->tenant, metadata, item->metadata_size);
+        status = memory_create(write, item->id, item->from[0] ? item->from : NULL, item->at,
+                               item->ephemeral, item->tenant, metadata, item->metadata_size);
+        return status || !item->has_receipt ? status : receipt_put(write, &item->receipt);
     case ITEM_UPDATE:
         return memory_update(write, item->id, metadata, item->metadata_size);
     case ITEM_COMMIT:
@@ -618,6 +624,18 @@ static enum status set_id(char out[LIMITS_ID_BYTES], const char *id)
     return STATUS_OK;
 }
 
+/* Copies it to where it belongs in the payload. */
+static void set_receipt(struct item *item, const struct storage_receipt *receipt, size_t at)
+{
+    item->has_receipt = receipt != NULL;
+    if (!receipt)
+        return;
+    item->receipt = *receipt;
+    item->receipt.bytes = item->payload + at;
+    if (receipt->size)
+        memcpy(item->payload + at, receipt->bytes, receipt->size);
+}
+
 static enum status queue_metadata(struct storage *storage, enum item_kind kind,
                                   const struct storage_memory_options *options,
                                   storage_done_cb done_cb, void *context)
@@ -628,13 +646,15 @@ static enum status queue_metadata(struct storage *storage, enum item_kind kind,
         return STATUS_CLOSED;
     if (size > RECORD_METADATA_BYTES)
         return STATUS_TOO_LARGE;
-    struct item *item = new_item(kind, size, done_cb, context);
+    const size_t receipt_bytes = options->receipt ? options->receipt->size : 0;
+    struct item *item = new_item(kind, size + receipt_bytes, done_cb, context);
     if (!item)
         return STATUS_NO_MEMORY;
     item->ephemeral = options->ephemeral;
     item->at = options->at;
     item->metadata_size = size;
     memcpy(item->payload, metadata, size);
+    set_receipt(item, options->receipt, size);
     if (set_id(item->id, options->id) || (options->from && set_id(item->from, options->from)) ||
         (options->tenant && options->tenant[0] && set_id(item->tenant, options->tenant))) {
         free(item);
@@ -778,8 +798,9 @@ enum status storage_commit(struct storage *storage, const struct storage_commit 
         (commit->token_count && !commit->tokens) || commit->token_count > commit->position)
         return STATUS_INVALID;
     size_t token_bytes = commit->token_count * sizeof *commit->tokens;
-    struct item *item =
-        new_item(ITEM_COMMIT, token_bytes + commit->snapshot_bytes, done_cb, context);
+    const size_t receipt_bytes = commit->receipt ? commit->receipt->size : 0;
+    struct item *item = new_item(ITEM_COMMIT, token_bytes + commit->snapshot_bytes + receipt_bytes,
+                                 done_cb, context);
     if (!item)
         return STATUS_NO_MEMORY;
     if (set_id(item->id, commit->id)) {
@@ -793,5 +814,6 @@ enum status storage_commit(struct storage *storage, const struct storage_commit 
     memcpy(item->payload + token_bytes, commit->snapshot, commit->snapshot_bytes);
     item->commit.tokens = (const int32_t *)(const void *)item->payload;
     item->commit.snapshot = item->payload + token_bytes;
+    set_receipt(item, commit->receipt, token_bytes + commit->snapshot_bytes);
     return enqueue(storage, item);
 }

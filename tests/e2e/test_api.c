@@ -9,13 +9,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #include <cmocka.h>
 
 #include "tests/lib/answer.h"
 #include "tests/lib/daemon.h"
-#include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
 
 #define MODEL_NAME "wide-stickbreaking-topk8"
@@ -779,24 +777,15 @@ static void test_full_queue(void **state)
 
 static int setup(void **state)
 {
-    char data[1024];
     (void)state;
-    folder = store_helper_folder();
-    snprintf(data, sizeof data, "%s/data", folder);
-    mkdir(data, 0700);
-    daemon_init(&daemon_, MODEL, data);
-    daemon_.flags = flags;
-    daemon_start(&daemon_);
+    folder = daemon_begin(&daemon_, MODEL, flags);
     return 0;
 }
 
 static int teardown(void **state)
 {
     (void)state;
-    if (daemon_.pid)
-        daemon_stop(&daemon_);
-    daemon_check(&daemon_);
-    store_helper_remove(folder);
+    daemon_end(&daemon_, folder);
     return 0;
 }
 

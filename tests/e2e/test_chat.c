@@ -7,14 +7,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #include <cmocka.h>
 
 #include "proto/json.h"
 #include "tests/lib/answer.h"
 #include "tests/lib/daemon.h"
-#include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
 
 #define MODEL_NAME "ramba-6m"
@@ -78,23 +76,15 @@ static void refused(const char *fields, const char *code, const char *param)
 
 static int setup(void **state)
 {
-    char data[1024];
     (void)state;
-    folder = store_helper_folder();
-    snprintf(data, sizeof data, "%s/data", folder);
-    mkdir(data, 0700);
-    daemon_init(&daemon_, "engine/models/" MODEL_NAME, data);
-    daemon_.flags = flags;
-    daemon_start(&daemon_);
+    folder = daemon_begin(&daemon_, "engine/models/" MODEL_NAME, flags);
     return 0;
 }
 
 static int teardown(void **state)
 {
     (void)state;
-    daemon_stop(&daemon_);
-    daemon_check(&daemon_);
-    store_helper_remove(folder);
+    daemon_end(&daemon_, folder);
     return 0;
 }
 

@@ -25,14 +25,16 @@ static char *folder, keys[1024], data[1024];
 static char ann[64], bob[64];
 static const char *const flags[] = {"--threads", "1", "--keys", keys, NULL};
 
+static const char *once = ""; /* a further header line */
+
 /* A request with a key (NULL: none). Returns its status. */
 static int ask(const char *key, const char *method, const char *path, const char *body,
                struct wire_answer *answer)
 {
     struct wire wire;
-    char headers[256] = "Connection: close\r\n";
-    if (key)
-        snprintf(headers, sizeof headers, "Connection: close\r\nAuthorization: Bearer %s\r\n", key);
+    char headers[256];
+    snprintf(headers, sizeof headers, "Connection: close\r\n%s%s%s%s", once,
+             key ? "Authorization: Bearer " : "", key ? key : "", key ? "\r\n" : "");
     wire_open(&wire, &daemon_);
     wire_ask(&wire, method, path, headers, body, body ? strlen(body) : 0);
     wire_answer(&wire, answer, strcmp(method, "HEAD") == 0);
@@ -294,6 +296,20 @@ static void test_rotation(void **state)
     refuse(eve, "GET", path, NULL, 401, "unauthorized", NULL);
 }
 
+/* One's Idempotency-Key says nothing of another's request. */
+static void test_once(void **state)
+{
+    (void)state;
+    char id[LIMITS_ID_BYTES], again[LIMITS_ID_BYTES], other[LIMITS_ID_BYTES];
+    once = "Idempotency-Key: k\r\n";
+    new_memory(ann, "{}", id);
+    new_memory(ann, "{}", again);
+    new_memory(bob, "{}", other);
+    once = "";
+    assert_string_equal(again, id);
+    assert_string_not_equal(other, id);
+}
+
 /* Open to others only with keys, or when told. */
 static void test_bind(void **state)
 {
@@ -328,6 +344,6 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_no_key), cmocka_unit_test(test_strangers),
-        cmocka_unit_test(test_rotation), cmocka_unit_test(test_bind)};
+        cmocka_unit_test(test_rotation), cmocka_unit_test(test_once), cmocka_unit_test(test_bind)};
     return cmocka_run_group_tests_name("keys", tests, setup, teardown);
 }

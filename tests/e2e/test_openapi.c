@@ -10,14 +10,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <sys/stat.h>
 
 #include <cmocka.h>
 
 #include "server/route.h"
 #include "tests/lib/answer.h"
 #include "tests/lib/daemon.h"
-#include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
 
 #define MODEL_NAME "wide-stickbreaking-topk8"
@@ -190,7 +188,7 @@ static void new_memory(char id[LIMITS_ID_BYTES])
 
 static int setup(void **state)
 {
-    char data[1024], block[4096];
+    char block[4096];
     size_t size;
     (void)state;
     FILE *file = fopen("proto/openapi.yaml", "r");
@@ -201,22 +199,15 @@ static int setup(void **state)
     fclose(file);
     buf_text(&text);
     read_operations();
-    folder = store_helper_folder();
-    snprintf(data, sizeof data, "%s/data", folder);
-    mkdir(data, 0700);
-    daemon_init(&daemon_, "tests/golden/" MODEL_NAME, data);
-    daemon_.flags = flags;
     setenv("RAMBAD_API_KEY", KEY, 1);
-    daemon_start(&daemon_);
+    folder = daemon_begin(&daemon_, "tests/golden/" MODEL_NAME, flags);
     return 0;
 }
 
 static int teardown(void **state)
 {
     (void)state;
-    daemon_stop(&daemon_);
-    daemon_check(&daemon_);
-    store_helper_remove(folder);
+    daemon_end(&daemon_, folder);
     buf_close(&text);
     return 0;
 }

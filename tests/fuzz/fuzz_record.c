@@ -48,6 +48,9 @@ static void try_small(const struct input *in, enum record_kind kind)
         record_branch_encode(&again, key, key_size, &branch);
     if (kind == RECORD_SNAPSHOT && !record_snapshot_decode(key, key_size, value, size, &snapshot))
         record_snapshot_encode(&again, key, key_size, &snapshot);
+    struct record_receipt receipt;
+    if (kind == RECORD_RECEIPT && !record_receipt_decode(key, key_size, value, size, &receipt))
+        record_receipt_encode(&again, key, key_size, &receipt);
     if (kind == RECORD_TURN && !record_turn_decode(key, key_size, value, size, &turn))
         record_turn_encode(&again, key, key_size, &turn);
     if (again.size > 0)
@@ -129,7 +132,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (size < 2 || data[1] % 64 > size - 2)
         return 0;
     bool sealed = data[0] & 1;
-    enum record_kind kind = (enum record_kind)((data[0] >> 1) % RECORD_TURN + 1);
+    enum record_kind kind = (enum record_kind)((data[0] >> 1) % RECORD_RECEIPT + 1);
     struct input in = {.key_size = data[1] % 64, .key = data + 2};
     in.size = size - 2 - in.key_size;
     in.value = malloc(in.size + 1);

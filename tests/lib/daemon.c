@@ -12,11 +12,14 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
+
+#include "tests/lib/store_helper.h"
 
 #define READY_SECONDS 120 /* a large memory is found again within this, on a slow machine */
 
@@ -318,4 +321,23 @@ void daemon_check(const struct daemon *daemon)
         print_message("rambad check: exit code %d\n%s\n", code, buf_text(&out));
     assert_int_equal(code, 0);
     buf_close(&out);
+}
+
+char *daemon_begin(struct daemon *daemon, const char *model, const char *const *flags)
+{
+    char data[1024], *folder = store_helper_folder();
+    snprintf(data, sizeof data, "%.1000s/data", folder);
+    assert_int_equal(mkdir(data, 0700), 0);
+    daemon_init(daemon, model, data);
+    daemon->flags = flags;
+    daemon_start(daemon);
+    return folder;
+}
+
+void daemon_end(struct daemon *daemon, char *folder)
+{
+    if (daemon->pid)
+        daemon_stop(daemon);
+    daemon_check(daemon);
+    store_helper_remove(folder);
 }

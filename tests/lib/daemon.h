@@ -28,6 +28,10 @@ void daemon_init(struct daemon *daemon, const char *model, const char *data);
 double daemon_start(struct daemon *daemon);
 /* Starts it and does not wait. */
 void daemon_spawn(struct daemon *daemon);
+/* A daemon started on a new folder, which is returned; and its end, with a check of what it leaves.
+ */
+char *daemon_begin(struct daemon *daemon, const char *model, const char *const *flags);
+void daemon_end(struct daemon *daemon, char *folder);
 /* kill -9, and waits for the end. Safe while another thread is in daemon_call. */
 void daemon_kill(struct daemon *daemon);
 /* SIGTERM; the daemon must end with exit code 0 within 30 seconds. */
