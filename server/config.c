@@ -281,6 +281,7 @@ void config_print_help(void)
            "  rambad [serve] [--NAME VALUE ...]   serve the HTTP API\n"
            "  rambad key NAME FILE                make an API key\n"
            "  rambad check DIR                    verify every record of a data folder\n"
+           "  rambad repair DIR [--yes]           drop what check finds wrong\n"
            "  rambad bench [--help]               measure this machine\n"
            "  rambad --version | --help\n\n"
            "Settings, as a flag (--host-memory 4G), in the environment (RAMBAD_HOST_MEMORY=4G) or\n"

@@ -55,6 +55,31 @@ static int check_main(int argc, char **argv)
     return report.problems ? 1 : 0;
 }
 
+/* ---- repair ---- */
+
+static int repair_main(int argc, char **argv)
+{
+    const bool carry_out = argc == 3 && strcmp(argv[2], "--yes") == 0;
+    if ((argc != 2 && !carry_out) || argv[1][0] == '-') {
+        fprintf(stderr, "usage: rambad repair DIR [--yes]\nTells how a damaged data folder can be "
+                        "made whole: memories go back to their last\nwhole place, what nothing "
+                        "reaches is dropped. With --yes it is done; copy DIR before.\n");
+        return argc == 2 && strcmp(argv[1], "--help") == 0 ? 0 : 2;
+    }
+    struct error err = {0};
+    uint64_t changes;
+    if (storage_repair(argv[1], carry_out, print_problem, NULL, &changes, &err))
+        return fail("repair", &err);
+    if (!changes)
+        printf("nothing to repair\n");
+    else if (carry_out)
+        printf("%llu changes made\n", (unsigned long long)changes);
+    else
+        printf("%llu changes to make, none made yet: copy %s, then add --yes\n",
+               (unsigned long long)changes, argv[1]);
+    return changes && !carry_out ? 1 : 0;
+}
+
 /* ---- serve ---- */
 
 static enum status open_engine(const struct config *config, struct engine **engine,
@@ -230,6 +255,8 @@ int main(int argc, char **argv)
     static struct process process;
     if (argc > 1 && strcmp(argv[1], "check") == 0)
         return check_main(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "repair") == 0)
+        return repair_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "key") == 0)
         return auth_key_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "bench") == 0)

@@ -22,8 +22,8 @@ struct check {
     size_t snapshot_count;
 };
 
-static void __attribute__((format(printf, 2, 3))) problem(struct check *check, const char *format,
-                                                          ...)
+static void __attribute__((format(printf, 2, 3)))
+problem(struct check *check, const char *format, ...)
 {
     char message[512];
     va_list args;
@@ -37,8 +37,7 @@ static void __attribute__((format(printf, 2, 3))) problem(struct check *check, c
 
 /* Calls `each` for every entry of a sub-database. */
 static enum status walk(struct check *check, enum store_db db,
-                        void (*each)(struct check *check, const MDB_val *key,
-                                     const MDB_val *value))
+                        void (*each)(struct check *check, const MDB_val *key, const MDB_val *value))
 {
     MDB_cursor *cursor;
     MDB_val key, value;
@@ -105,8 +104,7 @@ static void check_memory(struct check *check, const MDB_val *key, const MDB_val 
     }
     memcpy(id, key->mv_data, key->mv_size);
     id[key->mv_size] = 0;
-    if (record_memory_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size,
-                             &memory)) {
+    if (record_memory_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &memory)) {
         problem(check, "memory %s: its record is damaged", id);
         return;
     }
@@ -196,8 +194,8 @@ static void check_turn(struct check *check, uint64_t branch, const MDB_val *key,
 }
 
 static enum status check_turns(struct check *check, uint64_t branch,
-                               const struct record_branch *record, uint64_t needed,
-                               bool collecting, uint64_t *space)
+                               const struct record_branch *record, uint64_t needed, bool collecting,
+                               uint64_t *space)
 {
     unsigned char from[RECORD_PAIR_KEY_BYTES];
     MDB_cursor *cursor;
@@ -226,8 +224,8 @@ static bool is_collecting(struct check *check, uint64_t branch)
            STATUS_OK;
 }
 
-static void check_contents(struct check *check, uint64_t branch,
-                           const struct record_branch *record, uint64_t needed, bool collecting)
+static void check_contents(struct check *check, uint64_t branch, const struct record_branch *record,
+                           uint64_t needed, bool collecting)
 {
     uint64_t first = branch_first_chunk(check->storage, record), space = 0;
     uint64_t kv_end, landmark_end, token_end;
@@ -235,8 +233,7 @@ static void check_contents(struct check *check, uint64_t branch,
     if (!status)
         status = check_runs(check, STORE_LANDMARK, branch, first, &landmark_end, &space);
     if (!status)
-        status =
-            check_runs(check, STORE_TOKEN, branch, record->fork_position, &token_end, &space);
+        status = check_runs(check, STORE_TOKEN, branch, record->fork_position, &token_end, &space);
     if (!status)
         status = check_turns(check, branch, record, needed, collecting, &space);
     if (status) {
@@ -276,8 +273,8 @@ static void check_parent(struct check *check, uint64_t branch, const struct reco
                 record->parent);
         return;
     }
-    if (parent.fork_position >= record->fork_position ||
-        parent.token_end < record->fork_position || record->depth != parent.depth + 1)
+    if (parent.fork_position >= record->fork_position || parent.token_end < record->fork_position ||
+        record->depth != parent.depth + 1)
         problem(check, "branch %" PRIu64 ": does not fit its parent %" PRIu64, branch,
                 record->parent);
     record_pair_key(key, record->parent, record->fork_position);
@@ -293,8 +290,8 @@ static void check_branch(struct check *check, const MDB_val *key, const MDB_val 
     struct record_memory memory;
     uint64_t needed = 0;
     check->report->branches++;
-    if (key->mv_size != 8 || record_branch_decode(key->mv_data, key->mv_size, value->mv_data,
-                                                  value->mv_size, &record)) {
+    if (key->mv_size != 8 ||
+        record_branch_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &record)) {
         problem(check, "branch %" PRIu64 ": its record is damaged",
                 key->mv_size == 8 ? record_key_read(key->mv_data) : 0);
         return;
@@ -364,7 +361,8 @@ static enum status check_orphans(struct check *check, enum store_db db)
         struct record_branch record;
         uint64_t branch = key.mv_size >= 8 ? record_key_read(key.mv_data) : 0;
         if (branch_get(check->storage, check->txn, branch, &record) == STATUS_NOT_FOUND)
-            problem(check, "branch %" PRIu64 ": has chunks, tokens or turns, but does not exist", branch);
+            problem(check, "branch %" PRIu64 ": has chunks, tokens or turns, but does not exist",
+                    branch);
         if (branch == UINT64_MAX)
             break;
         record_pair_key(from, branch + 1, 0);
@@ -375,30 +373,6 @@ static enum status check_orphans(struct check *check, enum store_db db)
 }
 
 /* ---- snapshots ---- */
-
-static int compare_u64(const void *a, const void *b)
-{
-    uint64_t x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return x < y ? -1 : x > y;
-}
-
-static uint64_t count_references(const struct check *check, uint64_t snapshot)
-{
-    size_t low = 0, high = check->snapshot_count;
-    uint64_t count = 0;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (check->snapshots[middle] < snapshot)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    for (; low < check->snapshot_count && check->snapshots[low] == snapshot; low++)
-        count++;
-    return count;
-}
 
 static void check_snapshot(struct check *check, const MDB_val *key, const MDB_val *value)
 {
@@ -429,9 +403,11 @@ static void check_snapshot(struct check *check, const MDB_val *key, const MDB_va
         problem(check, "snapshot %" PRIu64 ": the counter of snapshots is behind it", snapshot);
     if (snapshot_read(check->storage, check->txn, snapshot, &record, NULL))
         problem(check, "snapshot %" PRIu64 ": a piece is missing or damaged", snapshot);
-    uint64_t references = count_references(check, snapshot);
+    uint64_t references = snapshot_occurrences(check->snapshots, check->snapshot_count, snapshot);
     if (references != record.references)
-        problem(check, "snapshot %" PRIu64 ": %" PRIu64 " memories and turns stand at it, it counts %" PRIu64,
+        problem(check,
+                "snapshot %" PRIu64 ": %" PRIu64
+                " memories and turns stand at it, it counts %" PRIu64,
                 snapshot, references, record.references);
 }
 
@@ -453,7 +429,7 @@ static enum status check_all(struct check *check)
     enum status status = walk(check, STORE_MEMORY, check_memory);
     if (!status)
         status = walk(check, STORE_BRANCH, check_branch);
-    qsort(check->snapshots, check->snapshot_count, sizeof *check->snapshots, compare_u64);
+    snapshot_sort(check->snapshots, check->snapshot_count);
     if (!status)
         status = walk(check, STORE_CHILD, check_child);
     if (!status)

@@ -25,7 +25,7 @@ enum status memory_get(const struct storage *storage, MDB_txn *txn, const char *
                   : record_memory_decode(id, size, value.mv_data, value.mv_size, record);
 }
 
-static enum status put_memory(struct store_write *write, const char *id,
+enum status memory_put(struct store_write *write, const char *id,
                               const struct record_memory *record)
 {
     struct buf buf;
@@ -100,7 +100,7 @@ enum status memory_create(struct store_write *write, const char *id, const char 
     status = branch_create(write, source.branch, source.position, id, &record.branch);
     if (!status && record.snapshot)
         status = snapshot_reference(write, record.snapshot);
-    return status ? status : put_memory(write, id, &record);
+    return status ? status : memory_put(write, id, &record);
 }
 
 enum status memory_update(struct store_write *write, const char *id, const char *metadata,
@@ -112,7 +112,7 @@ enum status memory_update(struct store_write *write, const char *id, const char 
         return status;
     record.metadata = metadata;
     record.metadata_size = metadata_size;
-    return put_memory(write, id, &record);
+    return memory_put(write, id, &record);
 }
 
 enum status memory_delete(struct store_write *write, const char *id)
@@ -184,7 +184,7 @@ enum status memory_commit(struct store_write *write, const struct storage_commit
         status = snapshot_put(write, memory.branch, commit->position, commit->snapshot,
                               commit->snapshot_bytes, is_turn ? 2 : 1, &memory.snapshot);
     if (!status)
-        status = put_memory(write, commit->id, &memory);
+        status = memory_put(write, commit->id, &memory);
     if (!status && is_turn)
         status = commit_turn(write, commit, &memory, old_position);
     free(metadata);
@@ -249,7 +249,7 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
     if (!status && existed)
         status = branch_disown(write, old.branch);
     if (!status)
-        status = put_memory(write, id, &memory);
+        status = memory_put(write, id, &memory);
     if (!status)
         status = settle_turn(write, id, &memory, branch.fork_position);
     free(metadata);

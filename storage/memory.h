@@ -14,6 +14,9 @@
 STATUS_CHECKED enum status memory_get(const struct storage *storage, MDB_txn *txn, const char *id,
                                       struct record_memory *record);
 
+/* Writes the record, whose metadata must not borrow from the transaction. */
+STATUS_CHECKED enum status memory_put(struct store_write *write, const char *id,
+                                      const struct record_memory *record);
 STATUS_CHECKED enum status memory_create(struct store_write *write, const char *id,
                                          const char *from, uint64_t at, bool ephemeral,
                                          const char *tenant, const char *metadata,

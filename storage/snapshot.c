@@ -1,5 +1,6 @@
 #include "storage/snapshot.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "proto/base/assert.h"
@@ -76,6 +77,17 @@ enum status snapshot_put(struct store_write *write, uint64_t branch, uint64_t po
         from += part;
     }
     return status;
+}
+
+enum status snapshot_put_references(struct store_write *write, uint64_t snapshot,
+                                    uint64_t references)
+{
+    struct record_snapshot record;
+    enum status status = snapshot_get(write->storage, write->txn, snapshot, &record);
+    if (status)
+        return STATUS_CORRUPT;
+    record.references = references;
+    return put_record(write, snapshot, &record);
 }
 
 enum status snapshot_reference(struct store_write *write, uint64_t snapshot)
@@ -156,4 +168,34 @@ uint64_t snapshot_space(const struct storage *storage, const struct record_snaps
                               RECORD_PIECE_HEADER_BYTES + record->piece_bytes) +
            store_space(storage, RECORD_PIECE_KEY_BYTES,
                        RECORD_PIECE_HEADER_BYTES + piece_size(record, piece_count(record)));
+}
+
+static int compare(const void *a, const void *b)
+{
+    uint64_t x, y;
+    memcpy(&x, a, sizeof x);
+    memcpy(&y, b, sizeof y);
+    return x < y ? -1 : x > y;
+}
+
+void snapshot_sort(uint64_t *snapshots, size_t count)
+{
+    if (count)
+        qsort(snapshots, count, sizeof *snapshots, compare);
+}
+
+uint64_t snapshot_occurrences(const uint64_t *sorted, size_t count, uint64_t snapshot)
+{
+    size_t low = 0, high = count;
+    uint64_t found = 0;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (sorted[middle] < snapshot)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (; low < count && sorted[low] == snapshot; low++)
+        found++;
+    return found;
 }

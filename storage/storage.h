@@ -39,6 +39,8 @@ struct storage_options {
     size_t queue_bytes;          /* 0: LIMITS_WRITER_QUEUE_BYTES */
     uint32_t linger_ms;          /* 0: LIMITS_LINGER_MS; how long appends alone wait for more */
     uint32_t keep_snapshots;     /* of each memory's last turns; 0: LIMITS_KEEP_SNAPSHOTS */
+    bool repair;                 /* for `repair`: writable, but recovers nothing, starts no writer
+                                    and takes sizes and model as they are */
     bool read_only;              /* for `check`; takes no lock and starts no writer; with kv_bytes 0
                                     sizes and model are taken as they are */
 };
@@ -277,5 +279,16 @@ STATUS_CHECKED enum status storage_check(const char *path,
                                          void (*problem_cb)(void *context, const char *message),
                                          void *context, struct storage_check_report *report,
                                          struct error *err);
+
+/* Makes a store whole that `check` finds wrong: each memory goes back to its last place whose
+ * snapshot, chunks and tokens are whole, what nothing reaches is dropped, counts are taken anew.
+ * Calls change_cb (NULL: nobody) for each thing it does, and does them, all in one transaction,
+ * only when `carry_out`; else it only tells. No other process may have the folder open:
+ * STATUS_CONFLICT. STATUS_CORRUPT: not even the first record is whole; STATUS_NOT_FOUND,
+ * STATUS_UNSUPPORTED (an older format), STATUS_DISK_FULL, STATUS_IO, STATUS_NO_MEMORY. A failure
+ * leaves the store as it was. */
+STATUS_CHECKED enum status storage_repair(const char *path, bool carry_out,
+                                          void (*change_cb)(void *context, const char *message),
+                                          void *context, uint64_t *changes, struct error *err);
 
 #endif

@@ -210,6 +210,14 @@ enum status store_put_counter(struct store_write *write, const struct record_cou
     return status;
 }
 
+bool store_is_meta_key(const MDB_val *key)
+{
+    return (key->mv_size == sizeof format_key - 1 &&
+            memcmp(key->mv_data, format_key, key->mv_size) == 0) ||
+           (key->mv_size == sizeof counter_key - 1 &&
+            memcmp(key->mv_data, counter_key, key->mv_size) == 0);
+}
+
 uint64_t store_count(const struct storage *storage, MDB_txn *txn, enum store_db db)
 {
     MDB_stat stat;
@@ -414,7 +422,7 @@ static enum status check_meta(struct storage *storage, const struct storage_opti
         meta.landmark_bytes - 1 >= CHUNK_BYTES_MOST || meta.chunk_tokens == 0)
         return error_set(err, STATUS_CORRUPT, "the first record of the store in %s is damaged",
                          storage->path);
-    if (!storage->read_only || options->kv_bytes) {
+    if (options->kv_bytes) {
         if (meta.fingerprint != options->model_fingerprint)
             return error_set(
                 err, STATUS_MISMATCH,
@@ -429,7 +437,7 @@ static enum status check_meta(struct storage *storage, const struct storage_opti
                              storage->path, meta.chunk_tokens, (unsigned long long)meta.kv_bytes,
                              (unsigned long long)meta.landmark_bytes);
     }
-    if (storage->read_only && meta.format < RECORD_FORMAT)
+    if ((storage->read_only || options->repair) && meta.format < RECORD_FORMAT)
         return error_set(err, STATUS_UNSUPPORTED,
                          "the store in %s has format %u; rambad serve brings it to format %d",
                          storage->path, meta.format, RECORD_FORMAT);
@@ -456,6 +464,16 @@ static enum status migrate(struct store_write *write, struct record_meta *meta)
         log_event(LOG_INFO, "storage_migrated", "folder", LOG_STR, write->storage->path, "from",
                   LOG_INT, (int64_t)old, "to", LOG_INT, (int64_t)RECORD_FORMAT, NULL);
     return status;
+}
+
+/* There is a store to repair. */
+static enum status find_store(const struct storage *storage, struct error *err)
+{
+    char place[4096];
+    path_in(storage, "data.mdb", place, sizeof place);
+    return access(place, F_OK) ? error_set(err, STATUS_NOT_FOUND, "there is no store in %s",
+                                           storage->path)
+                               : STATUS_OK;
 }
 
 /* Makes a new store beside its place and moves it there when it is whole: whatever cuts this short,
@@ -563,7 +581,7 @@ static enum status check_options(const struct storage_options *options, struct e
 {
     if (!options->path || !options->path[0] || strlen(options->path) > 3000)
         return error_set(err, STATUS_INVALID, "the path of the store is empty or too long");
-    if (options->read_only && options->kv_bytes == 0)
+    if ((options->read_only || options->repair) && options->kv_bytes == 0)
         return STATUS_OK;
     if (options->kv_bytes - 1 >= CHUNK_BYTES_MOST ||
         options->landmark_bytes - 1 >= CHUNK_BYTES_MOST || options->chunk_tokens == 0)
@@ -626,12 +644,13 @@ enum status storage_open(const struct storage_options *options, struct storage *
     struct storage *storage = allocate(options);
     if (!storage)
         return error_set(err, STATUS_NO_MEMORY, "out of memory");
-    if (!storage->read_only) {
+    if (options->repair)
+        status = find_store(storage, err);
+    else if (!storage->read_only)
         status = make_folder(storage->path, err);
-        if (!status)
-            status = lock_folder(storage, err);
-    }
     if (!status && !storage->read_only)
+        status = lock_folder(storage, err);
+    if (!status && !storage->read_only && !options->repair)
         status = create_store(storage, options, err);
     if (!status)
         status = open_env(storage, err);
@@ -641,7 +660,7 @@ enum status storage_open(const struct storage_options *options, struct storage *
         storage->page_bytes = stat.ms_psize;
         status = open_databases(storage, options, err);
     }
-    if (!status && !storage->read_only) {
+    if (!status && !storage->read_only && !options->repair) {
         /* Recovery frees more than it takes, and may use the reserve for it. */
         store_reserve_release(storage);
         status = memory_recover(storage, err);

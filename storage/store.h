@@ -107,6 +107,8 @@ STATUS_CHECKED enum status store_get_counter(const struct storage *storage, MDB_
                                              struct record_counter *counter);
 STATUS_CHECKED enum status store_put_counter(struct store_write *write,
                                              const struct record_counter *counter);
+/* Whether STORE_META has an entry of that name. */
+bool store_is_meta_key(const MDB_val *key);
 /* Number of entries of a sub-database. */
 uint64_t store_count(const struct storage *storage, MDB_txn *txn, enum store_db db);
 /* Disk space that a value takes: whole pages once it is too large for a leaf. */

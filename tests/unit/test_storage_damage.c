@@ -17,8 +17,8 @@
 #define LANDMARK 8u
 #define SNAPSHOT 33u
 
-static const char *const db_names[] = {"meta", "memory",   "branch", "child",   "collect",
-                                       "kv",   "landmark", "token",  "snapshot", "turn"};
+static const char *const db_names[] = {"meta",     "memory", "branch",   "child", "collect", "kv",
+                                       "landmark", "token",  "snapshot", "turn",  "receipt"};
 #define DB_COUNT (sizeof db_names / sizeof db_names[0])
 
 static struct storage *open_at(const char *path)
@@ -53,7 +53,9 @@ static void write_to(struct storage *storage, const char *id, uint64_t position)
     for (uint64_t p = memory.token_count; p < position; p++)
         tokens[p - memory.token_count] = store_token(1, p);
     store_fill(snapshot, SNAPSHOT, memory.branch, position);
+    const struct storage_receipt receipt = {.name = {1, 2, 3}, .bytes = "done", .size = 4};
     struct storage_commit commit = {.id = id,
+                                    .receipt = &receipt,
                                     .position = position,
                                     .tokens = tokens,
                                     .token_count = (size_t)(position - memory.token_count),
@@ -194,7 +196,7 @@ static void test_every_byte(void **state)
 static void test_every_record_missing(void **state)
 {
     struct record record;
-    for (size_t db = 0; db < DB_COUNT; db++) {
+    for (size_t db = 0; db < DB_COUNT - 1; db++) { /* nothing tells of a receipt that is gone */
         for (size_t n = 0; raw_get(*state, db, n, &record); n++) {
             raw_delete(*state, db, &record);
             if (!is_noticed(*state))
@@ -286,14 +288,150 @@ static void test_reads_of_damage(void **state)
     assert_true(refused > 100);
 }
 
+/* ---- repair ---- */
+
+static void copy_file(const char *folder, const char *from, const char *to)
+{
+    char command[1200];
+    snprintf(command, sizeof command, "cp %s/%s %s/%s", folder, from, folder, to);
+    assert_int_equal(system(command), 0);
+}
+
+static uint64_t repair(const char *path, bool carry_out)
+{
+    uint64_t changes;
+    struct error err = {0};
+    enum status status = storage_repair(path, carry_out, NULL, NULL, &changes, &err);
+    if (status)
+        fail_msg("repair: %s: %s", status_text(status), err.message);
+    return changes;
+}
+
+/* What is left of a memory says what it said; returns how far it goes, 0 when it is gone. */
+static uint64_t read_memory(struct storage *storage, const char *id)
+{
+    struct storage_memory memory;
+    struct storage_range *ranges;
+    size_t count, size;
+    uint64_t position = 0;
+    int32_t tokens[18];
+    void *snapshot;
+    enum status status = storage_memory_get(storage, id, &memory);
+    if (status == STATUS_NOT_FOUND)
+        return 0;
+    assert_int_equal(status, STATUS_OK);
+    storage_memory_close(&memory);
+    assert_true(memory.token_count <= 18);
+    assert_int_equal(storage_read_tokens(storage, id, 0, (size_t)memory.token_count, tokens),
+                     STATUS_OK);
+    for (uint64_t p = 0; p < memory.token_count; p++)
+        assert_int_equal(tokens[p], store_token(1, p));
+    assert_int_equal(storage_lineage(storage, id, &ranges, &count), STATUS_OK);
+    for (uint64_t c = 0, r = 0; c < memory.token_count / S; c++) {
+        unsigned char got[KV], want[KV];
+        while (r + 1 < count && c >= ranges[r + 1].first)
+            r++;
+        struct storage_read read = {ranges[r].branch, c, got};
+        assert_int_equal(storage_read_chunks(storage, &read, 1), STATUS_OK);
+        store_fill(want, KV, ranges[r].branch, c);
+        assert_memory_equal(got, want, KV);
+    }
+    free(ranges);
+    status = storage_snapshot(storage, id, &snapshot, &size, &position);
+    assert_int_equal(status, memory.token_count ? STATUS_OK : STATUS_NOT_FOUND);
+    if (!status)
+        free(snapshot);
+    assert_true(position == memory.token_count);
+    return position;
+}
+
+/* How often damage cost nothing, cost the last turn, cost all. */
+struct outcomes {
+    size_t cases, kept, shortened, back, lost, refused;
+};
+
+/* The store is damaged as the caller made it: repair tells first and changes nothing, then makes it
+ * whole; it opens, and what it still holds is right and goes on. */
+static void repair_damage(const char *path, const char *what, size_t n, struct outcomes *outcomes)
+{
+    struct error err = {0};
+    uint64_t changes;
+    if (!is_noticed(path))
+        return; /* the same bytes again */
+    outcomes->cases++;
+    const enum status status = storage_repair(path, false, NULL, NULL, &changes, &err);
+    if (status) { /* without the first record nothing says what the others are */
+        assert_string_equal(what, "meta");
+        assert_true(status == STATUS_CORRUPT || status == STATUS_UNSUPPORTED);
+        assert_true(is_noticed(path));
+        outcomes->refused++;
+        return;
+    }
+    if (!changes || !is_noticed(path))
+        fail_msg("%s record %zu: %d changes told of", what, n, (int)changes);
+    assert_true(repair(path, true) == changes);
+    if (is_noticed(path))
+        fail_msg("%s record %zu: not whole after the repair", what, n);
+    assert_true(repair(path, false) == 0);
+    struct storage *storage = open_at(path);
+    const uint64_t a = read_memory(storage, "a"), b = read_memory(storage, "b");
+    outcomes->kept += a == 18 && b == 18;
+    outcomes->lost += a == 0 && b == 0;
+    outcomes->back += a == 9 && b == 9; /* to where the deleted memory stood */
+    outcomes->shortened += !(a == 18 && b == 18) && (a || b);
+    struct storage_memory memory;
+    if (storage_memory_get(storage, "a", &memory) == STATUS_OK) {
+        storage_memory_close(&memory);
+        write_to(storage, "a", 22);
+    }
+    storage_close(storage);
+    assert_false(is_noticed(path));
+}
+
+static void test_repair(void **state)
+{
+    struct record record;
+    struct outcomes outcomes = {0};
+    assert_true(repair(*state, false) == 0);
+    copy_file(*state, "data.mdb", "whole");
+    for (size_t db = 0; db < DB_COUNT; db++) {
+        for (size_t n = 0; raw_get(*state, db, n, &record); n++) {
+            const size_t size = record.size;
+            for (size_t i = n % 5; i < size; i += 5) {
+                record.value[i] ^= (unsigned char)(1u << (i % 8));
+                raw_put(*state, db, &record);
+                repair_damage(*state, db_names[db], n, &outcomes);
+                record.value[i] ^= (unsigned char)(1u << (i % 8));
+                copy_file(*state, "whole", "data.mdb");
+            }
+            memset(record.value + size, 0, 16);
+            for (record.size = 0; record.size <= size + 8; record.size += 13) {
+                raw_put(*state, db, &record);
+                repair_damage(*state, db_names[db], n, &outcomes);
+                copy_file(*state, "whole", "data.mdb");
+            }
+            record.size = size;
+            raw_delete(*state, db, &record);
+            repair_damage(*state, db_names[db], n, &outcomes);
+            copy_file(*state, "whole", "data.mdb");
+        }
+    }
+    print_message("%zu damaged stores: %zu kept all, %zu lost a part, %zu both memories, %zu have "
+                  "no first record\n",
+                  outcomes.cases, outcomes.kept, outcomes.shortened, outcomes.lost,
+                  outcomes.refused);
+    assert_true(outcomes.kept > 50 && outcomes.shortened > 50 && outcomes.back > 20 &&
+                outcomes.refused > 5);
+    assert_false(is_noticed(*state));
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_every_byte),
-        TEST(test_every_record_missing),
-        TEST(test_every_length),
-        TEST(test_reads_of_damage),
+        TEST(test_every_byte),   TEST(test_every_record_missing),
+        TEST(test_every_length), TEST(test_reads_of_damage),
+        TEST(test_repair),
     };
     return cmocka_run_group_tests_name("storage_damage", tests, NULL, NULL);
 }
