@@ -34,6 +34,7 @@ struct repair {
     uint64_t *snapshots; /* those that memories and turns name, sorted once they are all there */
     size_t snapshot_count, snapshot_capacity;
     uint64_t next_branch, next_snapshot;
+    bool lost_words; /* some memory went back, or is gone */
 };
 
 static void __attribute__((format(printf, 2, 3)))
@@ -303,6 +304,7 @@ static enum status step_back(struct repair *repair, const char *id, struct recor
                                     &branch, &position, &turn);
     if (status && status != STATUS_NOT_FOUND)
         return status;
+    repair->lost_words = true;
     say(repair, "memory %s: goes back from token %" PRIu64 " to %" PRIu64 "%s", id,
         memory->position, position, position ? "" : ": nothing of it is whole");
     const bool stays = is_own && branch == memory->branch;
@@ -352,6 +354,7 @@ static enum status take_memory(struct repair *repair, const MDB_val *key, const 
     char id[LIMITS_ID_BYTES];
     if (key->mv_size >= sizeof id ||
         record_memory_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &memory)) {
+        repair->lost_words = true;
         say(repair, "memory %.*s: its record is damaged; dropped",
             (int)(key->mv_size < sizeof id ? key->mv_size : sizeof id), (const char *)key->mv_data);
         *verdict = DROP;
@@ -405,10 +408,14 @@ static enum status settle_receipt(struct repair *repair, const MDB_val *key, con
                                   enum verdict *verdict)
 {
     struct record_receipt receipt;
-    if (!record_receipt_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size,
-                               &receipt))
+    const bool damaged =
+        record_receipt_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &receipt);
+    /* It does not tell which memory it speaks of, and a retry must not hear that lost words are
+     * there. */
+    if (!damaged && !repair->lost_words)
         return STATUS_OK;
-    say(repair, "a receipt is damaged; dropped");
+    say(repair, damaged ? "a receipt is damaged; dropped"
+                        : "a receipt may be of words that are lost; dropped");
     *verdict = DROP;
     return STATUS_OK;
 }

@@ -189,7 +189,10 @@ static void verdict(const struct bed *b, const char *what, bool passed, const ch
     fflush(stdout);
 }
 
-/* ||got - want|| / ||want|| against `bound`; NaN and infinity never pass. */
+/* ||got - want|| / ||want|| against `bound`; NaN and infinity never pass. No element may be far off
+ * either: by more than 16 times what a typical one may be, and `bound` of its own size, since what
+ * is rounded are products as large as itself (the largest of a state are many times a typical
+ * one). */
 static void compare(const struct bed *b, const char *what, const float *got, const float *want,
                     size_t count, double bound)
 {
@@ -205,11 +208,13 @@ static void compare(const struct bed *b, const char *what, const float *got, con
         }
     }
     const double typical = sqrt(norm / (double)(count ? count : 1));
-    for (size_t i = 0; i < count; i++)
-        if (!(fabs((double)got[i] - (double)want[i]) <= 16 * bound * typical)) {
+    for (size_t i = 0; i < count; i++) {
+        const double allowed = bound * (16 * typical + fabs((double)want[i]));
+        if (!(fabs((double)got[i] - (double)want[i]) <= allowed)) {
             first_bad = first_bad == count ? i : first_bad;
             bad++;
         }
+    }
     const double relative = norm > 0 ? sqrt(off / norm) : off;
     const bool passed = relative <= bound && !bad;
     if (passed)
