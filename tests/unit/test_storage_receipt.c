@@ -42,7 +42,7 @@ static void assert_receipt(struct storage *storage, uint64_t index, const char *
     size_t size;
     const enum status status = storage_receipt_get(storage, name.name, &bytes, &size);
     assert_int_equal(status, text ? STATUS_OK : STATUS_NOT_FOUND);
-    if (status)
+    if (status || !text)
         return;
     assert_string_equal(bytes, text);
     assert_int_equal(size, strlen(text));
@@ -107,21 +107,28 @@ static void test_with_its_write(void **state)
 
 #define OLD 100
 
-/* Puts receipts into the closed store, or counts those that are there. */
-static size_t old_receipts(const char *path, bool put, int64_t created_at)
+/* The table `name` of the closed store, to be written behind storage's back. */
+static MDB_env *open_raw(const char *path, const char *name, MDB_txn **txn, MDB_dbi *db)
 {
     char file[1024];
     MDB_env *env;
-    MDB_txn *txn;
-    MDB_dbi db;
-    MDB_stat stat;
     snprintf(file, sizeof file, "%s/data.mdb", path);
     assert_int_equal(mdb_env_create(&env), 0);
     assert_int_equal(mdb_env_set_maxdbs(env, 16), 0);
     assert_int_equal(mdb_env_set_mapsize(env, (size_t)64 << 20), 0);
     assert_int_equal(mdb_env_open(env, file, MDB_NOSUBDIR | MDB_NOLOCK, 0600), 0);
-    assert_int_equal(mdb_txn_begin(env, NULL, 0, &txn), 0);
-    assert_int_equal(mdb_dbi_open(txn, "receipt", 0, &db), 0);
+    assert_int_equal(mdb_txn_begin(env, NULL, 0, txn), 0);
+    assert_int_equal(mdb_dbi_open(*txn, name, 0, db), 0);
+    return env;
+}
+
+/* Puts receipts into the closed store, or counts those that are there. */
+static size_t old_receipts(const char *path, bool put, int64_t created_at)
+{
+    MDB_txn *txn;
+    MDB_dbi db;
+    MDB_stat stat;
+    MDB_env *env = open_raw(path, "receipt", &txn, &db);
     for (uint64_t i = 0; put && i < OLD; i++) {
         const struct storage_receipt name = receipt_of(i, "");
         const struct record_receipt record = {
@@ -167,9 +174,48 @@ static void test_old(void **state)
     assert_in_range(old_receipts(*state, false, 0), OLD, OLD + OLD / 10);
 }
 
+/* Every snapshot of the closed store is gone. */
+static void lose_snapshots(const char *path)
+{
+    MDB_txn *txn;
+    MDB_dbi db;
+    MDB_env *env = open_raw(path, "snapshot", &txn, &db);
+    assert_int_equal(mdb_drop(txn, db, 0), 0);
+    assert_int_equal(mdb_txn_commit(txn), 0);
+    mdb_env_close(env);
+}
+
+/* A repair that takes words away takes the receipts too: they would tell a retry that its words are
+ * there. */
+static void test_repair(void **state)
+{
+    struct error err;
+    uint64_t changes;
+    struct storage *storage = store_past_open(*state);
+    assert_int_equal(create(storage, "a", NULL, 1, "made a"), STATUS_OK);
+    assert_int_equal(commit(storage, 3, 3, 2, "three"), STATUS_OK);
+    storage_close(storage);
+    assert_int_equal(storage_repair(*state, true, NULL, NULL, &changes, &err), STATUS_OK);
+    assert_int_equal(changes, 0);
+    storage = store_past_open(*state);
+    assert_receipt(storage, 1, "made a");
+    assert_receipt(storage, 2, "three");
+    storage_close(storage);
+
+    lose_snapshots(*state);
+    assert_int_equal(storage_repair(*state, true, NULL, NULL, &changes, &err), STATUS_OK);
+    assert_true(changes > 0);
+    store_past_check(*state);
+    storage = store_past_open(*state);
+    assert_receipt(storage, 1, NULL);
+    assert_receipt(storage, 2, NULL);
+    storage_close(storage);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-    const struct CMUnitTest tests[] = {TEST(test_with_its_write), TEST(test_old)};
+    const struct CMUnitTest tests[] = {TEST(test_with_its_write), TEST(test_old),
+                                       TEST(test_repair)};
     return cmocka_run_group_tests_name("storage_receipt", tests, NULL, NULL);
 }
