@@ -487,6 +487,7 @@ CPU_TARGET static void recur(float *state, uint32_t width, uint32_t n, float dec
         vf sum = vset(0);
         uint32_t i = 0;
         for (; i + V <= n; i += V) {
+            __builtin_prefetch(state + i + 8 * n, 1); /* the states are too many for the caches */
             const vf s = vfma(vset(dtx[p]), vload(b + i), vmul(vset(decay), vload(state + i)));
             vstore(state + i, s);
             sum = vfma(s, vload(c + i), sum);
