@@ -151,4 +151,41 @@ static __device__ __forceinline__ float cuda_softplus(float x)
     return x > 20 ? x : log1pf(expf(x));
 }
 
+/* ---- tensor cores ---- */
+
+#ifdef __CUDACC__
+/* d [16, 8] += a [16, 16] b [16, 8], one warp. With group = lane / 4 and pair = lane % 4:
+ * a[0], a[1]: rows group and group + 8, columns 2 pair and 2 pair + 1; a[2], a[3]: the same rows,
+ * columns 8 further; b[0]: rows 2 pair and 2 pair + 1 of column group; b[1]: rows 8 further;
+ * d[0], d[1]: row group, columns 2 pair and 2 pair + 1; d[2], d[3]: row group + 8. */
+static __device__ __forceinline__ void cuda_mma(float d[4], const uint32_t a[4],
+                                                const uint32_t b[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* 16 bytes from global to shared memory, past the registers; both aligned to 16. */
+static __device__ __forceinline__ void cuda_copy_async(void *shared, const void *global)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(global)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void cuda_copy_commit(void)
+{
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+/* Waits until at most `left` of this thread's groups are under way. */
+template <int left> static __device__ __forceinline__ void cuda_copy_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(left) : "memory");
+}
+#endif
+
 #endif

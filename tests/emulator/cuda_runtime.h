@@ -102,6 +102,23 @@ static inline unsigned __ballot_sync(unsigned, int predicate)
     return out;
 }
 
+/* d [16, 8] += a [16, 16] b [16, 8]; layouts as PTX's mma.m16n8k16 has them. */
+void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
+
+static inline void cuda_copy_async(void *shared, const void *global)
+{
+    if ((uintptr_t)shared % 16 || (uintptr_t)global % 16)
+        fprintf(stderr, "emulator: an asynchronous copy is not aligned\n"), abort();
+    memcpy(shared, global, 16);
+}
+
+static inline void cuda_copy_commit(void)
+{
+}
+template <int left> static inline void cuda_copy_wait(void)
+{
+}
+
 /* ---- the runtime ---- */
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };

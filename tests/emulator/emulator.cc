@@ -170,6 +170,29 @@ void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_byte
             }
 }
 
+void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
+{
+    uint64_t words[3][32];
+    const uint64_t mine[3] = {a[0] | (uint64_t)a[1] << 32, a[2] | (uint64_t)a[3] << 32,
+                              b[0] | (uint64_t)b[1] << 32};
+    for (int i = 0; i < 3; i++)
+        memcpy(words[i], emulator_exchange(mine[i]), sizeof words[i]);
+    const auto half = [](uint32_t word, unsigned which) {
+        return __uint_as_float(which ? word & 0xffff0000u : word << 16);
+    };
+    const unsigned lane = threadIdx.x % 32;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            /* a[row][k]: register (row >= 8) + 2 (k >= 8) of lane 4 (row % 8) + k % 8 / 2. */
+            const uint64_t aw = words[k >= 8][row % 8 * 4 + k % 8 / 2];
+            const uint64_t bw = words[2][column * 4 + k % 8 / 2];
+            d[i] += half((uint32_t)(row >= 8 ? aw >> 32 : aw), k % 2) *
+                    half((uint32_t)(k >= 8 ? bw >> 32 : bw), k % 2);
+        }
+    }
+}
+
 /* ---- the runtime ---- */
 
 static std::map<const char *, std::pair<size_t, cudaMemoryType>> allocated;
