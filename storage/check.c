@@ -330,6 +330,30 @@ static void check_child(struct check *check, const MDB_val *key, const MDB_val *
                 child);
 }
 
+static void check_object(struct check *check, const MDB_val *key, const MDB_val *value)
+{
+    struct record_object object;
+    if (record_object_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &object))
+        problem(check, "the object %.*s is damaged", (int)key->mv_size, (char *)key->mv_data);
+}
+
+/* A list is an object's or a memory's. */
+static void check_item(struct check *check, const MDB_val *key, const MDB_val *value)
+{
+    struct record_item item;
+    struct record_memory memory;
+    MDB_val owner;
+    if (record_item_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &item)) {
+        problem(check, "an item of a list is damaged");
+        return;
+    }
+    const char *id = key->mv_data; /* a NUL ends it */
+    if (store_get(check->storage, check->txn, STORE_OBJECT, id, strlen(id), &owner) ==
+            STATUS_NOT_FOUND &&
+        memory_get(check->storage, check->txn, id, &memory) == STATUS_NOT_FOUND)
+        problem(check, "the item %s is of the list of %s, which is not there", item.id, id);
+}
+
 static void check_receipt(struct check *check, const MDB_val *key, const MDB_val *value)
 {
     struct record_receipt receipt;
@@ -436,6 +460,10 @@ static enum status check_all(struct check *check)
         status = walk(check, STORE_COLLECT, check_collect);
     if (!status)
         status = walk(check, STORE_RECEIPT, check_receipt);
+    if (!status)
+        status = walk(check, STORE_OBJECT, check_object);
+    if (!status)
+        status = walk(check, STORE_ITEM, check_item);
     if (!status)
         status = check_orphans(check, STORE_KV);
     if (!status)

@@ -7,6 +7,7 @@
 #include "proto/base/assert.h"
 #include "proto/base/log.h"
 #include "storage/branch.h"
+#include "storage/keep.h"
 #include "storage/snapshot.h"
 #include "storage/turn.h"
 
@@ -124,6 +125,8 @@ enum status memory_delete(struct store_write *write, const char *id)
     status = store_delete(write, STORE_MEMORY, id, strlen(id));
     if (!status && record.snapshot)
         status = snapshot_release(write, record.snapshot);
+    if (!status)
+        status = keep_cut(write, id, 0);
     return status ? status : branch_disown(write, record.branch);
 }
 
@@ -171,6 +174,7 @@ enum status memory_commit(struct store_write *write, const struct storage_commit
     memcpy(metadata, memory.metadata, memory.metadata_size);
     memory.metadata = metadata;
     uint64_t old_snapshot = memory.snapshot, old_position = memory.position;
+    memory.ephemeral = memory.ephemeral && !commit->settles;
     /* A fork's turns begin behind where it starts. */
     bool is_turn = !memory.ephemeral && commit->position > branch.fork_position;
     memory.position = commit->position;
@@ -248,6 +252,8 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
         status = snapshot_release(write, old.snapshot);
     if (!status && existed)
         status = branch_disown(write, old.branch);
+    if (!status && existed)
+        status = keep_cut(write, id, memory.position);
     if (!status)
         status = memory_put(write, id, &memory);
     if (!status)

@@ -484,6 +484,79 @@ enum status record_receipt_decode(const void *key, size_t key_size, const void *
     return small_close(&in);
 }
 
+void record_object_encode(struct buf *out, const void *key, size_t key_size,
+                          const struct record_object *object)
+{
+    small_begin(out, RECORD_OBJECT);
+    put_u64(out, (uint64_t)object->created_at);
+    put_u64(out, object->branch);
+    put_u64(out, object->position);
+    put_u32(out, object->made_memory);
+    put_text(out, object->memory, sizeof object->memory);
+    put_text(out, object->tenant, sizeof object->tenant);
+    put_u32(out, (uint32_t)object->size);
+    buf_append(out, object->bytes, object->size);
+    small_end(out, key, key_size);
+}
+
+enum status record_object_decode(const void *key, size_t key_size, const void *value, size_t size,
+                                 struct record_object *object)
+{
+    struct cursor in;
+    if (key_size == 0 || key_size >= LIMITS_ID_BYTES ||
+        small_open(&in, RECORD_OBJECT, key, key_size, value, size))
+        return STATUS_CORRUPT;
+    object->created_at = (int64_t)take_u64(&in);
+    object->branch = take_u64(&in);
+    object->position = take_u64(&in);
+    const uint32_t made = take_u32(&in);
+    object->made_memory = made != 0;
+    take_text(&in, object->memory, sizeof object->memory);
+    take_text(&in, object->tenant, sizeof object->tenant);
+    object->size = take_u32(&in);
+    object->bytes = take(&in, object->size);
+    if (made > 1 || (object->branch && !object->memory[0]))
+        return STATUS_CORRUPT;
+    return small_close(&in);
+}
+
+size_t record_item_key(unsigned char key[RECORD_ITEM_KEY_BYTES], const char *owner, uint64_t number)
+{
+    const size_t size = strlen(owner) + 1;
+    memcpy(key, owner, size);
+    record_key(key + size, number);
+    return size + 8;
+}
+
+void record_item_encode(struct buf *out, const void *key, size_t key_size,
+                        const struct record_item *item)
+{
+    small_begin(out, RECORD_ITEM);
+    put_u64(out, item->position);
+    put_text(out, item->id, sizeof item->id);
+    put_u32(out, (uint32_t)item->size);
+    buf_append(out, item->bytes, item->size);
+    small_end(out, key, key_size);
+}
+
+enum status record_item_decode(const void *key, size_t key_size, const void *value, size_t size,
+                               struct record_item *item)
+{
+    struct cursor in;
+    const unsigned char *name = key;
+    if (key_size < 10 || key_size > RECORD_ITEM_KEY_BYTES ||
+        memchr(name, 0, key_size) != name + key_size - 9 ||
+        small_open(&in, RECORD_ITEM, key, key_size, value, size))
+        return STATUS_CORRUPT;
+    item->position = take_u64(&in);
+    take_text(&in, item->id, sizeof item->id);
+    item->size = take_u32(&in);
+    item->bytes = take(&in, item->size);
+    if (!item->id[0])
+        return STATUS_CORRUPT;
+    return small_close(&in);
+}
+
 /* ---- pieces ---- */
 
 void record_piece_encode(void *out, const void *key, size_t key_size, const void *bytes,

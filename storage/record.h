@@ -13,7 +13,8 @@
 #include "proto/status.h"
 
 /* Format of the folder. A reader refuses a higher one; a change of any layout below raises it. */
-#define RECORD_FORMAT 4 /* 1 knew no turns, 2 no tenants, 3 no receipts; all are migrated */
+/* 1 knew no turns, 2 no tenants, 3 no receipts, 4 no objects and items; all are migrated. */
+#define RECORD_FORMAT 5
 
 enum record_kind {
     RECORD_KV = 1,
@@ -26,7 +27,9 @@ enum record_kind {
     RECORD_SNAPSHOT,
     RECORD_PIECE,
     RECORD_TURN,
-    RECORD_RECEIPT
+    RECORD_RECEIPT,
+    RECORD_OBJECT,
+    RECORD_ITEM
 };
 
 /* All integers in values are little-endian. Integers in keys are big-endian, so that LMDB's order
@@ -131,6 +134,29 @@ struct record_receipt {
     size_t size;
 };
 
+/* What a caller keeps by a name. Key: its id. */
+struct record_object {
+    int64_t created_at;
+    uint64_t branch, position; /* of the turn it belongs to; branch 0: of none */
+    bool made_memory;          /* that memory is there for such objects alone */
+    char memory[LIMITS_ID_BYTES];
+    char tenant[LIMITS_ID_BYTES];
+    const unsigned char *bytes; /* decoded: borrowed from the value */
+    size_t size;
+};
+
+/* An entry of a list. Key: the id of whose list it is, a NUL, its number (8 bytes). */
+#define RECORD_ITEM_KEY_BYTES (LIMITS_ID_BYTES + 8)
+struct record_item {
+    uint64_t position; /* of the memory whose list it is, behind the item; 0: it has none */
+    char id[LIMITS_ID_BYTES];
+    const unsigned char *bytes; /* decoded: borrowed from the value */
+    size_t size;
+};
+/* Returns the size of the key. */
+size_t record_item_key(unsigned char key[RECORD_ITEM_KEY_BYTES], const char *owner,
+                       uint64_t number);
+
 void record_meta_encode(struct buf *out, const void *key, size_t key_size,
                         const struct record_meta *meta);
 STATUS_CHECKED enum status record_meta_decode(const void *key, size_t key_size, const void *value,
@@ -165,6 +191,16 @@ void record_receipt_encode(struct buf *out, const void *key, size_t key_size,
 STATUS_CHECKED enum status record_receipt_decode(const void *key, size_t key_size,
                                                  const void *value, size_t size,
                                                  struct record_receipt *receipt);
+
+void record_object_encode(struct buf *out, const void *key, size_t key_size,
+                          const struct record_object *object);
+STATUS_CHECKED enum status record_object_decode(const void *key, size_t key_size,
+                                                const void *value, size_t size,
+                                                struct record_object *object);
+void record_item_encode(struct buf *out, const void *key, size_t key_size,
+                        const struct record_item *item);
+STATUS_CHECKED enum status record_item_decode(const void *key, size_t key_size, const void *value,
+                                              size_t size, struct record_item *item);
 
 /* ---- pieces: the bytes of a snapshot, behind the same small header and a checksum ----
  * Key: snapshot (8 bytes), number from 1 (4 bytes); number 0 is the record_snapshot. */

@@ -420,6 +420,39 @@ static enum status settle_receipt(struct repair *repair, const MDB_val *key, con
     return STATUS_OK;
 }
 
+static enum status settle_object(struct repair *repair, const MDB_val *key, const MDB_val *value,
+                                 enum verdict *verdict)
+{
+    struct record_object object;
+    if (!record_object_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &object))
+        return STATUS_OK;
+    say(repair, "the object %.*s is damaged; dropped", (int)key->mv_size, (char *)key->mv_data);
+    *verdict = DROP;
+    return STATUS_OK;
+}
+
+/* What an item says may lie behind the place that its memory went back to: it was said, and stays.
+ * A list without its object or memory goes. */
+static enum status settle_item(struct repair *repair, const MDB_val *key, const MDB_val *value,
+                               enum verdict *verdict)
+{
+    struct record_item item;
+    struct record_memory memory;
+    MDB_val owner;
+    const char *id = key->mv_data; /* once decoded, a NUL ends it */
+    const bool damaged =
+        record_item_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &item);
+    if (!damaged && (store_get(repair->storage, repair->write.txn, STORE_OBJECT, id, strlen(id),
+                               &owner) != STATUS_NOT_FOUND ||
+                     memory_get(repair->storage, repair->write.txn, id, &memory) !=
+                         STATUS_NOT_FOUND))
+        return STATUS_OK;
+    say(repair, damaged ? "an item of a list is damaged; dropped"
+                        : "an item of a list that nobody has; dropped");
+    *verdict = DROP;
+    return STATUS_OK;
+}
+
 /* From the last child to the first parent: what lives, and up to where. */
 static enum status settle_branches(struct repair *repair)
 {
@@ -657,7 +690,8 @@ static enum status repair_all(struct repair *repair)
       then[] = {{STORE_CHILD, settle_child},       {STORE_COLLECT, settle_collect},
                 {STORE_RECEIPT, settle_receipt},   {STORE_KV, settle_kv},
                 {STORE_LANDMARK, settle_landmark}, {STORE_TOKEN, settle_token},
-                {STORE_TURN, count_turn}};
+                {STORE_TURN, count_turn},          {STORE_OBJECT, settle_object},
+                {STORE_ITEM, settle_item}};
     for (size_t i = 0; i < sizeof first / sizeof *first && !status; i++)
         status = walk(repair, first[i].db, first[i].each);
     if (!status)

@@ -73,6 +73,38 @@ struct storage_receipt {
     size_t size;
 };
 
+/* What a caller keeps by a name of its own: bytes, and where in a memory's past they belong. */
+struct storage_object {
+    char id[LIMITS_ID_BYTES];     /* unique among objects */
+    char tenant[LIMITS_ID_BYTES]; /* whose it is, for the caller to ask for; "": nobody's */
+    char memory[LIMITS_ID_BYTES]; /* "": of none */
+    bool made_memory;             /* that memory was made for such objects: it may go with the last
+                                     of them */
+    int64_t created_at;           /* seconds since 1970 */
+    const void *bytes;
+    size_t size;
+    /* Read alone: the place behind the turn that it was written with, and whether that is still in
+     * the memory's past: the memory was not deleted, nor taken back to before it. */
+    uint64_t position;
+    bool reachable;
+};
+struct storage_item {
+    char id[LIMITS_ID_BYTES]; /* unique in its list */
+    const void *bytes;
+    size_t size;
+};
+/* Items are appended to the list of `owner`: an object's id, or a memory's, whose list goes with it
+ * and is cut when the memory goes back to before an item. */
+struct storage_list {
+    const char *owner;
+    const struct storage_item *items;
+    size_t count;
+};
+struct storage_keep {
+    const struct storage_object *object; /* takes the place of an older one of its id; NULL: none */
+    struct storage_list lists[2];
+};
+
 struct storage_memory_options {
     const char *id;       /* caller's choice, unique, shorter than LIMITS_ID_BYTES */
     const char *from;     /* NULL: empty; else fork that memory */
@@ -119,6 +151,8 @@ struct storage_commit {
     const void *snapshot;    /* replaces the memory's snapshot */
     size_t snapshot_bytes;   /* at least 1 */
     const struct storage_receipt *receipt; /* NULL: none */
+    const struct storage_keep *keep;       /* NULL: nothing; its object is of this turn */
+    bool settles; /* the memory was ephemeral, and is so no longer */
     bool goes_on; /* with the turn of the last commit, whose place in the history this takes */
 };
 
@@ -153,6 +187,19 @@ STATUS_CHECKED enum status storage_turn_delete(struct storage *storage, const ch
                                                uint64_t position, storage_done_cb done_cb,
                                                void *context);
 
+/* Keeps an object, and items, with no turn. Copied. */
+STATUS_CHECKED enum status storage_put(struct storage *storage, const struct storage_keep *keep,
+                                       storage_done_cb done_cb, void *context);
+/* Deletes the object and its list; `with_memory`: and the memory that was made for it, when it is
+ * the last such object. STATUS_NOT_FOUND. */
+STATUS_CHECKED enum status storage_object_delete(struct storage *storage, const char *id,
+                                                 bool with_memory, storage_done_cb done_cb,
+                                                 void *context);
+/* Takes an item off a list. STATUS_NOT_FOUND. */
+STATUS_CHECKED enum status storage_item_delete(struct storage *storage, const char *owner,
+                                               const char *id, storage_done_cb done_cb,
+                                               void *context);
+
 /* ---- reads: any thread, committed data only ---- */
 
 struct storage_memory {
@@ -183,6 +230,22 @@ STATUS_CHECKED enum status storage_memory_list(struct storage *storage, const ch
  * or too old), STATUS_CORRUPT. */
 STATUS_CHECKED enum status storage_receipt_get(struct storage *storage, const unsigned char *name,
                                                void **bytes, size_t *size);
+
+/* STATUS_NOT_FOUND, STATUS_CORRUPT. `bytes` is malloced, with a NUL behind it: storage_object_close. */
+STATUS_CHECKED enum status storage_object_get(struct storage *storage, const char *id,
+                                              struct storage_object *object);
+void storage_object_close(struct storage_object *object);
+/* At most `limit` items of the list, in order or the newest first, behind the one named `after`
+ * (NULL: from the start; STATUS_NOT_FOUND when it is not in the list); `*has_more`: there are
+ * others. A list that does not exist is empty. Their bytes are malloced, with a NUL behind them:
+ * storage_items_close. */
+STATUS_CHECKED enum status storage_item_list(struct storage *storage, const char *owner,
+                                             const char *after, bool newest_first, size_t limit,
+                                             struct storage_item *items, size_t *count,
+                                             bool *has_more);
+STATUS_CHECKED enum status storage_item_get(struct storage *storage, const char *owner,
+                                            const char *id, struct storage_item *item);
+void storage_items_close(struct storage_item *items, size_t count);
 
 struct storage_turn {
     uint64_t position, text_bytes;

@@ -27,7 +27,7 @@
 
 static const char *const db_names[STORE_DB_COUNT] = {
     "meta", "memory", "branch", "child", "collect", "kv", "landmark", "token", "snapshot", "turn",
-    "receipt"};
+    "receipt", "object", "item"};
 static const char format_key[] = "format", counter_key[] = "counter";
 
 enum status store_status(int rc)

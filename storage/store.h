@@ -24,6 +24,8 @@ enum store_db {
     STORE_SNAPSHOT, /* snapshot, piece number -> record_snapshot, pieces */
     STORE_TURN,     /* branch, position -> record_turn */
     STORE_RECEIPT,  /* name -> record_receipt */
+    STORE_OBJECT,   /* id -> record_object */
+    STORE_ITEM,     /* owner, number -> record_item */
     STORE_DB_COUNT
 };
 

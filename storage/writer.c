@@ -9,6 +9,7 @@
 #include "proto/base/list.h"
 #include "proto/base/log.h"
 #include "storage/branch.h"
+#include "storage/keep.h"
 #include "storage/memory.h"
 #include "storage/receipt.h"
 
@@ -33,7 +34,11 @@ enum item_kind {
     ITEM_TRUNCATE,
     ITEM_SETTLE,
     ITEM_BOOKMARK,
-    ITEM_DELETE_TURN
+    ITEM_DELETE_TURN,
+    ITEM_PUT,
+    ITEM_DELETE_OBJECT,
+    ITEM_DELETE_OBJECT_AND_MEMORY,
+    ITEM_DELETE_ITEM
 };
 
 struct item {
@@ -47,11 +52,13 @@ struct item {
     uint64_t branch, index; /* append; commit: the branch once it is known */
     const void *kv, *landmark;
     char id[LIMITS_ID_BYTES];
-    char from[LIMITS_ID_BYTES]; /* create: "" for none; settle: the ephemeral memory */
+    char from[LIMITS_ID_BYTES]; /* create: "" for none; settle: the ephemeral memory; delete item:
+                                   the list's owner */
     char tenant[LIMITS_ID_BYTES]; /* create */
     uint64_t at;                /* create; bookmark, delete turn: the turn's position */
     char bookmark[LIMITS_BOOKMARK_BYTES];
     bool ephemeral;
+    size_t keep_at, keep_size; /* commit, put: in `payload` */
     size_t metadata_size; /* create, update: in `payload` */
     struct storage_commit commit;
     bool has_receipt;
@@ -209,6 +216,9 @@ static enum status carry_out_commit(struct writer *writer, struct store_write *w
     status = memory_commit(write, &item->commit);
     if (!status && item->has_receipt)
         status = receipt_put(write, &item->receipt);
+    if (!status)
+        status = keep_put(write, item->payload + item->keep_at, item->keep_size, memory.branch,
+                          item->commit.position);
     if (status)
         set_add(&writer->failed, memory.branch, status);
     return status;
@@ -246,6 +256,13 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
         return memory_bookmark(write, item->id, item->at, item->bookmark);
     case ITEM_DELETE_TURN:
         return memory_delete_turn(write, item->id, item->at);
+    case ITEM_PUT:
+        return keep_put(write, item->payload + item->keep_at, item->keep_size, 0, 0);
+    case ITEM_DELETE_OBJECT:
+    case ITEM_DELETE_OBJECT_AND_MEMORY:
+        return keep_delete_object(write, item->id, item->kind == ITEM_DELETE_OBJECT_AND_MEMORY);
+    case ITEM_DELETE_ITEM:
+        return keep_delete_item(write, item->from, item->id);
     case ITEM_APPEND:
         break;
     }
@@ -345,7 +362,8 @@ static void collect_all(struct writer *writer)
 static bool item_frees(const struct item *item)
 {
     return item->kind == ITEM_DELETE || item->kind == ITEM_TRUNCATE || item->kind == ITEM_SETTLE ||
-           item->kind == ITEM_DELETE_TURN;
+           item->kind == ITEM_DELETE_TURN || item->kind == ITEM_DELETE_OBJECT ||
+           item->kind == ITEM_DELETE_OBJECT_AND_MEMORY || item->kind == ITEM_DELETE_ITEM;
 }
 
 /* One item in a transaction of its own, after the group with it in had failed. */
@@ -588,6 +606,26 @@ static struct item *new_item(enum item_kind kind, size_t payload_bytes, storage_
     return item;
 }
 
+/* The same with `keep` (NULL: nothing) packed behind `before` bytes of payload. */
+static struct item *new_keep_item(enum item_kind kind, size_t before,
+                                  const struct storage_keep *keep, storage_done_cb done_cb,
+                                  void *context)
+{
+    struct buf packed;
+    buf_init(&packed);
+    if (keep)
+        keep_pack(keep, &packed);
+    struct item *item = new_item(kind, before + packed.size, done_cb, context);
+    if (item) {
+        item->keep_at = before;
+        item->keep_size = packed.size;
+        if (packed.size)
+            memcpy(item->payload + before, packed.data, packed.size);
+    }
+    buf_close(&packed);
+    return item;
+}
+
 /* Takes the item on success and frees it otherwise. */
 static enum status enqueue(struct storage *storage, struct item *item)
 {
@@ -677,15 +715,17 @@ enum status storage_memory_update(struct storage *storage, const char *id, const
     return queue_metadata(storage, ITEM_UPDATE, &options, done_cb, context);
 }
 
+/* `from`: NULL for none. */
 static enum status queue_id(struct storage *storage, enum item_kind kind, const char *id,
-                            storage_done_cb done_cb, void *context)
+                            const char *from, storage_done_cb done_cb, void *context)
 {
     if (!storage->writer)
         return STATUS_CLOSED;
     struct item *item = new_item(kind, 0, done_cb, context);
     if (!item)
         return STATUS_NO_MEMORY;
-    if (set_id(item->id, id)) {
+    if (set_id(item->id, id) ||
+        (from && (set_id(item->from, from) || strcmp(item->id, item->from) == 0))) {
         free(item);
         return STATUS_INVALID;
     }
@@ -695,29 +735,19 @@ static enum status queue_id(struct storage *storage, enum item_kind kind, const 
 enum status storage_memory_delete(struct storage *storage, const char *id, storage_done_cb done_cb,
                                   void *context)
 {
-    return queue_id(storage, ITEM_DELETE, id, done_cb, context);
+    return queue_id(storage, ITEM_DELETE, id, NULL, done_cb, context);
 }
 
 enum status storage_truncate(struct storage *storage, const char *id, storage_done_cb done_cb,
                              void *context)
 {
-    return queue_id(storage, ITEM_TRUNCATE, id, done_cb, context);
+    return queue_id(storage, ITEM_TRUNCATE, id, NULL, done_cb, context);
 }
 
 enum status storage_memory_settle(struct storage *storage, const char *ephemeral, const char *id,
                                   storage_done_cb done_cb, void *context)
 {
-    if (!storage->writer)
-        return STATUS_CLOSED;
-    struct item *item = new_item(ITEM_SETTLE, 0, done_cb, context);
-    if (!item)
-        return STATUS_NO_MEMORY;
-    if (set_id(item->id, id) || set_id(item->from, ephemeral) ||
-        strcmp(item->id, item->from) == 0) {
-        free(item);
-        return STATUS_INVALID;
-    }
-    return enqueue(storage, item);
+    return queue_id(storage, ITEM_SETTLE, id, ephemeral, done_cb, context);
 }
 
 static enum status queue_turn(struct storage *storage, enum item_kind kind, const char *id,
@@ -752,6 +782,28 @@ enum status storage_turn_delete(struct storage *storage, const char *id, uint64_
                                 storage_done_cb done_cb, void *context)
 {
     return queue_turn(storage, ITEM_DELETE_TURN, id, position, NULL, done_cb, context);
+}
+
+enum status storage_put(struct storage *storage, const struct storage_keep *keep,
+                        storage_done_cb done_cb, void *context)
+{
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    struct item *item = new_keep_item(ITEM_PUT, 0, keep, done_cb, context);
+    return item ? enqueue(storage, item) : STATUS_NO_MEMORY;
+}
+
+enum status storage_object_delete(struct storage *storage, const char *id, bool with_memory,
+                                  storage_done_cb done_cb, void *context)
+{
+    return queue_id(storage, with_memory ? ITEM_DELETE_OBJECT_AND_MEMORY : ITEM_DELETE_OBJECT, id,
+                    NULL, done_cb, context);
+}
+
+enum status storage_item_delete(struct storage *storage, const char *owner, const char *id,
+                                storage_done_cb done_cb, void *context)
+{
+    return queue_id(storage, ITEM_DELETE_ITEM, id, owner, done_cb, context);
 }
 
 enum status storage_append(struct storage *storage, uint64_t branch, uint64_t index, const void *kv,
@@ -799,8 +851,8 @@ enum status storage_commit(struct storage *storage, const struct storage_commit 
         return STATUS_INVALID;
     size_t token_bytes = commit->token_count * sizeof *commit->tokens;
     const size_t receipt_bytes = commit->receipt ? commit->receipt->size : 0;
-    struct item *item = new_item(ITEM_COMMIT, token_bytes + commit->snapshot_bytes + receipt_bytes,
-                                 done_cb, context);
+    const size_t keep_at = token_bytes + commit->snapshot_bytes + receipt_bytes;
+    struct item *item = new_keep_item(ITEM_COMMIT, keep_at, commit->keep, done_cb, context);
     if (!item)
         return STATUS_NO_MEMORY;
     if (set_id(item->id, commit->id)) {
@@ -809,6 +861,7 @@ enum status storage_commit(struct storage *storage, const struct storage_commit 
     }
     item->commit = *commit;
     item->commit.id = item->id;
+    item->commit.keep = NULL; /* packed behind the rest */
     if (token_bytes)
         memcpy(item->payload, commit->tokens, token_bytes);
     memcpy(item->payload + token_bytes, commit->snapshot, commit->snapshot_bytes);

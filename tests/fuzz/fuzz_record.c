@@ -51,6 +51,12 @@ static void try_small(const struct input *in, enum record_kind kind)
     struct record_receipt receipt;
     if (kind == RECORD_RECEIPT && !record_receipt_decode(key, key_size, value, size, &receipt))
         record_receipt_encode(&again, key, key_size, &receipt);
+    struct record_object object;
+    if (kind == RECORD_OBJECT && !record_object_decode(key, key_size, value, size, &object))
+        record_object_encode(&again, key, key_size, &object);
+    struct record_item item;
+    if (kind == RECORD_ITEM && !record_item_decode(key, key_size, value, size, &item))
+        record_item_encode(&again, key, key_size, &item);
     if (kind == RECORD_TURN && !record_turn_decode(key, key_size, value, size, &turn))
         record_turn_encode(&again, key, key_size, &turn);
     if (again.size > 0)
@@ -132,7 +138,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (size < 2 || data[1] % 64 > size - 2)
         return 0;
     bool sealed = data[0] & 1;
-    enum record_kind kind = (enum record_kind)((data[0] >> 1) % RECORD_RECEIPT + 1);
+    enum record_kind kind = (enum record_kind)((data[0] >> 1) % RECORD_ITEM + 1);
     struct input in = {.key_size = data[1] % 64, .key = data + 2};
     in.size = size - 2 - in.key_size;
     in.value = malloc(in.size + 1);

@@ -1,0 +1,25 @@
+/* keep.h - what a caller keeps beside its memories: objects by name, and lists of items.
+ * Thread: keep_pack on any; the rest on the writer thread, inside its transaction.
+ * Owns nothing. Private to storage/. */
+#ifndef STORAGE_KEEP_H
+#define STORAGE_KEEP_H
+
+#include "storage/store.h"
+
+/* As one run of bytes, for the writer's queue. */
+void keep_pack(const struct storage_keep *keep, struct buf *out);
+/* Writes what was packed. `branch` and `position`: of the turn it is written with; 0: none. */
+STATUS_CHECKED enum status keep_put(struct store_write *write, const void *packed, size_t size,
+                                    uint64_t branch, uint64_t position);
+/* The object and its list; `with_memory`: and the memory that was made for it, when no other of its
+ * kind is left. */
+STATUS_CHECKED enum status keep_delete_object(struct store_write *write, const char *id,
+                                              bool with_memory);
+STATUS_CHECKED enum status keep_delete_item(struct store_write *write, const char *owner,
+                                            const char *id);
+/* The items of the list that lie behind `position` go: their memory went back to it, or, at 0,
+ * is gone. */
+STATUS_CHECKED enum status keep_cut(struct store_write *write, const char *owner,
+                                    uint64_t position);
+
+#endif
