@@ -1,11 +1,13 @@
-/* kill -9 at random moments of appends, turns and rewinds. After each, the daemon is opened again,
- * nothing that was acknowledged may be missing, and the work goes on from the committed position.
- * At the end a daemon that was never killed does the same work: the memories must be the same, to
- * the byte and in what they answer.
+/* kill -9 at random moments of what several clients do at once: appends, turns, rewinds, creations,
+ * forks that are deleted again. After each kill the daemon is opened again, nothing that was
+ * acknowledged may be missing, and the work goes on from the committed positions. At the end a
+ * daemon that was never killed does the same work, one operation after the other: the memories must
+ * be the same, to the byte and in what they answer, and there must be no others.
  *
- * The work is a function of the seed alone: memory m is new, or a fork of memory m - 1; its
- * operations are appends of some KiB, turns and rewinds, taken in order. A kill that comes after
- * its operation is over does not happen and is not counted. */
+ * The work is a function of the seed alone: each client writes memories one behind the other, every
+ * second of them a fork of the one before; the operations of a memory are taken in order. A round
+ * is one operation of every client, side by side, with at most one kill; one that comes after the
+ * round is over does not happen and is not counted. */
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -22,15 +24,21 @@
 
 #include "tests/lib/daemon.h"
 #include "tests/lib/store_helper.h"
+#include "tests/lib/wire.h"
 
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
-#define MEMORIES_MAX 64
-#define OPERATIONS 12 /* of one memory */
-#define APPEND_MAX 40000
+#define CLIENTS 3
+#define MEMORIES_MAX 1024
+#define OPERATIONS 12 /* of one memory, its creation included */
+#define APPEND_MAX 24000
 #define KILLS_MAX 4 /* of one operation: those that are aimed too early must not use up all */
 
+enum kind { CREATE, APPEND, TURN, REWIND, COPY, KINDS };
+static const char *const kind_names[KINDS] = {"creations", "appends", "turns", "rewinds", "copies"};
+
 struct operation {
-    bool is_turn, is_rewind;
+    enum kind kind;
+    char key[64];        /* Idempotency-Key of a creation or copy: it happens once */
     uint64_t back;       /* of a rewind: tokens */
     uint32_t max_tokens; /* of a turn */
     struct buf text;     /* to append, or the turn's prompt */
@@ -42,15 +50,30 @@ struct memory {
     struct buf chunks, answer;
 };
 
+/* One of those who write at once: where its work stands. */
+struct client {
+    pthread_t thread;
+    const struct daemon *daemon;
+    unsigned memory, index; /* its operation: of that memory, that one */
+    struct operation operation;
+    struct memory *past, *parent; /* what it writes to; of a creation: forks, NULL: nothing */
+    uint64_t before, done;        /* bytes of text before the operation, and of it so far */
+    unsigned kills;               /* of this operation */
+    int code;                     /* the round's answer */
+    double seconds;
+    struct buf answer;
+    char id[LIMITS_ID_BYTES]; /* of what a creation made */
+};
+
 struct crash {
     uint64_t seed;
-    unsigned long kills_wanted, kills, kills_append, kills_turn, kills_rewind, kills_start;
-    unsigned long lost_answers;                 /* committed, but the kill took the answer */
-    unsigned memory_count;                      /* made so far by the run with kills */
-    uint64_t random;                            /* of the kills' moments */
-    double append_s_per_byte, turn_s, rewind_s; /* how long they take, to aim at */
+    unsigned long kills_wanted, kills, kills_start, cut[KINDS], done[KINDS];
+    unsigned long lost_answers; /* committed, but the kill took the answer */
+    uint64_t random;            /* of the kills' moments */
+    double likely[KINDS];       /* seconds of an operation (an append: of a byte), to aim at */
     char *folder;
     struct daemon killed, calm;
+    struct client clients[CLIENTS];
     struct memory with_kills[MEMORIES_MAX], without[MEMORIES_MAX];
 };
 
@@ -67,15 +90,21 @@ static void make_operation(const struct crash *crash, unsigned memory, unsigned 
                            struct operation *operation)
 {
     uint64_t state = crash->seed ^ ((uint64_t)memory << 32 | index) * 0xd6e8feb86659fd93u;
+    uint64_t size = 0, what = draw(&state, 12);
+    *operation = (struct operation){.kind = what < 4 ? TURN : what < 9 ? APPEND : COPY};
+    if (index == 0)
+        operation->kind = CREATE;
+    else if (what >= 10)
+        operation->kind = REWIND;
     buf_init(&operation->text);
-    operation->is_turn = draw(&state, 3) == 0;
-    operation->is_rewind = !operation->is_turn && draw(&state, 4) == 0;
+    snprintf(operation->key, sizeof operation->key, "%u-%u", memory, index);
     operation->back = draw(&state, 3000);
     operation->max_tokens = 1 + (uint32_t)draw(&state, 24);
     /* Appends of less than one block to several: kills fall within and between commits. */
-    uint64_t size = operation->is_turn ? 1 + draw(&state, 200) : 1 + draw(&state, APPEND_MAX);
-    if (operation->is_rewind)
-        size = 0;
+    if (operation->kind == TURN)
+        size = 1 + draw(&state, 200);
+    else if (operation->kind == APPEND)
+        size = 1 + draw(&state, APPEND_MAX);
     for (uint64_t i = 0; i < size; i++) {
         char c = "etaoin shrdlu\ncmfwypvbgkjqxz,.-0123456789ETAOIN"[draw(&state, 47)];
         buf_append(&operation->text, &c, 1);
@@ -134,40 +163,95 @@ static bool killer_end(struct killer *killer)
 
 /* ---- operations ---- */
 
-/* Sends what of an operation begins at `done`; `at` is where the memory stands, or shall stand
- * after a rewind. Returns the HTTP status, 0 when the daemon died first. `answer` holds what came
- * until then: of an append, its events. */
-static int send_operation(const struct daemon *daemon, const char *id,
-                          const struct operation *operation, uint64_t done, uint64_t at,
-                          struct buf *answer)
+/* The position that a rewind goes to. */
+static uint64_t rewind_target(const struct memory *memory, const struct operation *operation)
+{
+    return memory->token_count > operation->back ? memory->token_count - operation->back : 0;
+}
+
+/* A memory, or a fork of `from`, made once however often it is asked for. */
+static int send_creation(struct client *client, const char *from)
+{
+    struct buf body;
+    struct client_memory made;
+    buf_init(&body);
+    client_json_write_create(&body, from, 0, NULL);
+    int code = daemon_call_once(client->daemon, client->operation.key, "/v1/memories",
+                                "application/json", body.data, body.size, &client->answer);
+    if (code == 201 &&
+        client_json_memory(client->answer.data, client->answer.size, &made) == STATUS_OK)
+        memcpy(client->id, made.id, sizeof client->id);
+    else if (code == 201)
+        code = 0;
+    buf_close(&body);
+    return code == 201 ? 200 : code;
+}
+
+/* A fork that is deleted again. */
+static int send_copy(struct client *client)
 {
     char path[160];
-    answer->size = 0;
-    if (operation->is_rewind) {
-        char to[64];
-        snprintf(path, sizeof path, "/v1/memories/%s/rewind", id);
-        snprintf(to, sizeof to, "{\"to\":%llu}", (unsigned long long)at);
-        return daemon_call(daemon, "POST", path, "application/json", to, strlen(to), answer);
-    }
-    if (!operation->is_turn) {
-        snprintf(path, sizeof path, "/v1/memories/%s/append?offset=%llu", id,
-                 (unsigned long long)at);
-        return daemon_append(daemon, path, operation->text.data + done, operation->text.size - done,
-                             answer);
-    }
+    int code = send_creation(client, client->past->id);
+    if (code != 200)
+        return code;
+    client->answer.size = 0;
+    snprintf(path, sizeof path, "/v1/memories/%s", client->id);
+    code = daemon_call(client->daemon, "DELETE", path, NULL, NULL, 0, &client->answer);
+    return code == 404 && client->kills ? 200 : code; /* an earlier try did it */
+}
+
+static int send_turn(struct client *client)
+{
     struct buf body;
     buf_init(&body);
     client_json_write_completion(
-        &body, &(struct client_completion_request){.memory = id,
+        &body, &(struct client_completion_request){.memory = client->past->id,
                                                    .memory_write = true,
-                                                   .prompt = operation->text.data,
-                                                   .prompt_size = operation->text.size,
-                                                   .max_tokens = operation->max_tokens,
+                                                   .prompt = client->operation.text.data,
+                                                   .prompt_size = client->operation.text.size,
+                                                   .max_tokens = client->operation.max_tokens,
                                                    .seed = -1});
-    int code = daemon_call(daemon, "POST", "/v1/completions", "application/json", body.data,
-                           body.size, answer);
+    int code = daemon_call(client->daemon, "POST", "/v1/completions", "application/json", body.data,
+                           body.size, &client->answer);
     buf_close(&body);
     return code;
+}
+
+/* Sends what is left of the client's operation. Returns 200, another HTTP status, or 0 when the
+ * daemon died first. The answer is what came until then: of an append, its events. */
+static int send_operation(struct client *client)
+{
+    const struct operation *operation = &client->operation;
+    char path[160], to[64];
+    client->answer.size = 0;
+    switch (operation->kind) {
+    case CREATE:
+        return send_creation(client, client->parent ? client->parent->id : NULL);
+    case COPY:
+        return send_copy(client);
+    case TURN:
+        return send_turn(client);
+    case REWIND:
+        snprintf(path, sizeof path, "/v1/memories/%s/rewind", client->past->id);
+        snprintf(to, sizeof to, "{\"to\":%llu}",
+                 (unsigned long long)rewind_target(client->past, operation));
+        return daemon_call(client->daemon, "POST", path, "application/json", to, strlen(to),
+                           &client->answer);
+    default:
+        snprintf(path, sizeof path, "/v1/memories/%s/append?offset=%llu", client->past->id,
+                 (unsigned long long)(client->before + client->done));
+        return daemon_append(client->daemon, path, operation->text.data + client->done,
+                             operation->text.size - client->done, &client->answer);
+    }
+}
+
+static void *client_main(void *context)
+{
+    struct client *client = context;
+    double start = daemon_now();
+    client->code = send_operation(client);
+    client->seconds = daemon_now() - start;
+    return NULL;
 }
 
 /* The largest text_bytes that an append's events told before they broke off. */
@@ -202,145 +286,156 @@ static void restart(struct crash *crash)
     daemon_start(&crash->killed);
 }
 
-static double aim(struct crash *crash, const struct operation *operation, uint64_t left)
+/* How long what is left of a client's operation takes, as far as one has seen. */
+static double likely(const struct crash *crash, const struct client *client)
 {
-    double likely =
-        operation->is_turn ? crash->turn_s : crash->append_s_per_byte * (double)left + 0.005;
-    return likely * 1.3 * (double)draw(&crash->random, 1000000) / 1e6;
+    enum kind kind = client->operation.kind;
+    double left = (double)(client->operation.text.size - client->done);
+    return kind == APPEND ? crash->likely[kind] * left + 0.005 : crash->likely[kind];
 }
 
-/* The position that a rewind goes to. */
-static uint64_t rewind_target(const struct memory *memory, const struct operation *operation)
+static void learn(struct crash *crash, const struct client *client)
 {
-    return memory->token_count > operation->back ? memory->token_count - operation->back : 0;
+    enum kind kind = client->operation.kind;
+    double seen = client->seconds;
+    if (kind == APPEND)
+        seen /= (double)(client->operation.text.size - client->done);
+    crash->likely[kind] += 0.2 * (seen - crash->likely[kind]);
 }
 
-/* A rewind happens or does not happen; it may be asked for again. */
-static void survive_rewind(struct crash *crash, struct memory *memory,
-                           const struct operation *operation)
+/* What is there of the client's operation after a round, whole or in part: nothing acknowledged is
+ * lost, nothing is there twice, and all but an append is there whole or not at all. Returns whether
+ * the operation is over. */
+static bool look(struct client *client)
 {
-    const uint64_t target = rewind_target(memory, operation);
-    struct buf answer;
-    buf_init(&answer);
-    for (unsigned kills = 0;;) {
-        struct killer killer;
-        bool armed = crash->kills < crash->kills_wanted && kills < KILLS_MAX;
-        if (armed)
-            killer_start(&killer, &crash->killed,
-                         crash->rewind_s * 1.3 * (double)draw(&crash->random, 1000000) / 1e6);
-        double start = daemon_now();
-        int code = send_operation(&crash->killed, memory->id, operation, 0, target, &answer);
-        double seconds = daemon_now() - start;
-        bool cut = armed && killer_end(&killer);
-        if (code != 200 && !cut) {
-            daemon_print_log(&crash->killed);
-            fail_msg("HTTP %d: %s", code, buf_text(&answer));
-        }
-        if (cut) {
-            crash->kills++;
-            crash->kills_rewind++;
-            kills++;
-            restart(crash);
-        } else {
-            crash->rewind_s += 0.2 * (seconds - crash->rewind_s);
-        }
-        struct client_memory now = daemon_get_memory(&crash->killed, memory->id);
-        if (now.token_count == target) {
-            crash->lost_answers += code != 200;
-            memory->text_bytes = now.text_bytes;
-            memory->token_count = now.token_count;
-            break;
-        }
-        assert_int_not_equal(code, 200);
-        assert_int_equal(now.token_count, memory->token_count);
-        assert_int_equal(now.text_bytes, memory->text_bytes);
+    struct memory *past = client->past;
+    const struct operation *operation = &client->operation;
+    bool is_good = client->code == 200, whole = is_good;
+    if (operation->kind == CREATE && is_good)
+        memcpy(past->id, client->id, sizeof past->id);
+    if (!past->id[0])
+        return false;
+    struct client_memory now = daemon_get_memory(client->daemon, past->id);
+    uint64_t before = client->before;
+    switch (operation->kind) {
+    case APPEND:
+        assert_true(now.text_bytes >= acknowledged(&client->answer));
+        assert_true(now.text_bytes >= before + client->done);
+        assert_true(now.text_bytes <= before + operation->text.size);
+        client->done = now.text_bytes - before;
+        whole = client->done == operation->text.size;
+        break;
+    case TURN:
+        whole = now.text_bytes >= before + operation->text.size;
+        break;
+    case REWIND:
+        whole = now.token_count == rewind_target(past, operation);
+        break;
+    default:
+        break;
     }
-    buf_close(&answer);
-}
-
-/* Brings one operation to its end through any number of kills. */
-static void survive(struct crash *crash, struct memory *memory, const struct operation *operation)
-{
-    struct buf answer;
-    uint64_t before = memory->text_bytes, done = 0;
-    unsigned kills = 0;
-    buf_init(&answer);
-    for (;;) {
-        struct killer killer;
-        uint64_t left = operation->text.size - done;
-        bool armed = crash->kills < crash->kills_wanted && kills < KILLS_MAX;
-        if (armed)
-            killer_start(&killer, &crash->killed, aim(crash, operation, left));
-        double start = daemon_now();
-        int code =
-            send_operation(&crash->killed, memory->id, operation, done, before + done, &answer);
-        double seconds = daemon_now() - start;
-        bool cut = armed && killer_end(&killer);
-        if (code != 200 && !cut) {
-            daemon_print_log(&crash->killed);
-            fail_msg("HTTP %d: %s", code, buf_text(&answer));
-        }
-        if (cut) {
-            crash->kills++;
-            kills++;
-            *(operation->is_turn ? &crash->kills_turn : &crash->kills_append) += 1;
-            restart(crash);
-        } else if (operation->is_turn) {
-            crash->turn_s += 0.2 * (seconds - crash->turn_s);
-        } else {
-            crash->append_s_per_byte += 0.2 * (seconds / (double)left - crash->append_s_per_byte);
-        }
-        struct client_memory now = daemon_get_memory(&crash->killed, memory->id);
-        bool whole = operation->is_turn ? now.text_bytes >= before + operation->text.size
-                                        : now.text_bytes == before + operation->text.size;
-        /* Nothing acknowledged is lost, nothing is there twice, and a turn is there whole or not
-         * at all. */
-        if (code == 200)
-            assert_true(whole);
-        if (!operation->is_turn) {
-            assert_true(now.text_bytes >= acknowledged(&answer));
-            assert_true(now.text_bytes >= before + done);
-            assert_true(now.text_bytes <= before + operation->text.size);
-            done = now.text_bytes - before;
-        } else if (!whole) {
-            assert_int_equal(now.text_bytes, before);
-            assert_int_equal(now.token_count, memory->token_count);
-        }
-        if (whole) {
-            crash->lost_answers += code != 200;
-            memory->text_bytes = now.text_bytes;
-            memory->token_count = now.token_count;
-            break;
-        }
+    if (is_good)
+        assert_true(whole);
+    if (!whole && operation->kind != APPEND) {
+        assert_int_equal(now.text_bytes, before);
+        assert_int_equal(now.token_count, past->token_count);
     }
-    buf_close(&answer);
+    if (operation->kind == CREATE || operation->kind == COPY)
+        assert_int_equal(now.text_bytes, client->parent && operation->kind == CREATE
+                                             ? client->parent->text_bytes
+                                             : before);
+    if (whole) {
+        past->text_bytes = now.text_bytes;
+        past->token_count = now.token_count;
+    }
+    return whole;
 }
 
-static void do_once(const struct crash *crash, struct memory *memory,
-                    const struct operation *operation)
+/* The client's next operation, or one of its next memory. */
+static void take_operation(struct crash *crash, struct client *client, struct memory *memories)
 {
-    struct buf answer;
-    buf_init(&answer);
-    uint64_t at = operation->is_rewind ? rewind_target(memory, operation) : memory->text_bytes;
-    int code = send_operation(&crash->calm, memory->id, operation, 0, at, &answer);
-    if (code != 200)
-        print_message("HTTP %d: %s\n", code, buf_text(&answer));
-    assert_int_equal(code, 200);
-    struct client_memory now = daemon_get_memory(&crash->calm, memory->id);
-    memory->text_bytes = now.text_bytes;
-    memory->token_count = now.token_count;
-    buf_close(&answer);
+    buf_close(&client->operation.text);
+    make_operation(crash, client->memory, client->index, &client->operation);
+    bool is_fork = client->memory / CLIENTS % 2 == 1;
+    client->past = &memories[client->memory];
+    client->parent = is_fork ? client->past - CLIENTS : NULL;
+    client->before = client->past->text_bytes;
+    client->done = 0;
+    client->kills = 0;
 }
 
-static void create(const struct daemon *daemon, struct memory *memories, unsigned m)
+static void go_on(struct client *client)
 {
-    struct memory *memory = &memories[m];
-    bool is_fork = m % 2 == 1;
-    daemon_create_memory(daemon, is_fork ? memories[m - 1].id : NULL, memory->id);
-    struct client_memory now = daemon_get_memory(daemon, memory->id);
-    memory->text_bytes = now.text_bytes;
-    memory->token_count = now.token_count;
-    assert_int_equal(now.text_bytes, is_fork ? memories[m - 1].text_bytes : 0);
+    if (++client->index < OPERATIONS)
+        return;
+    client->index = 0;
+    client->memory += CLIENTS;
+}
+
+/* One operation of each client at once, and perhaps a kill. */
+static void run_round(struct crash *crash)
+{
+    struct killer killer;
+    const struct client *aimed_at = &crash->clients[draw(&crash->random, CLIENTS)];
+    bool armed = crash->kills < crash->kills_wanted;
+    for (unsigned c = 0; c < CLIENTS; c++)
+        armed = armed && crash->clients[c].kills < KILLS_MAX;
+    if (armed)
+        killer_start(&killer, &crash->killed,
+                     likely(crash, aimed_at) * 1.3 * (double)draw(&crash->random, 1000000) / 1e6);
+    for (unsigned c = 0; c < CLIENTS; c++)
+        assert_int_equal(
+            pthread_create(&crash->clients[c].thread, NULL, client_main, &crash->clients[c]), 0);
+    for (unsigned c = 0; c < CLIENTS; c++)
+        pthread_join(crash->clients[c].thread, NULL);
+    bool killed = armed && killer_end(&killer);
+    for (unsigned c = 0; c < CLIENTS; c++) {
+        struct client *client = &crash->clients[c];
+        if (client->code != 200 && !(killed && client->code == 0)) {
+            daemon_print_log(&crash->killed);
+            fail_msg("%s: HTTP %d: %s", kind_names[client->operation.kind], client->code,
+                     buf_text(&client->answer));
+        }
+        if (client->code == 200)
+            learn(crash, client);
+    }
+    if (killed) {
+        crash->kills++;
+        restart(crash);
+    }
+    for (unsigned c = 0; c < CLIENTS; c++) {
+        struct client *client = &crash->clients[c];
+        enum kind kind = client->operation.kind;
+        bool whole = look(client);
+        if (client->code != 200) {
+            client->kills++;
+            crash->cut[kind]++;
+            crash->lost_answers += whole;
+        }
+        if (!whole)
+            continue;
+        crash->done[kind]++;
+        go_on(client);
+        take_operation(crash, client, crash->with_kills);
+    }
+}
+
+/* The memory's operations up to `end`, on the daemon that is not killed. */
+static void do_calmly(struct crash *crash, unsigned m, unsigned end)
+{
+    struct client client = {.daemon = &crash->calm, .memory = m};
+    buf_init(&client.operation.text);
+    buf_init(&client.answer);
+    for (client.index = 0; client.index < end; client.index++) {
+        take_operation(crash, &client, crash->without);
+        client.code = send_operation(&client);
+        if (client.code != 200)
+            print_message("HTTP %d: %s\n", client.code, buf_text(&client.answer));
+        assert_int_equal(client.code, 200);
+        assert_true(look(&client));
+    }
+    buf_close(&client.operation.text);
+    buf_close(&client.answer);
 }
 
 /* What a memory holds and what it says, for the comparison. */
@@ -360,7 +455,7 @@ static void read_back(const struct daemon *daemon, struct memory *memory)
     buf_close(&body);
 }
 
-static void compare(const struct memory *a, const struct memory *b, unsigned m)
+static void compare(const struct memory *a, const struct memory *b)
 {
     struct client_completion x, y;
     assert_int_equal(a->text_bytes, b->text_bytes);
@@ -373,53 +468,59 @@ static void compare(const struct memory *a, const struct memory *b, unsigned m)
     assert_string_equal(x.finish_reason, y.finish_reason);
     client_json_completion_close(&x);
     client_json_completion_close(&y);
-    print_message("memory %u: %llu tokens, the same in both runs\n", m,
-                  (unsigned long long)a->token_count);
+}
+
+static void report(const struct crash *crash)
+{
+    print_message("seed %llu: %lu kills, and %lu while opening; ", (unsigned long long)crash->seed,
+                  crash->kills, crash->kills_start);
+    for (int kind = 0; kind < KINDS; kind++)
+        print_message("%lu of %lu %s cut, ", crash->cut[kind], crash->done[kind], kind_names[kind]);
+    print_message("%lu answers lost after their commit\n", crash->lost_answers);
 }
 
 static void test_crash(void **state)
 {
     struct crash *crash = *state;
     double start = daemon_now();
+    unsigned memory_count = 0;
     daemon_start(&crash->killed);
-    while (crash->kills < crash->kills_wanted && crash->memory_count < MEMORIES_MAX) {
-        unsigned m = crash->memory_count++;
-        create(&crash->killed, crash->with_kills, m);
-        for (unsigned i = 0; i < OPERATIONS; i++) {
-            struct operation operation;
-            make_operation(crash, m, i, &operation);
-            if (operation.is_rewind)
-                survive_rewind(crash, &crash->with_kills[m], &operation);
-            else
-                survive(crash, &crash->with_kills[m], &operation);
-            buf_close(&operation.text);
-        }
-        print_message("%lu kills, %u memories, %.0f s\n", crash->kills, crash->memory_count,
-                      daemon_now() - start);
+    for (unsigned c = 0; c < CLIENTS; c++) {
+        struct client *client = &crash->clients[c];
+        client->daemon = &crash->killed;
+        client->memory = c;
+        take_operation(crash, client, crash->with_kills);
     }
-    assert_int_equal(crash->kills, crash->kills_wanted);
-    for (unsigned m = 0; m < crash->memory_count; m++)
-        read_back(&crash->killed, &crash->with_kills[m]);
+    for (unsigned rounds = 0; crash->kills < crash->kills_wanted; rounds++) {
+        run_round(crash);
+        for (unsigned c = 0; c < CLIENTS; c++)
+            assert_true(crash->clients[c].memory < MEMORIES_MAX);
+        if (rounds % 64 == 63)
+            print_message("%lu kills, %u rounds, %.0f s\n", crash->kills, rounds + 1,
+                          daemon_now() - start);
+    }
+    run_round(crash); /* without a kill: what they cut short comes to its end */
+    for (unsigned m = 0; m < MEMORIES_MAX; m++)
+        if (crash->with_kills[m].id[0]) {
+            read_back(&crash->killed, &crash->with_kills[m]);
+            memory_count++;
+        }
+    wire_wait_metric(&crash->killed, "rambad_memories", memory_count);
     daemon_stop(&crash->killed);
     daemon_check(&crash->killed);
-    print_message("seed %llu: %lu kills, %lu in appends, %lu in turns, %lu in rewinds, and %lu "
-                  "while opening; "
-                  "%lu answers were lost after their commit\n",
-                  (unsigned long long)crash->seed, crash->kills, crash->kills_append,
-                  crash->kills_turn, crash->kills_rewind, crash->kills_start, crash->lost_answers);
+    report(crash);
 
     daemon_start(&crash->calm);
-    for (unsigned m = 0; m < crash->memory_count; m++) {
-        create(&crash->calm, crash->without, m);
-        for (unsigned i = 0; i < OPERATIONS; i++) {
-            struct operation operation;
-            make_operation(crash, m, i, &operation);
-            do_once(crash, &crash->without[m], &operation);
-            buf_close(&operation.text);
-        }
+    for (unsigned m = 0; m < MEMORIES_MAX; m++) {
+        if (!crash->with_kills[m].id[0])
+            continue;
+        const struct client *client = &crash->clients[m % CLIENTS];
+        do_calmly(crash, m, m == client->memory ? client->index : OPERATIONS);
         read_back(&crash->calm, &crash->without[m]);
-        compare(&crash->with_kills[m], &crash->without[m], m);
+        compare(&crash->with_kills[m], &crash->without[m]);
     }
+    print_message("%u memories, the same in a run without kills; %.0f s\n", memory_count,
+                  daemon_now() - start);
     daemon_stop(&crash->calm);
     daemon_check(&crash->calm);
 }
@@ -445,9 +546,11 @@ int main(void)
         return 1;
     crash->kills_wanted = kills ? strtoul(kills, NULL, 10) : 200;
     crash->random = crash->seed + 1;
-    crash->append_s_per_byte = 2e-5;
-    crash->turn_s = 0.05;
-    crash->rewind_s = 0.3;
+    memcpy(crash->likely, (double[KINDS]){0.01, 2e-5, 0.05, 0.3, 0.02}, sizeof crash->likely);
+    for (unsigned c = 0; c < CLIENTS; c++) {
+        buf_init(&crash->clients[c].answer);
+        buf_init(&crash->clients[c].operation.text);
+    }
     print_message("RAMBAD_SEED=%llu RAMBAD_CRASH_KILLS=%lu\n", (unsigned long long)crash->seed,
                   crash->kills_wanted);
     crash->folder = store_helper_folder();
@@ -468,6 +571,10 @@ int main(void)
             buf_close(&memory->chunks);
             buf_close(&memory->answer);
         }
+    for (unsigned c = 0; c < CLIENTS; c++) {
+        buf_close(&crash->clients[c].answer);
+        buf_close(&crash->clients[c].operation.text);
+    }
     free(crash);
     return failed;
 }

@@ -175,8 +175,8 @@ static size_t on_body(char *data, size_t one, size_t size, void *out)
 }
 
 static int call(const struct daemon *daemon, const char *method, const char *path,
-                const char *accept, const char *type, const char *body, size_t size,
-                struct buf *out)
+                const char *accept, const char *key, const char *type, const char *body,
+                size_t size, struct buf *out)
 {
     CURL *curl = curl_easy_init();
     char url[512], header[128];
@@ -186,6 +186,10 @@ static int call(const struct daemon *daemon, const char *method, const char *pat
     struct curl_slist *headers = curl_slist_append(NULL, "Expect:");
     snprintf(header, sizeof header, "Accept: %s", accept);
     headers = curl_slist_append(headers, header);
+    if (key) {
+        snprintf(header, sizeof header, "Idempotency-Key: %s", key);
+        headers = curl_slist_append(headers, header);
+    }
     curl_easy_setopt(curl, CURLOPT_URL, url);
     curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
     curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, on_body);
@@ -208,13 +212,19 @@ static int call(const struct daemon *daemon, const char *method, const char *pat
 int daemon_call(const struct daemon *daemon, const char *method, const char *path, const char *type,
                 const char *body, size_t size, struct buf *out)
 {
-    return call(daemon, method, path, "application/json", type, body, size, out);
+    return call(daemon, method, path, "application/json", NULL, type, body, size, out);
+}
+
+int daemon_call_once(const struct daemon *daemon, const char *key, const char *path,
+                     const char *type, const char *body, size_t size, struct buf *out)
+{
+    return call(daemon, "POST", path, "application/json", key, type, body, size, out);
 }
 
 int daemon_append(const struct daemon *daemon, const char *path, const char *text, size_t size,
                   struct buf *out)
 {
-    return call(daemon, "POST", path, "text/event-stream", "text/plain", text, size, out);
+    return call(daemon, "POST", path, "text/event-stream", NULL, "text/plain", text, size, out);
 }
 
 void daemon_create_memory(const struct daemon *daemon, const char *from, char id[LIMITS_ID_BYTES])

@@ -43,6 +43,9 @@ void daemon_print_log(const struct daemon *daemon);
  * `out`. Returns the HTTP status, 0 when the connection broke before the answer was whole. */
 int daemon_call(const struct daemon *daemon, const char *method, const char *path, const char *type,
                 const char *body, size_t size, struct buf *out);
+/* A POST with an Idempotency-Key. */
+int daemon_call_once(const struct daemon *daemon, const char *key, const char *path,
+                     const char *type, const char *body, size_t size, struct buf *out);
 /* An append that asks for events: they are appended to `out` as they come. `path` has the query. */
 int daemon_append(const struct daemon *daemon, const char *path, const char *text, size_t size,
                   struct buf *out);
