@@ -544,7 +544,7 @@ int main(void)
         crash->seed = strtoull(seed, NULL, 10);
     else if (getrandom(&crash->seed, sizeof crash->seed, 0) != sizeof crash->seed)
         return 1;
-    crash->kills_wanted = kills ? strtoul(kills, NULL, 10) : 200;
+    crash->kills_wanted = kills ? strtoul(kills, NULL, 10) : 100;
     crash->random = crash->seed + 1;
     memcpy(crash->likely, (double[KINDS]){0.01, 2e-5, 0.05, 0.3, 0.02}, sizeof crash->likely);
     for (unsigned c = 0; c < CLIENTS; c++) {
