@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "proto/json.h"
+#include "proto/completion_fields.h"
 
 #define MAX_TOKENS_LIMIT (1u << 24)
 
@@ -160,10 +160,9 @@ static void append_part(struct json_fields *f, const char *name, const cJSON *pa
     message->size += size;
 }
 
-static const char *read_role(struct json_fields *f, const char *name, const cJSON *item)
+const char *completion_read_role(struct json_fields *f, const char *name, const char *role)
 {
     static const char *const roles[] = {"system", "user", "assistant"};
-    const char *role = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(item, "role"));
     if (role && strcmp(role, "developer") == 0) /* what system is called for newer models */
         role = "system";
     for (size_t i = 0; role && i < sizeof roles / sizeof *roles; i++)
@@ -193,7 +192,8 @@ static void read_message(struct json_fields *f, size_t index, const cJSON *item,
             json_fail(f, STATUS_UNSUPPORTED, name, "is not a field that is taken");
     }
     snprintf(name, sizeof name, "messages[%zu].role", index);
-    message->role = read_role(f, name, item);
+    message->role = completion_read_role(
+        f, name, cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(item, "role")));
     snprintf(name, sizeof name, "messages[%zu].content", index);
     const cJSON *content = cJSON_GetObjectItemCaseSensitive(item, "content");
     if (!cJSON_IsArray(content)) {
@@ -355,8 +355,10 @@ static void read_include(struct json_fields *f, struct completion_request *r)
     }
 }
 
-static void read_sampling(struct json_fields *f, struct completion_request *r)
+void completion_read_sampling(struct json_fields *f, struct completion_request *r)
 {
+    read_stop(f, r);
+    read_bias(f, r);
     r->temperature = r->top_p = r->repetition_penalty = 1;
     json_read_number(f, "temperature", 0, 100, &r->temperature);
     json_read_number(f, "top_p", 0, 1, &r->top_p);
@@ -398,9 +400,7 @@ static void read_common(struct json_fields *f, struct completion_request *r)
     json_read_text(f, "model", r->model, sizeof r->model);
     json_read_count(f, "n", 1, LIMITS_CHOICES, &r->n);
     r->best_of = r->n;
-    read_stop(f, r);
-    read_sampling(f, r);
-    read_bias(f, r);
+    completion_read_sampling(f, r);
     json_read_bool(f, "stream", &r->stream);
     read_stream_options(f, r);
     json_read_text(f, "memory", r->memory, sizeof r->memory);

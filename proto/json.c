@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "proto/limits.h"
+
 /* Length of the UTF-8 character at `p`, or 0 when there is none (RFC 3629). */
 static size_t character(const unsigned char *p, size_t left)
 {
@@ -167,6 +169,26 @@ void json_read_text(struct json_fields *f, const char *name, char *out, size_t r
         json_fail(f, STATUS_INVALID, name, "is too long");
     else
         memcpy(out, item->valuestring, strlen(item->valuestring) + 1);
+}
+
+char *json_read_metadata(struct json_fields *f)
+{
+    const cJSON *metadata = get(f, "metadata"), *item;
+    if (!metadata)
+        return NULL;
+    if (!cJSON_IsObject(metadata) || cJSON_GetArraySize(metadata) > LIMITS_METADATA_PAIRS)
+        json_fail(f, STATUS_INVALID, "metadata", "must be an object of at most 16 pairs");
+    cJSON_ArrayForEach(item, metadata)
+    {
+        if (!item->string || strlen(item->string) > LIMITS_METADATA_KEY || !cJSON_IsString(item) ||
+            strlen(item->valuestring) > LIMITS_METADATA_VALUE)
+            json_fail(f, STATUS_INVALID, "metadata",
+                      "must map names of at most 64 bytes to strings of at most 512");
+    }
+    char *text = f->status ? NULL : cJSON_PrintUnformatted(metadata);
+    if (!text && !f->status)
+        f->status = error_set(f->err, STATUS_NO_MEMORY, "out of memory");
+    return text;
 }
 
 void json_refuse_others(struct json_fields *f, const char *const *names)

@@ -36,6 +36,9 @@ void json_read_number(struct json_fields *fields, const char *name, double min, 
                       double *out);
 /* `out` has room for `room` bytes, the terminator among them. */
 void json_read_text(struct json_fields *fields, const char *name, char *out, size_t room);
+/* "metadata": an object of at most 16 pairs of short strings, as JSON text, malloced; NULL when it is
+ * absent, null, or wrong. */
+char *json_read_metadata(struct json_fields *fields);
 void json_fail(struct json_fields *fields, enum status status, const char *name, const char *what);
 /* Refuses fields outside `names` (NULL at its end), by name. */
 void json_refuse_others(struct json_fields *fields, const char *const *names);

@@ -33,6 +33,7 @@
 #define LIMITS_CHOICES 128        /* n and best_of, as the API page says */
 #define LIMITS_PROMPTS 128        /* prompts of one completion request */
 #define LIMITS_MESSAGES 65536 /* of one chat request; the body's size bounds what they say */
+#define LIMITS_CONVERSATION_ITEMS 20 /* added at once, as the API page says */
 #define LIMITS_CHAT_TOKENS 4096 /* of an answer for which the request names no bound */
 #define LIMITS_STOP_STRINGS 4     /* as the API page says */
 #define LIMITS_STOP_BYTES 256 /* a stop string is held back from the stream while it may match */

@@ -9,23 +9,6 @@
 
 #define POSITION_MAX ((uint64_t)1 << 53) /* as far as JSON's numbers are exact */
 
-/* At most 16 pairs of short strings, as the API page says. */
-static void check_metadata(struct json_fields *f, const cJSON *metadata)
-{
-    const cJSON *item;
-    if (!cJSON_IsObject(metadata) || cJSON_GetArraySize(metadata) > LIMITS_METADATA_PAIRS) {
-        json_fail(f, STATUS_INVALID, "metadata", "must be an object of at most 16 pairs");
-        return;
-    }
-    cJSON_ArrayForEach(item, metadata)
-    {
-        if (strlen(item->string) > LIMITS_METADATA_KEY || !cJSON_IsString(item) ||
-            strlen(item->valuestring) > LIMITS_METADATA_VALUE)
-            json_fail(f, STATUS_INVALID, "metadata",
-                      "must map names of at most 64 bytes to strings of at most 512");
-    }
-}
-
 enum status memory_request_parse(const char *json, size_t size, struct memory_request *out,
                                  struct error *err)
 {
@@ -43,13 +26,7 @@ enum status memory_request_parse(const char *json, size_t size, struct memory_re
     json_read_count(&f, "at", 1, POSITION_MAX, &out->at);
     if (out->at && !out->from[0])
         json_fail(&f, STATUS_INVALID, "at", "is a position of the memory that \"from\" names");
-    const cJSON *metadata = cJSON_GetObjectItemCaseSensitive(root, "metadata");
-    if (metadata && !cJSON_IsNull(metadata)) {
-        check_metadata(&f, metadata);
-        out->metadata = cJSON_PrintUnformatted(metadata);
-        if (!out->metadata && !f.status)
-            f.status = error_set(err, STATUS_NO_MEMORY, "out of memory");
-    }
+    out->metadata = json_read_metadata(&f);
     cJSON_Delete(root);
     if (f.status)
         memory_request_close(out);
@@ -58,7 +35,7 @@ enum status memory_request_parse(const char *json, size_t size, struct memory_re
 
 void memory_request_close(struct memory_request *request)
 {
-    cJSON_free(request->metadata);
+    free(request->metadata);
     *request = (struct memory_request){0};
 }
 

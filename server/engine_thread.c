@@ -296,6 +296,12 @@ static void cancel(struct job *job, enum status why)
     wake(job->thread);
 }
 
+void job_go_on(struct job *job)
+{
+    atomic_store(&job->may_commit, true); /* what was written before is seen by who sees this */
+    wake(job->thread);
+}
+
 void job_cancel(struct job *job)
 {
     cancel(job, STATUS_CANCELLED);

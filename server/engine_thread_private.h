@@ -87,6 +87,7 @@ struct job {
     job_event_cb event_cb;
     void *context;
     atomic_int cancelled; /* an enum status, set by the loop: why it shall end early; 0: not */
+    atomic_bool may_commit; /* set by the loop, for a job that waits */
     struct list blocks;   /* of an append, from the loop; under the thread's lock */
 
     enum job_state state;

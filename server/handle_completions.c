@@ -1,17 +1,16 @@
 /* handle_completions.c - POST /v1/completions and /v1/chat/completions: text in, text out, from a
  * memory or from nothing. A chat differs in how it is read, and in the shapes of its answer.
  * One job a prompt; what they say is gathered by choice, and streamed as it comes or sent whole. */
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <time.h>
 
 #include "proto/answer_json.h"
 #include "proto/base/assert.h"
 #include "proto/completion_request.h"
 #include "proto/json.h"
+#include "server/generate.h"
 #include "server/receipt.h"
 #include "server/route.h"
 
@@ -120,35 +119,6 @@ static void send_chunk(struct completion *c, const struct answer_choice *choice)
     answer_json_chunk(&json, &head, choice, c->asked.include_usage);
     send_event(c, &json);
     buf_close(&json);
-}
-
-static size_t characters(const char *text, size_t size)
-{
-    size_t count = 0;
-    for (size_t i = 0; i < size; i++)
-        count += ((unsigned char)text[i] & 0xc0) != 0x80;
-    return count;
-}
-
-/* ---- logprobs ---- */
-
-static void add_logprob(const struct completion *c, struct answer_logprobs *logprobs, int32_t token,
-                        double logprob, const struct sampler_top *tops, size_t top_count,
-                        size_t offset)
-{
-    struct answer_top named[LIMITS_LOGPROBS];
-    size_t size;
-    for (size_t i = 0; i < top_count; i++) {
-        named[i].text = tokenizer_bytes(tokenizer_of(c), tops[i].token, &size);
-        named[i].size = size;
-        named[i].logprob = (double)tops[i].logprob;
-    }
-    const char *text = tokenizer_bytes(tokenizer_of(c), token, &size);
-    if (c->asked.chat)
-        answer_logprobs_add_chat(logprobs, text, size, logprob, named, top_count);
-    else
-        answer_logprobs_add(logprobs, text, size, logprob, isnan(logprob) ? NULL : named, top_count,
-                            offset);
 }
 
 /* ---- retrieval ---- */
@@ -283,12 +253,13 @@ static void take_token(struct part *part, const struct event *event)
         buf_close(&choice->retrieval);
     }
     if (logprobs)
-        add_logprob(c, &choice->logprobs, event->token, (double)event->logprob, event->tops,
-                    event->top_count, choice->characters);
+        generate_add_logprob(tokenizer_of(c), &choice->logprobs, c->asked.chat, event->token,
+                             (double)event->logprob, event->tops, event->top_count,
+                             choice->characters);
     if (c->asked.retrieval)
         append_retrieval(part, choice, event, &choice->retrieval);
     choice->token_count++;
-    choice->characters += characters(event->text, event->text_size);
+    choice->characters += generate_characters(event->text, event->text_size);
     if (!c->asked.stream) {
         if (event->text_size)
             buf_append(&choice->text, event->text, event->text_size);
@@ -318,10 +289,12 @@ static void take_echo(struct part *part, const struct event *event)
         for (size_t i = 0; i < part->prompt_count; i++) {
             size_t size;
             const char *text = tokenizer_bytes(tokenizer_of(c), part->prompt[i], &size);
-            add_logprob(c, &choice->logprobs, part->prompt[i], (double)event->echo_logprobs[i],
-                        event->echo_tops ? event->echo_tops + i * event->echo_top_count : NULL,
-                        event->echo_top_count, choice->characters);
-            choice->characters += characters(text, size);
+            generate_add_logprob(tokenizer_of(c), &choice->logprobs, c->asked.chat, part->prompt[i],
+                                 (double)event->echo_logprobs[i],
+                                 event->echo_tops ? event->echo_tops + i * event->echo_top_count
+                                                  : NULL,
+                                 event->echo_top_count, choice->characters);
+            choice->characters += generate_characters(text, size);
         }
     }
 }
@@ -340,7 +313,7 @@ static void echo_text(struct part *part)
         }
         if (c->asked.logprobs < 0)
             choice->characters =
-                characters(choice->text.data ? choice->text.data : "", choice->text.size);
+                generate_characters(choice->text.data ? choice->text.data : "", choice->text.size);
         if (!c->asked.stream)
             continue;
         const struct answer_choice answer = {.index = part->index * (uint32_t)c->asked.n + k,
@@ -526,30 +499,6 @@ static void gone(struct request *request)
             job_cancel(c->parts[i].job);
 }
 
-static void fill_sampling(const struct completion *c, struct sampler_params *params)
-{
-    const struct completion_request *r = &c->asked;
-    sampler_params_default(params);
-    params->temperature = (float)r->temperature;
-    params->top_k = (int32_t)r->top_k;
-    params->top_p = (float)r->top_p;
-    params->min_p = (float)r->min_p;
-    params->repetition_penalty = (float)r->repetition_penalty;
-    params->presence_penalty = (float)r->presence_penalty;
-    params->frequency_penalty = (float)r->frequency_penalty;
-    params->seed = r->seed;
-    params->want_logprobs = r->logprobs >= 0;
-    params->top_logprobs = r->logprobs > 0 ? (uint32_t)r->logprobs : 0;
-    params->bias_count = r->bias_count;
-    if (r->bias_count) {
-        struct sampler_bias *bias = malloc(r->bias_count * sizeof *bias);
-        ASSERT(bias);
-        for (size_t i = 0; i < r->bias_count; i++)
-            bias[i] = (struct sampler_bias){r->bias[i].token, r->bias[i].bias};
-        params->bias = bias;
-    }
-}
-
 /* ---- once ---- */
 
 /* What is kept of the answer begins with the request's body, and whose answer it was. */
@@ -625,27 +574,16 @@ static enum status submit(struct completion *c, struct part *part)
                              .choices = (uint32_t)r->best_of,
                              .max_tokens = (uint32_t)r->max_tokens,
                              .ignore_eos = r->ignore_eos,
-                             .stop_count = (uint32_t)r->stop_count,
                              .echo_logprobs = r->echo && r->logprobs >= 0,
                              .retrieval = r->retrieval};
     memcpy(g.request_id, c->request->id, sizeof g.request_id);
     memcpy(g.memory, r->memory, sizeof g.memory);
     if (c->once)
         set_receipt(c, &g);
-    fill_sampling(c, &g.sampling);
-    if (!r->has_seed)
-        ASSERT(getrandom(&g.sampling.seed, sizeof g.sampling.seed, 0) == sizeof g.sampling.seed);
-    for (size_t i = 0; i < r->stop_count; i++) {
-        g.stop[i] = strdup(r->stop[i]);
-        ASSERT(g.stop[i]);
-        g.stop_sizes[i] = strlen(g.stop[i]);
-    }
-    const enum status status =
-        job_submit_generate(c->server->engine_thread, &g, event_cb, part, &part->job);
+    generate_fill(&g, r);
+    const enum status status = generate_submit(c->server, &g, event_cb, part, &part->job, &c->err);
     if (status) {
-        for (size_t i = 0; i < r->stop_count; i++)
-            free(g.stop[i]);
-        free((void *)(uintptr_t)g.sampling.bias);
+        generate_unfill(&g);
         free(g.receipt_head);
     } else {
         part->tokens = (struct tokenizer_tokens){0};
@@ -713,31 +651,6 @@ static enum status prepare_part(struct completion *c, uint32_t index)
     return STATUS_OK;
 }
 
-static enum status check_asked(struct completion *c)
-{
-    const struct engine_info *info = engine_get_info(c->server->engine);
-    if (c->asked.model[0] && strcmp(c->asked.model, info->model_name) != 0)
-        return error_set_param(&c->err, STATUS_NOT_FOUND, "model",
-                               "no model named %s; this server has %s", c->asked.model,
-                               info->model_name);
-    if (c->asked.chat && c->server->chat_template != CHAT_TEMPLATE_CHATML)
-        return error_set_param(
-            &c->err, STATUS_UNSUPPORTED, "messages",
-            c->server->chat_template == CHAT_TEMPLATE_NONE
-                ? "the model %s has no chat template: it continues text, see /v1/completions"
-                : "the chat template of the model %s is not one that this server knows (ChatML); "
-                  "see /v1/completions",
-            info->model_name);
-    if (c->asked.memory[0] && !request_may_use(c->request, c->asked.memory))
-        return error_set(&c->err, STATUS_NOT_FOUND, "no memory named %s", c->asked.memory);
-    struct sampler_params params;
-    fill_sampling(c, &params);
-    const enum status status =
-        sampler_params_check(&params, (int32_t)info->config->vocab_size, &c->err);
-    free((void *)(uintptr_t)params.bias);
-    return status;
-}
-
 /* On the pool: the body may be long, and its tokens many. */
 static void prepare(uv_work_t *work)
 {
@@ -747,7 +660,7 @@ static void prepare(uv_work_t *work)
                     ? completion_request_parse_chat(body->data, body->size, &c->asked, &c->err)
                     : completion_request_parse(body->data, body->size, &c->asked, &c->err);
     if (!c->status)
-        c->status = check_asked(c);
+        c->status = generate_check(c->request, &c->asked, &c->err);
     if (c->status)
         return;
     c->parts = calloc(c->asked.prompt_count, sizeof *c->parts);
@@ -766,10 +679,6 @@ static void prepared(uv_work_t *work, int cancelled)
         c->status = begin_once(c);
     for (size_t i = 0; i < c->asked.prompt_count && !c->status && !c->gone && !c->is_old; i++) {
         const enum status status = submit(c, &c->parts[i]);
-        if (status == STATUS_BUSY)
-            error_set(&c->err, status, "too many requests are waiting; try again soon");
-        else if (status == STATUS_UNAVAILABLE)
-            error_set(&c->err, status, "the server is shutting down");
         if (status)
             end_early(c, status);
     }

@@ -19,6 +19,7 @@
 #include "proto/status.h"
 
 struct engine_thread; /* server/engine_thread.h */
+struct storage_keep;  /* storage/storage.h */
 struct job;           /* a handle; struct job_generate or job_append inside engine_thread.c */
 
 enum event_kind {
@@ -83,6 +84,12 @@ struct job_generate {
     uint32_t stop_count;
     bool echo_logprobs;
     bool retrieval;
+    bool has_at; /* the memory must stand at `at`, in tokens, else STATUS_CONFLICT before anything */
+    uint64_t at;
+    bool settles;                    /* the memory is ephemeral, and lasts from this turn on */
+    const struct storage_keep *keep; /* commit with the turn; NULL: nothing. Borrowed, with all that
+                                        it points to, until EVENT_DONE */
+    bool waits; /* the commit waits behind EVENT_FINISHED for job_go_on, for `keep` to be filled */
     bool has_receipt; /* commit, with the turn, what was answered: `receipt_head`, malloced, taken,
                          "FINISH PROMPT CACHED COMPLETION\\n" and the text */
     unsigned char receipt[LIMITS_RECEIPT_NAME_BYTES];
@@ -119,6 +126,9 @@ STATUS_CHECKED enum status job_submit_append(struct engine_thread *engine_thread
  * before EVENT_DONE. */
 void job_append_block(struct job *job, int32_t *tokens, size_t token_count, uint64_t text_bytes,
                       bool last);
+/* What the job's commit waited for is there. Loop thread, once, between EVENT_FINISHED and
+ * EVENT_DONE of a job that `waits`. */
+void job_go_on(struct job *job);
 /* Asks for an early end: EVENT_DONE with STATUS_CANCELLED follows, unless it was already over.
  * The memory stays at its last commit. Loop thread, any number of times before EVENT_DONE. */
 void job_cancel(struct job *job);

@@ -40,6 +40,11 @@ static enum status open_ephemeral(struct job *job, struct sequence *s, struct er
     if (status)
         return error_set(err, status, "%s", status_text(status));
     s->branch = record.branch;
+    if (job->generate.has_at && record.token_count != job->generate.at) {
+        storage_memory_close(&record);
+        return error_set(err, STATUS_CONFLICT, "memory %s went on in another request",
+                         job->generate.memory);
+    }
     const struct live_memory *live =
         job->generate.memory[0] ? live_memory_find(thread, job->generate.memory) : NULL;
     uint64_t position;
@@ -161,6 +166,11 @@ void job_generate_start(struct job *job)
         job_fail(job, status, "%s", err.message);
         return;
     }
+    if (g->has_at && memory->position != g->at) {
+        live_memory_release(job->thread, memory);
+        job_fail(job, STATUS_CONFLICT, "memory %s went on in another request", g->memory);
+        return;
+    }
     job->memory = memory;
     job->start_text_bytes = memory->text_bytes;
     job->sequences[0].session = memory->session;
@@ -233,7 +243,9 @@ static enum status queue_commit(struct job *job, const char *id,
                                              .token_count = count,
                                              .text_bytes = text_bytes,
                                              .snapshot = snapshot,
-                                             .snapshot_bytes = size};
+                                             .snapshot_bytes = size,
+                                             .keep = g->keep,
+                                             .settles = g->settles};
         status = storage_commit(job->thread->storage, &write, reply_done_cb, reply);
         buf_close(&answer);
     }
@@ -251,6 +263,8 @@ static void finish_turn(struct job *job)
         finish_ok(job);
         return;
     }
+    if (job->generate.waits && !atomic_load(&job->may_commit))
+        return; /* the loop writes what is kept with the turn; build comes by again */
     struct reply *reply = reply_create(job->thread, turn_committed, job);
     enum status status = STATUS_NO_MEMORY;
     if (reply)
