@@ -17,6 +17,7 @@
 #include "engine/engine.h"
 #include "proto/base/assert.h"
 #include "proto/base/hash.h"
+#include "server/load.h"
 
 #define MANY 8          /* sequences decoded together */
 #define DECODE_STEPS 64 /* of one measurement: a chunk's worth, so that its encoding is in it */
@@ -511,7 +512,8 @@ static int usage(void)
         "  8 at once the same of eight sequences with pasts of their own; gain: over one\n"
         "  over      time over the floor's time, measured before and after in each round\n"
         "  memory    bytes a token of the past: landmarks, and pages when all are resident\n\n"
-        "Figures are medians over the rounds.\n");
+        "Figures are medians over the rounds.\n\n"
+        "rambad bench --url URL measures a running server; see rambad bench --url --help.\n");
     return 0;
 }
 
@@ -579,6 +581,9 @@ int bench_main(int argc, char **argv)
 {
     const char *model = "engine/models/ramba-6m", *lengths = "4096,16384,65536,262144,1048576";
     const char *csv = NULL;
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], "--url") == 0)
+            return load_main(argc, argv);
     unsigned long threads = (unsigned long)sysconf(_SC_NPROCESSORS_ONLN), rounds = 5;
     for (int i = 1; i < argc; i += 2) {
         if (i + 1 == argc || strcmp(argv[i], "--help") == 0)

@@ -26,6 +26,7 @@ enum conn_state { CONN_HEAD, CONN_BODY, CONN_HANDLING, CONN_LINGERING, CONN_CLOS
 
 struct conn {
     struct list node;
+    struct list unsent_node; /* in the server's list while `out` holds something */
     struct server *server;
     uv_tcp_t tcp;
     uv_timer_t timer;
@@ -43,6 +44,7 @@ struct conn {
     bool ended;    /* the client has sent its last */
     bool shutting; /* we have */
     int handles;
+    uint64_t deadline_ms; /* of the loop's clock: when the timer's time has come */
 };
 
 struct write {
@@ -66,6 +68,7 @@ static void free_if_over(struct conn *conn)
         return;
     receipt_end(&conn->request);
     list_remove(&conn->node);
+    list_remove(&conn->unsent_node);
     conn->server->connection_count--;
     buf_close(&conn->request.body);
     http_parser_destroy(conn->parser);
@@ -176,6 +179,7 @@ static void written(uv_write_t *uv, int status)
 
 static void flush(struct conn *conn)
 {
+    list_remove(&conn->unsent_node);
     if (conn->state == CONN_CLOSING || !conn->out.size)
         return;
     uv_buf_t part = uv_buf_init(conn->out.data, (unsigned)conn->out.size);
@@ -202,21 +206,31 @@ static void flush(struct conn *conn)
     drained(conn);
 }
 
+/* What is to be written: added to `out`, it leaves at the end of this turn of the loop. */
+static struct buf *output(struct conn *conn)
+{
+    if (list_empty(&conn->unsent_node))
+        list_push_back(&conn->server->unsent, &conn->unsent_node);
+    return &conn->out;
+}
+
 void conn_flush_all(struct server *server)
 {
-    LIST_EACH_SAFE(node, &server->connections)
-    {
-        flush(LIST_ENTRY(node, struct conn, node));
-    }
+    while (!list_empty(&server->unsent))
+        flush(LIST_ENTRY(server->unsent.next, struct conn, unsent_node));
 }
 
 /* ---- time ---- */
 
 static void timer_cb(uv_timer_t *timer);
 
+/* Every request moves the deadline several times, mostly away: the timer itself is set anew only
+ * when it would be late. When it comes early, it goes on to the deadline. */
 static void arm(struct conn *conn, uint64_t ms)
 {
-    if (conn->state != CONN_CLOSING)
+    conn->deadline_ms = uv_now(conn->server->loop) + ms;
+    if (conn->state != CONN_CLOSING &&
+        (!uv_is_active((uv_handle_t *)&conn->timer) || uv_timer_get_due_in(&conn->timer) > ms))
         uv_timer_start(&conn->timer, timer_cb, ms, 0);
 }
 
@@ -261,6 +275,10 @@ static void timer_cb(uv_timer_t *timer)
     struct conn *conn = timer->data;
     const struct config *config = conn->server->config;
     struct error err;
+    if (uv_now(conn->server->loop) < conn->deadline_ms) {
+        arm(conn, conn->deadline_ms - uv_now(conn->server->loop));
+        return;
+    }
     switch (conn->state) {
     case CONN_HEAD:
         if (takes_output(conn)) {
@@ -492,7 +510,7 @@ static enum status head_cb(void *context, const struct http_head *head)
     if (r->handler->begin_cb)
         r->handler->begin_cb(r);
     if (head->expect_continue && !r->answered)
-        buf_append_text(&conn->out, "HTTP/1.1 100 Continue\r\n\r\n");
+        buf_append_text(output(conn), "HTTP/1.1 100 Continue\r\n\r\n");
     return STATUS_OK;
 }
 
@@ -639,11 +657,11 @@ static void append_head(struct request *request, int http_status, const char *ty
      * beside the body. */
     if (conn->state == CONN_BODY && !request->streaming)
         conn->close_after = true;
-    buf_append_format(&conn->out, "HTTP/1.1 %d %s\r\ncontent-type: %s\r\nx-request-id: %s\r\n",
+    buf_append_format(output(conn), "HTTP/1.1 %d %s\r\ncontent-type: %s\r\nx-request-id: %s\r\n",
                       http_status, reason(http_status), type, request->id);
     if (conn->close_after || conn->server->draining ||
         (request->head_complete && !request->head->keep_alive))
-        buf_append_text(&conn->out, "connection: close\r\n");
+        buf_append_text(output(conn), "connection: close\r\n");
     request->answered = true;
     request->http_status = http_status;
 }
@@ -668,9 +686,9 @@ static void answer(struct request *request, int http_status, const char *type, c
         return;
     ASSERT(!request->answered);
     append_head(request, http_status, type);
-    buf_append_format(&request->conn->out, "%scontent-length: %zu\r\n\r\n", headers, size);
+    buf_append_format(output(request->conn), "%scontent-length: %zu\r\n\r\n", headers, size);
     if (size && !(request->head_complete && strcmp(request->head->method, "HEAD") == 0))
-        buf_append(&request->conn->out, body, size);
+        buf_append(output(request->conn), body, size);
     completed(request);
 }
 
@@ -724,7 +742,7 @@ void request_stream_begin(struct request *request)
     request->chunked = !request->head->http_1_0;
     request->conn->close_after |= !request->chunked;
     append_head(request, 200, "text/event-stream");
-    buf_append_format(&request->conn->out, "cache-control: no-cache\r\n%s\r\n",
+    buf_append_format(output(request->conn), "cache-control: no-cache\r\n%s\r\n",
                       request->chunked ? "transfer-encoding: chunked\r\n" : "");
 }
 
@@ -736,7 +754,7 @@ void request_download_begin(struct request *request, const char *name)
     request->chunked = !request->head->http_1_0;
     request->conn->close_after |= !request->chunked;
     append_head(request, 200, "application/octet-stream");
-    buf_append_format(&request->conn->out,
+    buf_append_format(output(request->conn),
                       "content-disposition: attachment; filename=\"%s\"\r\n%s\r\n", name,
                       request->chunked ? "transfer-encoding: chunked\r\n" : "");
 }
@@ -754,10 +772,10 @@ void request_stream_write(struct request *request, const char *data, size_t size
         return;
     const size_t unsent = conn->out.size + conn->writing;
     if (request->chunked)
-        buf_append_format(&conn->out, "%zx\r\n", size);
-    buf_append(&conn->out, data, size);
+        buf_append_format(output(conn), "%zx\r\n", size);
+    buf_append(output(conn), data, size);
     if (request->chunked)
-        buf_append_text(&conn->out, "\r\n");
+        buf_append_text(output(conn), "\r\n");
     if (size > conn->largest_write) /* an echoed prompt may be longer than the limit by itself */
         conn->largest_write = size;
     if (unsent > LIMITS_OUTPUT_BYTES + conn->largest_write) {
@@ -771,7 +789,7 @@ void request_stream_end(struct request *request)
     if (request->gone)
         return;
     if (request->chunked)
-        buf_append_text(&request->conn->out, "0\r\n\r\n");
+        buf_append_text(output(request->conn), "0\r\n\r\n");
     completed(request);
 }
 
@@ -822,6 +840,7 @@ void conn_accept(struct server *server)
     conn->server = server;
     reset_request(conn);
     list_push_back(&server->connections, &conn->node);
+    list_init(&conn->unsent_node);
     server->connection_count++;
     ASSERT(!uv_tcp_init(server->loop, &conn->tcp));
     ASSERT(!uv_timer_init(server->loop, &conn->timer));

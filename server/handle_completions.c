@@ -100,25 +100,23 @@ static void destroy(struct completion *c)
 
 static void send_event(struct completion *c, const struct buf *json)
 {
-    struct buf event;
+    struct buf *event = &c->server->event;
     if (c->gone)
         return;
-    buf_init(&event);
-    answer_json_event(&event, json);
+    event->size = 0;
+    answer_json_event(event, json);
     if (!c->request->streaming)
         request_stream_begin(c->request);
-    request_stream_write(c->request, event.data, event.size);
-    buf_close(&event);
+    request_stream_write(c->request, event->data, event->size);
 }
 
 static void send_chunk(struct completion *c, const struct answer_choice *choice)
 {
-    struct buf json;
+    struct buf *json = &c->server->json;
     const struct answer_head head = head_of(c);
-    buf_init(&json);
-    answer_json_chunk(&json, &head, choice, c->asked.include_usage);
-    send_event(c, &json);
-    buf_close(&json);
+    json->size = 0;
+    answer_json_chunk(json, &head, choice, c->asked.include_usage);
+    send_event(c, json);
 }
 
 /* ---- retrieval ---- */

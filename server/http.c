@@ -113,9 +113,9 @@ static int on_value(llhttp_t *llhttp, const char *at, size_t size)
 static int on_value_complete(llhttp_t *llhttp)
 {
     struct http_parser *p = llhttp->data;
-    const char *name = buf_text(&p->field);
     for (int i = 0; i < KEPT_COUNT; i++)
-        if (strcasecmp(name, kept_names[i]) == 0) {
+        if (p->field.size == strlen(kept_names[i]) &&
+            strncasecmp(p->field.data, kept_names[i], p->field.size) == 0) {
             p->kept[i].size = 0;
             if (p->value.size)
                 buf_append(&p->kept[i], p->value.data, p->value.size);

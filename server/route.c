@@ -33,17 +33,17 @@ static const struct {
 /* Whether `path` has the shape of `pattern`; the id goes to `argument`. */
 static bool match(const char *pattern, const char *path, char argument[LIMITS_ID_BYTES])
 {
-    const char *hole = strstr(pattern, "{}");
     argument[0] = 0;
-    if (!hole)
-        return strcmp(pattern, path) == 0;
-    const size_t before = (size_t)(hole - pattern);
-    if (strncmp(pattern, path, before) != 0)
+    for (; *pattern != '{'; pattern++, path++) {
+        if (*pattern != *path)
+            return false;
+        if (!*pattern)
+            return true;
+    }
+    const size_t size = strcspn(path, "/");
+    if (!size || size >= LIMITS_ID_BYTES || strcmp(path + size, pattern + 2) != 0)
         return false;
-    const size_t size = strcspn(path + before, "/");
-    if (!size || size >= LIMITS_ID_BYTES || strcmp(path + before + size, hole + 2) != 0)
-        return false;
-    memcpy(argument, path + before, size);
+    memcpy(argument, path, size);
     argument[size] = 0;
     return true;
 }

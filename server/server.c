@@ -10,6 +10,7 @@
 #include "proto/base/log.h"
 #include "server/conn.h"
 
+#define ID_RANDOM_BYTES 12
 #define CUTOFF_MS 2000 /* behind the last answer, for a client to take it */
 
 static void connection_cb(uv_stream_t *stream, int status)
@@ -36,6 +37,9 @@ enum status server_listen(struct server *server, int *port, struct error *err)
     struct sockaddr_storage address;
     const char *host = server->config->host;
     list_init(&server->connections);
+    list_init(&server->unsent);
+    buf_init(&server->json);
+    buf_init(&server->event);
     list_init(&server->receipts);
     metrics_init(&server->metrics);
     server->started_at = (int64_t)time(NULL);
@@ -87,13 +91,24 @@ void server_close(struct server *server)
     conn_close_all(server);
     uv_close((uv_handle_t *)&server->flush, NULL);
     uv_close((uv_handle_t *)&server->cutoff, NULL);
+    buf_close(&server->json);
+    buf_close(&server->event);
 }
 
 void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES])
 {
-    uint64_t words[2];
-    ASSERT(getrandom(words, sizeof words, 0) == sizeof words);
-    server->request_count++;
-    snprintf(out, LIMITS_ID_BYTES, "%s%016llx%08x", prefix, (unsigned long long)words[0],
-             (unsigned)words[1]);
+    static const char digits[] = "0123456789abcdef";
+    if (server->random_left < ID_RANDOM_BYTES) { /* a system call for many */
+        ASSERT(getrandom(server->random, sizeof server->random, 0) == sizeof server->random);
+        server->random_left = sizeof server->random;
+    }
+    size_t size = strlen(prefix);
+    memcpy(out, prefix, size);
+    ASSERT(size + 2 * ID_RANDOM_BYTES < LIMITS_ID_BYTES);
+    for (int i = 0; i < ID_RANDOM_BYTES; i++) {
+        const unsigned char byte = server->random[--server->random_left];
+        out[size++] = digits[byte >> 4];
+        out[size++] = digits[byte & 15];
+    }
+    out[size] = 0;
 }

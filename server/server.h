@@ -27,12 +27,15 @@ struct server {
     uv_prepare_t flush; /* one write per connection and turn of the loop */
     uv_timer_t cutoff;  /* of clients that do not take their answers while we drain */
     struct list connections;
+    struct list unsent; /* of them, those with something to write */
     size_t connection_count;
     struct list receipts; /* requests under way that have an Idempotency-Key */
+    struct buf json, event; /* a stream's next part, so that a token allocates nothing here */
     bool draining, engine_drained;
     void (*drained_cb)(void *context);
     void *drained_context;
-    uint64_t request_count;
+    unsigned char random[768]; /* for ids; its first random_left bytes are unused */
+    size_t random_left;
     int64_t started_at; /* seconds since 1970 */
 };
 

@@ -52,11 +52,14 @@ void buf_append_format(struct buf *buf, const char *format, ...)
     va_list args, again;
     va_start(args, format);
     va_copy(again, args);
-    int length = vsnprintf(NULL, 0, format, args);
+    const size_t room = buf->capacity - buf->size; /* mostly enough: then once is all */
+    const int length = vsnprintf(room ? buf->data + buf->size : NULL, room, format, args);
     va_end(args);
     ASSERT(length >= 0);
-    buf_reserve(buf, (size_t)length + 1);
-    vsnprintf(buf->data + buf->size, (size_t)length + 1, format, again);
+    if ((size_t)length >= room) {
+        buf_reserve(buf, (size_t)length + 1);
+        vsnprintf(buf->data + buf->size, (size_t)length + 1, format, again);
+    }
     va_end(again);
     buf->size += (size_t)length;
 }
