@@ -60,6 +60,9 @@
 #define LIMITS_LINGER_MS 50                /* a chunk waits so long for others, or for its commit */
 #define LIMITS_LINEAGE 4096                /* forks of forks along one memory */
 #define LIMITS_KEEP_SNAPSHOTS 4            /* of a memory's last turns; MiBs each */
+#define LIMITS_PREFIX_SNAPSHOTS 16         /* of a conversation without a memory; it can be edited
+                                              so far back */
+#define LIMITS_PREFIX_TOKENS 64            /* fewer are read again sooner than they are found */
 #define LIMITS_RECEIPT_NAME_BYTES 32       /* a SHA-256 */
 #define LIMITS_RECEIPT_S 86400             /* an Idempotency-Key is known so long */
 #define LIMITS_RECEIPT_KEY_BYTES 255       /* of an Idempotency-Key */

@@ -14,7 +14,7 @@ struct config {
     uint64_t port, threads, running, queue, connections;
     uint64_t drain_timeout, header_timeout, body_timeout, idle_timeout; /* seconds */
     uint64_t host_memory, device_memory, session_memory, map_size;      /* bytes */
-    uint64_t keep_snapshots;
+    uint64_t keep_snapshots, prefix_cache;
     uint64_t insecure; /* a switch */
 };
 

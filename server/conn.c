@@ -610,6 +610,8 @@ const char *request_tenant(const struct request *request)
 bool request_may_use(const struct request *request, const char *id)
 {
     struct storage_memory memory;
+    if (storage_is_prefix(id))
+        return false;
     if (!request->key[0])
         return true;
     if (storage_memory_get(request->server->storage, id, &memory))

@@ -486,6 +486,8 @@ static void publish_stats(struct engine_thread *thread)
 {
     struct engine_thread_stats *s = &thread->counted;
     engine_get_stats(thread->engine, &s->engine);
+    s->prefix_entries = thread->prefix ? prefix_entries(thread->prefix) : 0;
+    s->prefix_bytes = thread->prefix ? prefix_bytes(thread->prefix) : 0;
     s->running = s->waiting = s->waiting_tokens = 0;
     s->sessions_idle = s->sessions_idle_bytes = 0;
     LIST_EACH(node, &thread->running)
@@ -622,11 +624,13 @@ static void *thread_main(void *context)
         check_cancelled(&thread->running);
         admit(thread);
         const bool moved = step(thread);
+        job_prefix_sweep(thread);
         publish_stats(thread);
         if (!moved)
             wait(thread);
     }
     live_memory_drop_all(thread);
+    job_prefix_close_all(thread);
     return NULL;
 }
 
@@ -664,6 +668,9 @@ enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_optio
     struct chunk_io io;
     session_store_io(thread->store, &io);
     engine_set_io(thread->engine, &io);
+    status = job_prefix_open(thread, err);
+    if (status)
+        goto failed;
     ASSERT(!uv_async_init(loop, &thread->async, async_cb));
     ASSERT(!uv_timer_init(loop, &thread->deadline));
     thread->async.data = thread->deadline.data = thread;
@@ -674,6 +681,7 @@ enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_optio
     *out = thread;
     return STATUS_OK;
 failed:
+    job_prefix_close_all(thread);
     if (thread->store)
         session_store_destroy(thread->store);
     free(thread);

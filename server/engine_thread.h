@@ -17,6 +17,7 @@ struct engine_thread_options {
     uint32_t running_max;    /* sequences stepped together; 0: LIMITS_RUNNING */
     uint32_t queue_max;      /* jobs waiting; 0: LIMITS_QUEUE_REQUESTS */
     size_t session_bytes;    /* budget of idle sessions kept in RAM between turns */
+    uint64_t prefix_bytes;   /* of disk for what requests without a memory said; 0: not kept */
 };
 
 STATUS_CHECKED enum status engine_thread_open(uv_loop_t *loop,
@@ -47,7 +48,9 @@ struct engine_thread_stats {
     uint64_t running, waiting, waiting_tokens;
     uint64_t sessions_idle, sessions_idle_bytes;
     uint64_t resumes_ram, resumes_disk, resumes_empty;
-    uint64_t steps, step_rows;
+    uint64_t prefix_hits, prefix_misses, prefix_tokens; /* tokens: that hits saved */
+    uint64_t prefix_evictions, prefix_entries, prefix_bytes;
+    uint64_t steps, step_rows, prefill_tokens;
     uint64_t step_ns;
 };
 void engine_thread_get_stats(const struct engine_thread *engine_thread,

@@ -15,6 +15,7 @@
 #include "proto/base/list.h"
 #include "server/engine_thread.h"
 #include "server/job.h"
+#include "server/prefix.h"
 #include "server/session_store.h"
 
 /* An answer of storage on its way from the writer thread. handle_cb runs on the engine's thread
@@ -93,12 +94,17 @@ struct job {
     enum job_state state;
     enum status status; /* why it ends */
     struct error err;
-    struct live_memory *memory; /* written by this job */
-    struct sequence *sequences; /* [generate.choices]; [0] prefills */
-    uint32_t sequence_count;    /* those with a session */
-    uint32_t pending;           /* storage answers that the present state waits for */
-    size_t prompt_done;         /* tokens of the prompt or of the block under way */
-    uint64_t cached, added;     /* tokens there before; prefilled by this job */
+    struct live_memory *memory;       /* written by this job */
+    struct prefix_entry *prefix;      /* its entry, where it is one; see job_prefix.c */
+    struct prefix_entry *prefix_from; /* to branch off from, until that is done */
+    struct prefix_entry *prefix_wait; /* a commit of it is waited for */
+    uint64_t prefix_border;           /* worth a snapshot on the way; 0: none is */
+    uint64_t resumed;                 /* tokens of the prompt that need not be read */
+    struct sequence *sequences;       /* [generate.choices]; [0] prefills */
+    uint32_t sequence_count;          /* those with a session */
+    uint32_t pending;                 /* storage answers that the present state waits for */
+    size_t prompt_done;               /* tokens of the prompt or of the block under way */
+    uint64_t cached, added;           /* tokens there before; prefilled by this job */
     uint32_t completion_tokens;
     uint64_t start_text_bytes;
     struct append_block *block; /* under way */
@@ -134,6 +140,8 @@ struct engine_thread {
     struct engine *engine;
     struct storage *storage;
     struct session_store *store;
+    struct prefix *prefix; /* the engine's thread's; NULL: nothing is kept */
+    size_t prefix_room;    /* storage_append_room of an idle writer */
     struct engine_thread_options options;
     pthread_t thread;
 
@@ -206,11 +214,48 @@ void live_memory_drop_all(struct engine_thread *thread);
 STATUS_CHECKED enum status live_memory_load(struct engine_thread *thread, const char *id,
                                             uint64_t *position, struct engine_session **out,
                                             struct error *err);
-void live_memory_new_id(char id[LIMITS_ID_BYTES]);
+/* `prefix` and 24 hexadecimal digits. */
+void live_memory_new_id(const char *prefix, char id[LIMITS_ID_BYTES]);
 /* Deletes an ephemeral memory, when storage gets to it. */
 void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id, uint64_t branch);
 
+/* ---- job_prefix.c: requests that name no memory ---- */
+
+/* Reads the index from storage. */
+STATUS_CHECKED enum status job_prefix_open(struct engine_thread *thread, struct error *err);
+void job_prefix_close_all(struct engine_thread *thread);
+/* Finds what the job goes on from. True: it will be on its way by itself; false: it is to make an
+ * ephemeral memory of its own, from job->prefix_from at `*at` where that is set. */
+bool job_prefix_start(struct job *job, uint64_t *at);
+/* The job's session stands at `position` of memory `id`: whether the prompt begins like that. It
+ * need not be read so far, then. Else a memory that is only the job's shall be made. */
+bool job_prefix_take(struct job *job, const char *id, const struct engine_session *session);
+/* Rows of the prompt's next slice, at most `n`: it ends where a snapshot is wanted. */
+uint32_t job_prefix_slice(const struct job *job, uint32_t n);
+/* More of the prompt, all of it, all that was to be said: leaves snapshots. */
+void job_prefix_moved(struct job *job);
+void job_prefix_prompt_done(struct job *job);
+void job_prefix_finish(struct job *job);
+/* The job is over. */
+void job_prefix_close(struct job *job);
+/* Deletes what is too much. */
+void job_prefix_sweep(struct engine_thread *thread);
+
 /* ---- job_generate.c, job_append.c ---- */
+
+/* Opens what the job writes to or goes on from: in job_generate_start, and when that had to wait
+ * for a commit. */
+void job_generate_open(struct job *job);
+/* A memory that is only the job's, and empty. */
+void job_generate_open_empty(struct job *job);
+/* The session is there: on with the prompt. */
+void job_generate_begin(struct job *job);
+/* Of the prompt and what was kept of the answer. */
+int32_t job_generate_token(const struct job *job, size_t index);
+/* Queues a commit of those tokens and the session's snapshot to memory `id`. */
+STATUS_CHECKED enum status job_generate_commit(struct job *job, const char *id,
+                                               const struct engine_session *session, size_t from,
+                                               size_t to, uint64_t text_bytes, struct reply *reply);
 
 /* Each runs at admission. */
 void job_generate_start(struct job *job);

@@ -34,7 +34,7 @@ struct part { /* one prompt */
     int32_t *prompt; /* a copy for echo and passages: the job takes the tokens */
     size_t prompt_count;
     size_t text_bytes;
-    uint64_t cached;
+    uint64_t cached; /* tokens of its memory, before the prompt */
     struct choice *choices; /* [best_of] */
     uint64_t *seen;         /* chunks whose text was sent */
     size_t seen_count, seen_capacity;
@@ -459,7 +459,7 @@ static void event_cb(void *context, const struct event *event)
     struct completion *c = part->completion;
     switch (event->kind) {
     case EVENT_STARTED:
-        part->cached = event->cached_tokens;
+        part->cached = event->cached_tokens - event->resumed_tokens;
         c->usage.prompt_tokens += event->prompt_tokens + event->cached_tokens;
         c->usage.cached_tokens += event->cached_tokens;
         begin_stream(c);
@@ -576,6 +576,7 @@ static enum status submit(struct completion *c, struct part *part)
                              .retrieval = r->retrieval};
     memcpy(g.request_id, c->request->id, sizeof g.request_id);
     memcpy(g.memory, r->memory, sizeof g.memory);
+    memcpy(g.tenant, c->request->key, sizeof g.tenant);
     if (c->once)
         set_receipt(c, &g);
     generate_fill(&g, r);

@@ -38,6 +38,7 @@ struct event {
     enum event_kind kind;
     /* STARTED, PROGRESS, DONE */
     uint64_t prompt_tokens, cached_tokens, completion_tokens;
+    uint64_t resumed_tokens; /* STARTED: of the cached ones, those that the request had sent */
     uint64_t tokens_done, tokens_total; /* of this job's prefill; total 0: not known (append) */
     uint64_t position;                  /* of the memory: committed position, in tokens */
     uint64_t text_bytes;                /* of the memory: committed bytes of text */
@@ -69,7 +70,8 @@ typedef void (*job_event_cb)(void *context, const struct event *event);
 
 struct job_generate {
     char request_id[LIMITS_ID_BYTES];
-    char memory[LIMITS_ID_BYTES]; /* "": none; starts from nothing and leaves nothing */
+    char memory[LIMITS_ID_BYTES]; /* "": none; leaves nothing but a prefix for the tenant's next */
+    char tenant[LIMITS_ID_BYTES]; /* whose request it is; "": nobody's in particular */
     bool memory_write;            /* commit prompt and completion, every generated token of it, to
                                      `memory`; choices must be 1 */
     int32_t *tokens;              /* malloced, taken; may be empty when the memory has logits */

@@ -228,6 +228,7 @@ void job_append_result(struct job *job, const struct engine_step_item *item)
 {
     job->prompt_done += item->token_count;
     job->added += item->token_count;
+    job->thread->counted.prefill_tokens += item->token_count;
     if (job->prompt_done < job->block->token_count)
         return;
     end_block(job);

@@ -14,7 +14,7 @@ static const struct tokenizer *tokenizer_of(const struct job *job)
 
 /* ---- opening ---- */
 
-static void start_prefill(struct job *job)
+void job_generate_begin(struct job *job)
 {
     struct sequence *first = &job->sequences[0];
     job->cached = engine_session_position(first->session);
@@ -25,8 +25,9 @@ static void start_prefill(struct job *job)
     }
     job->state = JOB_PREFILL;
     const struct event event = {.kind = EVENT_STARTED,
-                                .prompt_tokens = job->generate.token_count,
+                                .prompt_tokens = job->generate.token_count - job->resumed,
                                 .cached_tokens = job->cached,
+                                .resumed_tokens = job->resumed,
                                 .tokens_total = job->generate.token_count};
     job_post(job, &event);
 }
@@ -77,14 +78,22 @@ static void ephemeral_made(struct reply *reply, enum status status)
         return; /* cancelled meanwhile */
     struct error err = {0};
     status = open_ephemeral(job, s, &err);
-    if (status)
+    if (job->prefix_from && (status || !job_prefix_take(job, s->id, s->session))) {
+        if (s->session)
+            engine_session_destroy(s->session);
+        s->session = NULL;
+        live_memory_delete_ephemeral(job->thread, s->id, s->branch);
+        job_generate_open_empty(job);
+    } else if (status) {
         job_fail(job, status, "%s", err.message);
-    else
-        start_prefill(job);
+    } else {
+        job_generate_begin(job);
+    }
 }
 
-/* Asks storage for an ephemeral memory under s->id, empty or a fork of `from`. */
-static void make_ephemeral(struct job *job, struct sequence *s, const char *from,
+/* Asks storage for an ephemeral memory under s->id, empty or a fork of `from` at `at` (0: as it
+ * stands). */
+static void make_ephemeral(struct job *job, struct sequence *s, const char *from, uint64_t at,
                            void (*made_cb)(struct reply *reply, enum status status))
 {
     struct reply *reply = reply_create(job->thread, made_cb, job);
@@ -92,8 +101,9 @@ static void make_ephemeral(struct job *job, struct sequence *s, const char *from
         job_fail(job, STATUS_NO_MEMORY, "out of memory");
         return;
     }
-    live_memory_new_id(s->id);
-    const struct storage_memory_options options = {.id = s->id, .from = from, .ephemeral = true};
+    live_memory_new_id("ephemeral_", s->id);
+    const struct storage_memory_options options = {
+        .id = s->id, .from = from, .at = at, .ephemeral = true};
     const enum status status =
         storage_memory_create(job->thread->storage, &options, reply_done_cb, reply);
     if (status) {
@@ -103,6 +113,11 @@ static void make_ephemeral(struct job *job, struct sequence *s, const char *from
         return;
     }
     job->pending++;
+}
+
+void job_generate_open_empty(struct job *job)
+{
+    make_ephemeral(job, &job->sequences[0], NULL, 0, ephemeral_made);
 }
 
 static enum status init_sequence(struct job *job, uint32_t index)
@@ -155,13 +170,25 @@ void job_generate_start(struct job *job)
         job_fail(job, status, "%s", status_text(status));
         return;
     }
+    job_generate_open(job);
+}
+
+void job_generate_open(struct job *job)
+{
+    const struct job_generate *g = &job->generate;
     if (!g->memory_write) {
-        make_ephemeral(job, &job->sequences[0], g->memory[0] ? g->memory : NULL, ephemeral_made);
+        uint64_t at = 0;
+        const char *from = g->memory[0] ? g->memory : NULL;
+        if (job_prefix_start(job, &at))
+            return;
+        if (job->prefix_from)
+            from = job->prefix_from->id;
+        make_ephemeral(job, &job->sequences[0], from, at, ephemeral_made);
         return;
     }
     struct error err = {0};
     struct live_memory *memory;
-    status = live_memory_open(job->thread, g->memory, job, &memory, &err);
+    const enum status status = live_memory_open(job->thread, g->memory, job, &memory, &err);
     if (status) {
         job_fail(job, status, "%s", err.message);
         return;
@@ -174,7 +201,7 @@ void job_generate_start(struct job *job)
     job->memory = memory;
     job->start_text_bytes = memory->text_bytes;
     job->sequences[0].session = memory->session;
-    start_prefill(job);
+    job_generate_begin(job);
 }
 
 /* ---- the end: commit, or just be done ---- */
@@ -214,23 +241,25 @@ static void make_receipt(const struct job *job, struct storage_receipt *receipt,
     receipt->size = answer->size;
 }
 
-/* Queues the commit of `tokens` (prompt and what was generated) to memory `id`. */
-static enum status queue_commit(struct job *job, const char *id,
-                                const struct engine_session *session, uint64_t text_bytes,
-                                struct reply *reply)
+int32_t job_generate_token(const struct job *job, size_t index)
+{
+    const struct job_generate *g = &job->generate;
+    return index < g->token_count ? g->tokens[index] : job->written[index - g->token_count];
+}
+
+enum status job_generate_commit(struct job *job, const char *id,
+                                const struct engine_session *session, size_t from, size_t to,
+                                uint64_t text_bytes, struct reply *reply)
 {
     const struct job_generate *g = &job->generate;
     const size_t size = engine_session_snapshot_bytes(session);
-    const size_t count = g->token_count + job->written_count;
     void *snapshot = malloc(size);
-    int32_t *tokens = malloc((count ? count : 1) * sizeof *tokens);
+    int32_t *tokens = malloc((to - from + 1) * sizeof *tokens);
     enum status status = STATUS_NO_MEMORY;
     if (snapshot && tokens) {
         engine_session_snapshot(session, snapshot);
-        if (g->token_count)
-            memcpy(tokens, g->tokens, g->token_count * sizeof *tokens);
-        if (job->written_count)
-            memcpy(tokens + g->token_count, job->written, job->written_count * sizeof *tokens);
+        for (size_t i = from; i < to; i++)
+            tokens[i - from] = job_generate_token(job, i);
         struct storage_receipt receipt;
         struct buf answer;
         buf_init(&answer);
@@ -240,7 +269,7 @@ static enum status queue_commit(struct job *job, const char *id,
                                              .receipt = g->has_receipt ? &receipt : NULL,
                                              .position = engine_session_position(session),
                                              .tokens = tokens,
-                                             .token_count = count,
+                                             .token_count = to - from,
                                              .text_bytes = text_bytes,
                                              .snapshot = snapshot,
                                              .snapshot_bytes = size,
@@ -259,7 +288,9 @@ static void finish_turn(struct job *job)
 {
     if (!job->decoded_ns)
         job->decoded_ns = engine_thread_now_ns();
-    if (!job->memory || !(job->generate.token_count + job->written_count)) {
+    if (job->prefix)
+        job_prefix_finish(job);
+    if (!job->memory || job->prefix || !(job->generate.token_count + job->written_count)) {
         finish_ok(job);
         return;
     }
@@ -268,8 +299,9 @@ static void finish_turn(struct job *job)
     struct reply *reply = reply_create(job->thread, turn_committed, job);
     enum status status = STATUS_NO_MEMORY;
     if (reply)
-        status = queue_commit(
-            job, job->memory->id, job->memory->session,
+        status = job_generate_commit(
+            job, job->memory->id, job->memory->session, 0,
+            job->generate.token_count + job->written_count,
             job->start_text_bytes + job->generate.text_bytes + job->written_text_bytes, reply);
     if (!status) {
         job->state = JOB_COMMITTING;
@@ -366,7 +398,7 @@ static void take_token(struct job *job, struct sequence *s, const struct sampler
                                    .stop_index = hit ? 0 : -1,
                                    .cumulative_logprob = s->logprob_sum};
     job_post(job, &finished);
-    s->settled = !job->memory; /* a memory also takes in the last token */
+    s->settled = !job->memory || job->prefix; /* a memory also takes in the last token */
 }
 
 static void finish_if_settled(struct job *job)
@@ -418,7 +450,9 @@ static void start_forks(struct job *job)
     struct reply *reply = reply_create(job->thread, fork_step_done, job);
     job->state = JOB_FORKING;
     const enum status status =
-        reply ? queue_commit(job, first->id, first->session, 0, reply) : STATUS_NO_MEMORY;
+        reply ? job_generate_commit(job, first->id, first->session, job->resumed,
+                                    job->generate.token_count, 0, reply)
+              : STATUS_NO_MEMORY;
     if (status) {
         if (reply)
             reply_cancel(reply);
@@ -431,7 +465,7 @@ static void start_forks(struct job *job)
     job->pending++;
     job->sequence_count = job->generate.choices;
     for (uint32_t i = 1; i < job->generate.choices && job->state == JOB_FORKING; i++)
-        make_ephemeral(job, &job->sequences[i], first->id, fork_step_done);
+        make_ephemeral(job, &job->sequences[i], first->id, 0, fork_step_done);
 }
 
 /* ---- prefill ---- */
@@ -441,6 +475,8 @@ static void prompt_done(struct job *job, const struct engine_step_item *item)
 {
     const struct job_generate *g = &job->generate;
     job->prefilled_ns = engine_thread_now_ns();
+    if (job->prefix)
+        job_prefix_prompt_done(job);
     if (job->echo) {
         const struct event event = {.kind = EVENT_ECHO,
                                     .prompt_tokens = g->token_count,
@@ -483,12 +519,14 @@ static void build_prefill(struct job *job, struct step_builder *builder)
             prompt_done(job, &none);
         return;
     }
-    const uint32_t n = left ? step_slice(job->thread, job->cached + job->prompt_done, left) : 0;
+    uint32_t n = left ? step_slice(job->thread, engine_session_position(s->session), left) : 0;
+    n = job_prefix_slice(job, n);
     const bool last = n == left;
     struct engine_step_item item = {.session = s->session,
                                     .tokens = g->tokens + job->prompt_done,
                                     .token_count = n,
-                                    .want_logits = last,
+                                    /* Whoever goes on from a snapshot may have nothing to add. */
+                                    .want_logits = last || job->prefix,
                                     .sampler = last && sampling ? s->sampler : NULL,
                                     .want_picks = last && g->retrieval};
     if (job->echo && n) {
@@ -559,10 +597,13 @@ void job_generate_result(struct job *job, struct sequence *s, const struct engin
         keep_echo(job, item);
         job->prompt_done += item->token_count;
         job->added += item->token_count;
+        job->thread->counted.prefill_tokens += item->token_count;
         if (job->prompt_done == job->generate.token_count) {
             prompt_done(job, item);
             return;
         }
+        if (job->prefix)
+            job_prefix_moved(job);
         const struct event event = {.kind = EVENT_PROGRESS,
                                     .tokens_done = job->prompt_done,
                                     .tokens_total = job->generate.token_count,
@@ -582,7 +623,8 @@ void job_generate_close(struct job *job)
 {
     for (uint32_t i = 0; job->sequences && i < job->generate.choices; i++) {
         struct sequence *s = &job->sequences[i];
-        if (s->session && !job->generate.memory_write) /* else it is the live memory's */
+        if (s->session && !job->generate.memory_write && !job->prefix) /* else it is the live
+                                                                           memory's */
             engine_session_destroy(s->session);
         if (s->id[0])
             live_memory_delete_ephemeral(job->thread, s->id, s->branch);
@@ -594,4 +636,5 @@ void job_generate_close(struct job *job)
     if (job->memory)
         live_memory_release(job->thread, job->memory);
     job->memory = NULL;
+    job_prefix_close(job);
 }

@@ -148,11 +148,11 @@ void live_memory_drop_all(struct engine_thread *thread)
         live_memory_drop(thread, LIST_ENTRY(thread->memories.next, struct live_memory, node));
 }
 
-void live_memory_new_id(char id[LIMITS_ID_BYTES])
+void live_memory_new_id(const char *prefix, char id[LIMITS_ID_BYTES])
 {
     uint64_t words[2]; /* nobody may guess and name it */
     ASSERT(getrandom(words, sizeof words, 0) == sizeof words);
-    snprintf(id, LIMITS_ID_BYTES, "ephemeral_%016llx%08x", (unsigned long long)words[0],
+    snprintf(id, LIMITS_ID_BYTES, "%s%016llx%08x", prefix, (unsigned long long)words[0],
              (unsigned)words[1]);
 }
 

@@ -228,7 +228,8 @@ static int serve(struct process *process)
                                                   .storage = server->storage,
                                                   .running_max = (uint32_t)config->running,
                                                   .queue_max = (uint32_t)config->queue,
-                                                  .session_bytes = config->session_memory};
+                                                  .session_bytes = config->session_memory,
+                                                  .prefix_bytes = config->prefix_cache};
     int port = (int)config->port;
     if (server_listen(server, &port, &err) ||
         engine_thread_open(&process->loop, &options, &server->engine_thread, &err)) {

@@ -77,6 +77,20 @@ static void write_engine(struct buf *out, const struct engine_thread_stats *s)
                       "rambad_resumes_total{tier=\"empty\"} %llu\n",
                       (unsigned long long)s->resumes_ram, (unsigned long long)s->resumes_disk,
                       (unsigned long long)s->resumes_empty);
+    write_one(out, "counter", "prefix_hits_total",
+              "Requests without a memory that went on from an earlier one.",
+              (double)s->prefix_hits);
+    write_one(out, "counter", "prefix_misses_total", "Those that could not.",
+              (double)s->prefix_misses);
+    write_one(out, "counter", "prefix_saved_tokens_total", "Tokens that hits did not read again.",
+              (double)s->prefix_tokens);
+    write_one(out, "counter", "prefix_evictions_total", "Conversations that made room.",
+              (double)s->prefix_evictions);
+    write_one(out, "gauge", "prefix_entries", "Conversations and branches kept.",
+              (double)s->prefix_entries);
+    write_one(out, "gauge", "prefix_bytes", "What they take on disk.", (double)s->prefix_bytes);
+    write_one(out, "counter", "prefill_tokens_total", "Tokens of prompts and appends read.",
+              (double)s->prefill_tokens);
     write_one(out, "counter", "steps_total", "Engine steps.", (double)s->steps);
     write_one(out, "counter", "step_rows_total", "Tokens that went through them.",
               (double)s->step_rows);
@@ -108,9 +122,10 @@ static void write_engine(struct buf *out, const struct engine_thread_stats *s)
               (double)e->device_page_misses);
 }
 
-static void write_storage(struct buf *out, const struct storage_stats *s)
+static void write_storage(struct buf *out, const struct storage_stats *s, uint64_t prefixes)
 {
-    write_one(out, "gauge", "memories", "Memories on disk.", (double)s->memories);
+    write_one(out, "gauge", "memories", "Memories on disk.",
+              s->memories > prefixes ? (double)(s->memories - prefixes) : 0);
     write_one(out, "gauge", "map_used_bytes", "Of the store's file.", (double)s->map_used_bytes);
     write_one(out, "gauge", "map_bytes", "What it may grow to.", (double)s->map_bytes);
     write_one(out, "gauge", "writer_queue_bytes", "Waiting for the writer.",
@@ -151,5 +166,5 @@ void metrics_write(const struct metrics *m, const struct engine_thread_stats *en
                     &m->per_token);
     write_histogram(out, "request_seconds", "From the request to its last byte.", &m->whole);
     write_engine(out, engine);
-    write_storage(out, storage);
+    write_storage(out, storage, engine->prefix_entries);
 }

@@ -103,7 +103,8 @@ static enum status list_memories(struct storage *storage, MDB_txn *txn, const ch
         status = memory_get(storage, txn, branch.owner, &record);
         if (status == STATUS_NOT_FOUND)
             status = STATUS_CORRUPT;
-        if (status || record.ephemeral || !belongs_to(&record, tenant))
+        if (status || record.ephemeral || storage_is_prefix(branch.owner) ||
+            !belongs_to(&record, tenant))
             continue;
         if (*count == limit) {
             *has_more = true;

@@ -295,6 +295,15 @@ struct storage_stats {
 };
 void storage_get_stats(struct storage *storage, struct storage_stats *stats);
 
+/* ---- prefixes: what requests that name no memory have said, kept to go on from ----
+ * A memory whose id begins with STORAGE_PREFIX is one. It is like any other and in no list of
+ * memories, and keeps the snapshots of its last LIMITS_PREFIX_SNAPSHOTS turns. */
+#define STORAGE_PREFIX "prefix_"
+bool storage_is_prefix(const char *id);
+/* The ids of all of them, malloced for the caller. */
+STATUS_CHECKED enum status storage_prefix_list(struct storage *storage,
+                                               char (**ids)[LIMITS_ID_BYTES], size_t *count);
+
 /* ---- moving: a memory as one file (proto/memory_file.h), piece by piece ----
  * On any thread but the writer's, one call at a time; the calls wait for the disk. Memory in use is
  * a few parts and one snapshot, whatever the length. */

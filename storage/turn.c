@@ -144,6 +144,8 @@ enum status turn_retain(struct store_write *write, const char *id, uint64_t bran
     struct record_turn turn;
     uint64_t at;
     uint32_t kept = 0, dropped = 0;
+    const uint32_t keep =
+        storage_is_prefix(id) ? LIMITS_PREFIX_SNAPSHOTS : write->storage->keep_snapshots;
     enum status status = turn_walk_begin(&walk, write->storage, write->txn, branch, position);
     while (!status && dropped < RETAIN_DROPS) {
         status = turn_walk_next(&walk, &at, &turn);
@@ -153,7 +155,7 @@ enum status turn_retain(struct store_write *write, const char *id, uint64_t bran
             continue;
         if (!turn.snapshot)
             break;
-        if (kept < write->storage->keep_snapshots) {
+        if (kept < keep) {
             kept++;
             continue;
         }

@@ -19,6 +19,7 @@ struct daemon {
     char url[64];
     char data[1024], model[1024], log[1024];
     const char *const *flags; /* further flags, ends with NULL; may be NULL */
+    const char *key;          /* that wire_call sends; NULL: none */
 };
 
 /* `data` is an empty folder or one of an earlier daemon; the log goes beside it as `data`.log.

@@ -187,8 +187,12 @@ int wire_call(const struct daemon *daemon, const char *method, const char *path,
               struct wire_answer *answer)
 {
     struct wire wire;
+    char headers[256];
+    snprintf(headers, sizeof headers, "Connection: close\r\n%s%s%s",
+             daemon->key ? "Authorization: Bearer " : "", daemon->key ? daemon->key : "",
+             daemon->key ? "\r\n" : "");
     wire_open(&wire, daemon);
-    wire_ask(&wire, method, path, "Connection: close\r\n", body, body ? strlen(body) : 0);
+    wire_ask(&wire, method, path, headers, body, body ? strlen(body) : 0);
     wire_answer(&wire, answer, strcmp(method, "HEAD") == 0);
     wire_close(&wire);
     return answer->status;
