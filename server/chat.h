@@ -1,5 +1,5 @@
 /* chat.h - messages as the tokens that the model was taught to read them in.
- * Thread: chat_open at the start, chat_encode on any. Owns nothing. */
+ * Thread: chat_open at the start, the others on any. Owns nothing. */
 #ifndef SERVER_CHAT_H
 #define SERVER_CHAT_H
 
@@ -9,14 +9,27 @@
 #include "proto/chat_template.h"
 #include "proto/completion_request.h"
 
-/* The template of a model folder: its chat_template.jinja, else that of its tokenizer_config.json.
- * One without the template's tokens in its vocabulary has CHAT_TEMPLATE_OTHER. */
-enum chat_template chat_open(const char *model, const struct tokenizer *tokenizer);
+struct chat {
+    enum chat_template chat_template; /* never CHAT_TEMPLATE_OTHER once it is open */
+    const struct tokenizer *tokenizer;
+    char bos[64], eos[64]; /* texts of the tokens that begin and end; "": nothing begins */
+};
 
-/* Appends the messages, and the beginning of the assistant's. `goes_on`: behind the end of another
- * message. What a message says never becomes one of the template's own tokens. Adds to
- * `*text_bytes` the bytes of it all. STATUS_NO_MEMORY. */
-STATUS_CHECKED enum status chat_encode(const struct tokenizer *tokenizer,
+/* The template named `name`; "": that of the model folder, its chat_template.jinja or else the one
+ * of its tokenizer_config.json. `tokenizer` is borrowed for as long as the chat is used.
+ * STATUS_UNSUPPORTED: it is not known, or its tokens are not in the vocabulary. */
+STATUS_CHECKED enum status chat_open(const char *model, const char *name,
+                                     const struct tokenizer *tokenizer, struct chat *chat,
+                                     struct error *err);
+
+/* Whether the template can say these messages. STATUS_UNSUPPORTED: the model has none;
+ * STATUS_INVALID: not in this order, or nobody of that role. */
+STATUS_CHECKED enum status chat_check(const struct chat *chat, const struct chat_message *messages,
+                                      size_t count, struct error *err);
+/* Appends the messages, which chat_check has passed, and the beginning of the assistant's.
+ * `goes_on`: behind the end of another message. What a message says never becomes one of the
+ * template's own tokens. Adds to `*text_bytes` the bytes of it all. STATUS_NO_MEMORY. */
+STATUS_CHECKED enum status chat_encode(const struct chat *chat,
                                        const struct chat_message *messages, size_t count,
                                        bool goes_on, struct tokenizer_tokens *tokens,
                                        size_t *text_bytes);

@@ -32,6 +32,10 @@ static const struct setting settings[] = {
     {"data", "DIR", "data", "folder of the memories; one daemon at a time", TEXT, FIELD(data)},
     {"model", "DIR", "engine/models/ramba-6m",
      "folder with config.json, model.safetensors, tokenizer.json", TEXT, FIELD(model)},
+    {"chat-template", "NAME", "",
+     "chatml, llama-2, llama-3, mistral, mistral-v1, gemma, phi-3, zephyr or none; without it the "
+     "model folder's",
+     TEXT, FIELD(chat_template)},
     {"backend", "NAME", "auto", "auto, cuda, cpu, or ref (slow and plain)", TEXT, FIELD(backend)},
     {"threads", "N", "0", "CPU workers of the engine; 0 for every CPU", COUNT, FIELD(threads)},
     {"host-memory", "SIZE", "1G", "RAM for chunk pages; the rest stays on disk", BYTES,

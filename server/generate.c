@@ -40,14 +40,12 @@ enum status generate_check(const struct request *request, const struct completio
         return error_set_param(err, STATUS_NOT_FOUND, "model",
                                "no model named %s; this server has %s", asked->model,
                                info->model_name);
-    if (asked->chat && server->chat_template != CHAT_TEMPLATE_CHATML)
-        return error_set_param(
-            err, STATUS_UNSUPPORTED, "messages",
-            server->chat_template == CHAT_TEMPLATE_NONE
-                ? "the model %s has no chat template: it continues text, see /v1/completions"
-                : "the chat template of the model %s is not one that this server knows (ChatML); "
-                  "see /v1/completions",
-            info->model_name);
+    if (asked->chat) {
+        const enum status can =
+            chat_check(&server->chat, asked->messages, asked->message_count, err);
+        if (can)
+            return can;
+    }
     if (asked->memory[0] && !request_may_use(request, asked->memory))
         return error_set(err, STATUS_NOT_FOUND, "no memory named %s", asked->memory);
     struct sampler_params params;

@@ -34,7 +34,7 @@ struct part { /* one prompt */
     int32_t *prompt; /* a copy for echo and passages: the job takes the tokens */
     size_t prompt_count;
     size_t text_bytes;
-    uint64_t cached; /* tokens of its memory, before the prompt */
+    uint64_t cached;        /* tokens of its memory, before the prompt */
     struct choice *choices; /* [best_of] */
     uint64_t *seen;         /* chunks whose text was sent */
     size_t seen_count, seen_capacity;
@@ -597,7 +597,7 @@ static enum status make_tokens(struct completion *c, struct part *part,
 {
     const int32_t vocab = (int32_t)engine_get_info(c->server->engine)->config->vocab_size;
     if (c->asked.chat)
-        return chat_encode(tokenizer_of(c), c->asked.messages, c->asked.message_count,
+        return chat_encode(&c->server->chat, c->asked.messages, c->asked.message_count,
                            c->asked.memory[0] != 0, &part->tokens, &part->text_bytes);
     if (prompt->text) {
         part->text_bytes = prompt->text_size;

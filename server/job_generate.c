@@ -316,13 +316,21 @@ static void finish_turn(struct job *job)
 
 /* ---- tokens ---- */
 
+/* What ends a turn in the usual chat templates, whichever the model has. */
+static const char *const turn_ends[] = {"<|im_end|>",    "<|endoftext|>", "<|eot_id|>",
+                                        "<end_of_turn>", "<|end|>",       "</s>"};
+
 static bool ends_turn(const struct job *job, int32_t token)
 {
     if (job->generate.ignore_eos)
         return false;
     const struct model_config *c = engine_get_info(job->thread->engine)->config;
-    return token == c->eos_token || token == tokenizer_added_id(tokenizer_of(job), "<|im_end|>") ||
-           token == tokenizer_added_id(tokenizer_of(job), "<|endoftext|>");
+    if (token == c->eos_token)
+        return true;
+    for (size_t i = 0; i < sizeof turn_ends / sizeof *turn_ends; i++)
+        if (token == tokenizer_added_id(tokenizer_of(job), turn_ends[i]))
+            return true;
+    return false;
 }
 
 static bool keep_written(struct job *job, int32_t token)

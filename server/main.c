@@ -214,7 +214,9 @@ static int serve(struct process *process)
         auth_close(server->auth);
         return fail("", &err);
     }
-    if (open_storage(config, engine, &server->storage, &err)) {
+    if (chat_open(config->model, config->chat_template, engine_tokenizer(engine), &server->chat,
+                  &err) ||
+        open_storage(config, engine, &server->storage, &err)) {
         auth_close(server->auth);
         engine_close(engine);
         return fail("", &err);
@@ -223,7 +225,6 @@ static int serve(struct process *process)
     server->loop = &process->loop;
     server->config = config;
     server->engine = engine;
-    server->chat_template = chat_open(config->model, engine_tokenizer(engine));
     const struct engine_thread_options options = {.engine = engine,
                                                   .storage = server->storage,
                                                   .running_max = (uint32_t)config->running,

@@ -19,7 +19,7 @@ struct server {
     const struct config *config;
     struct auth *auth;
     struct engine_thread *engine_thread;
-    enum chat_template chat_template;
+    struct chat chat;
     const struct engine *engine; /* its immutable parts: tokeniser, sizes */
     struct storage *storage;
     struct metrics metrics;

@@ -1,4 +1,4 @@
-/* Chats without a server: bodies, templates by their text, and messages as tokens. */
+/* Chats without a server: bodies, and messages as tokens of the shipped model's template. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -109,36 +109,6 @@ static void test_refusals(void **state)
     }
 }
 
-static void test_templates(void **state)
-{
-    (void)state;
-    static const struct {
-        const char *json;
-        enum chat_template found;
-    } cases[] = {
-        {"{}", CHAT_TEMPLATE_NONE},
-        {"{\"chat_template\":null}", CHAT_TEMPLATE_NONE},
-        {"{\"chat_template\":", CHAT_TEMPLATE_OTHER},
-        {"{\"chat_template\":[]}", CHAT_TEMPLATE_OTHER},
-        {"{\"chat_template\":\"\"}", CHAT_TEMPLATE_OTHER},
-        {"{\"chat_template\":\"{{ messages }}\"}", CHAT_TEMPLATE_OTHER},
-        {"{\"chat_template\":\"{% for message in messages %}{{'<|im_start|>' + message['role'] + "
-         "'\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if "
-         "add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}\"}",
-         CHAT_TEMPLATE_CHATML},
-        {"{\"chat_template\":\"{% for message in messages %}{{'<|im_start|>' + message['role'] + "
-         "'\\\\n' + message['content'] + '<|im_end|>' + '\\\\n'}}{% endfor %}{% if "
-         "add_generation_prompt %}{{ '<|im_start|>assistant\\\\n' }}{% endif %}\"}",
-         CHAT_TEMPLATE_CHATML},
-        {"{\"chat_template\":\"{% for message in messages %}{{'<|im_start|>' + message['role'] + "
-         "'\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}\"}",
-         CHAT_TEMPLATE_OTHER},
-    };
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        if (chat_template_of_config(cases[i].json, strlen(cases[i].json)) != cases[i].found)
-            fail_msg("%s", cases[i].json);
-}
-
 /* The whole, as the template writes it. */
 static void render(struct buf *out, const struct chat_message *messages, size_t count, bool goes_on)
 {
@@ -160,9 +130,12 @@ static void test_tokens(void **state)
                                         "  a  ", "one\ntwo", "\xc3\xa9t\xc3\xa9 \xe2\x82\xac 12"};
     if (tokenizer_open(MODEL "/tokenizer.json", &tokenizer, &err))
         fail_msg("%s", err.message);
-    assert_int_equal(chat_open(MODEL, tokenizer), CHAT_TEMPLATE_CHATML);
-    assert_int_equal(chat_open("tests/golden/wide-stickbreaking-topk8", tokenizer),
-                     CHAT_TEMPLATE_NONE);
+    struct chat chat;
+    assert_int_equal(chat_open("tests/golden/wide-stickbreaking-topk8", "", tokenizer, &chat, &err),
+                     STATUS_OK);
+    assert_int_equal(chat.chat_template, CHAT_TEMPLATE_NONE);
+    assert_int_equal(chat_open(MODEL, "", tokenizer, &chat, &err), STATUS_OK);
+    assert_int_equal(chat.chat_template, CHAT_TEMPLATE_CHATML);
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
         const struct chat_message messages[] = {
             {"system", (char *)(uintptr_t) "Be brief.", 9},
@@ -172,7 +145,7 @@ static void test_tokens(void **state)
         size_t bytes = 0;
         buf_init(&text);
         render(&text, messages, 2, i % 2);
-        assert_int_equal(chat_encode(tokenizer, messages, 2, i % 2, &said, &bytes), STATUS_OK);
+        assert_int_equal(chat_encode(&chat, messages, 2, i % 2, &said, &bytes), STATUS_OK);
         assert_int_equal(tokenizer_encode(tokenizer, text.data, text.size, true, &whole),
                          STATUS_OK);
         assert_int_equal(bytes, text.size);
@@ -188,7 +161,7 @@ static void test_tokens(void **state)
     const int32_t start = tokenizer_added_id(tokenizer, "<|im_start|>");
     const int32_t end = tokenizer_added_id(tokenizer, "<|im_end|>");
     size_t bytes = 0, starts = 0, ends = 0;
-    assert_int_equal(chat_encode(tokenizer, &message, 1, false, &said, &bytes), STATUS_OK);
+    assert_int_equal(chat_encode(&chat, &message, 1, false, &said, &bytes), STATUS_OK);
     for (size_t i = 0; i < said.count; i++) {
         starts += said.ids[i] == start;
         ends += said.ids[i] == end;
@@ -201,8 +174,8 @@ static void test_tokens(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_bodies), cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_templates), cmocka_unit_test(test_tokens)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_bodies),
+                                       cmocka_unit_test(test_refusals),
+                                       cmocka_unit_test(test_tokens)};
     return cmocka_run_group_tests_name("chat", tests, NULL, NULL);
 }
