@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "proto/limits.h"
+#include "server/cors.h"
 
 enum kind { TEXT, COUNT, BYTES, SWITCH };
 
@@ -29,6 +30,8 @@ static const struct setting settings[] = {
     {"keys", "FILE", "", "API keys, written by rambad key; SIGHUP reads them again", TEXT,
      FIELD(keys)},
     {"insecure", "", "0", "listen beyond this machine without keys", SWITCH, FIELD(insecure)},
+    {"cors-origin", "ORIGIN", "", "web pages that may call: origins with commas between, or *",
+     TEXT, FIELD(cors_origin)},
     {"data", "DIR", "data", "folder of the memories; one daemon at a time", TEXT, FIELD(data)},
     {"model", "DIR", "engine/models/ramba-6m",
      "folder with config.json, model.safetensors, tokenizer.json", TEXT, FIELD(model)},
@@ -243,6 +246,10 @@ static enum status check(const struct config *c, struct error *err)
     if (!one_of(c->log_level, levels))
         return error_set_param(err, STATUS_INVALID, "log-level",
                                "log-level: debug, info, warn or error, not %s", c->log_level);
+    if (!cors_is_list(c->cors_origin))
+        return error_set_param(err, STATUS_INVALID, "cors-origin",
+                               "cors-origin: * or origins such as https://example.com, not %s",
+                               c->cors_origin);
     const struct {
         const char *name;
         uint64_t value, min, max;

@@ -10,8 +10,8 @@
 #include "proto/status.h"
 
 struct config {
-    char host[64], data[1024], model[1024], keys[1024], backend[16], memory_dtype[8], log_level[8],
-        chat_template[16];
+    char host[64], data[1024], model[1024], keys[1024], cors_origin[1024];
+    char backend[16], memory_dtype[8], log_level[8], chat_template[16];
     uint64_t port, threads, running, queue, connections;
     uint64_t drain_timeout, header_timeout, body_timeout, idle_timeout; /* seconds */
     uint64_t host_memory, device_memory, session_memory, map_size;      /* bytes */

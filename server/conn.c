@@ -10,6 +10,7 @@
 #include "proto/answer_json.h"
 #include "proto/base/assert.h"
 #include "proto/base/log.h"
+#include "server/cors.h"
 #include "server/receipt.h"
 #include "server/route.h"
 
@@ -436,6 +437,14 @@ static void nowhere_end(struct request *request)
 static const struct request_handler nowhere = {
     .name = "none", .body_limit = NOWHERE_BYTES, .end_cb = nowhere_end};
 
+static void preflight_end(struct request *request)
+{
+    request_answer(request, 200, "text/plain", "", 0);
+}
+
+static const struct request_handler preflight = {
+    .name = "preflight", .while_draining = true, .without_key = true, .end_cb = preflight_end};
+
 /* Leaves the request to `nowhere`; one with a long body ends the connection instead. */
 static enum status turn_away(struct conn *conn, const struct http_head *head, enum status status)
 {
@@ -448,6 +457,10 @@ static enum status find_handler(struct conn *conn, const struct http_head *head)
 {
     struct request *r = &conn->request;
     r->refusal = route_find(head, &r->handler, r->argument);
+    if (r->refusal == STATUS_METHOD && cors_is_preflight(conn->server->config, head)) {
+        r->refusal = STATUS_OK;
+        r->handler = &preflight;
+    }
     if (!r->refusal)
         return STATUS_OK;
     if (r->refusal == STATUS_NOT_FOUND)
@@ -461,8 +474,17 @@ static enum status check_key(struct conn *conn, const struct http_head *head)
 {
     struct request *r = &conn->request;
     const struct auth *auth = conn->server->auth;
-    if (r->handler->without_key || !auth_is_required(auth) ||
-        auth_check(auth, head->authorization, r->key))
+    if (r->handler->without_key)
+        return STATUS_OK;
+    if (!auth_is_required(auth)) { /* else a page that the user opens could write here */
+        if (!cors_is_stranger(conn->server->config, head))
+            return STATUS_OK;
+        error_set(&conn->err, STATUS_FORBIDDEN,
+                  "pages of %.100s may not call this server; --cors-origin names those that may",
+                  head->origin);
+        return turn_away(conn, head, STATUS_FORBIDDEN);
+    }
+    if (auth_check(auth, head->authorization, r->key))
         return STATUS_OK;
     error_set(&conn->err, STATUS_UNAUTHORIZED,
               *head->authorization ? "the API key is not one of this server's"
@@ -664,6 +686,8 @@ static void append_head(struct request *request, int http_status, const char *ty
     if (conn->close_after || conn->server->draining ||
         (request->head_complete && !request->head->keep_alive))
         buf_append_text(output(conn), "connection: close\r\n");
+    if (request->head_complete)
+        cors_append(conn->server->config, request->head, output(conn));
     request->answered = true;
     request->http_status = http_status;
 }
@@ -727,8 +751,11 @@ void request_fail(struct request *request, enum status status, const struct erro
         buf_append_text(&headers, "retry-after-ms: 2000\r\nretry-after: 2\r\n");
     else if (status == STATUS_UNAUTHORIZED)
         buf_append_text(&headers, "www-authenticate: Bearer\r\n");
-    else if (status == STATUS_METHOD)
-        route_append_allow(request->head->path, &headers);
+    else if (status == STATUS_METHOD) {
+        buf_append_text(&headers, "allow: ");
+        route_append_methods(request->head->path, &headers);
+        buf_append_text(&headers, "\r\n");
+    }
     answer(request, status_http(status), "application/json", buf_text(&headers), body.data,
            body.size);
     buf_close(&body);

@@ -14,11 +14,16 @@ enum kept {
     KEPT_REQUEST_ID,
     KEPT_AUTHORIZATION,
     KEPT_IDEMPOTENCY_KEY,
+    KEPT_HOST,
+    KEPT_ORIGIN,
+    KEPT_ACCESS_CONTROL_REQUEST_METHOD,
     KEPT_EXPECT,
     KEPT_COUNT
 };
-static const char *const kept_names[] = {"content-type",  "accept",          "x-request-id",
-                                         "authorization", "idempotency-key", "expect"};
+static const char *const kept_names[] = {
+    "content-type",    "accept", "x-request-id", "authorization",
+    "idempotency-key", "host",   "origin",       "access-control-request-method",
+    "expect"};
 
 struct http_parser {
     llhttp_t llhttp;
@@ -139,13 +144,19 @@ static int on_head(llhttp_t *llhttp)
         h->query = h->path + strlen(h->path);
     if (!decode(h->path) || h->path[0] != '/')
         return stop(p, STATUS_INVALID);
-    char **const texts[] = {&h->content_type, &h->accept, &h->request_id, &h->authorization,
-                            &h->idempotency_key};
+    char **const texts[] = {
+        &h->content_type,    &h->accept, &h->request_id, &h->authorization,
+        &h->idempotency_key, &h->host,   &h->origin,     &h->access_control_request_method};
+    static char none[1]; /* a connection keeps no buffers for fields that never come */
     for (int i = 0; i < KEPT_EXPECT; i++) {
-        buf_text(&p->kept[i]);
-        *texts[i] = p->kept[i].data;
+        *texts[i] = none;
+        if (p->kept[i].size) {
+            buf_text(&p->kept[i]);
+            *texts[i] = p->kept[i].data;
+        }
     }
-    h->expect_continue = strcasecmp(buf_text(&p->kept[KEPT_EXPECT]), "100-continue") == 0;
+    h->expect_continue = p->kept[KEPT_EXPECT].size == 12 &&
+                         strncasecmp(p->kept[KEPT_EXPECT].data, "100-continue", 12) == 0;
     h->keep_alive = llhttp_should_keep_alive(llhttp) != 0;
     h->chunked = (llhttp->flags & F_CHUNKED) != 0;
     h->http_1_0 = llhttp->http_major < 1 || (llhttp->http_major == 1 && llhttp->http_minor == 0);

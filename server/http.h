@@ -18,6 +18,7 @@ struct http_head {
     char *query; /* as sent, without the '?'; "" when there is none */
     /* "" when absent */
     char *content_type, *accept, *request_id, *authorization, *idempotency_key;
+    char *host, *origin, *access_control_request_method;
     bool keep_alive, expect_continue, chunked, http_1_0;
     int64_t content_length; /* -1: not told */
 };

@@ -74,10 +74,10 @@ bool route_at(size_t index, const char **method, const char **path)
     return true;
 }
 
-void route_append_allow(const char *path, struct buf *out)
+void route_append_methods(const char *path, struct buf *out)
 {
     char argument[LIMITS_ID_BYTES];
-    const char *before = "allow: ";
+    const char *before = "";
     for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
         if (!match(routes[i].path, path, argument))
             continue;
@@ -85,5 +85,4 @@ void route_append_allow(const char *path, struct buf *out)
         buf_append_format(out, "%s%s%s", before, routes[i].method, get ? ", HEAD" : "");
         before = ", ";
     }
-    buf_append_text(out, "\r\n");
 }

@@ -13,8 +13,8 @@ STATUS_CHECKED enum status route_find(const struct http_head *head,
 /* The routes one by one, "{}" for an id; false behind the last. */
 bool route_at(size_t index, const char **method, const char **path);
 
-/* The header line "allow: GET, HEAD" with what `path` takes. */
-void route_append_allow(const char *path, struct buf *out);
+/* What `path` takes, such as "GET, HEAD"; nothing for a path that is not there. */
+void route_append_methods(const char *path, struct buf *out);
 
 extern const struct request_handler handle_models_list, handle_models_get;
 extern const struct request_handler handle_completions, handle_chat;

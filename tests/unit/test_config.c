@@ -1,5 +1,6 @@
 /* Settings: flag before environment before file before default, one name for all; every refusal
  * names what it refuses. */
+#include <ctype.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -119,7 +120,11 @@ static void test_refusals(void **state)
                  {"--header-timeout", "0", "header-timeout"},
                  {"--body-timeout", "0", "body-timeout"},
                  {"--drain-timeout", "100000", "drain-timeout"},
-                 {"--threads", "1025", "threads"}};
+                 {"--threads", "1025", "threads"},
+                 {"--cors-origin", "example.com", "cors-origin"},
+                 {"--cors-origin", "https://example.com/", "cors-origin"},
+                 {"--cors-origin", "https://a.com *", "cors-origin"},
+                 {"--cors-origin", "https://", "cors-origin"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         if (read_args(ARGS((char *)cases[i].flag, (char *)cases[i].value)) != STATUS_INVALID)
             fail_msg("%s %s was taken", cases[i].flag, cases[i].value);
@@ -136,6 +141,73 @@ static void test_refusals(void **state)
     assert_int_equal(read_args(ARGS()), STATUS_INVALID);
     assert_non_null(strstr(err.message, "environment"));
     read_well(ARGS("--port", "80")); /* what is overruled does not matter */
+}
+
+/* Every setting that --help names means the same as a flag, in the environment and in a file. */
+static void test_every_setting(void **state)
+{
+    (void)state;
+    static const char *const settings[][2] = {
+        {"host", "10.1.2.3"},     {"port", "1"},           {"keys", "k"},
+        {"insecure", "1"},        {"cors-origin", "*"},    {"data", "d"},
+        {"model", "m"},           {"backend", "ref"},      {"threads", "3"},
+        {"host-memory", "3M"},    {"device-memory", "3M"}, {"session-memory", "3M"},
+        {"memory-dtype", "fp32"}, {"running", "3"},        {"queue", "3"},
+        {"map-size", "3G"},       {"keep-snapshots", "3"}, {"connections", "3"},
+        {"header-timeout", "3"},  {"body-timeout", "3"},   {"idle-timeout", "3"},
+        {"drain-timeout", "3"},   {"log-level", "debug"},
+    };
+    enum { COUNT = sizeof settings / sizeof *settings };
+    bool named[COUNT] = {false};
+    char line[256], path[32];
+    read_well(ARGS());
+    const struct config defaults = config;
+
+    FILE *help = tmpfile();
+    assert_non_null(help);
+    fflush(stdout);
+    const int out = dup(STDOUT_FILENO);
+    dup2(fileno(help), STDOUT_FILENO);
+    config_print_help();
+    fflush(stdout);
+    dup2(out, STDOUT_FILENO);
+    close(out);
+    rewind(help);
+    while (fgets(line, sizeof line, help)) {
+        size_t i = 0;
+        if (strncmp(line, "  --", 4) != 0)
+            continue;
+        const size_t size = strcspn(line + 4, " ");
+        while (i < COUNT &&
+               (strlen(settings[i][0]) != size || strncmp(settings[i][0], line + 4, size) != 0))
+            i++;
+        if (i == COUNT)
+            fail_msg("this test does not know %s", line);
+        named[i] = true;
+    }
+    fclose(help);
+
+    for (size_t i = 0; i < COUNT; i++) {
+        char name[64], flag[64], text[128], *value = (char *)(uintptr_t)settings[i][1];
+        if (!named[i])
+            fail_msg("--help does not name %s", settings[i][0]);
+        snprintf(flag, sizeof flag, "--%s=%s", settings[i][0], value);
+        read_well(ARGS(flag));
+        const struct config by_flag = config;
+        assert_memory_not_equal(&by_flag, &defaults, sizeof defaults);
+        snprintf(name, sizeof name, "RAMBAD_%s", settings[i][0]);
+        for (char *p = name; *p; p++)
+            *p = *p == '-' ? '_' : (char)toupper((unsigned char)*p);
+        setenv(name, value, 1);
+        read_well(ARGS());
+        unsetenv(name);
+        assert_memory_equal(&config, &by_flag, sizeof defaults);
+        snprintf(text, sizeof text, "%s = %s\n", settings[i][0], value);
+        write_file(path, text);
+        read_well(ARGS("--config", path));
+        unlink(path);
+        assert_memory_equal(&config, &by_flag, sizeof defaults);
+    }
 }
 
 static void test_bad_files(void **state)
@@ -171,6 +243,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_defaults, clear, clear),
         cmocka_unit_test_setup_teardown(test_precedence, clear, clear),
         cmocka_unit_test_setup_teardown(test_refusals, clear, clear),
+        cmocka_unit_test_setup_teardown(test_every_setting, clear, clear),
         cmocka_unit_test_setup_teardown(test_bad_files, clear, clear),
         cmocka_unit_test_setup_teardown(test_help, clear, clear),
     };

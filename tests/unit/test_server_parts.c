@@ -155,8 +155,8 @@ static void test_routes(void **state)
         route("GET", "/v1/memories/1234567890123456789012345678901234567890", &handler, argument),
         STATUS_NOT_FOUND);
     buf_init(&allow);
-    route_append_allow("/v1/memories/mem_7", &allow);
-    assert_string_equal(buf_text(&allow), "allow: GET, HEAD, DELETE\r\n");
+    route_append_methods("/v1/memories/mem_7", &allow);
+    assert_string_equal(buf_text(&allow), "GET, HEAD, DELETE");
     buf_close(&allow);
 }
 
