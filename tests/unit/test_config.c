@@ -153,9 +153,9 @@ static void test_every_setting(void **state)
         {"model", "m"},           {"backend", "ref"},      {"threads", "3"},
         {"host-memory", "3M"},    {"device-memory", "3M"}, {"session-memory", "3M"},
         {"memory-dtype", "fp32"}, {"running", "3"},        {"queue", "3"},
-        {"map-size", "3G"},       {"keep-snapshots", "3"}, {"connections", "3"},
-        {"header-timeout", "3"},  {"body-timeout", "3"},   {"idle-timeout", "3"},
-        {"drain-timeout", "3"},   {"log-level", "debug"},
+        {"map-size", "3G"},       {"keep-snapshots", "3"}, {"prefix-cache", "3G"},
+        {"connections", "3"},     {"header-timeout", "3"}, {"body-timeout", "3"},
+        {"idle-timeout", "3"},    {"drain-timeout", "3"},  {"log-level", "debug"},
     };
     enum { COUNT = sizeof settings / sizeof *settings };
     bool named[COUNT] = {false};
