@@ -177,23 +177,26 @@ static void append_part(const struct response *r, bool whole, struct buf *out)
     buf_append_text(out, "]}");
 }
 
-static void append_message(const struct response *r, bool whole, struct buf *out)
+/* `end`: how the response ended; not: the message is only announced. */
+static void append_message(const struct response *r, enum response_status end, struct buf *out)
 {
+    const bool over = end >= RESPONSE_COMPLETED;
     buf_append_format(out,
                       "{\"id\":\"%s\",\"type\":\"message\",\"status\":\"%s\","
                       "\"role\":\"assistant\",\"content\":[",
                       r->item,
-                      !whole                            ? "in_progress"
-                      : r->status == RESPONSE_COMPLETED ? "completed"
-                                                        : "incomplete");
-    if (whole)
+                      !over                       ? "in_progress"
+                      : end == RESPONSE_COMPLETED ? "completed"
+                                                  : "incomplete");
+    if (over)
         append_part(r, true, out);
     buf_append_text(out, "]}");
 }
 
-void response_append_item(const struct response *response, struct buf *out)
+void response_append_item(const struct response *response, enum response_status end,
+                          struct buf *out)
 {
-    append_message(response, true, out);
+    append_message(response, end, out);
 }
 
 static void append_usage(const struct response *r, struct buf *out)
@@ -236,7 +239,7 @@ static void append_object(const struct response *r, enum response_status status,
     append_text_or_null(out, over ? r->memory : "");
     buf_append_text(out, ",\"output\":[");
     if (over && (is_answered(r) || r->text.size))
-        append_message(r, true, out);
+        append_message(r, r->status, out);
     buf_append_text(out, "],\"usage\":");
     if (over && r->begun)
         append_usage(r, out);
@@ -294,7 +297,7 @@ static void append_opening(const struct response *r, uint64_t which, uint64_t in
     } else if (which == 1) {
         begin_event(out, "output_item.added", index);
         buf_append_text(out, "\"output_index\":0,\"item\":");
-        append_message(r, false, out);
+        append_message(r, RESPONSE_IN_PROGRESS, out);
         buf_append_text(out, "}\n\n");
     } else {
         begin_part_event(r, "content_part.added", index, out);
@@ -348,7 +351,7 @@ static void append_closing(const struct response *r, uint64_t which, uint64_t in
     } else if (which == 2) {
         begin_event(out, "output_item.done", index);
         buf_append_text(out, "\"output_index\":0,\"item\":");
-        append_message(r, true, out);
+        append_message(r, r->status, out);
         buf_append_text(out, "}\n\n");
     } else {
         append_whole(r, status_names[r->status], r->status, index, out);

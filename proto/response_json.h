@@ -61,8 +61,9 @@ void response_add_annotation(struct response *response, const struct buf *json);
 
 bool response_is_over(const struct response *response);
 void response_append_object(const struct response *response, struct buf *out);
-/* The message, as it stands at the end. */
-void response_append_item(const struct response *response, struct buf *out);
+/* The message, as it stands when the response has ended so. */
+void response_append_item(const struct response *response, enum response_status end,
+                          struct buf *out);
 /* How many events there are by now. */
 uint64_t response_event_count(const struct response *response);
 /* "event: TYPE\ndata: JSON\n\n" of event number `index`, which is under the count. */

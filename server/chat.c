@@ -319,7 +319,8 @@ static void write_message(struct writer *w, const struct form *form,
 }
 
 enum status chat_encode(const struct chat *chat, const struct chat_message *messages, size_t count,
-                        bool goes_on, struct tokenizer_tokens *tokens, size_t *text_bytes)
+                        bool goes_on, bool answers, struct tokenizer_tokens *tokens,
+                        size_t *text_bytes)
 {
     const struct form *form = &forms[chat->chat_template];
     struct writer w = {.chat = chat, .tokens = tokens};
@@ -329,7 +330,11 @@ enum status chat_encode(const struct chat *chat, const struct chat_message *mess
         form->system_is_in_user && count > 1 && strcmp(messages[0].role, "system") == 0;
     for (size_t i = within; i < count; i++)
         write_message(&w, form, within && i == 1 ? &messages[0] : NULL, &messages[i]);
-    write_piece(&w, form->prompt);
+    const size_t rest = strlen(form->rest);
+    if (answers)
+        write_piece(&w, form->prompt);
+    else if (w.text.size >= rest && memcmp(w.text.data + w.text.size - rest, form->rest, rest) == 0)
+        w.text.size -= rest; /* what goes on writes it */
     write_gathered(&w);
     buf_close(&w.text);
     *text_bytes += w.bytes;

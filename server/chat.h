@@ -26,12 +26,13 @@ STATUS_CHECKED enum status chat_open(const char *model, const char *name,
  * STATUS_INVALID: not in this order, or nobody of that role. */
 STATUS_CHECKED enum status chat_check(const struct chat *chat, const struct chat_message *messages,
                                       size_t count, struct error *err);
-/* Appends the messages, which chat_check has passed, and the beginning of the assistant's.
- * `goes_on`: behind the end of another message. What a message says never becomes one of the
+/* Appends the messages, which chat_check has passed, and, with `answers`, the beginning of the
+ * assistant's; without, they end as an answer does. `goes_on`: behind the end of an answer. What a message says never becomes one of the
  * template's own tokens. Adds to `*text_bytes` the bytes of it all. STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status chat_encode(const struct chat *chat,
                                        const struct chat_message *messages, size_t count,
-                                       bool goes_on, struct tokenizer_tokens *tokens,
+                                       bool goes_on, bool answers,
+                                       struct tokenizer_tokens *tokens,
                                        size_t *text_bytes);
 
 #endif

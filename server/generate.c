@@ -40,7 +40,7 @@ enum status generate_check(const struct request *request, const struct completio
         return error_set_param(err, STATUS_NOT_FOUND, "model",
                                "no model named %s; this server has %s", asked->model,
                                info->model_name);
-    if (asked->chat) {
+    if (asked->messages) {
         const enum status can =
             chat_check(&server->chat, asked->messages, asked->message_count, err);
         if (can)

@@ -598,7 +598,7 @@ static enum status make_tokens(struct completion *c, struct part *part,
     const int32_t vocab = (int32_t)engine_get_info(c->server->engine)->config->vocab_size;
     if (c->asked.chat)
         return chat_encode(&c->server->chat, c->asked.messages, c->asked.message_count,
-                           c->asked.memory[0] != 0, &part->tokens, &part->text_bytes);
+                           c->asked.memory[0] != 0, true, &part->tokens, &part->text_bytes);
     if (prompt->text) {
         part->text_bytes = prompt->text_size;
         return tokenizer_encode(tokenizer_of(c), prompt->text, prompt->text_size, true,

@@ -72,6 +72,27 @@ static void create_now(struct request *request, const struct memory_request *ask
         wait_refused(wait, queued);
 }
 
+/* A fork of a response is one of its memory, as that was behind it. */
+static bool find_response(const struct request *request, struct memory_request *asked,
+                          struct error *err)
+{
+    struct storage_object object;
+    if (storage_object_get(request->server->storage, asked->from, &object)) {
+        error_set_param(err, STATUS_NOT_FOUND, "from", "no response named %s", asked->from);
+        return false;
+    }
+    const bool mine = !request->key[0] || strcmp(object.tenant, request->key) == 0;
+    const bool found = mine && object.reachable;
+    if (!found)
+        error_set_param(err, STATUS_NOT_FOUND, "from",
+                        mine ? "the memory of response %s is gone" : "no response named %s",
+                        asked->from);
+    memcpy(asked->from, object.memory, sizeof asked->from);
+    asked->at = object.position;
+    storage_object_close(&object);
+    return found;
+}
+
 static void create(struct request *request)
 {
     struct memory_request asked;
@@ -80,6 +101,11 @@ static void create(struct request *request)
         memory_request_parse(request->body.data, request->body.size, &asked, &err);
     if (status) {
         request_fail(request, status, &err);
+        return;
+    }
+    if (strncmp(asked.from, "resp_", 5) == 0 && !find_response(request, &asked, &err)) {
+        memory_request_close(&asked);
+        request_fail(request, STATUS_NOT_FOUND, &err);
         return;
     }
     if (asked.from[0] && !request_may_use(request, asked.from)) {

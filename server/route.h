@@ -18,6 +18,8 @@ void route_append_methods(const char *path, struct buf *out);
 
 extern const struct request_handler handle_models_list, handle_models_get;
 extern const struct request_handler handle_completions, handle_chat;
+extern const struct request_handler handle_responses_create, handle_responses_count,
+    handle_responses_get, handle_responses_delete, handle_responses_cancel, handle_responses_items;
 extern const struct request_handler handle_memories_create, handle_memories_list,
     handle_memories_get, handle_memories_delete, handle_memories_chunks;
 extern const struct request_handler handle_turns_list, handle_turns_bookmark, handle_turns_delete,

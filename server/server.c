@@ -41,6 +41,7 @@ enum status server_listen(struct server *server, int *port, struct error *err)
     buf_init(&server->json);
     buf_init(&server->event);
     list_init(&server->receipts);
+    list_init(&server->responses);
     metrics_init(&server->metrics);
     server->started_at = (int64_t)time(NULL);
     if (uv_ip4_addr(host, *port, (struct sockaddr_in *)&address) &&

@@ -31,6 +31,7 @@ struct server {
     size_t connection_count;
     struct list receipts; /* requests under way that have an Idempotency-Key */
     struct buf json, event; /* a stream's next part, so that a token allocates nothing here */
+    struct list responses; /* under way: struct responding */
     bool draining, engine_drained;
     void (*drained_cb)(void *context);
     void *drained_context;

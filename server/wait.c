@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "proto/answer_json.h"
 
@@ -122,4 +123,58 @@ bool wait_query_count(const struct request *request, const char *name, uint64_t 
         return false;
     *out = value;
     return true;
+}
+
+/* ---- lists of items ---- */
+
+const char *const wait_items_query[] = {"limit", "after", "order", NULL};
+
+void wait_append_items(struct buf *out, const struct storage_item *items, size_t count,
+                       bool has_more)
+{
+    buf_append_text(out, "{\"object\":\"list\",\"data\":[");
+    for (size_t i = 0; i < count; i++) {
+        buf_append_text(out, i ? "," : "");
+        buf_append(out, items[i].bytes, items[i].size);
+    }
+    buf_append_text(out, "],\"first_id\":");
+    buf_append_format(out, count ? "\"%s\"" : "null", count ? items[0].id : "");
+    buf_append_text(out, ",\"last_id\":");
+    buf_append_format(out, count ? "\"%s\"" : "null", count ? items[count - 1].id : "");
+    buf_append_format(out, ",\"has_more\":%s}", has_more ? "true" : "false");
+}
+
+void wait_answer_items(struct request *request, const char *owner)
+{
+    struct storage_item items[WAIT_LIST_MAX];
+    uint64_t limit = WAIT_LIST_DEFAULT;
+    char after[LIMITS_ID_BYTES], order[8] = "desc";
+    struct error err = {0};
+    size_t count;
+    bool has_more;
+    const char *query = request->head->query;
+    const bool has_after = http_query(query, "after", after, sizeof after);
+    http_query(query, "order", order, sizeof order);
+    const bool newest_first = strcmp(order, "desc") == 0;
+    enum status status = STATUS_OK;
+    if (!wait_query_count(request, "limit", WAIT_LIST_MAX, &limit) || !limit)
+        status = error_set_param(&err, STATUS_INVALID, "limit", "\"limit\" must be from 1 to %d",
+                                 WAIT_LIST_MAX);
+    else if (!newest_first && strcmp(order, "asc") != 0)
+        status = error_set_param(&err, STATUS_INVALID, "order", "\"order\" is asc or desc");
+    if (!status)
+        status = storage_item_list(request->server->storage, owner, has_after ? after : NULL,
+                                   newest_first, (size_t)limit, items, &count, &has_more);
+    if (status == STATUS_NOT_FOUND)
+        error_set_param(&err, status, "after", "there is no item %s in this list", after);
+    if (status) {
+        request_fail(request, status, &err);
+        return;
+    }
+    struct buf body;
+    buf_init(&body);
+    wait_append_items(&body, items, count, has_more);
+    request_answer_json(request, 200, &body);
+    buf_close(&body);
+    storage_items_close(items, count);
 }

@@ -35,6 +35,13 @@ void wait_refused(struct wait *wait, enum status status);
 void wait_append_memory(struct buf *out, const struct storage_memory *memory);
 void wait_fail_memory(struct request *request, enum status status, const char *id);
 void wait_answer_memory(struct request *request, int http_status, const char *id);
+/* A page of the list of `owner`, as the query asks: "limit", "after", "order" (desc when it is not
+ * given). */
+extern const char *const wait_items_query[];
+void wait_answer_items(struct request *request, const char *owner);
+/* {"object":"list","data":[...],"first_id","last_id","has_more"}. */
+void wait_append_items(struct buf *out, const struct storage_item *items, size_t count,
+                       bool has_more);
 /* A count in the query; false when it is there and is none. */
 bool wait_query_count(const struct request *request, const char *name, uint64_t max, uint64_t *out);
 

@@ -145,7 +145,7 @@ static void test_tokens(void **state)
         size_t bytes = 0;
         buf_init(&text);
         render(&text, messages, 2, i % 2);
-        assert_int_equal(chat_encode(&chat, messages, 2, i % 2, &said, &bytes), STATUS_OK);
+        assert_int_equal(chat_encode(&chat, messages, 2, i % 2, true, &said, &bytes), STATUS_OK);
         assert_int_equal(tokenizer_encode(tokenizer, text.data, text.size, true, &whole),
                          STATUS_OK);
         assert_int_equal(bytes, text.size);
@@ -161,7 +161,7 @@ static void test_tokens(void **state)
     const int32_t start = tokenizer_added_id(tokenizer, "<|im_start|>");
     const int32_t end = tokenizer_added_id(tokenizer, "<|im_end|>");
     size_t bytes = 0, starts = 0, ends = 0;
-    assert_int_equal(chat_encode(&chat, &message, 1, false, &said, &bytes), STATUS_OK);
+    assert_int_equal(chat_encode(&chat, &message, 1, false, true, &said, &bytes), STATUS_OK);
     for (size_t i = 0; i < said.count; i++) {
         starts += said.ids[i] == start;
         ends += said.ids[i] == end;

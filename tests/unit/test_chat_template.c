@@ -136,7 +136,7 @@ static void check(const struct chat *chat, const struct chat_message *messages, 
     struct buf text;
     size_t bytes = 0;
     buf_init(&text);
-    assert_int_equal(chat_encode(chat, messages, count, false, &said, &bytes), STATUS_OK);
+    assert_int_equal(chat_encode(chat, messages, count, false, true, &said, &bytes), STATUS_OK);
     for (size_t i = 0; i < said.count; i++) {
         size_t size;
         const char *piece = tokenizer_bytes(chat->tokenizer, said.ids[i], &size);
@@ -189,12 +189,12 @@ static void test_going_on(void **state)
                                                    SAY("user", "Who?")};
         size_t bytes = 0;
         assert_int_equal(chat_open(NO_FOLDER, expected[i].name, tokenizer, &chat, &err), STATUS_OK);
-        assert_int_equal(chat_encode(&chat, talk, 3, false, &whole, &bytes), STATUS_OK);
-        assert_int_equal(chat_encode(&chat, talk, 1, false, &parts, &bytes), STATUS_OK);
+        assert_int_equal(chat_encode(&chat, talk, 3, false, true, &whole, &bytes), STATUS_OK);
+        assert_int_equal(chat_encode(&chat, talk, 1, false, true, &parts, &bytes), STATUS_OK);
         const size_t begun = parts.count;
         assert_memory_equal(parts.ids, whole.ids, begun * sizeof *whole.ids);
         parts.count = 0;
-        assert_int_equal(chat_encode(&chat, talk + 2, 1, true, &parts, &bytes), STATUS_OK);
+        assert_int_equal(chat_encode(&chat, talk + 2, 1, true, true, &parts, &bytes), STATUS_OK);
         const size_t last = whole.count - parts.count;
         assert_memory_equal(parts.ids, whole.ids + last, parts.count * sizeof *parts.ids);
         /* Between the two, what the model says: the words, and the token that ends its turn. */
