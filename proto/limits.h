@@ -71,6 +71,10 @@
 
 /* Engine. */
 #define LIMITS_SLICE_TOKENS 256 /* prefill rows of one step: activations stay in cache */
+/* A slice that is cut at multiples of this gives the same numbers as a whole one, unless it leaves a
+ * rest so short that its rows are computed one by one. */
+#define LIMITS_CUT_TOKENS 64
+#define LIMITS_CUT_REST 8
 #define LIMITS_TOPK 64
 #define LIMITS_CHUNK_TOKENS 256
 

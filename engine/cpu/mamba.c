@@ -5,6 +5,10 @@
 #include <string.h>
 
 #include "engine/cpu/cpu.h"
+#include "proto/limits.h"
+
+_Static_assert(LIMITS_CUT_TOKENS % CPU_BLOCK == 0 && LIMITS_CUT_REST >= CPU_FEW_ROWS,
+               "slices are cut where blocks end");
 
 struct mamba {
     struct ops_context *context;

@@ -12,6 +12,7 @@
 #include <cmocka.h>
 
 #include "engine/session.h"
+#include "server/sched.h"
 #include "tests/lib/chunk_ram.h"
 
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
@@ -111,22 +112,23 @@ static void neighbours_change_nothing(void **state)
             const size_t from = (size_t)engine_session_position(others[i]);
             const uint32_t n = i == 4 ? 12 : (uint32_t)(1 + i % 3);
             if (i == at % 9 && count == i)
-                items[count++] = (struct engine_step_item){
-                    .session = beside, .tokens = bed.tokens + at, .token_count = 1,
-                    .want_logits = true};
+                items[count++] = (struct engine_step_item){.session = beside,
+                                                           .tokens = bed.tokens + at,
+                                                           .token_count = 1,
+                                                           .want_logits = true};
             if (from + n <= LENGTH)
-                items[count++] = (struct engine_step_item){.session = others[i],
-                                                           .tokens = bed.tokens + from,
-                                                           .token_count = n};
+                items[count++] = (struct engine_step_item){
+                    .session = others[i], .tokens = bed.tokens + from, .token_count = n};
         }
         if (engine_session_position(beside) == at) {
             bool listed = false;
             for (size_t i = 0; i < count; i++)
                 listed |= items[i].session == beside;
             if (!listed)
-                items[count++] = (struct engine_step_item){
-                    .session = beside, .tokens = bed.tokens + at, .token_count = 1,
-                    .want_logits = true};
+                items[count++] = (struct engine_step_item){.session = beside,
+                                                           .tokens = bed.tokens + at,
+                                                           .token_count = 1,
+                                                           .want_logits = true};
         }
         assert_int_equal(engine_step(bed.engine, items, count), STATUS_OK);
         for (size_t i = 0; i < count; i++)
@@ -160,8 +162,8 @@ static void a_snapshot_brings_everything_back(void **state)
         const struct chunk_range range = {.branch = 2};
         struct error err = {0};
         engine_forget_chunks(bed.engine, 2, 0);
-        assert_int_equal(
-            engine_session_create(bed.engine, &range, 1, snapshot, size, &again, &err), STATUS_OK);
+        assert_int_equal(engine_session_create(bed.engine, &range, 1, snapshot, size, &again, &err),
+                         STATUS_OK);
         assert_int_equal(engine_session_position(again), stops[i]);
         same_logits(&bed, kept, again);
         char *copy = malloc(size);
@@ -169,8 +171,7 @@ static void a_snapshot_brings_everything_back(void **state)
         assert_memory_equal(copy, snapshot, size);
         /* A damaged or foreign one is refused. */
         assert_int_equal(
-            engine_session_create(bed.engine, &range, 1, snapshot, size - 1, &again, &err) != 0,
-            1);
+            engine_session_create(bed.engine, &range, 1, snapshot, size - 1, &again, &err) != 0, 1);
         copy[8] ^= 1; /* the fingerprint */
         struct engine_session *none;
         assert_int_equal(engine_session_create(bed.engine, &range, 1, copy, size, &none, &err),
@@ -186,6 +187,36 @@ static void a_snapshot_brings_everything_back(void **state)
     same_logits(&bed, cut, kept);
     engine_session_destroy(whole);
     engine_session_destroy(kept);
+    engine_session_destroy(cut);
+    close_bed(&bed);
+}
+
+/* A slice may be cut by what time there is, and nothing comes out different. */
+static void cuts_change_nothing(void **state)
+{
+    (void)state;
+    struct bed bed;
+    open_bed(&bed, 0, ENGINE_BACKEND_CPU);
+    struct engine_session *whole = open_session(&bed, 1), *cut = open_session(&bed, 2);
+    static const size_t stops[] = {3, 70, 139, 512, 591, 1100, 1109, LENGTH};
+    uint32_t want = 0, cuts = 0;
+    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++) {
+        feed(&bed, whole, stops[i], 256);
+        for (size_t at; (at = (size_t)engine_session_position(cut)) < stops[i]; cuts++) {
+            const size_t border = 256 - at % 256, left = stops[i] - at;
+            struct engine_step_item item = {
+                .session = cut,
+                .tokens = bed.tokens + at,
+                .token_count =
+                    sched_cut(1 + (want += 61) % 200, (uint32_t)(left < border ? left : border)),
+                .want_logits = true};
+            assert_int_equal(engine_step(bed.engine, &item, 1), STATUS_OK);
+            chunk_ram_acknowledge(&bed.ram, bed.engine);
+        }
+        same_logits(&bed, whole, cut);
+    }
+    assert_true(cuts > 20); /* not just whole slices */
+    engine_session_destroy(whole);
     engine_session_destroy(cut);
     close_bed(&bed);
 }
@@ -247,10 +278,8 @@ static void a_full_queue_changes_nothing(void **state)
     feed(&bed, a, 600, 256);
     feed(&bed, b, 500, 256);
     bed.ram.room = 2; /* of the seven chunks that the next hundred tokens complete */
-    struct engine_step_item item = {.session = b,
-                                    .tokens = bed.tokens + 500,
-                                    .token_count = 100,
-                                    .want_logits = true};
+    struct engine_step_item item = {
+        .session = b, .tokens = bed.tokens + 500, .token_count = 100, .want_logits = true};
     assert_int_equal(engine_step(bed.engine, &item, 1), STATUS_OK);
     assert_int_equal(item.status, STATUS_BUSY);
     assert_int_equal(engine_session_position(b), 500);
@@ -295,6 +324,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(neighbours_change_nothing),
         cmocka_unit_test(a_snapshot_brings_everything_back),
+        cmocka_unit_test(cuts_change_nothing),
         cmocka_unit_test(a_fork_goes_its_own_way),
         cmocka_unit_test(few_pages_give_the_same_output),
         cmocka_unit_test(a_full_queue_changes_nothing),
