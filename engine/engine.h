@@ -92,6 +92,8 @@ void engine_forget_chunks(struct engine *engine, uint64_t branch, uint64_t first
 uint64_t engine_session_position(const struct engine_session *session);
 /* Resident bytes: state, partial chunk, landmarks (shared blocks counted in full). */
 size_t engine_session_bytes(const struct engine_session *session);
+/* What a session of so many tokens takes. */
+size_t engine_session_bytes_at(const struct engine *engine, uint64_t tokens);
 /* Whether logits of the last position are there, so that a token can be sampled at once. */
 bool engine_session_has_logits(const struct engine_session *session);
 /* A snapshot holds the recurrent state, the conv tails, the partial chunk's hidden states, the

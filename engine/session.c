@@ -270,14 +270,24 @@ uint64_t engine_session_position(const struct engine_session *session)
     return session->position;
 }
 
-size_t engine_session_bytes(const struct engine_session *session)
+static size_t session_bytes(const struct engine *engine, size_t block_count)
 {
-    const struct engine *engine = session->engine;
     const struct model_config *c = &engine->config;
-    return sizeof *session +
+    return sizeof(struct engine_session) +
            sizeof(float) *
                (engine->state_floats + c->vocab_size + (size_t)c->chunk_tokens * c->hidden_size) +
-           session->block_count * landmark_block_bytes(engine);
+           block_count * landmark_block_bytes(engine);
+}
+
+size_t engine_session_bytes(const struct engine_session *session)
+{
+    return session_bytes(session->engine, session->block_count);
+}
+
+size_t engine_session_bytes_at(const struct engine *engine, uint64_t tokens)
+{
+    const uint64_t chunks = tokens / engine->config.chunk_tokens;
+    return session_bytes(engine, (size_t)((chunks + OPS_LANDMARK_BLOCK - 1) / OPS_LANDMARK_BLOCK));
 }
 
 bool engine_session_has_logits(const struct engine_session *session)

@@ -28,18 +28,24 @@
 #define LIMITS_KEY_BYTES_LEAST 16 /* of one that a person chose */
 
 /* Requests. */
-#define LIMITS_QUEUE_REQUESTS 256 /* waiting for the engine, then 429 */
-#define LIMITS_RUNNING 32         /* sequences decoded together */
-#define LIMITS_CHOICES 128        /* n and best_of, as the API page says */
-#define LIMITS_PROMPTS 128        /* prompts of one completion request */
-#define LIMITS_MESSAGES 65536 /* of one chat request; the body's size bounds what they say */
+#define LIMITS_QUEUE_REQUESTS 256               /* waiting for the engine, then 429 */
+#define LIMITS_QUEUE_TOKENS ((uint64_t)4 << 20) /* of prompts that wait, 4 bytes each */
+#define LIMITS_RUNNING 32                       /* sequences decoded together */
+#define LIMITS_STALL_CPU_MS 250 /* between two tokens, because of what is read in beside them */
+#define LIMITS_STALL_GPU_MS 50
+#define LIMITS_PRIORITY_S 3600.0     /* that a request may ask to be put off, or ahead */
+#define LIMITS_TIMEOUT_S 86400.0     /* that a request may give us */
+#define LIMITS_CHOICES 128           /* n and best_of, as the API page says */
+#define LIMITS_PROMPTS 128           /* prompts of one completion request */
+#define LIMITS_MESSAGES 65536        /* of one chat request; the body's size bounds what they say */
 #define LIMITS_CONVERSATION_ITEMS 20 /* added at once, as the API page says */
-#define LIMITS_CHAT_TOKENS 4096 /* of an answer for which the request names no bound */
-#define LIMITS_STOP_STRINGS 4     /* as the API page says */
+#define LIMITS_CHAT_TOKENS 4096      /* of an answer for which the request names no bound */
+#define LIMITS_STOP_STRINGS 4        /* as the API page says */
 #define LIMITS_STOP_BYTES 256 /* a stop string is held back from the stream while it may match */
 #define LIMITS_LOGPROBS 20    /* as the API's top_logprobs */
-#define LIMITS_ECHO_LOGPROBS ((size_t)1 << 20) /* values echoed with a prompt, tens of bytes each \
-                                                */
+#define LIMITS_ECHO_LOGPROBS                                             \
+    ((size_t)1 << 20) /* values echoed with a prompt, tens of bytes each \
+                       */
 #define LIMITS_LOGIT_BIAS 1024
 #define LIMITS_METADATA_PAIRS 16 /* as the API page says, with the two below */
 #define LIMITS_METADATA_KEY 64
@@ -71,8 +77,8 @@
 
 /* Engine. */
 #define LIMITS_SLICE_TOKENS 256 /* prefill rows of one step: activations stay in cache */
-/* A slice that is cut at multiples of this gives the same numbers as a whole one, unless it leaves a
- * rest so short that its rows are computed one by one. */
+/* A slice that is cut at multiples of this gives the same numbers as a whole one, unless it leaves
+ * a rest so short that its rows are computed one by one. */
 #define LIMITS_CUT_TOKENS 64
 #define LIMITS_CUT_REST 8
 #define LIMITS_TOPK 64

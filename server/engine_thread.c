@@ -7,12 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "proto/base/assert.h"
 #include "proto/base/log.h"
 #include "server/engine_thread_private.h"
 
-#define IDLE_WAIT_MS 50 /* a bound on sleep, should a wake-up be for something retried */
+#define ANSWER_TOKENS 65536u /* that room is kept for; few get as long */
+#define IDLE_WAIT_MS 50      /* a bound on sleep, should a wake-up be for something retried */
 
 uint64_t engine_thread_now_ns(void)
 {
@@ -221,60 +223,66 @@ static void async_cb(uv_async_t *async)
 
 /* ---- jobs, from the loop ---- */
 
-static enum status submit(struct engine_thread *thread, struct job *job, job_event_cb event_cb,
-                          void *context, struct job **out)
+static double seconds_of(uint64_t ns)
 {
-    job->thread = thread;
-    job->event_cb = event_cb;
-    job->context = context;
-    job->submitted_ns = engine_thread_now_ns();
-    list_init(&job->blocks);
-    list_push_back(&thread->jobs, &job->loop_node);
-    thread->job_count++;
-    *out = job;
-    pthread_mutex_lock(&thread->lock);
-    list_push_back(&thread->inbox, &job->node);
-    thread->woken = true;
-    pthread_cond_signal(&thread->wake);
-    pthread_mutex_unlock(&thread->lock);
-    return STATUS_OK;
+    return (double)ns * 1e-9;
 }
 
-/* A job struct, or why there is none. */
-static enum status new_job(struct engine_thread *thread, struct job **job)
+/* Takes `job` when there is room for it to wait. */
+static enum status submit(struct engine_thread *thread, const struct job *job,
+                          const struct job_terms *terms, struct job **out)
 {
     if (thread->draining)
         return STATUS_UNAVAILABLE;
-    if (thread->job_count >= thread->options.queue_max + (size_t)thread->options.running_max)
+    struct job *kept = malloc(sizeof *kept);
+    if (!kept)
+        return STATUS_NO_MEMORY;
+    *kept = *job;
+    kept->thread = thread;
+    kept->submitted_ns = engine_thread_now_ns();
+    kept->deadline_ns =
+        terms->timeout > 0 ? kept->submitted_ns + (uint64_t)(terms->timeout * 1e9) : 0;
+    list_init(&kept->blocks);
+    pthread_mutex_lock(&thread->lock);
+    const bool enters = sched_gate_enter(&thread->gate, kept->generate.token_count,
+                                         seconds_of(kept->submitted_ns), &thread->retry_after);
+    if (enters) {
+        list_push_back(&thread->inbox, &kept->node);
+        thread->woken = true;
+        pthread_cond_signal(&thread->wake);
+    }
+    pthread_mutex_unlock(&thread->lock);
+    if (!enters) {
+        free(kept);
         return STATUS_BUSY;
-    *job = calloc(1, sizeof **job);
-    return *job ? STATUS_OK : STATUS_NO_MEMORY;
+    }
+    list_push_back(&thread->jobs, &kept->loop_node);
+    thread->job_count++;
+    *out = kept;
+    return STATUS_OK;
+}
+
+double engine_thread_retry_after(struct engine_thread *engine_thread)
+{
+    return engine_thread->retry_after > 0 ? engine_thread->retry_after : 1;
 }
 
 enum status job_submit_generate(struct engine_thread *engine_thread,
                                 const struct job_generate *generate, job_event_cb event_cb,
                                 void *context, struct job **out)
 {
-    struct job *job;
-    const enum status status = new_job(engine_thread, &job);
-    if (status)
-        return status;
     ASSERT(generate->choices >= 1 && generate->choices <= LIMITS_CHOICES);
     ASSERT(!generate->memory_write || (generate->choices == 1 && generate->memory[0]));
-    job->generate = *generate;
-    return submit(engine_thread, job, event_cb, context, out);
+    const struct job job = {.generate = *generate, .event_cb = event_cb, .context = context};
+    return submit(engine_thread, &job, &generate->terms, out);
 }
 
 enum status job_submit_append(struct engine_thread *engine_thread, const struct job_append *append,
                               job_event_cb event_cb, void *context, struct job **out)
 {
-    struct job *job;
-    const enum status status = new_job(engine_thread, &job);
-    if (status)
-        return status;
-    job->is_append = true;
-    job->append = *append;
-    return submit(engine_thread, job, event_cb, context, out);
+    const struct job job = {
+        .is_append = true, .append = *append, .event_cb = event_cb, .context = context};
+    return submit(engine_thread, &job, &append->terms, out);
 }
 
 void job_append_block(struct job *job, int32_t *tokens, size_t token_count, uint64_t text_bytes,
@@ -352,8 +360,14 @@ void job_finish(struct job *job)
     else
         job_generate_close(job);
     list_remove(&job->node);
+    sched_remove(&thread->sched, &job->entry);
+    pthread_mutex_lock(&thread->lock);
+    if (job->started_ns)
+        sched_gate_end(&thread->gate);
+    else
+        sched_gate_leave(&thread->gate, job->generate.token_count);
+    pthread_mutex_unlock(&thread->lock);
     job->state = JOB_DONE;
-    thread->running_sequences -= job->started_ns ? (job->is_append ? 1 : job->generate.choices) : 0;
     job_post(job, &event);
 }
 
@@ -393,14 +407,51 @@ static void abort_step(struct job *job)
 
 /* ---- admission and the step ---- */
 
-static void start(struct job *job)
+/* What the job's sessions will take in RAM: known before, from the sizes of a session. */
+static uint64_t bytes_of(const struct job *job)
 {
-    struct engine_thread *thread = job->thread;
+    const char *id = job->is_append ? job->append.memory : job->generate.memory;
+    uint64_t position = 0;
+    struct storage_memory memory;
+    if (*id && !storage_memory_get(job->thread->storage, id, &memory)) {
+        position = memory.token_count;
+        storage_memory_close(&memory);
+    }
+    if (job->is_append)
+        return engine_session_bytes_at(job->thread->engine, position);
+    const struct job_generate *g = &job->generate;
+    const uint64_t answer = g->max_tokens < ANSWER_TOKENS ? g->max_tokens : ANSWER_TOKENS;
+    return g->choices *
+           engine_session_bytes_at(job->thread->engine, position + g->token_count + answer);
+}
+
+static void enqueue(struct engine_thread *thread, struct job *job)
+{
+    const struct job_terms *terms = job->is_append ? &job->append.terms : &job->generate.terms;
+    job->entry.came = seconds_of(job->submitted_ns);
+    job->entry.priority = terms->priority;
+    job->entry.bulk = job->is_append;
+    job->entry.bytes = bytes_of(job);
+    list_push_back(&thread->queue, &job->node);
+    sched_add(&thread->sched, &job->entry,
+              sched_share(&thread->sched, terms->tenant, (double)terms->weight));
+    if (!sched_can_hold(&thread->sched, job->entry.bytes))
+        job_fail(job, STATUS_TOO_LARGE,
+                 "this needs %llu MiB of RAM for its sessions, and at most %llu MiB can be had at "
+                 "once (half of --running-memory); ask for fewer choices or tokens",
+                 (unsigned long long)(job->entry.bytes / LIMITS_MIB),
+                 (unsigned long long)(thread->options.running_bytes / 2 / LIMITS_MIB));
+}
+
+static void start(struct engine_thread *thread, struct job *job)
+{
     list_remove(&job->node);
     list_push_back(&thread->running, &job->node);
     job->started_ns = engine_thread_now_ns();
     job->state = JOB_OPENING;
-    thread->running_sequences += job->is_append ? 1 : job->generate.choices;
+    pthread_mutex_lock(&thread->lock);
+    sched_gate_start(&thread->gate, job->generate.token_count, seconds_of(job->started_ns));
+    pthread_mutex_unlock(&thread->lock);
     if (job->is_append)
         job_append_start(job);
     else
@@ -409,19 +460,30 @@ static void start(struct job *job)
 
 static void admit(struct engine_thread *thread)
 {
-    LIST_EACH_SAFE(node, &thread->queue)
-    {
-        struct job *job = LIST_ENTRY(node, struct job, node);
-        const size_t need = job->is_append ? 1 : job->generate.choices;
-        if (thread->running_sequences &&
-            thread->running_sequences + need > thread->options.running_max)
-            return; /* in order: a later small one does not overtake */
-        start(job);
-    }
+    struct sched_entry *entry;
+    while ((entry = sched_start(&thread->sched)))
+        start(thread, LIST_ENTRY(entry, struct job, entry));
 }
 
-static void check_cancelled(struct list *jobs)
+static void check_deadline(struct job *job, uint64_t now)
 {
+    if (!job->deadline_ns || now < job->deadline_ns || job->state == JOB_COMMITTING)
+        return;
+    const double waited = seconds_between(job->submitted_ns, now);
+    if (job->state == JOB_QUEUED)
+        job_fail(job, STATUS_TIMEOUT,
+                 "it waited %.1f s for its turn, and that is its whole \"timeout\"", waited);
+    else
+        job_fail(job, STATUS_TIMEOUT,
+                 "its \"timeout\" has passed after %.1f s, %.1f of them at work", waited,
+                 seconds_between(job->started_ns, now));
+    memcpy(job->err.param, "timeout", sizeof "timeout");
+}
+
+/* Those that are called back, or too late. */
+static void check_ends(struct list *jobs)
+{
+    const uint64_t now = engine_thread_now_ns();
     LIST_EACH_SAFE(node, jobs)
     {
         struct job *job = LIST_ENTRY(node, struct job, node);
@@ -429,29 +491,21 @@ static void check_cancelled(struct list *jobs)
         if (why && job->state != JOB_COMMITTING)
             job_fail(job, why, "%s",
                      why == STATUS_UNAVAILABLE ? "the server is shutting down" : status_text(why));
+        check_deadline(job, now);
         if (job->state == JOB_ABORTING)
             abort_step(job);
     }
 }
 
-bool step_add(struct step_builder *builder, struct job *job, struct sequence *sequence,
+void step_add(struct step_builder *builder, struct job *job, struct sequence *sequence,
               const struct engine_step_item *item)
 {
-    const uint32_t capacity = sizeof builder->items / sizeof *builder->items;
+    ASSERT(builder->count < sizeof builder->items / sizeof *builder->items);
     for (uint32_t i = 0; i < builder->count; i++)
         ASSERT(builder->items[i].session != item->session); /* it would read its tokens twice */
-    if (builder->count == capacity || item->token_count > builder->rows_left)
-        return false;
-    if (item->token_count) {
-        if (!builder->sessions_left)
-            return false;
-        builder->sessions_left--;
-    }
-    builder->rows_left -= item->token_count;
     builder->items[builder->count] = *item;
     builder->jobs[builder->count] = job;
     builder->sequences[builder->count++] = sequence;
-    return true;
 }
 
 uint32_t step_slice(const struct engine_thread *thread, uint64_t position, size_t left)
@@ -461,24 +515,27 @@ uint32_t step_slice(const struct engine_thread *thread, uint64_t position, size_
     return left < to_border ? (uint32_t)left : to_border;
 }
 
-static void build(struct engine_thread *thread, struct step_builder *builder, bool decoding)
+/* Puts a step together out of what jobs want and the scheduler grants. */
+static void build(struct engine_thread *thread, struct step_builder *builder)
 {
-    const uint32_t first = builder->count;
+    builder->count = 0;
     LIST_EACH_SAFE(node, &thread->running)
     {
         struct job *job = LIST_ENTRY(node, struct job, node);
-        if ((job->state == JOB_DECODE) != decoding)
-            continue;
+        job->entry.decodes = job->entry.rows = 0;
         if (job->is_append)
-            job_append_build(job, builder);
+            job_append_prepare(job);
         else
-            job_generate_build(job, builder);
+            job_generate_prepare(job);
     }
-    /* Prefills take turns: whoever got a slice goes behind the others. Only now, so that the walk
-     * above meets every job once: a session may be in a step but once. */
-    for (uint32_t i = first; !decoding && i < builder->count; i++) {
-        list_remove(&builder->jobs[i]->node);
-        list_push_back(&thread->running, &builder->jobs[i]->node);
+    sched_plan(&thread->sched);
+    for (uint32_t i = 0; i < thread->sched.pick_count; i++) {
+        const struct sched_pick *pick = &thread->sched.picks[i];
+        struct job *job = LIST_ENTRY(pick->entry, struct job, entry);
+        if (job->is_append)
+            job_append_build(job, pick, builder);
+        else
+            job_generate_build(job, pick, builder);
     }
 }
 
@@ -488,16 +545,11 @@ static void publish_stats(struct engine_thread *thread)
     engine_get_stats(thread->engine, &s->engine);
     s->prefix_entries = thread->prefix ? prefix_entries(thread->prefix) : 0;
     s->prefix_bytes = thread->prefix ? prefix_bytes(thread->prefix) : 0;
-    s->running = s->waiting = s->waiting_tokens = 0;
+    s->running = 0;
     s->sessions_idle = s->sessions_idle_bytes = 0;
     LIST_EACH(node, &thread->running)
     {
         s->running++;
-    }
-    LIST_EACH(node, &thread->queue)
-    {
-        s->waiting++;
-        s->waiting_tokens += LIST_ENTRY(node, struct job, node)->generate.token_count;
     }
     LIST_EACH(node, &thread->memories)
     {
@@ -512,21 +564,33 @@ static void publish_stats(struct engine_thread *thread)
     pthread_mutex_unlock(&thread->lock);
 }
 
+/* The scheduler learns from steps that went as they were planned. */
+static void note_step(struct engine_thread *thread, const struct step_builder *builder,
+                      uint64_t took)
+{
+    uint32_t rows = 0;
+    for (uint32_t i = 0; i < builder->count; i++) {
+        if (builder->items[i].status == STATUS_BUSY)
+            return;
+        rows += builder->items[i].token_count;
+    }
+    if (rows)
+        sched_done(&thread->sched, seconds_of(took));
+}
+
 /* One batch. Returns whether anything moved. */
 static bool step(struct engine_thread *thread)
 {
     struct step_builder *builder = &thread->builder;
-    builder->count = 0;
-    builder->rows_left = engine_get_info(thread->engine)->slice_tokens + LIMITS_RUNNING;
-    builder->sessions_left = LIMITS_RUNNING;
-    build(thread, builder, true);
-    build(thread, builder, false);
+    build(thread, builder);
     if (!builder->count)
         return false;
     const uint64_t begin = engine_thread_now_ns();
     const enum status status = engine_step(thread->engine, builder->items, builder->count);
-    thread->counted.step_ns += engine_thread_now_ns() - begin;
+    const uint64_t took = engine_thread_now_ns() - begin;
+    thread->counted.step_ns += took;
     thread->counted.steps++;
+    note_step(thread, builder, took);
     bool moved = false;
     for (uint32_t i = 0; i < builder->count; i++) {
         struct engine_step_item *item = &builder->items[i];
@@ -580,9 +644,9 @@ static bool receive(struct engine_thread *thread)
     const bool closing = thread->closing;
     pthread_mutex_unlock(&thread->lock);
     while (!list_empty(&jobs)) {
-        struct list *node = jobs.next;
-        list_remove(node);
-        list_push_back(&thread->queue, node);
+        struct job *job = LIST_ENTRY(jobs.next, struct job, node);
+        list_remove(&job->node);
+        enqueue(thread, job);
     }
     /* Before the replies: what storage acknowledged before an answer has come before it. */
     session_store_deliver(thread->store, thread->engine);
@@ -620,8 +684,8 @@ static void *thread_main(void *context)
 {
     struct engine_thread *thread = context;
     while (receive(thread)) {
-        check_cancelled(&thread->queue);
-        check_cancelled(&thread->running);
+        check_ends(&thread->queue);
+        check_ends(&thread->running);
         admit(thread);
         const bool moved = step(thread);
         job_prefix_sweep(thread);
@@ -636,6 +700,31 @@ static void *thread_main(void *context)
 
 /* ---- life ---- */
 
+static void open_sched(struct engine_thread *thread)
+{
+    struct engine_thread_options *o = &thread->options;
+    const struct engine_info *info = engine_get_info(thread->engine);
+    if (!o->running_max || o->running_max > LIMITS_RUNNING)
+        o->running_max = LIMITS_RUNNING;
+    if (!o->queue_max)
+        o->queue_max = LIMITS_QUEUE_REQUESTS;
+    if (!o->queue_tokens)
+        o->queue_tokens = LIMITS_QUEUE_TOKENS;
+    if (!o->running_bytes)
+        o->running_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / 2;
+    if (!(o->max_stall > 0))
+        o->max_stall = 1e-3 * (strncmp(info->backend, "cuda", 4) == 0 ? LIMITS_STALL_GPU_MS
+                                                                      : LIMITS_STALL_CPU_MS);
+    const struct sched_options options = {.running_max = o->running_max,
+                                          .slice_tokens = info->slice_tokens,
+                                          .row_max = info->slice_tokens,
+                                          .memory_bytes = o->running_bytes,
+                                          .max_stall = o->max_stall,
+                                          .shared = o->shared};
+    sched_init(&thread->sched, &options);
+    sched_gate_init(&thread->gate, o->queue_max, o->queue_tokens, o->running_max);
+}
+
 enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_options *options,
                                struct engine_thread **out, struct error *err)
 {
@@ -643,11 +732,8 @@ enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_optio
     if (!thread)
         return error_set(err, STATUS_NO_MEMORY, "out of memory");
     thread->options = *options;
-    if (!thread->options.running_max || thread->options.running_max > LIMITS_RUNNING)
-        thread->options.running_max = LIMITS_RUNNING;
-    if (!thread->options.queue_max)
-        thread->options.queue_max = LIMITS_QUEUE_REQUESTS;
     thread->engine = options->engine;
+    open_sched(thread);
     thread->storage = options->storage;
     thread->loop = loop;
     pthread_mutex_init(&thread->lock, NULL);
@@ -765,5 +851,9 @@ void engine_thread_get_stats(const struct engine_thread *engine_thread,
     struct engine_thread *unlocked = (struct engine_thread *)(uintptr_t)engine_thread;
     pthread_mutex_lock(&unlocked->lock);
     *stats = engine_thread->stats;
+    stats->waiting = engine_thread->gate.requests;
+    stats->waiting_tokens = engine_thread->gate.tokens;
+    stats->refused_requests = engine_thread->gate.refused_requests;
+    stats->refused_tokens = engine_thread->gate.refused_tokens;
     pthread_mutex_unlock(&unlocked->lock);
 }

@@ -16,8 +16,12 @@ struct engine_thread_options {
     struct storage *storage; /* borrowed; outlives this */
     uint32_t running_max;    /* sequences stepped together; 0: LIMITS_RUNNING */
     uint32_t queue_max;      /* jobs waiting; 0: LIMITS_QUEUE_REQUESTS */
+    uint64_t queue_tokens;   /* of their prompts; 0: LIMITS_QUEUE_TOKENS */
     size_t session_bytes;    /* budget of idle sessions kept in RAM between turns */
     uint64_t prefix_bytes;   /* of disk for what requests without a memory said; 0: not kept */
+    uint64_t running_bytes;  /* and of those at work; 0: half of the machine's RAM */
+    double max_stall;        /* seconds, see server/sched.h; 0: by the backend */
+    bool shared;             /* by several keys */
 };
 
 STATUS_CHECKED enum status engine_thread_open(uv_loop_t *loop,
@@ -35,6 +39,10 @@ void engine_thread_close(struct engine_thread *engine_thread, void (*closed_cb)(
 /* Borrowed, immutable parts for the loop: tokeniser, sizes. Any thread. */
 const struct engine *engine_thread_engine(const struct engine_thread *engine_thread);
 
+/* Seconds after which a job that was just refused with STATUS_BUSY may be sent again, by what was
+ * measured. Loop thread. */
+double engine_thread_retry_after(struct engine_thread *engine_thread);
+
 /* A memory was deleted or is about to be: drops its idle session. `busy_cb` answers on the loop
  * with STATUS_CONFLICT when a job is using it now, else STATUS_OK after it was dropped; from then
  * on new jobs naming it get STATUS_NOT_FOUND. */
@@ -46,6 +54,7 @@ void engine_thread_release_memory(struct engine_thread *engine_thread, const cha
 struct engine_thread_stats {
     struct engine_stats engine;
     uint64_t running, waiting, waiting_tokens;
+    uint64_t refused_requests, refused_tokens; /* sent away: too many of these waited */
     uint64_t sessions_idle, sessions_idle_bytes;
     uint64_t resumes_ram, resumes_disk, resumes_empty;
     uint64_t prefix_hits, prefix_misses, prefix_tokens; /* tokens: that hits saved */

@@ -16,6 +16,7 @@
 #include "server/engine_thread.h"
 #include "server/job.h"
 #include "server/prefix.h"
+#include "server/sched.h"
 #include "server/session_store.h"
 
 /* An answer of storage on its way from the writer thread. handle_cb runs on the engine's thread
@@ -81,15 +82,16 @@ struct append_block {
 struct job {
     struct list node;      /* in the thread's queue or its running list */
     struct list loop_node; /* the loop's list of jobs not done */
+    struct sched_entry entry;
     struct engine_thread *thread;
     bool is_append;
     struct job_generate generate;
     struct job_append append;
     job_event_cb event_cb;
     void *context;
-    atomic_int cancelled; /* an enum status, set by the loop: why it shall end early; 0: not */
+    atomic_int cancelled;   /* an enum status, set by the loop: why it shall end early; 0: not */
     atomic_bool may_commit; /* set by the loop, for a job that waits */
-    struct list blocks;   /* of an append, from the loop; under the thread's lock */
+    struct list blocks;     /* of an append, from the loop; under the thread's lock */
 
     enum job_state state;
     enum status status; /* why it ends */
@@ -126,6 +128,7 @@ struct job {
     struct sampler_top *slice_tops;
     uint32_t cursor; /* the choice that goes first in the next step */
     uint64_t submitted_ns, started_ns, prefilled_ns, decoded_ns;
+    uint64_t deadline_ns; /* 0: none */
 };
 
 /* The batch of one step, as it is put together. */
@@ -134,8 +137,8 @@ struct step_builder {
     struct job *jobs[2 * LIMITS_RUNNING + LIMITS_CHOICES];
     struct sequence *sequences[2 * LIMITS_RUNNING + LIMITS_CHOICES];
     uint32_t count;
-    uint32_t rows_left, sessions_left;
 };
+
 struct engine_thread {
     struct engine *engine;
     struct storage *storage;
@@ -153,12 +156,14 @@ struct engine_thread {
     struct list outbox;  /* events, to the loop */
     struct list releases;
     struct engine_thread_stats stats;
+    struct sched_gate gate;
 
     /* The engine's thread alone. */
     struct list queue;   /* jobs waiting */
-    struct list running; /* jobs admitted, oldest first; the prefilling ones take turns */
+    struct list running; /* jobs admitted, oldest first */
     struct list memories;
-    size_t running_sequences, outstanding; /* storage answers to come */
+    size_t outstanding; /* storage answers to come */
+    struct sched sched;
     struct step_builder builder;
     struct engine_thread_stats counted;
 
@@ -168,6 +173,7 @@ struct engine_thread {
     uv_timer_t deadline;
     struct list jobs; /* submitted, EVENT_DONE not delivered */
     size_t job_count;
+    double retry_after;
     bool draining;
     void (*drained_cb)(void *context);
     void *drained_context;
@@ -260,9 +266,13 @@ STATUS_CHECKED enum status job_generate_commit(struct job *job, const char *id,
 /* Each runs at admission. */
 void job_generate_start(struct job *job);
 void job_append_start(struct job *job);
-/* Adds the job's items to the step, as far as it has room. */
-void job_generate_build(struct job *job, struct step_builder *builder);
-void job_append_build(struct job *job, struct step_builder *builder);
+/* Does what is to be done before a step, and says in job->entry what the job wants of it. */
+void job_generate_prepare(struct job *job);
+void job_append_prepare(struct job *job);
+/* Adds what the scheduler granted to the step. */
+void job_generate_build(struct job *job, const struct sched_pick *pick,
+                        struct step_builder *builder);
+void job_append_build(struct job *job, const struct sched_pick *pick, struct step_builder *builder);
 /* Takes the result of one of its items. */
 void job_generate_result(struct job *job, struct sequence *sequence,
                          const struct engine_step_item *item);
@@ -271,11 +281,10 @@ void job_append_result(struct job *job, const struct engine_step_item *item);
 void job_generate_close(struct job *job);
 void job_append_close(struct job *job);
 
-/* False when the step is full. */
-bool step_add(struct step_builder *builder, struct job *job, struct sequence *sequence,
+void step_add(struct step_builder *builder, struct job *job, struct sequence *sequence,
               const struct engine_step_item *item);
-/* Tokens of the next slice of a prefill at `position`, so that slices end at multiples of
- * slice_tokens whatever the beginnings. */
+/* Tokens to the end of the next slice of a prefill at `position`, so that slices end at multiples
+ * of slice_tokens whatever the beginnings. */
 uint32_t step_slice(const struct engine_thread *thread, uint64_t position, size_t left);
 
 #endif

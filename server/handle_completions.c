@@ -576,7 +576,7 @@ static enum status submit(struct completion *c, struct part *part)
                              .retrieval = r->retrieval};
     memcpy(g.request_id, c->request->id, sizeof g.request_id);
     memcpy(g.memory, r->memory, sizeof g.memory);
-    memcpy(g.tenant, c->request->key, sizeof g.tenant);
+    memcpy(g.terms.tenant, c->request->key, sizeof g.terms.tenant);
     if (c->once)
         set_receipt(c, &g);
     generate_fill(&g, r);

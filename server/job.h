@@ -68,10 +68,18 @@ struct event {
 
 typedef void (*job_event_cb)(void *context, const struct event *event);
 
+/* How it is to be served beside others; all zeros: as everybody's. */
+struct job_terms {
+    char tenant[LIMITS_ID_BYTES]; /* the API key's name; "": nobody's in particular */
+    uint32_t weight;              /* of its share; 0: 1 */
+    double priority;              /* seconds: as if it had come so much later; under 0: earlier */
+    double timeout;               /* seconds from now on; 0: none. Then STATUS_TIMEOUT */
+};
+
 struct job_generate {
     char request_id[LIMITS_ID_BYTES];
+    struct job_terms terms;
     char memory[LIMITS_ID_BYTES]; /* "": none; leaves nothing but a prefix for the tenant's next */
-    char tenant[LIMITS_ID_BYTES]; /* whose request it is; "": nobody's in particular */
     bool memory_write;            /* commit prompt and completion, every generated token of it, to
                                      `memory`; choices must be 1 */
     int32_t *tokens;              /* malloced, taken; may be empty when the memory has logits */
@@ -86,7 +94,8 @@ struct job_generate {
     uint32_t stop_count;
     bool echo_logprobs;
     bool retrieval;
-    bool has_at; /* the memory must stand at `at`, in tokens, else STATUS_CONFLICT before anything */
+    bool
+        has_at; /* the memory must stand at `at`, in tokens, else STATUS_CONFLICT before anything */
     uint64_t at;
     bool settles;                    /* the memory is ephemeral, and lasts from this turn on */
     const struct storage_keep *keep; /* commit with the turn; NULL: nothing. Borrowed, with all that
@@ -100,6 +109,7 @@ struct job_generate {
 
 struct job_append {
     char request_id[LIMITS_ID_BYTES];
+    struct job_terms terms;
     char memory[LIMITS_ID_BYTES];
     int64_t expected_text_bytes; /* the memory must hold exactly these bytes of text, else
                                     STATUS_CONFLICT: how a resumed or retried upload cannot apply
@@ -112,8 +122,8 @@ struct job_append {
 };
 
 /* Both take what the fields point to when they return STATUS_OK. STATUS_BUSY: the queue is full
- * (429). STATUS_UNAVAILABLE: draining. STATUS_CONFLICT comes as an event: the memory is busy with
- * another turn. Loop thread. */
+ * (429; engine_thread_retry_after says for how long). STATUS_UNAVAILABLE: draining. STATUS_CONFLICT
+ * comes as an event: the memory is busy with another turn. Loop thread. */
 STATUS_CHECKED enum status job_submit_generate(struct engine_thread *engine_thread,
                                                const struct job_generate *generate,
                                                job_event_cb event_cb, void *context,

@@ -154,6 +154,7 @@ static void free_block(struct job *job)
     free(job->block->tokens);
     free(job->block);
     job->block = NULL;
+    job->prompt_done = 0;
 }
 
 /* The block under way is prefilled, or has no tokens: it waits for a commit. */
@@ -191,16 +192,16 @@ static void next_block(struct job *job)
         list_remove(&job->block->node);
     }
     pthread_mutex_unlock(&job->thread->lock);
-    job->prompt_done = 0;
 }
 
-void job_append_build(struct job *job, struct step_builder *builder)
+void job_append_prepare(struct job *job)
 {
     if (job->state != JOB_PREFILL)
         return;
     /* A commit that waits for the writer's queue, then blocks without tokens. */
     while (!job->last_seen) {
-        if (job->written_count && is_due(job) && !commit_blocks(job))
+        /* Between blocks alone: within one the session is ahead of what is written. */
+        if (job->written_count && !job->prompt_done && is_due(job) && !commit_blocks(job))
             return;
         job->last_seen = job->ended;
         if (!job->block && !job->ended)
@@ -213,14 +214,18 @@ void job_append_build(struct job *job, struct step_builder *builder)
     }
     if (job->last_seen)
         finish_if_done(job);
-    if (!job->block)
-        return;
-    const size_t left = job->block->token_count - job->prompt_done;
-    const uint32_t n = step_slice(job->thread, engine_session_position(job->memory->session), left);
+    else if (job->block)
+        job->entry.rows = step_slice(job->thread, engine_session_position(job->memory->session),
+                                     job->block->token_count - job->prompt_done);
+}
+
+void job_append_build(struct job *job, const struct sched_pick *pick, struct step_builder *builder)
+{
     const struct engine_step_item item = {.session = job->memory->session,
                                           .tokens = job->block->tokens + job->prompt_done,
-                                          .token_count = n,
-                                          .want_logits = n == left};
+                                          .token_count = pick->rows,
+                                          .want_logits = pick->rows == job->block->token_count -
+                                                                           job->prompt_done};
     step_add(builder, job, NULL, &item);
 }
 
@@ -232,6 +237,7 @@ void job_append_result(struct job *job, const struct engine_step_item *item)
     if (job->prompt_done < job->block->token_count)
         return;
     end_block(job);
+    sched_resize(&job->thread->sched, &job->entry, engine_session_bytes(job->memory->session));
     if (job->state == JOB_PREFILL && is_due(job))
         commit_blocks(job);
 }

@@ -512,24 +512,31 @@ static void prompt_done(struct job *job, const struct engine_step_item *item)
     }
 }
 
-static void build_prefill(struct job *job, struct step_builder *builder)
+/* What the next slice is, or whether something comes before it. */
+static void prepare_prefill(struct job *job)
+{
+    const struct job_generate *g = &job->generate;
+    const size_t left = g->token_count - job->prompt_done;
+    if (left) {
+        job->entry.rows = job_prefix_slice(
+            job, step_slice(job->thread, engine_session_position(job->sequences[0].session), left));
+        job->entry.rows_left = left;
+    } else if (g->max_tokens && g->choices == 1) {
+        job->entry.decodes = 1; /* a token from the logits that are there */
+    } else if (g->choices > 1 && g->max_tokens && job->prefilled_ns) {
+        start_forks(job); /* they found the queue full */
+    } else {
+        const struct engine_step_item none = {0};
+        prompt_done(job, &none);
+    }
+}
+
+static void build_prefill(struct job *job, uint32_t n, struct step_builder *builder)
 {
     const struct job_generate *g = &job->generate;
     struct sequence *s = &job->sequences[0];
-    const size_t left = g->token_count - job->prompt_done;
+    const bool last = n == g->token_count - job->prompt_done;
     const bool sampling = g->max_tokens && g->choices == 1;
-    if (!left && !sampling) {
-        /* Nothing to compute: no tokens asked for, or forks that found the queue full. */
-        const struct engine_step_item none = {0};
-        if (g->choices > 1 && g->max_tokens && job->prefilled_ns)
-            start_forks(job);
-        else
-            prompt_done(job, &none);
-        return;
-    }
-    uint32_t n = left ? step_slice(job->thread, engine_session_position(s->session), left) : 0;
-    n = job_prefix_slice(job, n);
-    const bool last = n == left;
     struct engine_step_item item = {.session = s->session,
                                     .tokens = g->tokens + job->prompt_done,
                                     .token_count = n,
@@ -567,21 +574,33 @@ static void keep_echo(struct job *job, const struct engine_step_item *item)
 
 /* ---- the step ---- */
 
-void job_generate_build(struct job *job, struct step_builder *builder)
+void job_generate_prepare(struct job *job)
 {
     if (job->state == JOB_PREFILL) {
-        build_prefill(job, builder);
+        prepare_prefill(job);
         return;
     }
     if (job->state != JOB_DECODE)
         return;
-    bool open = false;
-    for (uint32_t k = 0; k < job->sequence_count; k++) {
-        const uint32_t at = (job->cursor + k) % job->sequence_count;
+    for (uint32_t i = 0; i < job->sequence_count; i++)
+        job->entry.decodes += !job->sequences[i].settled;
+    if (!job->entry.decodes) /* a commit that found the queue full */
+        finish_turn(job);
+}
+
+void job_generate_build(struct job *job, const struct sched_pick *pick,
+                        struct step_builder *builder)
+{
+    if (job->state == JOB_PREFILL) {
+        build_prefill(job, pick->rows, builder);
+        return;
+    }
+    uint32_t at = job->cursor, left = pick->decodes;
+    for (; left; at = (at + 1) % job->sequence_count) {
         struct sequence *s = &job->sequences[at];
         if (s->settled)
             continue;
-        open = true;
+        left--;
         /* A fresh choice samples from the prompt's logits; a finished one takes in its last token.
          */
         const struct engine_step_item item = {.session = s->session,
@@ -590,13 +609,9 @@ void job_generate_build(struct job *job, struct step_builder *builder)
                                               .want_logits = s->finished,
                                               .sampler = s->finished ? NULL : s->sampler,
                                               .want_picks = job->generate.retrieval};
-        if (!step_add(builder, job, s, &item)) {
-            job->cursor = at; /* the rest goes first next time */
-            return;
-        }
+        step_add(builder, job, s, &item);
     }
-    if (!open) /* a commit that found the queue full */
-        finish_turn(job);
+    job->cursor = at; /* the rest goes first next time */
 }
 
 void job_generate_result(struct job *job, struct sequence *s, const struct engine_step_item *item)

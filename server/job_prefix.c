@@ -258,16 +258,16 @@ static bool make_entry(struct job *job, const struct prefix_hit *hit)
     char id[LIMITS_ID_BYTES];
     live_memory_new_id(STORAGE_PREFIX, id);
     const uint64_t hash =
-        hit->entry ? hit->hash : prefix_seed(thread->prefix, job->generate.tenant);
+        hit->entry ? hit->hash : prefix_seed(thread->prefix, job->generate.terms.tenant);
     struct reply *reply = reply_create(thread, entry_made, job);
     if (!reply)
         return false;
     const struct storage_memory_options options = {.id = id,
                                                    .from = hit->entry ? hit->entry->id : NULL,
                                                    .at = hit->position,
-                                                   .tenant = job->generate.tenant};
+                                                   .tenant = job->generate.terms.tenant};
     job->prefix =
-        prefix_add(thread->prefix, id, job->generate.tenant, hit->entry, hit->position, hash);
+        prefix_add(thread->prefix, id, job->generate.terms.tenant, hit->entry, hit->position, hash);
     if (!job->prefix || storage_memory_create(thread->storage, &options, reply_done_cb, reply)) {
         if (job->prefix)
             prefix_remove(thread->prefix, job->prefix);
@@ -294,7 +294,7 @@ bool job_prefix_start(struct job *job, uint64_t *at)
         return false;
     }
     /* What the last token of the prompt read is not in a snapshot. */
-    prefix_find(thread->prefix, g->tenant, g->tokens, g->token_count - g->retrieval, &hit);
+    prefix_find(thread->prefix, g->terms.tenant, g->tokens, g->token_count - g->retrieval, &hit);
     if (hit.entry && hit.entry->pending) {
         job->prefix_wait = hit.entry;
         return true;

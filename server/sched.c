@@ -67,9 +67,8 @@ static uint64_t memory_max(const struct sched *sched, bool bulk)
     return bulk ? sched->options.memory_bytes / 2 : sched->options.memory_bytes;
 }
 
-bool sched_can_hold(const struct sched *sched, uint64_t bytes, bool bulk)
+bool sched_can_hold(const struct sched *sched, uint64_t bytes)
 {
-    (void)bulk; /* half for either: what the bulk ones hold is not given back soon */
     return bytes <= sched->options.memory_bytes / 2;
 }
 

@@ -113,8 +113,8 @@ void sched_init(struct sched *sched, const struct sched_options *options);
 /* The share of this name, made when it is new; `weight` counts from now on, 0 for 1. */
 struct sched_share *sched_share(struct sched *sched, const char *name, double weight);
 
-/* Whether an entry of so many bytes can ever start. */
-bool sched_can_hold(const struct sched *sched, uint64_t bytes, bool bulk);
+/* Whether an entry of so many bytes can ever start: half of the memory may be with bulk ones. */
+bool sched_can_hold(const struct sched *sched, uint64_t bytes);
 /* Queues an entry, whose fields the caller has set. */
 void sched_add(struct sched *sched, struct sched_entry *entry, struct sched_share *share);
 /* The next entry that may start, which runs from now on; NULL: none. */

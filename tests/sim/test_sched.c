@@ -436,9 +436,9 @@ static void orders(void **unused)
     add(&big, "two", 6, 0);
     add(&c, "two", 7, 0);
     big.bytes = MEMORY - SESSION;
-    assert_false(sched_can_hold(&sched, big.bytes, false));
+    assert_false(sched_can_hold(&sched, big.bytes));
     big.bytes = MEMORY / 2;
-    assert_true(sched_can_hold(&sched, big.bytes, false));
+    assert_true(sched_can_hold(&sched, big.bytes));
     sched_resize(&sched, &a, MEMORY / 2 + 1);
     assert_null(sched_start(&sched));
     sched_remove(&sched, &a);
