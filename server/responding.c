@@ -460,7 +460,7 @@ static enum status submit_job(struct responding *r)
         return STATUS_NO_MEMORY;
     memcpy(g.request_id, r->request_id, sizeof g.request_id);
     memcpy(g.memory, r->place.memory, sizeof g.memory);
-    memcpy(g.tenant, r->key, sizeof g.tenant);
+    memcpy(g.terms.tenant, r->key, sizeof g.terms.tenant);
     if (writes && r->has_receipt) {
         g.has_receipt = true;
         memcpy(g.receipt, r->receipt, sizeof g.receipt);
