@@ -88,6 +88,8 @@ enum status json_parse_object(const char *text, size_t size, struct cJSON **root
         return error_set(err, STATUS_INVALID, "the body is empty; a JSON object is expected");
     if (has_nul(text, size))
         return error_set(err, STATUS_INVALID, "the body holds a NUL character");
+    if (!json_is_utf8(text, size)) /* it could not be given back as it came */
+        return error_set(err, STATUS_INVALID, "the body is not UTF-8");
     const char *end = NULL;
     *root = cJSON_ParseWithLengthOpts(text, size, &end, false);
     size_t rest = *root && end ? (size_t)(end - text) : size;

@@ -69,6 +69,7 @@ static void test_refusals(void **state)
     } cases[] = {
         {"{}", "messages", STATUS_INVALID},
         {"{\"messages\":[]}", "messages", STATUS_INVALID},
+        {"{\"messages\":[{\"role\":\"user\",\"content\":\"\xff\"}]}", "", STATUS_INVALID},
         {"{\"messages\":\"Hello\"}", "messages", STATUS_INVALID},
         {"{\"messages\":[\"Hello\"]}", "messages[0]", STATUS_INVALID},
         {"{\"messages\":[{\"content\":\"a\"}]}", "messages[0].role", STATUS_INVALID},
