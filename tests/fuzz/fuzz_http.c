@@ -35,7 +35,7 @@ static void route(struct trace *trace, const struct http_head *head)
     ASSERT(status == STATUS_OK || status == STATUS_NOT_FOUND || status == STATUS_METHOD);
     ASSERT((status == STATUS_OK) == (handler != NULL));
     if (status == STATUS_METHOD)
-        route_append_allow(head->path, &trace->text);
+        route_append_methods(head->path, &trace->text);
     const char *unknown = http_query_unknown(head->query, names);
     ASSERT(!unknown || (unknown >= head->query && unknown < head->query + strlen(head->query)));
     if (http_query(head->query, "limit", value, sizeof value))
