@@ -456,7 +456,7 @@ static enum status turn_away(struct conn *conn, const struct http_head *head, en
 static enum status find_handler(struct conn *conn, const struct http_head *head)
 {
     struct request *r = &conn->request;
-    r->refusal = route_find(head, &r->handler, r->argument);
+    r->refusal = route_find(head, &r->handler, r->argument, r->item);
     if (r->refusal == STATUS_METHOD && cors_is_preflight(conn->server->config, head)) {
         r->refusal = STATUS_OK;
         r->handler = &preflight;

@@ -39,6 +39,7 @@ struct request {
     const struct http_head *head;
     char id[LIMITS_ID_BYTES];
     char argument[LIMITS_ID_BYTES]; /* {id} of the path */
+    char item[LIMITS_ID_BYTES];     /* a second one */
     char key[LIMITS_ID_BYTES];      /* name of the API key; "": the server has none */
     struct buf body;
     /* The handler's own. gone_cb runs once if the client goes away before the answer is complete;

@@ -5,7 +5,7 @@
 #include <string.h>
 
 static const struct {
-    const char *method, *path; /* {} stands for one id */
+    const char *method, *path; /* {} stands for an id; two at most */
     const struct request_handler *handler;
 } routes[] = {
     {"GET", "/v1/models", &handle_models_list},
@@ -18,6 +18,14 @@ static const struct {
     {"DELETE", "/v1/responses/{}", &handle_responses_delete},
     {"POST", "/v1/responses/{}/cancel", &handle_responses_cancel},
     {"GET", "/v1/responses/{}/input_items", &handle_responses_items},
+    {"POST", "/v1/conversations", &handle_conversations_create},
+    {"GET", "/v1/conversations/{}", &handle_conversations_get},
+    {"POST", "/v1/conversations/{}", &handle_conversations_update},
+    {"DELETE", "/v1/conversations/{}", &handle_conversations_delete},
+    {"GET", "/v1/conversations/{}/items", &handle_items_list},
+    {"POST", "/v1/conversations/{}/items", &handle_items_create},
+    {"GET", "/v1/conversations/{}/items/{}", &handle_items_get},
+    {"DELETE", "/v1/conversations/{}/items/{}", &handle_items_delete},
     {"POST", "/v1/memories", &handle_memories_create},
     {"GET", "/v1/memories", &handle_memories_list},
     {"GET", "/v1/memories/{}", &handle_memories_get},
@@ -36,30 +44,36 @@ static const struct {
     {"GET", "/metrics", &handle_metrics},
 };
 
-/* Whether `path` has the shape of `pattern`; the id goes to `argument`. */
-static bool match(const char *pattern, const char *path, char argument[LIMITS_ID_BYTES])
+/* Whether `path` has the shape of `pattern`; its ids go to `argument` and `item`. */
+static bool match(const char *pattern, const char *path, char argument[LIMITS_ID_BYTES],
+                  char item[LIMITS_ID_BYTES])
 {
-    argument[0] = 0;
-    for (; *pattern != '{'; pattern++, path++) {
-        if (*pattern != *path)
+    char *ids[] = {argument, item};
+    size_t count = 0;
+    argument[0] = item[0] = 0;
+    while (*pattern) {
+        if (*pattern != '{') {
+            if (*pattern++ != *path++)
+                return false;
+            continue;
+        }
+        const size_t size = strcspn(path, "/");
+        if (!size || size >= LIMITS_ID_BYTES)
             return false;
-        if (!*pattern)
-            return true;
+        memcpy(ids[count], path, size);
+        ids[count++][size] = 0;
+        pattern += 2;
+        path += size;
     }
-    const size_t size = strcspn(path, "/");
-    if (!size || size >= LIMITS_ID_BYTES || strcmp(path + size, pattern + 2) != 0)
-        return false;
-    memcpy(argument, path, size);
-    argument[size] = 0;
-    return true;
+    return !*path;
 }
 
 enum status route_find(const struct http_head *head, const struct request_handler **handler,
-                       char argument[LIMITS_ID_BYTES])
+                       char argument[LIMITS_ID_BYTES], char item[LIMITS_ID_BYTES])
 {
     enum status status = STATUS_NOT_FOUND;
     for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
-        if (!match(routes[i].path, head->path, argument))
+        if (!match(routes[i].path, head->path, argument, item))
             continue;
         status = STATUS_METHOD;
         if (strcmp(routes[i].method, head->method) == 0 ||
@@ -82,10 +96,10 @@ bool route_at(size_t index, const char **method, const char **path)
 
 void route_append_methods(const char *path, struct buf *out)
 {
-    char argument[LIMITS_ID_BYTES];
+    char argument[LIMITS_ID_BYTES], item[LIMITS_ID_BYTES];
     const char *before = "";
     for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
-        if (!match(routes[i].path, path, argument))
+        if (!match(routes[i].path, path, argument, item))
             continue;
         const bool get = strcmp(routes[i].method, "GET") == 0;
         buf_append_format(out, "%s%s%s", before, routes[i].method, get ? ", HEAD" : "");

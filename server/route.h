@@ -5,10 +5,11 @@
 
 #include "server/conn.h"
 
-/* Finds the handler and the {id} of the path. STATUS_NOT_FOUND, STATUS_METHOD. */
+/* Finds the handler and the ids of the path, "" where there are none. STATUS_NOT_FOUND,
+ * STATUS_METHOD. */
 STATUS_CHECKED enum status route_find(const struct http_head *head,
                                       const struct request_handler **handler,
-                                      char argument[LIMITS_ID_BYTES]);
+                                      char argument[LIMITS_ID_BYTES], char item[LIMITS_ID_BYTES]);
 
 /* The routes one by one, "{}" for an id; false behind the last. */
 bool route_at(size_t index, const char **method, const char **path);
@@ -20,6 +21,9 @@ extern const struct request_handler handle_models_list, handle_models_get;
 extern const struct request_handler handle_completions, handle_chat;
 extern const struct request_handler handle_responses_create, handle_responses_count,
     handle_responses_get, handle_responses_delete, handle_responses_cancel, handle_responses_items;
+extern const struct request_handler handle_conversations_create, handle_conversations_get,
+    handle_conversations_update, handle_conversations_delete, handle_items_list,
+    handle_items_create, handle_items_get, handle_items_delete;
 extern const struct request_handler handle_memories_create, handle_memories_list,
     handle_memories_get, handle_memories_delete, handle_memories_chunks;
 extern const struct request_handler handle_turns_list, handle_turns_bookmark, handle_turns_delete,

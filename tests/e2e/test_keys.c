@@ -17,7 +17,7 @@
 #include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
 
-#define MODEL "tests/golden/wide-stickbreaking-topk8"
+#define MODEL "engine/models/ramba-6m"
 #define IN_ENVIRONMENT "a key of many letters"
 
 static struct daemon daemon_;
@@ -78,14 +78,21 @@ static void new_key(const char *name, char out[64])
     buf_close(&text);
 }
 
-static void new_memory(const char *key, const char *body, char id[LIMITS_ID_BYTES])
+/* What a POST of the key's makes. */
+static void make(const char *key, const char *path, const char *body, int status,
+                 char id[LIMITS_ID_BYTES])
 {
     struct wire_answer answer;
-    assert_int_equal(ask(key, "POST", "/v1/memories", body, &answer), 201);
+    assert_int_equal(ask(key, "POST", path, body, &answer), status);
     cJSON *json = wire_json(&answer);
     snprintf(id, LIMITS_ID_BYTES, "%s", cJSON_GetStringValue(cJSON_GetObjectItem(json, "id")));
     cJSON_Delete(json);
     wire_answer_close(&answer);
+}
+
+static void new_memory(const char *key, const char *body, char id[LIMITS_ID_BYTES])
+{
+    make(key, "/v1/memories", body, 201, id);
 }
 
 /* The ids of the key's list, as far as one page goes. */
@@ -257,6 +264,69 @@ static void test_strangers(void **state)
     assert_list(ann, 2, NULL);
 }
 
+/* The same for a response (under way, too) and a conversation. */
+static void refuse_talk(const char *key, const char *response, const char *conversation)
+{
+    static const struct {
+        const char *method, *path, *body;
+    } roads[] = {{"GET", "/v1/responses/%s", NULL},
+                 {"GET", "/v1/responses/%s?stream=true", NULL},
+                 {"GET", "/v1/responses/%s/input_items", NULL},
+                 {"POST", "/v1/responses/%s/cancel", NULL},
+                 {"DELETE", "/v1/responses/%s", NULL},
+                 {"GET", "/v1/conversations/%C", NULL},
+                 {"POST", "/v1/conversations/%C", "{\"metadata\":{\"a\":\"b\"}}"},
+                 {"GET", "/v1/conversations/%C/items", NULL},
+                 {"POST", "/v1/conversations/%C/items",
+                  "{\"items\":[{\"role\":\"user\",\"content\":\"a\"}]}"},
+                 {"GET", "/v1/conversations/%C/items/msg_1", NULL},
+                 {"DELETE", "/v1/conversations/%C/items/msg_1", NULL},
+                 {"DELETE", "/v1/conversations/%C", NULL}};
+    char path[128], body[256];
+    for (size_t i = 0; i < sizeof roads / sizeof *roads; i++) {
+        const bool second = strstr(roads[i].path, "%C") != NULL;
+        snprintf(path, sizeof path, "%.*s%s%s", (int)strcspn(roads[i].path, "%"), roads[i].path,
+                 second ? conversation : response, strchr(roads[i].path, '%') + 2);
+        refuse(key, roads[i].method, path, roads[i].body, 404, "not_found", NULL);
+    }
+    snprintf(body, sizeof body, "{\"from\":\"%s\"}", response);
+    refuse(key, "POST", "/v1/memories", body, 404, "not_found", "from");
+    snprintf(body, sizeof body, "{\"input\":\"a\",\"previous_response_id\":\"%s\"}", response);
+    refuse(key, "POST", "/v1/responses", body, 404, "not_found", "previous_response_id");
+    refuse(key, "POST", "/v1/responses/input_tokens", body, 404, "not_found",
+           "previous_response_id");
+    snprintf(body, sizeof body, "{\"input\":\"a\",\"conversation\":\"%s\"}", conversation);
+    refuse(key, "POST", "/v1/responses", body, 404, "not_found", "conversation");
+}
+
+static void test_talk(void **state)
+{
+    (void)state;
+    char conversation[LIMITS_ID_BYTES], running[LIMITS_ID_BYTES], done[LIMITS_ID_BYTES], path[128];
+    make(ann, "/v1/conversations", "{\"items\":[{\"role\":\"user\",\"content\":\"a\"}]}", 200,
+         conversation);
+    make(ann, "/v1/responses", "{\"input\":\"a\",\"max_output_tokens\":2}", 200, done);
+    make(ann, "/v1/responses",
+         "{\"input\":\"a\",\"background\":true,\"ignore_eos\":true,\"max_output_tokens\":1000000}",
+         200, running);
+    refuse_talk(bob, running, conversation);
+    refuse_talk(bob, done, conversation);
+    refuse_talk(bob, "resp_none", "conv_none");
+    snprintf(path, sizeof path, "/v1/responses/%s/cancel", running);
+    expect(ann, "POST", path, NULL, 200);
+    daemon_kill(&daemon_);
+    daemon_start(&daemon_);
+    refuse_talk(bob, running, conversation);
+    refuse_talk(IN_ENVIRONMENT, done, conversation);
+    const char *const owned[] = {"/v1/responses/",     running,     "/v1/responses/", done,
+                                 "/v1/conversations/", conversation};
+    for (size_t i = 0; i < 6; i += 2) {
+        snprintf(path, sizeof path, "%s%s", owned[i], owned[i + 1]);
+        expect(ann, "GET", path, NULL, 200);
+        expect(ann, "DELETE", path, NULL, 200);
+    }
+}
+
 /* Has the file read again, until the key is good. */
 static void reread(const char *key)
 {
@@ -344,6 +414,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_no_key), cmocka_unit_test(test_strangers),
-        cmocka_unit_test(test_rotation), cmocka_unit_test(test_once), cmocka_unit_test(test_bind)};
+        cmocka_unit_test(test_talk),   cmocka_unit_test(test_rotation),
+        cmocka_unit_test(test_once),   cmocka_unit_test(test_bind)};
     return cmocka_run_group_tests_name("keys", tests, setup, teardown);
 }

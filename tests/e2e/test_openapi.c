@@ -69,12 +69,14 @@ static void read_operations(void)
         struct operation *o = &operations[operation_count ? operation_count - 1 : 0];
         char name[64];
         if (indent(line) == 2) {
-            const char *hole = strstr(line, "{id}");
-            const size_t size = strcspn(line + 2, ":");
-            snprintf(path, sizeof path, "%.*s", (int)size, line + 2);
-            if (hole)
-                snprintf(path, sizeof path, "%.*s{}%.*s", (int)(hole - line - 2), line + 2,
-                         (int)(size - (size_t)(hole + 4 - line - 2)), hole + 4);
+            char *to = path;
+            for (const char *p = line + 2; *p != ':'; p++) { /* {id} and {item_id} are {} */
+                assert_true(to < path + sizeof path - 2);
+                *to++ = *p;
+                if (*p == '{')
+                    p += strcspn(p, "}") - 1;
+            }
+            *to = 0;
         } else if (indent(line) == 4) {
             assert_true(operation_count < OPERATIONS);
             o = &operations[operation_count++];
@@ -129,6 +131,24 @@ static bool documents(const struct operation *o, int status)
     return false;
 }
 
+/* The path with `id` in its hole; of two, "a/b" has one for each. */
+static void fill_path(char out[256], const char *pattern, const char *id, const char *query)
+{
+    char *to = out;
+    for (const char *p = pattern; *p; p++) {
+        if (*p != '{') {
+            *to++ = *p;
+            continue;
+        }
+        const size_t size = strcspn(id, "/");
+        memcpy(to, id, size);
+        to += size;
+        id += id[size] ? size + 1 : 0;
+        p++;
+    }
+    strcpy(to, query);
+}
+
 /* ---- calls ---- */
 
 /* A call of a documented operation on `id`; its answer must be documented, and be `status`. */
@@ -138,12 +158,7 @@ static void expect(struct operation *o, const char *id, const char *query, const
     char path[256];
     struct wire wire;
     struct wire_answer answer;
-    const char *hole = strstr(o->path, "{}");
-    if (hole)
-        snprintf(path, sizeof path, "%.*s%s%s%s", (int)(hole - o->path), o->path, id, hole + 2,
-                 query);
-    else
-        snprintf(path, sizeof path, "%s%s", o->path, query);
+    fill_path(path, o->path, id, query);
     wire_open(&wire, &daemon_);
     wire_ask(&wire, o->method, path, headers, body, body ? strlen(body) : 0);
     if (wire_answer(&wire, &answer, false) != status)
@@ -233,13 +248,10 @@ static void test_methods(void **state)
 {
     (void)state;
     for (int i = 0; i < operation_count; i++) {
-        const char *hole = strstr(operations[i].path, "{}");
-        char path[128], allow[128], documented[128] = "";
+        char path[256], allow[128], documented[128] = "";
         struct wire wire;
         struct wire_answer answer;
-        snprintf(path, sizeof path, "%.*s%s%s",
-                 hole ? (int)(hole - operations[i].path) : (int)strlen(operations[i].path),
-                 operations[i].path, hole ? "x" : "", hole ? hole + 2 : "");
+        fill_path(path, operations[i].path, "x", "");
         for (int j = 0; j < operation_count; j++)
             if (strcmp(operations[j].path, operations[i].path) == 0)
                 snprintf(documented + strlen(documented), sizeof documented - strlen(documented),
@@ -334,6 +346,84 @@ static void test_life(void **state)
     print_message("%d of %d documented statuses were reached\n", reached, documented);
 }
 
+/* The id of what a call of the server makes. */
+static void make(const char *path, const char *body, char id[LIMITS_ID_BYTES])
+{
+    struct wire wire;
+    struct wire_answer answer;
+    wire_open(&wire, &daemon_);
+    wire_ask(&wire, "POST", path, AUTHORIZATION, body, strlen(body));
+    assert_int_equal(wire_answer(&wire, &answer, false), 200);
+    cJSON *json = wire_json(&answer);
+    snprintf(id, LIMITS_ID_BYTES, "%s", answer_text(json, "id"));
+    cJSON_Delete(json);
+    wire_answer_close(&answer);
+    wire_close(&wire);
+}
+
+/* Responses and conversations, which need a model that chats: every status that a request can bring
+ * about by itself, but 409 of two at once. */
+static void test_talk(void **state)
+{
+    (void)state;
+    char response[LIMITS_ID_BYTES], slow[LIMITS_ID_BYTES], conversation[LIMITS_ID_BYTES];
+    char body[256], item[2 * LIMITS_ID_BYTES];
+    const struct daemon golden = daemon_;
+    char *other = daemon_begin(&daemon_, "engine/models/ramba-6m", flags);
+    make("/v1/responses", "{\"input\":\"a\",\"max_output_tokens\":2}", response);
+    ask("POST", "/v1/responses", "", "", "{\"input\":\"a\",\"max_output_tokens\":2}", 200);
+    ask("POST", "/v1/responses", "", "", "{}", 400);
+    ask("POST", "/v1/responses", "", "", "{\"input\":\"a\",\"conversation\":\"conv_none\"}", 404);
+    ask("POST", "/v1/responses/input_tokens", "", "", "{\"input\":\"a\"}", 200);
+    ask("POST", "/v1/responses/input_tokens", "", "", "{}", 400);
+    ask("POST", "/v1/responses/input_tokens", "", "",
+        "{\"input\":\"a\",\"previous_response_id\":\"resp_none\"}", 404);
+    ask("GET", "/v1/responses/{}", response, "", NULL, 200);
+    ask("GET", "/v1/responses/{}", response, "?stream=true&starting_after=3", NULL, 200);
+    ask("GET", "/v1/responses/{}", response, "?stream=1", NULL, 400);
+    ask("GET", "/v1/responses/{}", "resp_none", "", NULL, 404);
+    ask("GET", "/v1/responses/{}/input_items", response, "", NULL, 200);
+    ask("GET", "/v1/responses/{}/input_items", response, "?limit=0", NULL, 400);
+    ask("GET", "/v1/responses/{}/input_items", response, "?after=msg_none", NULL, 404);
+    ask("POST", "/v1/responses/{}/cancel", response, "", NULL, 400);
+    make("/v1/responses",
+         "{\"input\":\"a\",\"background\":true,\"ignore_eos\":true,\"max_output_tokens\":1000000}",
+         slow);
+    ask("DELETE", "/v1/responses/{}", slow, "", NULL, 409);
+    ask("POST", "/v1/responses/{}/cancel", slow, "", NULL, 200);
+    ask("DELETE", "/v1/responses/{}", slow, "", NULL, 200);
+    ask("DELETE", "/v1/responses/{}", slow, "", NULL, 404);
+    make("/v1/conversations", "{\"items\":[{\"role\":\"user\",\"content\":\"a\"}]}", conversation);
+    ask("POST", "/v1/conversations", "", "", NULL, 200);
+    ask("POST", "/v1/conversations", "", "", "{\"items\":1}", 400);
+    ask("GET", "/v1/conversations/{}", conversation, "", NULL, 200);
+    ask("POST", "/v1/conversations/{}", conversation, "", "{\"metadata\":{\"a\":\"b\"}}", 200);
+    ask("POST", "/v1/conversations/{}", conversation, "", "{}", 400);
+    ask("POST", "/v1/conversations/{}/items", conversation, "",
+        "{\"items\":[{\"role\":\"user\",\"content\":\"b\"}]}", 200);
+    ask("POST", "/v1/conversations/{}/items", conversation, "", "{\"items\":[]}", 400);
+    ask("GET", "/v1/conversations/{}/items", conversation, "?order=asc", NULL, 200);
+    ask("GET", "/v1/conversations/{}/items", conversation, "?order=up", NULL, 400);
+    ask("GET", "/v1/conversations/{}/items", conversation, "?after=msg_none", NULL, 404);
+    snprintf(item, sizeof item, "%s/msg_none", conversation);
+    ask("GET", "/v1/conversations/{}/items/{}", item, "", NULL, 404);
+    ask("DELETE", "/v1/conversations/{}/items/{}", item, "", NULL, 404);
+    snprintf(body, sizeof body,
+             "{\"input\":\"a\",\"background\":true,\"ignore_eos\":true,\"max_output_tokens\":"
+             "1000000,\"conversation\":\"%s\"}",
+             conversation);
+    make("/v1/responses", body, slow);
+    ask("POST", "/v1/responses", "", "", body, 409);
+    ask("POST", "/v1/conversations/{}/items", conversation, "",
+        "{\"items\":[{\"role\":\"user\",\"content\":\"b\"}]}", 409);
+    ask("DELETE", "/v1/conversations/{}", conversation, "", NULL, 409);
+    ask("POST", "/v1/responses/{}/cancel", slow, "", NULL, 200);
+    ask("DELETE", "/v1/conversations/{}", conversation, "", NULL, 200);
+    ask("DELETE", "/v1/conversations/{}", conversation, "", NULL, 404);
+    daemon_end(&daemon_, other);
+    daemon_ = golden;
+}
+
 /* Every documented field is known to the server, and another one is not. */
 static void test_fields(void **state)
 {
@@ -342,6 +432,7 @@ static void test_fields(void **state)
         const char *schema, *path;
         size_t count;
     } bodies[] = {{"ResponseRequest", "/v1/responses", 32},
+                  {"ConversationRequest", "/v1/conversations", 2},
                   {"CompletionRequest", "/v1/completions", 26},
                   {"ChatRequest", "/v1/chat/completions", 25},
                   {"MemoryRequest", "/v1/memories", 3},
@@ -424,9 +515,12 @@ static void test_errors(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_routes),          cmocka_unit_test(test_methods),
-        cmocka_unit_test(test_every_operation), cmocka_unit_test(test_life),
-        cmocka_unit_test(test_fields),          cmocka_unit_test(test_errors)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_routes),
+                                       cmocka_unit_test(test_methods),
+                                       cmocka_unit_test(test_every_operation),
+                                       cmocka_unit_test(test_talk),
+                                       cmocka_unit_test(test_life),
+                                       cmocka_unit_test(test_fields),
+                                       cmocka_unit_test(test_errors)};
     return cmocka_run_group_tests_name("openapi", tests, setup, teardown);
 }

@@ -30,8 +30,8 @@ static void route(struct trace *trace, const struct http_head *head)
 {
     static const char *const names[] = {"limit", "from", NULL};
     const struct request_handler *handler = NULL;
-    char argument[LIMITS_ID_BYTES], value[32];
-    const enum status status = route_find(head, &handler, argument);
+    char argument[LIMITS_ID_BYTES], item[LIMITS_ID_BYTES], value[32];
+    const enum status status = route_find(head, &handler, argument, item);
     ASSERT(status == STATUS_OK || status == STATUS_NOT_FOUND || status == STATUS_METHOD);
     ASSERT((status == STATUS_OK) == (handler != NULL));
     if (status == STATUS_METHOD)

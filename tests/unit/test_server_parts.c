@@ -128,12 +128,14 @@ static void test_query(void **state)
 
 /* ---- routes ---- */
 
+static char item[LIMITS_ID_BYTES]; /* of the last route */
+
 static enum status route(const char *method, const char *path,
                          const struct request_handler **handler, char argument[LIMITS_ID_BYTES])
 {
     struct http_head head = {.path = (char *)(uintptr_t)path};
     strcpy(head.method, method);
-    return route_find(&head, handler, argument);
+    return route_find(&head, handler, argument, item);
 }
 
 static void test_routes(void **state)
@@ -145,6 +147,13 @@ static void test_routes(void **state)
     assert_int_equal(route("POST", "/v1/memories/mem_7/append", &handler, argument), STATUS_OK);
     assert_ptr_equal(handler, &handle_append);
     assert_string_equal(argument, "mem_7");
+    assert_string_equal(item, "");
+    assert_int_equal(route("GET", "/v1/conversations/conv_1/items/msg_2", &handler, argument),
+                     STATUS_OK);
+    assert_string_equal(argument, "conv_1");
+    assert_string_equal(item, "msg_2");
+    assert_int_equal(route("GET", "/v1/conversations/conv_1/items/", &handler, argument),
+                     STATUS_NOT_FOUND);
     assert_int_equal(route("HEAD", "/v1/memories/mem_7", &handler, argument), STATUS_OK);
     assert_ptr_equal(handler, &handle_memories_get);
     assert_int_equal(route("PUT", "/v1/memories/mem_7", &handler, argument), STATUS_METHOD);
