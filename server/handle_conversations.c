@@ -152,7 +152,7 @@ static void read_items(struct addition *a)
     sampler_params_default(&g.sampling);
     memcpy(g.request_id, a->request->id, sizeof g.request_id);
     memcpy(g.memory, a->id, sizeof g.memory);
-    memcpy(g.tenant, a->request->key, sizeof g.tenant);
+    memcpy(g.terms.tenant, a->request->key, sizeof g.terms.tenant);
     if (a->kept.size) {
         g.has_receipt = true;
         memcpy(g.receipt, a->request->receipt, sizeof g.receipt);
