@@ -237,6 +237,13 @@ void answer_json_memory(struct buf *out, const struct answer_memory *memory)
     buf_append_format(
         out, "\"bytes_on_disk\":%llu,\"parent\":", (unsigned long long)memory->bytes_on_disk);
     append_text_or_null(out, memory->parent);
+    buf_append_text(out, ",\"expires_after\":");
+    if (memory->expires_s)
+        buf_append_format(out, "{\"anchor\":\"%s\",\"seconds\":%lld},\"expires_at\":%lld",
+                          memory->expires_from_use ? "last_active_at" : "created_at",
+                          (long long)memory->expires_s, (long long)memory->expires_at);
+    else
+        buf_append_text(out, "null,\"expires_at\":null");
     buf_append_format(out, ",\"metadata\":%s}", memory->metadata);
 }
 

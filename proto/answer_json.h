@@ -68,6 +68,8 @@ void answer_json_completion(struct buf *out, const struct answer_head *head,
 struct answer_memory {
     const char *id, *parent, *metadata; /* parent "": null; metadata: JSON text */
     int64_t created_at;
+    int64_t expires_s, expires_at; /* 0: never */
+    bool expires_from_use;
     uint64_t token_count, chunk_count, text_bytes, bytes_on_disk;
 };
 void answer_json_memory(struct buf *out, const struct answer_memory *memory);

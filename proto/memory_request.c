@@ -9,10 +9,40 @@
 
 #define POSITION_MAX ((uint64_t)1 << 53) /* as far as JSON's numbers are exact */
 
-enum status memory_request_parse(const char *json, size_t size, struct memory_request *out,
-                                 struct error *err)
+/* {"anchor": "last_active_at" or "created_at", "seconds" or "days": N}, or null. */
+static void read_expires(struct json_fields *f, struct memory_expires *out)
 {
-    static const char *const known[] = {"from", "at", "metadata", NULL};
+    const cJSON *object = cJSON_GetObjectItemCaseSensitive(f->root, "expires_after"), *item;
+    out->is_given = object != NULL;
+    if (!object || cJSON_IsNull(object))
+        return;
+    const cJSON *anchor = cJSON_GetObjectItemCaseSensitive(object, "anchor");
+    const cJSON *seconds = cJSON_GetObjectItemCaseSensitive(object, "seconds");
+    const cJSON *days = cJSON_GetObjectItemCaseSensitive(object, "days");
+    const cJSON *number = seconds ? seconds : days;
+    cJSON_ArrayForEach(item, object)
+    {
+        if (item != anchor && item != number)
+            number = NULL; /* another field, or both of the two */
+    }
+    const char *from = cJSON_GetStringValue(anchor);
+    const double most = seconds ? LIMITS_EXPIRES_S : LIMITS_EXPIRES_S / 86400;
+    const bool is_made = from && strcmp(from, "created_at") == 0;
+    out->from_use = from && strcmp(from, "last_active_at") == 0;
+    if (!cJSON_IsObject(object) || (!is_made && !out->from_use) || !cJSON_IsNumber(number) ||
+        !(number->valuedouble >= 1 && number->valuedouble <= most) ||
+        number->valuedouble != (double)(uint64_t)number->valuedouble) {
+        json_fail(f, STATUS_INVALID, "expires_after",
+                  "must be null, or an object of \"anchor\", \"last_active_at\" or \"created_at\", "
+                  "and \"seconds\" or \"days\", a whole number from 1 to a hundred years");
+        return;
+    }
+    out->seconds = (uint64_t)number->valuedouble * (seconds ? 1 : 86400);
+}
+
+static enum status parse(const char *json, size_t size, const char *const *known,
+                         struct memory_request *out, struct error *err)
+{
     *out = (struct memory_request){0};
     if (!size)
         return STATUS_OK;
@@ -22,6 +52,7 @@ enum status memory_request_parse(const char *json, size_t size, struct memory_re
         return status;
     struct json_fields f = {.root = root, .err = err};
     json_refuse_others(&f, known);
+    read_expires(&f, &out->expires);
     json_read_text(&f, "from", out->from, sizeof out->from);
     json_read_count(&f, "at", 1, POSITION_MAX, &out->at);
     if (out->at && !out->from[0])
@@ -31,6 +62,20 @@ enum status memory_request_parse(const char *json, size_t size, struct memory_re
     if (f.status)
         memory_request_close(out);
     return f.status;
+}
+
+enum status memory_request_parse(const char *json, size_t size, struct memory_request *out,
+                                 struct error *err)
+{
+    static const char *const known[] = {"from", "at", "metadata", "expires_after", NULL};
+    return parse(json, size, known, out, err);
+}
+
+enum status memory_update_parse(const char *json, size_t size, struct memory_request *out,
+                                struct error *err)
+{
+    static const char *const known[] = {"metadata", "expires_after", NULL};
+    return parse(json, size, known, out, err);
 }
 
 void memory_request_close(struct memory_request *request)

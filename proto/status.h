@@ -29,7 +29,12 @@
     X(UNAVAILABLE, "unavailable", "unavailable", 503, "server_error")                      \
     X(CLOSED, "closed", "closed", 503, "server_error")                                     \
     X(NO_MEMORY, "no_memory", "out of memory", 503, "server_error")                        \
-    X(DISK_FULL, "disk_full", "disk full", 507, "server_error")
+    X(DISK_FULL, "disk_full", "disk full", 507, "server_error")                            \
+    X(MEMORY_QUOTA, "memory_quota_exceeded",                                               \
+      "the memory's quota on disk (--memory-quota) is used up", 507, "insufficient_quota") \
+    X(KEY_QUOTA, "key_quota_exceeded",                                                     \
+      "the key's quota on disk (quota= in the file of keys) is used up", 507,              \
+      "insufficient_quota")
 
 enum status {
 #define X(name, code, text, http, type) STATUS_##name,

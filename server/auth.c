@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "proto/base/sha256.h"
+#include "server/config.h"
 
 #define SECRET_BYTES 24 /* 192 random bits: no hash of them can be turned back */
 #define LINE_BYTES 256
@@ -20,6 +21,7 @@
 struct key {
     char name[LIMITS_ID_BYTES];
     unsigned char hash[SHA256_BYTES];
+    uint64_t quota; /* of the name; 0: not said */
 };
 
 struct keys {
@@ -63,10 +65,15 @@ static bool parse_line(char *line, struct key *key, bool *has_key)
     char *rest;
     line[strcspn(line, "#")] = 0;
     const char *name = strtok_r(line, BLANKS, &rest), *hash = strtok_r(NULL, BLANKS, &rest);
+    const char *quota = hash ? strtok_r(NULL, BLANKS, &rest) : NULL;
     *has_key = name != NULL;
     if (!name)
         return true;
-    if (!hash || strtok_r(NULL, BLANKS, &rest) || !good_name(name) || !parse_hash(hash, key->hash))
+    if (quota && (strncmp(quota, "quota=", 6) != 0 || !config_parse_bytes(quota + 6, &key->quota) ||
+                  !key->quota))
+        return false;
+    if (!hash || (quota && strtok_r(NULL, BLANKS, &rest)) || !good_name(name) ||
+        !parse_hash(hash, key->hash))
         return false;
     memcpy(key->name, name, strlen(name) + 1);
     return true;
@@ -90,9 +97,11 @@ static enum status read_lines(FILE *file, const char *path, struct keys *keys, s
         struct key key = {0};
         bool has_key;
         if (!parse_line(line, &key, &has_key))
-            status = error_set(err, STATUS_INVALID,
-                               "%s line %d: not \"NAME sha256:HEX\"; rambad key writes such lines",
-                               path, number);
+            status =
+                error_set(err, STATUS_INVALID,
+                          "%s line %d: not \"NAME sha256:HEX\", which rambad key writes, with or "
+                          "without \"quota=SIZE\"",
+                          path, number);
         else if (has_key && keys->count == LIMITS_KEYS)
             status = error_set(err, STATUS_INVALID, "%s: more than %d keys", path, LIMITS_KEYS);
         else if (has_key && add(keys, &key))
@@ -172,6 +181,15 @@ static bool same_hash(const unsigned char *a, const unsigned char *b)
     for (size_t i = 0; i < SHA256_BYTES; i++)
         difference = (unsigned char)(difference | (a[i] ^ b[i]));
     return difference == 0;
+}
+
+bool auth_key_at(const struct auth *auth, size_t index, const char **name, uint64_t *quota)
+{
+    if (index >= auth->file.count)
+        return false;
+    *name = auth->file.keys[index].name;
+    *quota = auth->file.keys[index].quota;
+    return true;
 }
 
 bool auth_check(const struct auth *auth, const char *authorization, char name[LIMITS_ID_BYTES])

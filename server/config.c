@@ -59,6 +59,8 @@ static const struct setting settings[] = {
     {"prefix-cache", "SIZE", "2G",
      "of disk, for going on with requests that name no memory; 0: keeps nothing of them", BYTES,
      FIELD(prefix_cache)},
+    {"memory-quota", "SIZE", "0", "disk that one memory may take; 0 for any", BYTES,
+     FIELD(memory_quota)},
     {"connections", "N", TEXT_OF(LIMITS_CONNECTIONS), "open at once; then 503", COUNT,
      FIELD(connections)},
     {"header-timeout", "SECONDS", TEXT_OF(LIMITS_HEADER_TIMEOUT_S),
@@ -74,8 +76,7 @@ static const struct setting settings[] = {
 #define TIMEOUT_MAX 86400
 #define SETTINGS (sizeof settings / sizeof *settings)
 
-/* 512M, 2G, 1T, or bytes. */
-static bool parse_bytes(const char *text, uint64_t *out)
+bool config_parse_bytes(const char *text, uint64_t *out)
 {
     char *end;
     errno = 0;
@@ -115,7 +116,7 @@ static enum status set(struct config *config, const struct setting *s, const cha
     uint64_t number = 0;
     char *end;
     errno = 0;
-    bool good = s->kind == BYTES ? parse_bytes(value, &number)
+    bool good = s->kind == BYTES ? config_parse_bytes(value, &number)
                                  : (number = strtoull(value, &end, 10),
                                     isdigit((unsigned char)*value) && !*end && !errno);
     good = good && (s->kind != SWITCH || number <= 1);

@@ -15,7 +15,7 @@ struct config {
     uint64_t port, threads, running, queue, connections;
     uint64_t drain_timeout, header_timeout, body_timeout, idle_timeout; /* seconds */
     uint64_t host_memory, device_memory, session_memory, map_size;      /* bytes */
-    uint64_t keep_snapshots, prefix_cache;
+    uint64_t keep_snapshots, prefix_cache, memory_quota;
     uint64_t insecure; /* a switch */
 };
 
@@ -23,6 +23,8 @@ struct config {
  * `*help` is set by --help. STATUS_INVALID names the setting. */
 STATUS_CHECKED enum status config_read(int argc, char **argv, struct config *config, bool *help,
                                        struct error *err);
+/* 512M, 2G, 1T, or bytes. */
+bool config_parse_bytes(const char *text, uint64_t *out);
 /* The text of --help, settings and defaults, to standard output. */
 void config_print_help(void);
 

@@ -729,10 +729,36 @@ void request_answer_json(struct request *request, int http_status, const struct 
     answer(request, http_status, "application/json", "", body->data, body->size);
 }
 
-static void append_error(struct buf *out, enum status status, const struct error *err)
+/* A quota that is used up is told in numbers. */
+static void append_quota(struct buf *out, const struct request *request, enum status status)
 {
-    answer_json_error(out, status, err && err->message[0] ? err->message : status_text(status),
-                      err ? err->param : "");
+    struct storage_usage usage;
+    struct error err;
+    request->server->metrics.quota_refusals++;
+    storage_get_quota(request->server->storage, request->key, &usage);
+    if (status == STATUS_KEY_QUOTA)
+        error_set(&err, status,
+                  "the memories of \"%s\" take %llu bytes on disk and may take %llu (quota= in the "
+                  "file of keys); what was acknowledged is there; delete a memory, or ask the "
+                  "server's operator",
+                  request->key, (unsigned long long)usage.bytes,
+                  (unsigned long long)usage.key_quota);
+    else
+        error_set(&err, status,
+                  "the memory may take %llu bytes on disk (--memory-quota); what was acknowledged "
+                  "is there; go on in another memory, or rewind it",
+                  (unsigned long long)usage.memory_quota);
+    answer_json_error(out, status, err.message, "");
+}
+
+static void append_error(struct buf *out, const struct request *request, enum status status,
+                         const struct error *err)
+{
+    if (status == STATUS_KEY_QUOTA || status == STATUS_MEMORY_QUOTA)
+        append_quota(out, request, status);
+    else
+        answer_json_error(out, status, err && err->message[0] ? err->message : status_text(status),
+                          err ? err->param : "");
 }
 
 void request_fail(struct request *request, enum status status, const struct error *err)
@@ -740,10 +766,11 @@ void request_fail(struct request *request, enum status status, const struct erro
     struct buf body, headers;
     buf_init(&body);
     buf_init(&headers);
-    append_error(&body, status, err);
+    append_error(&body, request, status, err);
     /* A busy memory is free after a turn, a full queue after a few; a conflict with a field stays
      * one. */
-    if (status == STATUS_CONFLICT && err && err->param[0])
+    if ((status == STATUS_CONFLICT && err && err->param[0]) || status == STATUS_KEY_QUOTA ||
+        status == STATUS_MEMORY_QUOTA)
         buf_append_text(&headers, "x-should-retry: false\r\n");
     else if (status == STATUS_CONFLICT)
         buf_append_text(&headers, "retry-after-ms: 1000\r\nretry-after: 1\r\n");
@@ -827,7 +854,7 @@ void request_stream_fail(struct request *request, enum status status, const stru
     struct buf json, event;
     buf_init(&json);
     buf_init(&event);
-    append_error(&json, status, err);
+    append_error(&json, request, status, err);
     answer_json_event(&event, &json);
     request_stream_write(request, event.data, event.size);
     request_stream_end(request);

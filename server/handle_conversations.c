@@ -384,7 +384,7 @@ static void update(struct request *request)
     if (wait) {
         wait_for_write(wait, updated);
         status = storage_memory_update(request->server->storage, request->argument, asked.metadata,
-                                       wait_stored_cb, wait);
+                                       NULL, wait_stored_cb, wait);
         if (status)
             wait_refused(wait, status);
     }

@@ -65,7 +65,8 @@ static void create_now(struct request *request, const struct memory_request *ask
                                                    .from = asked->from[0] ? asked->from : NULL,
                                                    .metadata = asked->metadata,
                                                    .tenant = request->key,
-                                                   .receipt = receipt};
+                                                   .receipt = receipt,
+                                                   .expires = wait_expires(&asked->expires)};
     const enum status queued =
         storage_memory_create(request->server->storage, &options, wait_stored_cb, wait);
     if (queued)
@@ -127,6 +128,41 @@ static void create(struct request *request)
             create_now(request, &asked, id, receipt.size ? &receipt : NULL);
     }
     buf_close(&bytes);
+    memory_request_close(&asked);
+}
+
+/* ---- update ---- */
+
+static void updated(struct wait *wait)
+{
+    if (wait->status)
+        wait_fail_memory(wait->request, wait->status, wait->id);
+    else
+        wait_answer_memory(wait->request, 200, wait->id);
+    wait_end(wait);
+}
+
+static void update(struct request *request)
+{
+    struct memory_request asked;
+    struct error err = {0};
+    const enum status status =
+        memory_update_parse(request->body.data, request->body.size, &asked, &err);
+    if (status) {
+        request_fail(request, status, &err);
+        return;
+    }
+    struct wait *wait = wait_create(request);
+    if (wait) {
+        const struct storage_expires expires = wait_expires(&asked.expires);
+        memcpy(wait->id, request->argument, sizeof wait->id);
+        wait_for_write(wait, updated);
+        const enum status queued =
+            storage_memory_update(request->server->storage, wait->id, asked.metadata,
+                                  asked.expires.is_given ? &expires : NULL, wait_stored_cb, wait);
+        if (queued)
+            wait_refused(wait, queued);
+    }
     memory_request_close(&asked);
 }
 
@@ -334,6 +370,8 @@ const struct request_handler handle_memories_list = {
     .end_cb = list};
 const struct request_handler handle_memories_get = {
     .name = "memories_get", .of_memory = true, .end_cb = get};
+const struct request_handler handle_memories_update = {
+    .name = "memories_update", .of_memory = true, .body_limit = BODY_LIMIT, .end_cb = update};
 const struct request_handler handle_memories_delete = {
     .name = "memories_delete", .of_memory = true, .end_cb = delete};
 const struct request_handler handle_memories_chunks = {

@@ -110,6 +110,7 @@ static enum status open_storage(const struct config *config, const struct engine
                                             .model_fingerprint = info->fingerprint,
                                             .model_name = info->model_name,
                                             .map_bytes = config->map_size,
+                                            .memory_quota = config->memory_quota,
                                             .keep_snapshots = (uint32_t)config->keep_snapshots};
     return storage_open(&options, storage, err);
 }
@@ -140,6 +141,26 @@ static void signal_cb(uv_signal_t *handle, int number)
     server_drain(&process->server, process->config.drain_timeout * 1000, drained_cb, process);
 }
 
+/* What the keys' names may take on disk, as the file of keys says. */
+static void set_quotas(const struct server *server)
+{
+    struct storage_quota *quotas = calloc(LIMITS_KEYS, sizeof *quotas);
+    size_t count = 0;
+    uint64_t bytes;
+    enum status status = quotas ? STATUS_OK : STATUS_NO_MEMORY;
+    for (size_t i = 0; !status && auth_key_at(server->auth, i, &quotas[count].tenant, &bytes);
+         i++) {
+        quotas[count].bytes = bytes;
+        count += bytes != 0;
+    }
+    if (!status)
+        status = storage_set_quotas(server->storage, quotas, count);
+    if (status)
+        log_event(LOG_ERROR, "quotas are not as the file of keys says", "error", LOG_STR,
+                  status_text(status), NULL);
+    free(quotas);
+}
+
 static void hangup_cb(uv_signal_t *handle, int number)
 {
     struct process *process = handle->data;
@@ -149,6 +170,7 @@ static void hangup_cb(uv_signal_t *handle, int number)
         log_event(LOG_ERROR, "keys stay as they were", "error", LOG_STR, err.message, NULL);
     else
         log_event(LOG_INFO, "keys read", "file", LOG_STR, process->config.keys, NULL);
+    set_quotas(&process->server);
 }
 
 /* Connections and the store's files count against one limit, which is often set low. */
@@ -221,6 +243,7 @@ static int serve(struct process *process)
         engine_close(engine);
         return fail("", &err);
     }
+    set_quotas(server);
     uv_loop_init(&process->loop);
     server->loop = &process->loop;
     server->config = config;

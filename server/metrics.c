@@ -156,6 +156,10 @@ void metrics_write(const struct metrics *m, const struct engine_thread_stats *en
     write_one(out, "counter", "appended_bytes_total", "Bytes appended to memories.",
               (double)m->appended_bytes);
     write_one(out, "counter", "forks_total", "Forks of memories.", (double)m->forks);
+    write_one(out, "counter", "expired_total", "Memories that were deleted at their end.",
+              (double)m->expired);
+    write_one(out, "counter", "quota_refusals_total", "Requests that a quota on disk ended.",
+              (double)m->quota_refusals);
     write_one(out, "counter", "disconnects_total",
               "Requests whose client went away before the answer.", (double)m->disconnects);
     write_histogram(out, "queue_seconds", "Time in the queue.", &m->queue);

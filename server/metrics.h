@@ -27,7 +27,7 @@ struct metrics {
     } requests[METRICS_ROUTES];
     size_t request_kinds;
     uint64_t prompt_tokens, cached_tokens, completion_tokens, appended_tokens, appended_bytes;
-    uint64_t forks, disconnects;
+    uint64_t forks, disconnects, expired, quota_refusals;
     struct metrics_histogram queue, prefill, first_token, per_token, whole;
 };
 

@@ -222,14 +222,19 @@ static struct reach *create(struct request *request, const char *source, uint64_
     return reach;
 }
 
-static void start(struct reach *reach, const char *metadata)
+/* A fork is made of what the new memory shall be; a rewind's keeps all that but what it says, and
+ * counts for nobody's quota until it has taken the memory's place: it is how room is made. */
+static void start(struct reach *reach, const struct memory_request *asked)
 {
-    const struct storage_memory_options options = {.id = reach->fork,
-                                                   .from = reach->at ? reach->source : NULL,
-                                                   .at = reach->at,
-                                                   .metadata = metadata,
-                                                   .tenant = reach->wait->request->key,
-                                                   .ephemeral = true};
+    struct storage_memory_options options = {.id = reach->fork,
+                                             .from = reach->at ? reach->source : NULL,
+                                             .at = reach->at,
+                                             .ephemeral = true};
+    if (asked) {
+        options.metadata = asked->metadata;
+        options.tenant = reach->wait->request->key;
+        options.expires = wait_expires(&asked->expires);
+    }
     wait_for_write(reach->wait, forked);
     const enum status status =
         storage_memory_create(reach->server->storage, &options, wait_stored_cb, reach->wait);
@@ -243,7 +248,7 @@ void reach_fork(struct request *request, const struct memory_request *asked)
     if (!reach)
         return;
     server_new_id(request->server, "mem_", reach->wait->id);
-    start(reach, asked->metadata);
+    start(reach, asked);
 }
 
 void reach_rewind(struct request *request, const char *id, uint64_t to)

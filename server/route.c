@@ -29,6 +29,7 @@ static const struct {
     {"POST", "/v1/memories", &handle_memories_create},
     {"GET", "/v1/memories", &handle_memories_list},
     {"GET", "/v1/memories/{}", &handle_memories_get},
+    {"PATCH", "/v1/memories/{}", &handle_memories_update},
     {"DELETE", "/v1/memories/{}", &handle_memories_delete},
     {"POST", "/v1/memories/{}/append", &handle_append},
     {"GET", "/v1/memories/{}/chunks", &handle_memories_chunks},

@@ -25,7 +25,7 @@ extern const struct request_handler handle_conversations_create, handle_conversa
     handle_conversations_update, handle_conversations_delete, handle_items_list,
     handle_items_create, handle_items_get, handle_items_delete;
 extern const struct request_handler handle_memories_create, handle_memories_list,
-    handle_memories_get, handle_memories_delete, handle_memories_chunks;
+    handle_memories_get, handle_memories_update, handle_memories_delete, handle_memories_chunks;
 extern const struct request_handler handle_turns_list, handle_turns_bookmark, handle_turns_delete,
     handle_memories_rewind;
 extern const struct request_handler handle_memories_export, handle_memories_import;

@@ -9,6 +9,7 @@
 #include "proto/base/assert.h"
 #include "proto/base/log.h"
 #include "server/conn.h"
+#include "server/expiry.h"
 
 #define ID_RANDOM_BYTES 12
 #define CUTOFF_MS 2000 /* behind the last answer, for a client to take it */
@@ -25,7 +26,8 @@ static void flush_cb(uv_prepare_t *prepare)
 {
     struct server *server = prepare->data;
     conn_flush_all(server);
-    if (!server->drained_cb || !server->engine_drained || !conn_all_answered(server))
+    if (!server->drained_cb || !server->engine_drained || server->expiring ||
+        !conn_all_answered(server))
         return;
     void (*drained_cb)(void *context) = server->drained_cb;
     server->drained_cb = NULL;
@@ -61,6 +63,7 @@ enum status server_listen(struct server *server, int *port, struct error *err)
     if (!uv_tcp_getsockname(&server->listener, (struct sockaddr *)&address, &size))
         *port = ntohs(((struct sockaddr_in *)&address)->sin_port); /* the same place in both */
     ASSERT(!uv_prepare_start(&server->flush, flush_cb));
+    expiry_start(server);
     return STATUS_OK;
 }
 
@@ -82,6 +85,7 @@ void server_drain(struct server *server, uint64_t deadline_ms, void (*drained_cb
     server->drained_cb = drained_cb;
     server->drained_context = context;
     conn_drain_all(server);
+    expiry_stop(server);
     uv_timer_start(&server->cutoff, cutoff_cb, deadline_ms + CUTOFF_MS, 0);
     engine_thread_drain(server->engine_thread, deadline_ms, engine_drained_cb, server);
 }
@@ -94,6 +98,7 @@ void server_close(struct server *server)
     uv_close((uv_handle_t *)&server->cutoff, NULL);
     buf_close(&server->json);
     buf_close(&server->event);
+    expiry_close(server);
 }
 
 void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES])

@@ -25,7 +25,9 @@ struct server {
     struct metrics metrics;
     uv_tcp_t listener;
     uv_prepare_t flush; /* one write per connection and turn of the loop */
-    uv_timer_t cutoff;  /* of clients that do not take their answers while we drain */
+    uv_timer_t expiry;
+    size_t expiring;   /* memories that are over, about which the engine was asked */
+    uv_timer_t cutoff; /* of clients that do not take their answers while we drain */
     struct list connections;
     struct list unsent; /* of them, those with something to write */
     size_t connection_count;

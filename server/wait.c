@@ -68,6 +68,12 @@ void wait_refused(struct wait *wait, enum status status)
     uv_async_send(&wait->async);
 }
 
+struct storage_expires wait_expires(const struct memory_expires *asked)
+{
+    return (struct storage_expires){.seconds = (int64_t)asked->seconds,
+                                    .from_use = asked->from_use};
+}
+
 /* ---- answers ---- */
 
 void wait_append_memory(struct buf *out, const struct storage_memory *memory)
@@ -76,6 +82,9 @@ void wait_append_memory(struct buf *out, const struct storage_memory *memory)
                                          .parent = memory->parent,
                                          .metadata = memory->metadata,
                                          .created_at = memory->created_at,
+                                         .expires_s = memory->expires.seconds,
+                                         .expires_from_use = memory->expires.from_use,
+                                         .expires_at = memory->expires_at,
                                          .token_count = memory->token_count,
                                          .chunk_count = memory->chunk_count,
                                          .text_bytes = memory->text_bytes,

@@ -3,6 +3,7 @@
 #ifndef SERVER_WAIT_H
 #define SERVER_WAIT_H
 
+#include "proto/memory_request.h"
 #include "server/conn.h"
 
 #define WAIT_LIST_DEFAULT 20
@@ -30,6 +31,8 @@ void wait_for_write(struct wait *wait, void (*then)(struct wait *wait));
 void wait_stored_cb(void *wait, enum status status);
 /* The write was not taken: `then` gets this status the same way. */
 void wait_refused(struct wait *wait, enum status status);
+
+struct storage_expires wait_expires(const struct memory_expires *asked);
 
 /* Answers that several resources give. */
 void wait_append_memory(struct buf *out, const struct storage_memory *memory);

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "proto/base/assert.h"
+#include "storage/quota.h"
 #include "storage/run.h"
 #include "storage/turn.h"
 
@@ -22,7 +23,10 @@ enum status branch_put(struct store_write *write, uint64_t branch,
                        const struct record_branch *record)
 {
     unsigned char key[8];
+    struct record_branch old;
     struct buf buf;
+    enum status was = branch_get(write->storage, write->txn, branch, &old);
+    quota_count(write, was ? NULL : &old, record);
     buf_init(&buf);
     record_key(key, branch);
     record_branch_encode(&buf, key, sizeof key, record);
@@ -67,7 +71,7 @@ enum status branch_children(const struct storage *storage, MDB_txn *txn, uint64_
 }
 
 enum status branch_create(struct store_write *write, uint64_t parent, uint64_t position,
-                          const char *owner, uint64_t *branch)
+                          const char *owner, const char *tenant, uint64_t *branch)
 {
     struct storage *storage = write->storage;
     struct record_counter counter;
@@ -95,6 +99,7 @@ enum status branch_create(struct store_write *write, uint64_t parent, uint64_t p
     record.fork_position = record.token_end = position;
     record.chunk_end = position / storage->chunk_tokens;
     memcpy(record.owner, owner, strlen(owner) + 1);
+    memcpy(record.tenant, tenant, strlen(tenant) + 1);
     *branch = counter.branch++;
     status = store_put_counter(write, &counter);
     if (!status)
@@ -196,8 +201,11 @@ static enum status remove_branch(struct store_write *write, uint64_t branch,
                                  const struct record_branch *record)
 {
     unsigned char key[STORE_CHILD_KEY_BYTES];
-    struct record_branch parent;
+    struct record_branch parent, written;
     record_key(key, branch);
+    /* What was counted is what was written down; `record` may be further on. */
+    if (branch_get(write->storage, write->txn, branch, &written) == STATUS_OK)
+        quota_count(write, &written, NULL);
     enum status status = store_delete(write, STORE_BRANCH, key, 8);
     if (status || record->parent == 0)
         return status;

@@ -22,7 +22,8 @@ uint64_t branch_first_chunk(const struct storage *storage, const struct record_b
  * the parent is the nearest one that really holds that position, so lineages stay short.
  * STATUS_TOO_LARGE: LIMITS_LINEAGE branches already lie above it. */
 STATUS_CHECKED enum status branch_create(struct store_write *write, uint64_t parent,
-                                         uint64_t position, const char *owner, uint64_t *branch);
+                                         uint64_t position, const char *owner, const char *tenant,
+                                         uint64_t *branch);
 /* Appends consecutive chunks, the first of them `record->chunk_end`; updates the record. */
 STATUS_CHECKED enum status branch_append_chunks(struct store_write *write, uint64_t branch,
                                                 struct record_branch *record,

@@ -54,6 +54,30 @@ static enum status walk(struct check *check, enum store_db db,
 
 /* ---- memories ---- */
 
+static void check_end(struct check *check, const char *id, const struct record_memory *memory)
+{
+    unsigned char key[EXPIRY_KEY_BYTES];
+    const int64_t end = expiry_end(memory);
+    MDB_val value;
+    if (end &&
+        store_get(check->storage, check->txn, STORE_EXPIRY, key, expiry_key(key, end, id), &value))
+        problem(check, "memory %s: its end at %" PRId64 " is not in the table of ends", id, end);
+}
+
+static void check_expiry(struct check *check, const MDB_val *key, const MDB_val *value)
+{
+    struct record_memory memory;
+    char id[LIMITS_ID_BYTES] = "";
+    if (key->mv_size <= 8 || key->mv_size >= EXPIRY_KEY_BYTES || value->mv_size) {
+        problem(check, "an entry of the table of ends is damaged");
+        return;
+    }
+    memcpy(id, (const char *)key->mv_data + 8, key->mv_size - 8);
+    if (memory_get(check->storage, check->txn, id, &memory) ||
+        (uint64_t)expiry_end(&memory) != record_key_read(key->mv_data))
+        problem(check, "memory %s: its entry in the table of ends is another's", id);
+}
+
 static void check_standing(struct check *check, const char *id, const struct record_memory *memory)
 {
     struct record_branch branch;
@@ -67,6 +91,9 @@ static void check_standing(struct check *check, const char *id, const struct rec
     if (strcmp(branch.owner, id) != 0)
         problem(check, "memory %s: its branch %" PRIu64 " belongs to \"%s\"", id, memory->branch,
                 branch.owner);
+    if (strcmp(branch.tenant, memory->tenant) != 0)
+        problem(check, "memory %s: its branch %" PRIu64 " counts for \"%s\"", id, memory->branch,
+                branch.tenant);
     if (branch.token_end < memory->position ||
         branch.chunk_end < memory->position / check->storage->chunk_tokens)
         problem(check,
@@ -109,6 +136,7 @@ static void check_memory(struct check *check, const MDB_val *key, const MDB_val 
         return;
     }
     check_standing(check, id, &memory);
+    check_end(check, id, &memory);
     if (memory.snapshot && check->snapshots)
         check->snapshots[check->snapshot_count++] = memory.snapshot;
 }
@@ -460,6 +488,8 @@ static enum status check_all(struct check *check)
         status = walk(check, STORE_COLLECT, check_collect);
     if (!status)
         status = walk(check, STORE_RECEIPT, check_receipt);
+    if (!status)
+        status = walk(check, STORE_EXPIRY, check_expiry);
     if (!status)
         status = walk(check, STORE_OBJECT, check_object);
     if (!status)

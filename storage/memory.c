@@ -8,6 +8,7 @@
 #include "proto/base/log.h"
 #include "storage/branch.h"
 #include "storage/keep.h"
+#include "storage/quota.h"
 #include "storage/snapshot.h"
 #include "storage/turn.h"
 
@@ -22,24 +23,54 @@ enum status memory_get(const struct storage *storage, MDB_txn *txn, const char *
     if (size == 0 || size >= LIMITS_ID_BYTES)
         return STATUS_NOT_FOUND;
     enum status status = store_get(storage, txn, STORE_MEMORY, id, size, &value);
-    return status ? status
-                  : record_memory_decode(id, size, value.mv_data, value.mv_size, record);
+    return status ? status : record_memory_decode(id, size, value.mv_data, value.mv_size, record);
 }
 
 enum status memory_put(struct store_write *write, const char *id,
-                              const struct record_memory *record)
+                       const struct record_memory *record)
 {
+    struct record_memory old;
     struct buf buf;
+    const enum status was = memory_get(write->storage, write->txn, id, &old);
+    enum status status = expiry_update(write, id, was ? NULL : &old, record);
+    if (status)
+        return status;
     buf_init(&buf);
     record_memory_encode(&buf, id, strlen(id), record);
-    enum status status = store_put(write, STORE_MEMORY, id, strlen(id), buf.data, buf.size);
+    status = store_put(write, STORE_MEMORY, id, strlen(id), buf.data, buf.size);
     buf_close(&buf);
     return status;
 }
 
+/* A copy of the metadata, which else lies in a page that writes may move; free it. */
+static enum status keep_metadata(struct record_memory *memory, char **copy)
+{
+    *copy = malloc(memory->metadata_size + 1);
+    if (!*copy)
+        return STATUS_NO_MEMORY;
+    memcpy(*copy, memory->metadata, memory->metadata_size);
+    memory->metadata = *copy;
+    return STATUS_OK;
+}
+
+/* A fork is made of the memory: it is in use. */
+static enum status touch(struct store_write *write, const char *id)
+{
+    struct record_memory memory;
+    char *metadata;
+    enum status status = memory_get(write->storage, write->txn, id, &memory);
+    if (status || !expiry_touch(&memory, store_stamp(write->storage)))
+        return status;
+    status = keep_metadata(&memory, &metadata);
+    if (!status)
+        status = memory_put(write, id, &memory);
+    free(metadata);
+    return status;
+}
+
 /* A memory and its branch; whichever is missing behind an existing memory is damage. */
-static enum status get_both(struct store_write *write, const char *id,
-                            struct record_memory *memory, struct record_branch *branch)
+static enum status get_both(struct store_write *write, const char *id, struct record_memory *memory,
+                            struct record_branch *branch)
 {
     enum status status = memory_get(write->storage, write->txn, id, memory);
     if (status)
@@ -59,8 +90,7 @@ static enum status step_back(struct store_write *write, struct record_memory *so
     uint64_t position;
     if (at >= source->position)
         return STATUS_OK;
-    enum status status =
-        turn_walk_begin(&walk, write->storage, write->txn, source->branch, at);
+    enum status status = turn_walk_begin(&walk, write->storage, write->txn, source->branch, at);
     do
         status = status ? status : turn_walk_next(&walk, &position, &turn);
     while (!status && turn.snapshot == 0);
@@ -72,24 +102,28 @@ static enum status step_back(struct store_write *write, struct record_memory *so
     return STATUS_OK;
 }
 
-enum status memory_create(struct store_write *write, const char *id, const char *from, uint64_t at,
-                          bool ephemeral, const char *tenant, const char *metadata,
-                          size_t metadata_size)
+enum status memory_create(struct store_write *write, const struct storage_memory_options *options,
+                          const char *metadata, size_t metadata_size)
 {
+    const char *id = options->id, *from = options->from;
     struct record_memory record = {0}, source = {0};
     enum status status = memory_get(write->storage, write->txn, id, &record);
     if (status != STATUS_NOT_FOUND)
         return status ? status : STATUS_CONFLICT;
     if (from) {
         status = memory_get(write->storage, write->txn, from, &source);
-        if (!status && at > source.position)
+        if (!status && options->at > source.position)
             status = STATUS_INVALID;
-        if (!status && at)
-            status = step_back(write, &source, at);
+        if (!status && options->at)
+            status = step_back(write, &source, options->at);
         if (status)
             return status;
     }
-    record = (struct record_memory){.created_at = (int64_t)time(NULL), .ephemeral = ephemeral};
+    record = (struct record_memory){.created_at = store_stamp(write->storage),
+                                    .ephemeral = options->ephemeral,
+                                    .expires_s = options->expires.seconds,
+                                    .expires_from_use = options->expires.from_use};
+    record.active_at = record.created_at;
     record.position = source.position;
     record.text_bytes = source.text_bytes;
     record.snapshot = source.snapshot;
@@ -97,23 +131,39 @@ enum status memory_create(struct store_write *write, const char *id, const char 
     record.metadata_size = metadata_size;
     if (from)
         memcpy(record.parent, from, strlen(from) + 1);
-    memcpy(record.tenant, tenant, strlen(tenant) + 1);
-    status = branch_create(write, source.branch, source.position, id, &record.branch);
+    memcpy(record.tenant, options->tenant, strlen(options->tenant) + 1);
+    status =
+        branch_create(write, source.branch, source.position, id, record.tenant, &record.branch);
     if (!status && record.snapshot)
         status = snapshot_reference(write, record.snapshot);
+    if (!status && from)
+        status = touch(write, from);
     return status ? status : memory_put(write, id, &record);
 }
 
 enum status memory_update(struct store_write *write, const char *id, const char *metadata,
-                          size_t metadata_size)
+                          size_t metadata_size, const struct storage_expires *expires)
 {
     struct record_memory record;
+    char *old = NULL;
     enum status status = memory_get(write->storage, write->txn, id, &record);
     if (status)
         return status;
-    record.metadata = metadata;
-    record.metadata_size = metadata_size;
-    return memory_put(write, id, &record);
+    if (metadata) {
+        record.metadata = metadata;
+        record.metadata_size = metadata_size;
+    } else {
+        status = keep_metadata(&record, &old);
+    }
+    if (expires) {
+        record.expires_s = expires->seconds;
+        record.expires_from_use = expires->from_use;
+        record.active_at = store_stamp(write->storage);
+    }
+    if (!status)
+        status = memory_put(write, id, &record);
+    free(old);
+    return status;
 }
 
 enum status memory_delete(struct store_write *write, const char *id)
@@ -123,11 +173,23 @@ enum status memory_delete(struct store_write *write, const char *id)
     if (status)
         return status;
     status = store_delete(write, STORE_MEMORY, id, strlen(id));
+    if (!status)
+        status = expiry_update(write, id, &record, NULL);
     if (!status && record.snapshot)
         status = snapshot_release(write, record.snapshot);
     if (!status)
         status = keep_cut(write, id, 0);
     return status ? status : branch_disown(write, record.branch);
+}
+
+enum status memory_expire(struct store_write *write, const char *id)
+{
+    struct record_memory record;
+    enum status status = memory_get(write->storage, write->txn, id, &record);
+    if (status)
+        return status;
+    const int64_t end = expiry_end(&record);
+    return end && end <= store_now(write->storage) ? memory_delete(write, id) : STATUS_CONFLICT;
 }
 
 /* The commit's turn; it replaces the last one when it goes on with it. */
@@ -167,14 +229,16 @@ enum status memory_commit(struct store_write *write, const struct storage_commit
     /* A position is only good with every chunk before it. */
     if (branch.chunk_end < commit->position / write->storage->chunk_tokens)
         return STATUS_INVALID;
-    /* The metadata lies in a page that the writes below may move. */
-    char *metadata = malloc(memory.metadata_size + 1);
-    if (!metadata)
-        return STATUS_NO_MEMORY;
-    memcpy(metadata, memory.metadata, memory.metadata_size);
-    memory.metadata = metadata;
+    char *metadata;
+    status = quota_check(write, &branch,
+                         commit->token_count * sizeof *commit->tokens + commit->snapshot_bytes);
+    if (!status)
+        status = keep_metadata(&memory, &metadata);
+    if (status)
+        return status;
     uint64_t old_snapshot = memory.snapshot, old_position = memory.position;
     memory.ephemeral = memory.ephemeral && !commit->settles;
+    (void)expiry_touch(&memory, store_stamp(write->storage)); /* it is written anyway */
     /* A fork's turns begin behind where it starts. */
     bool is_turn = !memory.ephemeral && commit->position > branch.fork_position;
     memory.position = commit->position;
@@ -232,12 +296,10 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
         return status;
     bool existed = status == STATUS_OK;
     memory = existed ? old : from;
-    /* The metadata lies in a page that the writes below may move. */
-    char *metadata = malloc(memory.metadata_size + 1);
-    if (!metadata)
-        return STATUS_NO_MEMORY;
-    memcpy(metadata, memory.metadata, memory.metadata_size);
-    memory.metadata = metadata;
+    char *metadata;
+    status = keep_metadata(&memory, &metadata);
+    if (status)
+        return status;
     memory.ephemeral = existed && old.ephemeral;
     memory.branch = from.branch;
     memory.position = from.position;
@@ -245,6 +307,7 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
     memory.snapshot = from.snapshot;
     memset(branch.owner, 0, sizeof branch.owner);
     memcpy(branch.owner, id, strlen(id));
+    memcpy(branch.tenant, memory.tenant, sizeof branch.tenant);
     status = store_delete(write, STORE_MEMORY, ephemeral, strlen(ephemeral));
     if (!status)
         status = branch_put(write, memory.branch, &branch);
@@ -359,6 +422,11 @@ static enum status recover_memory(struct store_write *write, const char *id)
 {
     struct record_memory memory;
     enum status status = memory_get(write->storage, write->txn, id, &memory);
+    int64_t *newest = &write->storage->newest;
+    if (!status && *newest < memory.created_at)
+        *newest = memory.created_at;
+    if (!status && *newest < memory.active_at)
+        *newest = memory.active_at;
     if (!status)
         status = memory.ephemeral ? memory_delete(write, id) : memory_truncate(write, id);
     return status;
@@ -397,7 +465,7 @@ static enum status recover_batch(struct storage *storage, const struct id *ids, 
 
 /* ---- migration ---- */
 
-enum status memory_migrate(struct store_write *write)
+enum status memory_migrate(struct store_write *write, uint32_t format)
 {
     char after[LIMITS_ID_BYTES] = "";
     struct id *ids = calloc(RECOVER_BATCH, sizeof *ids);
@@ -409,8 +477,15 @@ enum status memory_migrate(struct store_write *write)
             struct record_memory memory;
             struct record_branch branch;
             status = get_both(write, ids[i].text, &memory, &branch);
-            if (!status && !memory.ephemeral)
+            if (!status && format < 2 && !memory.ephemeral) {
                 status = settle_turn(write, ids[i].text, &memory, branch.fork_position);
+                if (!status) /* it counts the turn's snapshot */
+                    status = get_both(write, ids[i].text, &memory, &branch);
+            }
+            if (!status && memory.tenant[0]) {
+                memcpy(branch.tenant, memory.tenant, sizeof branch.tenant);
+                status = branch_put(write, memory.branch, &branch);
+            }
         }
         if (count > 0)
             memcpy(after, ids[count - 1].text, sizeof after);

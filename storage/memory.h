@@ -17,13 +17,17 @@ STATUS_CHECKED enum status memory_get(const struct storage *storage, MDB_txn *tx
 /* Writes the record, whose metadata must not borrow from the transaction. */
 STATUS_CHECKED enum status memory_put(struct store_write *write, const char *id,
                                       const struct record_memory *record);
-STATUS_CHECKED enum status memory_create(struct store_write *write, const char *id,
-                                         const char *from, uint64_t at, bool ephemeral,
-                                         const char *tenant, const char *metadata,
-                                         size_t metadata_size);
-STATUS_CHECKED enum status memory_update(struct store_write *write, const char *id,
+/* `options`: with a tenant, "" for none; its metadata is `metadata`, of so many bytes. */
+STATUS_CHECKED enum status memory_create(struct store_write *write,
+                                         const struct storage_memory_options *options,
                                          const char *metadata, size_t metadata_size);
+/* NULL: stays as it is. */
+STATUS_CHECKED enum status memory_update(struct store_write *write, const char *id,
+                                         const char *metadata, size_t metadata_size,
+                                         const struct storage_expires *expires);
 STATUS_CHECKED enum status memory_delete(struct store_write *write, const char *id);
+/* The same if it is over; else STATUS_CONFLICT. */
+STATUS_CHECKED enum status memory_expire(struct store_write *write, const char *id);
 STATUS_CHECKED enum status memory_commit(struct store_write *write,
                                          const struct storage_commit *commit);
 STATUS_CHECKED enum status memory_truncate(struct store_write *write, const char *id);
@@ -44,7 +48,8 @@ STATUS_CHECKED enum status memory_find_turn(const struct storage *storage, MDB_t
 /* At opening: drops ephemeral memories and what lies past committed positions, some memories a
  * transaction. A damaged memory is logged and left to `check`; it does not close the others. */
 STATUS_CHECKED enum status memory_recover(struct storage *storage, struct error *err);
-/* A turn for every memory of a store of format 1, in one transaction. */
-STATUS_CHECKED enum status memory_migrate(struct store_write *write);
+/* What a store of an older format lacks of its memories: turns (before 2), whose their branches'
+ * disk space is (before 6); in one transaction. */
+STATUS_CHECKED enum status memory_migrate(struct store_write *write, uint32_t format);
 
 #endif

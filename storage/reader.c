@@ -31,6 +31,8 @@ static enum status fill_memory(const struct storage *storage, MDB_txn *txn, cons
     memcpy(memory->parent, record->parent, sizeof memory->parent);
     memcpy(memory->tenant, record->tenant, sizeof memory->tenant);
     memory->created_at = record->created_at;
+    memory->expires = (struct storage_expires){record->expires_s, record->expires_from_use};
+    memory->expires_at = expiry_end(record);
     memory->token_count = record->position;
     memory->chunk_count = record->position / storage->chunk_tokens;
     memory->text_bytes = record->text_bytes;

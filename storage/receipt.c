@@ -2,15 +2,14 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 /* Looked at behind each one that is written. Names are as good as random, so the hand passes over
  * all of them evenly, and at most one in so many is old. */
 #define SWEEP 8
 
-static bool is_old(const struct record_receipt *receipt)
+static bool is_old(struct storage *storage, const struct record_receipt *receipt)
 {
-    return time(NULL) - receipt->created_at > LIMITS_RECEIPT_S;
+    return store_now(storage) - receipt->created_at > LIMITS_RECEIPT_S;
 }
 
 /* The name of the first old one among the next after `name`; false: none of them is. */
@@ -33,7 +32,7 @@ static enum status find_old(struct store_write *write, const unsigned char *name
         *found = !rc &&
                  !record_receipt_decode(key.mv_data, key.mv_size, value.mv_data, value.mv_size,
                                         &receipt) &&
-                 is_old(&receipt);
+                 is_old(write->storage, &receipt);
         if (*found)
             memcpy(old, key.mv_data, LIMITS_RECEIPT_NAME_BYTES);
     }
@@ -44,7 +43,7 @@ static enum status find_old(struct store_write *write, const unsigned char *name
 enum status receipt_put(struct store_write *write, const struct storage_receipt *receipt)
 {
     const struct record_receipt record = {
-        .created_at = (int64_t)time(NULL), .bytes = receipt->bytes, .size = receipt->size};
+        .created_at = store_stamp(write->storage), .bytes = receipt->bytes, .size = receipt->size};
     unsigned char old[LIMITS_RECEIPT_NAME_BYTES];
     bool found = true;
     struct buf buf;
@@ -74,7 +73,7 @@ enum status storage_receipt_get(struct storage *storage, const unsigned char *na
     if (!status)
         status = record_receipt_decode(name, LIMITS_RECEIPT_NAME_BYTES, value.mv_data,
                                        value.mv_size, &receipt);
-    if (!status && is_old(&receipt))
+    if (!status && is_old(storage, &receipt))
         status = STATUS_NOT_FOUND;
     char *copy = status ? NULL : malloc(receipt.size + 1);
     if (!status && !copy)

@@ -8,6 +8,9 @@
 #define VERSION 1
 #define MEMORY_EPHEMERAL 1u /* flags of a memory */
 #define MEMORY_TENANT 2u
+#define MEMORY_EXPIRES 4u
+#define MEMORY_EXPIRES_FROM_USE 8u
+#define MEMORY_FLAGS 15u
 #define SMALL_HEADER_BYTES 4
 #define CHECKSUM_BYTES 8
 
@@ -58,8 +61,7 @@ uint64_t record_key_read(const unsigned char key[8])
     return x;
 }
 
-void record_piece_key(unsigned char key[RECORD_PIECE_KEY_BYTES], uint64_t snapshot,
-                      uint32_t number)
+void record_piece_key(unsigned char key[RECORD_PIECE_KEY_BYTES], uint64_t snapshot, uint32_t number)
 {
     record_key(key, snapshot);
     for (int i = 0; i < 4; i++)
@@ -92,8 +94,7 @@ static uint64_t run_checksum(const struct record_run *run, const unsigned char *
     unsigned char key[RECORD_PAIR_KEY_BYTES];
     record_pair_key(key, run->branch, run->first);
     uint64_t seed = hash64(value, 16, hash64(key, sizeof key, 0));
-    return hash64(value + RECORD_RUN_HEADER_BYTES, (size_t)group_count(run) * CHECKSUM_BYTES,
-                  seed);
+    return hash64(value + RECORD_RUN_HEADER_BYTES, (size_t)group_count(run) * CHECKSUM_BYTES, seed);
 }
 
 size_t record_run_bytes(uint32_t count, uint32_t item_bytes, uint32_t group)
@@ -340,8 +341,14 @@ void record_memory_encode(struct buf *out, const void *key, size_t key_size,
     put_u64(out, memory->text_bytes);
     put_u64(out, memory->snapshot);
     put_u64(out, (uint64_t)memory->created_at);
-    put_u32(out,
-            (memory->ephemeral ? MEMORY_EPHEMERAL : 0) | (memory->tenant[0] ? MEMORY_TENANT : 0));
+    put_u32(out, (memory->ephemeral ? MEMORY_EPHEMERAL : 0) |
+                     (memory->tenant[0] ? MEMORY_TENANT : 0) |
+                     (memory->expires_s ? MEMORY_EXPIRES : 0) |
+                     (memory->expires_s && memory->expires_from_use ? MEMORY_EXPIRES_FROM_USE : 0));
+    if (memory->expires_s) {
+        put_u64(out, (uint64_t)memory->expires_s);
+        put_u64(out, (uint64_t)memory->active_at);
+    }
     put_text(out, memory->parent, sizeof memory->parent);
     if (memory->tenant[0])
         put_text(out, memory->tenant, sizeof memory->tenant);
@@ -364,6 +371,15 @@ enum status record_memory_decode(const void *key, size_t key_size, const void *v
     memory->created_at = (int64_t)take_u64(&in);
     uint32_t flags = take_u32(&in);
     memory->ephemeral = (flags & MEMORY_EPHEMERAL) != 0;
+    memory->expires_from_use = (flags & MEMORY_EXPIRES_FROM_USE) != 0;
+    memory->expires_s = memory->active_at = 0;
+    if (flags & MEMORY_EXPIRES) {
+        memory->expires_s = (int64_t)take_u64(&in);
+        memory->active_at = (int64_t)take_u64(&in);
+        in.bad |= memory->expires_s <= 0;
+    } else {
+        in.bad |= memory->expires_from_use;
+    }
     take_text(&in, memory->parent, sizeof memory->parent);
     memory->tenant[0] = 0;
     if (flags & MEMORY_TENANT) {
@@ -372,7 +388,7 @@ enum status record_memory_decode(const void *key, size_t key_size, const void *v
     }
     memory->metadata_size = take_u32(&in);
     memory->metadata = (const char *)take(&in, memory->metadata_size);
-    if (flags > (MEMORY_EPHEMERAL | MEMORY_TENANT) || memory->metadata_size > RECORD_METADATA_BYTES)
+    if (flags > MEMORY_FLAGS || memory->metadata_size > RECORD_METADATA_BYTES)
         return STATUS_CORRUPT;
     return small_close(&in);
 }
@@ -388,6 +404,8 @@ void record_branch_encode(struct buf *out, const void *key, size_t key_size,
     put_u64(out, branch->bytes);
     put_u32(out, branch->depth);
     put_text(out, branch->owner, sizeof branch->owner);
+    if (branch->tenant[0])
+        put_text(out, branch->tenant, sizeof branch->tenant);
     small_end(out, key, key_size);
 }
 
@@ -404,6 +422,11 @@ enum status record_branch_decode(const void *key, size_t key_size, const void *v
     branch->bytes = take_u64(&in);
     branch->depth = take_u32(&in);
     take_text(&in, branch->owner, sizeof branch->owner);
+    branch->tenant[0] = 0;
+    if (in.at != in.end) {
+        take_text(&in, branch->tenant, sizeof branch->tenant);
+        in.bad |= !branch->tenant[0];
+    }
     return small_close(&in);
 }
 
@@ -419,8 +442,8 @@ void record_snapshot_encode(struct buf *out, const void *key, size_t key_size,
     small_end(out, key, key_size);
 }
 
-enum status record_snapshot_decode(const void *key, size_t key_size, const void *value,
-                                   size_t size, struct record_snapshot *snapshot)
+enum status record_snapshot_decode(const void *key, size_t key_size, const void *value, size_t size,
+                                   struct record_snapshot *snapshot)
 {
     struct cursor in;
     if (key_size != RECORD_PIECE_KEY_BYTES ||

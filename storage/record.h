@@ -13,8 +13,9 @@
 #include "proto/status.h"
 
 /* Format of the folder. A reader refuses a higher one; a change of any layout below raises it. */
-/* 1 knew no turns, 2 no tenants, 3 no receipts, 4 no objects and items; all are migrated. */
-#define RECORD_FORMAT 5
+/* 1 knew no turns, 2 no tenants, 3 no receipts, 4 no objects and items, 5 no ends of memories and
+ * no tenants of branches; all are migrated. */
+#define RECORD_FORMAT 6
 
 enum record_kind {
     RECORD_KV = 1,
@@ -96,6 +97,10 @@ struct record_memory {
     uint64_t snapshot; /* 0: none yet */
     int64_t created_at;
     bool ephemeral;
+    /* Over so many seconds after it was made, or last used; 0: never, and none of it in the record.
+     */
+    int64_t expires_s, active_at;
+    bool expires_from_use;
     char parent[LIMITS_ID_BYTES];
     char tenant[LIMITS_ID_BYTES]; /* whose it is; "": nobody's, and not in the record */
     const char *metadata; /* not terminated; decoded: borrowed from the value */
@@ -110,6 +115,7 @@ struct record_branch {
     uint64_t bytes;         /* disk space of its runs and of the snapshots its turns name */
     uint32_t depth;         /* number of branches above it */
     char owner[LIMITS_ID_BYTES]; /* the memory that writes it; "" once that is deleted */
+    char tenant[LIMITS_ID_BYTES]; /* whose disk space it is; "": nobody's, and not in the record */
 };
 
 struct record_snapshot {

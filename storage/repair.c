@@ -314,6 +314,20 @@ static enum status step_back(struct repair *repair, const char *id, struct recor
     return stays ? STATUS_OK : new_branch(repair, id, branch, position, &memory->branch);
 }
 
+static enum status settle_end(struct repair *repair, const char *id,
+                              const struct record_memory *memory)
+{
+    unsigned char key[EXPIRY_KEY_BYTES];
+    const int64_t end = expiry_end(memory);
+    const size_t size = expiry_key(key, end, id);
+    MDB_val value;
+    if (!end || store_get(repair->storage, repair->write.txn, STORE_EXPIRY, key, size, &value) !=
+                    STATUS_NOT_FOUND)
+        return STATUS_OK;
+    say(repair, "memory %s: its end is put into the table of ends", id);
+    return store_put(&repair->write, STORE_EXPIRY, key, size, "", 0);
+}
+
 static enum status settle_memory(struct repair *repair, const char *id,
                                  struct record_memory *memory)
 {
@@ -333,6 +347,9 @@ static enum status settle_memory(struct repair *repair, const char *id,
         return status;
     struct node *own = find(repair, memory->branch);
     own->is_owned = own->is_alive = true;
+    if (stands && strcmp(own->record.tenant, memory->tenant) != 0)
+        say(repair, "memory %s: its branch counts for its tenant", id);
+    memcpy(own->record.tenant, memory->tenant, sizeof own->record.tenant);
     own->keep = memory->position;
     struct record_turn turn;
     if (!memory->ephemeral && memory->position > own->record.fork_position &&
@@ -344,6 +361,8 @@ static enum status settle_memory(struct repair *repair, const char *id,
                                     .created_at = (int64_t)time(NULL)};
         status = put_turn(repair, own->id, memory->position, &turn);
     }
+    if (!status)
+        status = settle_end(repair, id, memory);
     return status || !memory->snapshot ? status : name_snapshot(repair, memory->snapshot);
 }
 
@@ -420,6 +439,22 @@ static enum status settle_receipt(struct repair *repair, const MDB_val *key, con
     return STATUS_OK;
 }
 
+static enum status settle_expiry(struct repair *repair, const MDB_val *key, const MDB_val *value,
+                                 enum verdict *verdict)
+{
+    struct record_memory memory;
+    char id[LIMITS_ID_BYTES] = "";
+    bool good = key->mv_size > 8 && key->mv_size < EXPIRY_KEY_BYTES && !value->mv_size;
+    if (good)
+        memcpy(id, (const char *)key->mv_data + 8, key->mv_size - 8);
+    if (good && !memory_get(repair->storage, repair->write.txn, id, &memory) &&
+        (uint64_t)expiry_end(&memory) == record_key_read(key->mv_data))
+        return STATUS_OK;
+    say(repair, "an entry of the table of ends is not one; dropped");
+    *verdict = DROP;
+    return STATUS_OK;
+}
+
 static enum status settle_object(struct repair *repair, const MDB_val *key, const MDB_val *value,
                                  enum verdict *verdict)
 {
@@ -442,10 +477,10 @@ static enum status settle_item(struct repair *repair, const MDB_val *key, const 
     const char *id = key->mv_data; /* once decoded, a NUL ends it */
     const bool damaged =
         record_item_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &item);
-    if (!damaged && (store_get(repair->storage, repair->write.txn, STORE_OBJECT, id, strlen(id),
-                               &owner) != STATUS_NOT_FOUND ||
-                     memory_get(repair->storage, repair->write.txn, id, &memory) !=
-                         STATUS_NOT_FOUND))
+    if (!damaged &&
+        (store_get(repair->storage, repair->write.txn, STORE_OBJECT, id, strlen(id), &owner) !=
+             STATUS_NOT_FOUND ||
+         memory_get(repair->storage, repair->write.txn, id, &memory) != STATUS_NOT_FOUND))
         return STATUS_OK;
     say(repair, damaged ? "an item of a list is damaged; dropped"
                         : "an item of a list that nobody has; dropped");
@@ -691,7 +726,7 @@ static enum status repair_all(struct repair *repair)
                 {STORE_RECEIPT, settle_receipt},   {STORE_KV, settle_kv},
                 {STORE_LANDMARK, settle_landmark}, {STORE_TOKEN, settle_token},
                 {STORE_TURN, count_turn},          {STORE_OBJECT, settle_object},
-                {STORE_ITEM, settle_item}};
+                {STORE_ITEM, settle_item},         {STORE_EXPIRY, settle_expiry}};
     for (size_t i = 0; i < sizeof first / sizeof *first && !status; i++)
         status = walk(repair, first[i].db, first[i].each);
     if (!status)

@@ -39,6 +39,10 @@ struct storage_options {
     size_t queue_bytes;          /* 0: LIMITS_WRITER_QUEUE_BYTES */
     uint32_t linger_ms;          /* 0: LIMITS_LINGER_MS; how long appends alone wait for more */
     uint32_t keep_snapshots;     /* of each memory's last turns; 0: LIMITS_KEEP_SNAPSHOTS */
+    uint64_t memory_quota;       /* the most bytes_on_disk of one memory; 0: no limit */
+    /* Seconds since 1970, or of a clock that is never set; NULL: the system's. */
+    int64_t (*clock_cb)(void *context, bool monotonic);
+    void *clock_context;
     bool repair;                 /* for `repair`: writable, but recovers nothing, starts no writer
                                     and takes sizes and model as they are */
     bool read_only;              /* for `check`; takes no lock and starts no writer; with kv_bytes 0
@@ -105,6 +109,13 @@ struct storage_keep {
     struct storage_list lists[2];
 };
 
+/* A memory is over so many seconds after it was made, or was last committed to or forked. Nothing
+ * happens to it by itself: see storage_expired. */
+struct storage_expires {
+    int64_t seconds; /* 0: never */
+    bool from_use;
+};
+
 struct storage_memory_options {
     const char *id;       /* caller's choice, unique, shorter than LIMITS_ID_BYTES */
     const char *from;     /* NULL: empty; else fork that memory */
@@ -114,6 +125,7 @@ struct storage_memory_options {
     const char *tenant;   /* whose it is, for the caller to ask for; NULL: nobody's. A settled
                              memory stays whose the one it takes the place of was */
     const struct storage_receipt *receipt; /* NULL: none */
+    struct storage_expires expires; /* of an ephemeral one: once it is settled as a new one */
     bool ephemeral;       /* not listed, dropped at the next opening */
 };
 
@@ -124,18 +136,23 @@ struct storage_memory_options {
 STATUS_CHECKED enum status storage_memory_create(struct storage *storage,
                                                  const struct storage_memory_options *options,
                                                  storage_done_cb done_cb, void *context);
-/* Replaces the metadata. */
+/* Replaces what is given: metadata, when it is over (then counted from now); NULL: as it is. */
 STATUS_CHECKED enum status storage_memory_update(struct storage *storage, const char *id,
-                                                 const char *metadata, storage_done_cb done_cb,
-                                                 void *context);
+                                                 const char *metadata,
+                                                 const struct storage_expires *expires,
+                                                 storage_done_cb done_cb, void *context);
 /* Deletes the memory; chunks no other memory reaches are freed in bounded steps behind it. */
 STATUS_CHECKED enum status storage_memory_delete(struct storage *storage, const char *id,
+                                                 storage_done_cb done_cb, void *context);
+/* The same, if it is over: STATUS_CONFLICT when it is not (any longer). */
+STATUS_CHECKED enum status storage_memory_expire(struct storage *storage, const char *id,
                                                  storage_done_cb done_cb, void *context);
 
 /* Appends chunk `index` to `branch`; kv and landmark are copied. Indexes of a branch come in
  * order without holes. After a failure every further append or commit of that branch fails with
- * it (STATUS_DISK_FULL, else STATUS_IO) until storage_truncate, so a later commit can never cover
- * a lost chunk. Waits for others, or a commit, up to linger_ms. STATUS_BUSY: the queue is full. */
+ * it (a full disk or quota, else STATUS_IO) until storage_truncate, so a later commit can never
+ * cover a lost chunk. Waits for others, or a commit, up to linger_ms. STATUS_BUSY: the queue is
+ * full. */
 STATUS_CHECKED enum status storage_append(struct storage *storage, uint64_t branch,
                                           uint64_t index, const void *kv, const void *landmark,
                                           storage_done_cb done_cb, void *context);
@@ -158,7 +175,8 @@ struct storage_commit {
 
 /* Makes the memory's new position durable together with everything queued before it. Copied.
  * The callback gets STATUS_CONFLICT as said above, STATUS_INVALID when a chunk before `position`
- * was never appended, STATUS_NOT_FOUND, STATUS_DISK_FULL, STATUS_IO. A commit that fails also
+ * was never appended, STATUS_NOT_FOUND, STATUS_DISK_FULL, STATUS_MEMORY_QUOTA, STATUS_KEY_QUOTA
+ * (as an append does), STATUS_IO. A commit that fails also
  * fails what follows on its branch until storage_truncate. */
 STATUS_CHECKED enum status storage_commit(struct storage *storage,
                                           const struct storage_commit *commit,
@@ -200,7 +218,28 @@ STATUS_CHECKED enum status storage_item_delete(struct storage *storage, const ch
                                                const char *id, storage_done_cb done_cb,
                                                void *context);
 
+/* ---- quotas ---- */
+
+struct storage_quota {
+    const char *tenant;
+    uint64_t bytes; /* the most disk space of all that the tenant's memories wrote */
+};
+/* These, and no others, are limited from now on. Any thread. STATUS_NO_MEMORY. */
+STATUS_CHECKED enum status storage_set_quotas(struct storage *storage,
+                                              const struct storage_quota *quotas, size_t count);
+struct storage_usage {
+    uint64_t bytes;                   /* of all that the tenant's memories wrote, on disk */
+    uint64_t key_quota, memory_quota; /* 0: no limit */
+};
+void storage_get_quota(struct storage *storage, const char *tenant, struct storage_usage *usage);
+
 /* ---- reads: any thread, committed data only ---- */
+
+/* Memories that are over, those first that are so longest, after the one named `after` (NULL: from
+ * the start): at most `limit`. Whoever knows that nobody uses one deletes it with
+ * storage_memory_expire. */
+STATUS_CHECKED enum status storage_expired(struct storage *storage, const char *after, size_t limit,
+                                           char (*ids)[LIMITS_ID_BYTES], size_t *count);
 
 struct storage_memory {
     char id[LIMITS_ID_BYTES];
@@ -212,6 +251,8 @@ struct storage_memory {
     uint64_t bytes_on_disk; /* of its own branch, snapshots included; what it shares counts for the
                                owner */
     size_t snapshot_bytes;  /* 0 while the memory is empty */
+    struct storage_expires expires;
+    int64_t expires_at; /* 0: never */
     bool ephemeral;
     char *metadata; /* JSON text; free with storage_memory_close */
 };

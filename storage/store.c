@@ -8,12 +8,14 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "proto/base/assert.h"
 #include "proto/base/log.h"
 #include "proto/memory_file.h"
 #include "storage/memory.h"
+#include "storage/quota.h"
 #include "storage/writer.h"
 
 #define READERS 512
@@ -26,8 +28,8 @@
 #define CHUNK_BYTES_MOST (64 * LIMITS_MIB)
 
 static const char *const db_names[STORE_DB_COUNT] = {
-    "meta", "memory", "branch", "child", "collect", "kv", "landmark", "token", "snapshot", "turn",
-    "receipt", "object", "item"};
+    "meta",  "memory",   "branch", "child",   "collect", "kv",   "landmark",
+    "token", "snapshot", "turn",   "receipt", "object",  "item", "expiry"};
 static const char format_key[] = "format", counter_key[] = "counter";
 
 enum status store_status(int rc)
@@ -64,6 +66,43 @@ void store_assert_writer(const struct storage *storage)
     ASSERT(pthread_equal(storage->writer_thread, pthread_self()));
 }
 
+/* ---- the time ---- */
+
+static int64_t read_clock(void *context, bool monotonic)
+{
+    struct timespec now;
+    (void)context;
+    clock_gettime(monotonic ? CLOCK_MONOTONIC : CLOCK_REALTIME, &now);
+    return (int64_t)now.tv_sec;
+}
+
+static void start_clock(struct storage *storage)
+{
+    expiry_clock_init(&storage->clock, storage->newest,
+                      storage->clock_cb(storage->clock_context, false),
+                      storage->clock_cb(storage->clock_context, true));
+}
+
+static int64_t tell_time(struct storage *storage, bool stamp)
+{
+    pthread_mutex_lock(&storage->clock_lock);
+    const int64_t wall = storage->clock_cb(storage->clock_context, false);
+    const int64_t now =
+        expiry_clock_now(&storage->clock, wall, storage->clock_cb(storage->clock_context, true));
+    pthread_mutex_unlock(&storage->clock_lock);
+    return stamp && wall > now ? wall : now;
+}
+
+int64_t store_now(struct storage *storage)
+{
+    return tell_time(storage, false);
+}
+
+int64_t store_stamp(struct storage *storage)
+{
+    return tell_time(storage, true);
+}
+
 /* ---- write transactions ---- */
 
 enum status store_write_begin(struct storage *storage, struct store_write *write)
@@ -92,6 +131,7 @@ enum status store_write_commit(struct store_write *write)
 {
     int rc = mdb_txn_commit(write->txn);
     write->txn = NULL;
+    quota_end(write->storage, rc == 0);
     if (rc)
         end_if_broken(write->storage);
     return store_status(rc);
@@ -102,6 +142,7 @@ void store_write_abort(struct store_write *write)
     if (write->txn)
         mdb_txn_abort(write->txn);
     write->txn = NULL;
+    quota_end(write->storage, false);
 }
 
 static enum status put(struct store_write *write, enum store_db db, const void *key,
@@ -452,7 +493,7 @@ static enum status migrate(struct store_write *write, struct record_meta *meta)
 {
     uint32_t old = meta->format;
     struct buf buf;
-    enum status status = old < 2 ? memory_migrate(write) : STATUS_OK; /* 2 reads as it is */
+    enum status status = memory_migrate(write, old); /* all else reads as it is */
     if (status)
         return status;
     meta->format = RECORD_FORMAT;
@@ -471,9 +512,9 @@ static enum status find_store(const struct storage *storage, struct error *err)
 {
     char place[4096];
     path_in(storage, "data.mdb", place, sizeof place);
-    return access(place, F_OK) ? error_set(err, STATUS_NOT_FOUND, "there is no store in %s",
-                                           storage->path)
-                               : STATUS_OK;
+    return access(place, F_OK)
+               ? error_set(err, STATUS_NOT_FOUND, "there is no store in %s", storage->path)
+               : STATUS_OK;
 }
 
 /* Makes a new store beside its place and moves it there when it is whole: whatever cuts this short,
@@ -599,6 +640,8 @@ static void release(struct storage *storage)
         mdb_env_close(storage->env);
     if (storage->lock_fd >= 0)
         close(storage->lock_fd);
+    quota_close(storage->quota);
+    pthread_mutex_destroy(&storage->clock_lock);
     pthread_rwlock_destroy(&storage->map_lock);
     free(storage->path);
     free(storage);
@@ -630,7 +673,12 @@ static struct storage *allocate(const struct storage_options *options)
     storage->linger_ns =
         (options->linger_ms ? options->linger_ms : LIMITS_LINGER_MS) * UINT64_C(1000000);
     storage->queue_bytes = options->queue_bytes ? options->queue_bytes : LIMITS_WRITER_QUEUE_BYTES;
+    storage->memory_quota = options->memory_quota;
+    storage->clock_cb = options->clock_cb ? options->clock_cb : read_clock;
+    storage->clock_context = options->clock_context;
+    start_clock(storage);
     storage->writer_thread = pthread_self();
+    pthread_mutex_init(&storage->clock_lock, NULL);
     pthread_rwlock_init(&storage->map_lock, NULL);
     return storage;
 }
@@ -665,6 +713,10 @@ enum status storage_open(const struct storage_options *options, struct storage *
         store_reserve_release(storage);
         status = memory_recover(storage, err);
         store_reserve_restore(storage);
+        start_clock(storage);
+        if (!status && quota_open(storage, &storage->quota))
+            status =
+                error_set(err, STATUS_IO, "cannot count what the store in %s holds", storage->path);
         if (!status)
             status = writer_start(storage, err);
     }

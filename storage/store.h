@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "storage/expiry.h"
 #include "storage/record.h"
 #include "storage/storage.h"
 
@@ -26,11 +27,13 @@ enum store_db {
     STORE_RECEIPT,  /* name -> record_receipt */
     STORE_OBJECT,   /* id -> record_object */
     STORE_ITEM,     /* owner, number -> record_item */
+    STORE_EXPIRY,   /* end, id -> nothing: which memory is over when */
     STORE_DB_COUNT
 };
 
 #define STORE_CHILD_KEY_BYTES 24
 
+struct quota;
 struct writer;
 struct memory_file_manifest;
 
@@ -45,6 +48,13 @@ struct storage {
     size_t queue_bytes;
     uint32_t keep_snapshots;
     uint64_t linger_ns;
+    uint64_t memory_quota;
+    struct quota *quota; /* NULL while it is being opened, and where nothing is written */
+    int64_t (*clock_cb)(void *context, bool monotonic);
+    void *clock_context;
+    pthread_mutex_t clock_lock;
+    struct expiry_clock clock; /* under the lock */
+    int64_t newest;            /* the latest time that a memory has written down, at opening */
     bool reserve_released; /* writer thread */
     bool read_only;
     int lock_fd; /* -1: none */
@@ -57,6 +67,11 @@ struct storage {
 
 /* An LMDB or errno code as ours. */
 enum status store_status(int rc);
+
+/* The time by which is judged what is over: see expiry.h. */
+int64_t store_now(struct storage *storage);
+/* The time to write down: the later of that and the wall clock's. */
+int64_t store_stamp(struct storage *storage);
 
 /* ---- a write transaction, on the writer thread ---- */
 

@@ -11,6 +11,7 @@
 #include "storage/branch.h"
 #include "storage/keep.h"
 #include "storage/memory.h"
+#include "storage/quota.h"
 #include "storage/receipt.h"
 
 /* One transaction's share of the queue: enough that its fsync is cheap by the byte, little enough
@@ -29,6 +30,7 @@ enum item_kind {
     ITEM_CREATE,
     ITEM_UPDATE,
     ITEM_DELETE,
+    ITEM_EXPIRE,
     ITEM_APPEND,
     ITEM_COMMIT,
     ITEM_TRUNCATE,
@@ -52,14 +54,16 @@ struct item {
     uint64_t branch, index; /* append; commit: the branch once it is known */
     const void *kv, *landmark;
     char id[LIMITS_ID_BYTES];
-    char from[LIMITS_ID_BYTES]; /* create: "" for none; settle: the ephemeral memory; delete item:
-                                   the list's owner */
+    char from[LIMITS_ID_BYTES];   /* create: "" for none; settle: the ephemeral memory; delete item:
+                                     the list's owner */
     char tenant[LIMITS_ID_BYTES]; /* create */
-    uint64_t at;                /* create; bookmark, delete turn: the turn's position */
+    uint64_t at;                  /* create; bookmark, delete turn: the turn's position */
     char bookmark[LIMITS_BOOKMARK_BYTES];
     bool ephemeral;
-    size_t keep_at, keep_size; /* commit, put: in `payload` */
-    size_t metadata_size; /* create, update: in `payload` */
+    size_t keep_at, keep_size;      /* commit, put: in `payload` */
+    bool has_metadata, has_expires; /* update */
+    struct storage_expires expires; /* create, update */
+    size_t metadata_size;           /* create, update: in `payload` */
     struct storage_commit commit;
     bool has_receipt;
     struct storage_receipt receipt; /* its bytes are in `payload` */
@@ -115,7 +119,8 @@ static enum status set_get(const struct branch_set *set, uint64_t branch)
     return STATUS_OK;
 }
 
-/* A full disk is told as such to what follows; anything else is a failure of the branch. */
+/* A full disk or quota is told as such to what follows; anything else is a failure of the branch.
+ */
 static void set_add(struct branch_set *set, uint64_t branch, enum status status)
 {
     if (branch == 0 || set_get(set, branch))
@@ -125,8 +130,9 @@ static void set_add(struct branch_set *set, uint64_t branch, enum status status)
         set->branches = realloc(set->branches, set->capacity * sizeof *set->branches);
         ASSERT(set->branches);
     }
-    set->branches[set->count++] =
-        (struct failed_branch){branch, status == STATUS_DISK_FULL ? STATUS_DISK_FULL : STATUS_IO};
+    const bool told =
+        status == STATUS_DISK_FULL || status == STATUS_MEMORY_QUOTA || status == STATUS_KEY_QUOTA;
+    set->branches[set->count++] = (struct failed_branch){branch, told ? status : STATUS_IO};
 }
 
 static void set_remove(struct branch_set *set, uint64_t branch)
@@ -157,6 +163,9 @@ static enum status write_branch(struct writer *writer, struct store_write *write
         status = branch_get(write->storage, write->txn, branch, &record);
     if (!status && !record.owner[0])
         status = STATUS_NOT_FOUND;
+    if (!status)
+        status = quota_check(write, &record,
+                             count * (write->storage->kv_bytes + write->storage->landmark_bytes));
     if (status) {
         /* An unknown branch has no truncate to wait for. */
         if (status != STATUS_NOT_FOUND)
@@ -227,23 +236,31 @@ static enum status carry_out_commit(struct writer *writer, struct store_write *w
 static enum status carry_out(struct writer *writer, struct store_write *write, struct item *item)
 {
     const char *metadata = (const char *)item->payload;
+    const struct storage_memory_options options = {.id = item->id,
+                                                   .from = item->from[0] ? item->from : NULL,
+                                                   .at = item->at,
+                                                   .tenant = item->tenant,
+                                                   .expires = item->expires,
+                                                   .ephemeral = item->ephemeral};
     struct record_memory memory;
     enum status status;
     switch (item->kind) {
     case ITEM_CREATE:
-        status = memory_create(write, item->id, item->from[0] ? item->from : NULL, item->at,
-                               item->ephemeral, item->tenant, metadata, item->metadata_size);
+        status = memory_create(write, &options, metadata, item->metadata_size);
         return status || !item->has_receipt ? status : receipt_put(write, &item->receipt);
     case ITEM_UPDATE:
-        return memory_update(write, item->id, metadata, item->metadata_size);
+        return memory_update(write, item->id, item->has_metadata ? metadata : NULL,
+                             item->metadata_size, item->has_expires ? &item->expires : NULL);
     case ITEM_COMMIT:
         return carry_out_commit(writer, write, item);
     case ITEM_DELETE:
+    case ITEM_EXPIRE:
     case ITEM_TRUNCATE:
         status = memory_get(write->storage, write->txn, item->id, &memory);
         if (!status)
-            status = item->kind == ITEM_DELETE ? memory_delete(write, item->id)
-                                               : memory_truncate(write, item->id);
+            status = item->kind == ITEM_DELETE   ? memory_delete(write, item->id)
+                     : item->kind == ITEM_EXPIRE ? memory_expire(write, item->id)
+                                                 : memory_truncate(write, item->id);
         if (!status)
             set_remove(&writer->failed, memory.branch);
         return status;
@@ -361,9 +378,10 @@ static void collect_all(struct writer *writer)
 /* Whether it makes room, so that the reserve is there for it. */
 static bool item_frees(const struct item *item)
 {
-    return item->kind == ITEM_DELETE || item->kind == ITEM_TRUNCATE || item->kind == ITEM_SETTLE ||
-           item->kind == ITEM_DELETE_TURN || item->kind == ITEM_DELETE_OBJECT ||
-           item->kind == ITEM_DELETE_OBJECT_AND_MEMORY || item->kind == ITEM_DELETE_ITEM;
+    return item->kind == ITEM_DELETE || item->kind == ITEM_EXPIRE || item->kind == ITEM_TRUNCATE ||
+           item->kind == ITEM_SETTLE || item->kind == ITEM_DELETE_TURN ||
+           item->kind == ITEM_DELETE_OBJECT || item->kind == ITEM_DELETE_OBJECT_AND_MEMORY ||
+           item->kind == ITEM_DELETE_ITEM;
 }
 
 /* One item in a transaction of its own, after the group with it in had failed. */
@@ -676,7 +694,8 @@ static void set_receipt(struct item *item, const struct storage_receipt *receipt
 
 static enum status queue_metadata(struct storage *storage, enum item_kind kind,
                                   const struct storage_memory_options *options,
-                                  storage_done_cb done_cb, void *context)
+                                  const struct storage_expires *expires, storage_done_cb done_cb,
+                                  void *context)
 {
     const char *metadata = options->metadata ? options->metadata : "{}";
     size_t size = strlen(metadata);
@@ -690,6 +709,9 @@ static enum status queue_metadata(struct storage *storage, enum item_kind kind,
         return STATUS_NO_MEMORY;
     item->ephemeral = options->ephemeral;
     item->at = options->at;
+    item->has_metadata = options->metadata != NULL;
+    item->has_expires = expires != NULL;
+    item->expires = expires ? *expires : options->expires;
     item->metadata_size = size;
     memcpy(item->payload, metadata, size);
     set_receipt(item, options->receipt, size);
@@ -705,14 +727,15 @@ enum status storage_memory_create(struct storage *storage,
                                   const struct storage_memory_options *options,
                                   storage_done_cb done_cb, void *context)
 {
-    return queue_metadata(storage, ITEM_CREATE, options, done_cb, context);
+    return queue_metadata(storage, ITEM_CREATE, options, NULL, done_cb, context);
 }
 
 enum status storage_memory_update(struct storage *storage, const char *id, const char *metadata,
-                                  storage_done_cb done_cb, void *context)
+                                  const struct storage_expires *expires, storage_done_cb done_cb,
+                                  void *context)
 {
     struct storage_memory_options options = {.id = id, .metadata = metadata};
-    return queue_metadata(storage, ITEM_UPDATE, &options, done_cb, context);
+    return queue_metadata(storage, ITEM_UPDATE, &options, expires, done_cb, context);
 }
 
 /* `from`: NULL for none. */
@@ -736,6 +759,12 @@ enum status storage_memory_delete(struct storage *storage, const char *id, stora
                                   void *context)
 {
     return queue_id(storage, ITEM_DELETE, id, NULL, done_cb, context);
+}
+
+enum status storage_memory_expire(struct storage *storage, const char *id, storage_done_cb done_cb,
+                                  void *context)
+{
+    return queue_id(storage, ITEM_EXPIRE, id, NULL, done_cb, context);
 }
 
 enum status storage_truncate(struct storage *storage, const char *id, storage_done_cb done_cb,

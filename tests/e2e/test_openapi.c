@@ -258,7 +258,7 @@ static void test_methods(void **state)
                          "%s%s%s", *documented ? ", " : "", operations[j].method,
                          strcmp(operations[j].method, "GET") == 0 ? ", HEAD" : "");
         wire_open(&wire, &daemon_);
-        wire_ask(&wire, "PATCH", path, AUTHORIZATION, NULL, 0);
+        wire_ask(&wire, "PUT", path, AUTHORIZATION, NULL, 0);
         wire_answer(&wire, &answer, false);
         wire_check_error(&answer, 405, "method", NULL);
         assert_true(wire_header(&answer, "allow", allow, sizeof allow));
@@ -338,6 +338,10 @@ static void test_life(void **state)
     ask("GET", "/v1/models", "", "", NULL, 200);
     ask("GET", "/v1/models/{}", MODEL_NAME, "", NULL, 200);
     ask("GET", "/metrics", "", "", NULL, 200);
+    ask("PATCH", "/v1/memories/{}", id, "", "{\"metadata\":{\"a\":\"b\"}}", 200);
+    ask("PATCH", "/v1/memories/{}", id, "", "{\"metadata\":{\"a\":1}}", 400);
+    ask("PATCH", "/v1/memories/{}", id, "",
+        "{\"expires_after\":{\"anchor\":\"created_at\",\"days\":1}}", 200);
     ask("DELETE", "/v1/memories/{}", id, "", NULL, 200);
     int reached = 0, documented = 0;
     for (int i = 0; i < operation_count; i++)
@@ -429,15 +433,16 @@ static void test_fields(void **state)
 {
     (void)state;
     static const struct {
-        const char *schema, *path;
+        const char *schema, *method, *path;
         size_t count;
-    } bodies[] = {{"ResponseRequest", "/v1/responses", 32},
-                  {"ConversationRequest", "/v1/conversations", 2},
-                  {"CompletionRequest", "/v1/completions", 26},
-                  {"ChatRequest", "/v1/chat/completions", 25},
-                  {"MemoryRequest", "/v1/memories", 3},
-                  {"BookmarkRequest", "/v1/memories/ID/turns", 2},
-                  {"RewindRequest", "/v1/memories/ID/rewind", 1}};
+    } bodies[] = {{"ResponseRequest", "POST", "/v1/responses", 32},
+                  {"ConversationRequest", "POST", "/v1/conversations", 2},
+                  {"CompletionRequest", "POST", "/v1/completions", 26},
+                  {"ChatRequest", "POST", "/v1/chat/completions", 25},
+                  {"MemoryRequest", "POST", "/v1/memories", 4},
+                  {"MemoryUpdate", "PATCH", "/v1/memories/ID", 2},
+                  {"BookmarkRequest", "POST", "/v1/memories/ID/turns", 2},
+                  {"RewindRequest", "POST", "/v1/memories/ID/rewind", 1}};
     char id[LIMITS_ID_BYTES];
     new_memory(id);
     for (size_t i = 0; i < sizeof bodies / sizeof *bodies; i++) {
@@ -459,7 +464,7 @@ static void test_fields(void **state)
             struct wire_answer answer;
             snprintf(body, sizeof body, "{\"%s\":null}", name);
             wire_open(&wire, &daemon_);
-            wire_ask(&wire, "POST", path, AUTHORIZATION, body, strlen(body));
+            wire_ask(&wire, bodies[i].method, path, AUTHORIZATION, body, strlen(body));
             wire_answer(&wire, &answer, false);
             cJSON *json = wire_json(&answer);
             const char *param = cJSON_GetStringValue(answer_at(json, "error.param"));

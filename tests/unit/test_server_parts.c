@@ -165,7 +165,7 @@ static void test_routes(void **state)
         STATUS_NOT_FOUND);
     buf_init(&allow);
     route_append_methods("/v1/memories/mem_7", &allow);
-    assert_string_equal(buf_text(&allow), "GET, HEAD, DELETE");
+    assert_string_equal(buf_text(&allow), "GET, HEAD, PATCH, DELETE");
     buf_close(&allow);
 }
 

@@ -307,15 +307,16 @@ static void test_metadata(void **state)
     char *large = calloc(1, ((size_t)128 << 10) + 2);
     memset(large, 'm', (size_t)128 << 10);
     store_wait_init(&wait);
-    assert_int_equal(
-        store_wait_finish(&wait, storage_memory_update(storage, "m", large, store_wait_cb, &wait)),
-        STATUS_OK);
+    assert_int_equal(store_wait_finish(&wait, storage_memory_update(storage, "m", large, NULL,
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
     write_to(storage, "m", 40);
     memory = get(storage, "m");
     assert_string_equal(memory.metadata, large);
     storage_memory_close(&memory);
     large[(size_t)128 << 10] = 'x';
-    assert_int_equal(storage_memory_update(storage, "m", large, NULL, NULL), STATUS_TOO_LARGE);
+    assert_int_equal(storage_memory_update(storage, "m", large, NULL, NULL, NULL),
+                     STATUS_TOO_LARGE);
     free(large);
     storage_close(storage);
     assert_clean(*state);
@@ -574,9 +575,9 @@ static void test_tenants(void **state)
     }
     create_for(storage, "fork", "m0", "ann");
     store_wait_init(&wait);
-    assert_int_equal(
-        store_wait_finish(&wait, storage_memory_update(storage, "m1", "{}", store_wait_cb, &wait)),
-        STATUS_OK);
+    assert_int_equal(store_wait_finish(&wait, storage_memory_update(storage, "m1", "{}", NULL,
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
     assert_int_equal(store_create_ephemeral(storage, "e", "m4"), STATUS_OK);
     store_wait_init(&wait);
     assert_int_equal(
@@ -789,8 +790,8 @@ static void test_order_of_answers(void **state)
         size_t b = (size_t)(i * i % 7) % 3;
         items[i] = (struct ordered){&order, i};
         if (i % 97 == 0)
-            assert_int_equal(storage_memory_update(storage, ids[b], "{}", order_cb, &items[i]),
-                             STATUS_OK);
+            assert_int_equal(
+                storage_memory_update(storage, ids[b], "{}", NULL, order_cb, &items[i]), STATUS_OK);
         else
             assert_int_equal(storage_append(storage, branches[b], next[b]++, kv, landmark,
                                             order_cb, &items[i]),

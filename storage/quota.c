@@ -1,0 +1,191 @@
+#include "storage/quota.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/base/assert.h"
+#include "proto/base/hash.h"
+#include "proto/base/log.h"
+#include "storage/store.h"
+
+#define SLOTS 1024 /* of names; many more tenants than this only make it slower */
+
+struct entry {
+    struct entry *next, *next_touched;
+    char tenant[LIMITS_ID_BYTES];
+    uint64_t bytes, limit; /* 0: no limit */
+    int64_t pending;       /* of the transaction under way */
+    bool touched;
+};
+
+struct quota {
+    pthread_mutex_t lock; /* of all that follows */
+    struct entry *slots[SLOTS];
+    struct entry *touched;
+};
+
+/* Under the lock. NULL: there is none, or no memory for one. */
+static struct entry *find(struct quota *quota, const char *tenant, bool make)
+{
+    struct entry **at = &quota->slots[hash64(tenant, strlen(tenant), 0) % SLOTS];
+    while (*at && strcmp((*at)->tenant, tenant) != 0)
+        at = &(*at)->next;
+    if (!*at && make) {
+        *at = calloc(1, sizeof **at);
+        if (*at)
+            memcpy((*at)->tenant, tenant, strlen(tenant) + 1);
+    }
+    return *at;
+}
+
+static enum status count_all(struct storage *storage, struct quota *quota)
+{
+    MDB_cursor *cursor;
+    MDB_val key, value;
+    MDB_txn *txn;
+    enum status status = store_read_begin(storage, &txn);
+    if (status)
+        return status;
+    int rc = mdb_cursor_open(txn, storage->db[STORE_BRANCH], &cursor);
+    if (rc) {
+        store_read_end(storage, txn);
+        return store_status(rc);
+    }
+    while (!status && !(rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT))) {
+        struct record_branch record;
+        if (record_branch_decode(key.mv_data, key.mv_size, value.mv_data, value.mv_size, &record) ||
+            !record.tenant[0])
+            continue; /* a damaged one is left to `check` */
+        struct entry *entry = find(quota, record.tenant, true);
+        if (entry)
+            entry->bytes += record.bytes;
+        else
+            status = STATUS_NO_MEMORY;
+    }
+    mdb_cursor_close(cursor);
+    store_read_end(storage, txn);
+    return status || rc == MDB_NOTFOUND ? status : store_status(rc);
+}
+
+enum status quota_open(struct storage *storage, struct quota **out)
+{
+    struct quota *quota = calloc(1, sizeof *quota);
+    if (!quota)
+        return STATUS_NO_MEMORY;
+    pthread_mutex_init(&quota->lock, NULL);
+    enum status status = count_all(storage, quota);
+    if (status)
+        quota_close(quota);
+    else
+        *out = quota;
+    return status;
+}
+
+void quota_close(struct quota *quota)
+{
+    if (!quota)
+        return;
+    for (size_t i = 0; i < SLOTS; i++)
+        while (quota->slots[i]) {
+            struct entry *entry = quota->slots[i];
+            quota->slots[i] = entry->next;
+            free(entry);
+        }
+    pthread_mutex_destroy(&quota->lock);
+    free(quota);
+}
+
+static void add(struct quota *quota, const char *tenant, int64_t bytes)
+{
+    struct entry *entry = tenant[0] && bytes ? find(quota, tenant, true) : NULL;
+    if (!entry)
+        return;
+    entry->pending += bytes;
+    if (!entry->touched) {
+        entry->touched = true;
+        entry->next_touched = quota->touched;
+        quota->touched = entry;
+    }
+}
+
+void quota_count(struct store_write *write, const struct record_branch *old,
+                 const struct record_branch *record)
+{
+    struct quota *quota = write->storage->quota;
+    if (!quota)
+        return;
+    pthread_mutex_lock(&quota->lock);
+    if (old)
+        add(quota, old->tenant, -(int64_t)old->bytes);
+    if (record)
+        add(quota, record->tenant, (int64_t)record->bytes);
+    pthread_mutex_unlock(&quota->lock);
+}
+
+void quota_end(struct storage *storage, bool committed)
+{
+    struct quota *quota = storage->quota;
+    if (!quota)
+        return;
+    pthread_mutex_lock(&quota->lock);
+    for (struct entry *entry = quota->touched; entry; entry = entry->next_touched) {
+        if (committed)
+            entry->bytes += (uint64_t)entry->pending;
+        entry->pending = 0;
+        entry->touched = false;
+    }
+    quota->touched = NULL;
+    pthread_mutex_unlock(&quota->lock);
+}
+
+enum status quota_check(struct store_write *write, const struct record_branch *record,
+                        uint64_t more)
+{
+    struct storage *storage = write->storage;
+    struct quota *quota = storage->quota;
+    enum status status = STATUS_OK;
+    if (storage->memory_quota && record->bytes + more > storage->memory_quota)
+        return STATUS_MEMORY_QUOTA;
+    if (!quota || !record->tenant[0])
+        return STATUS_OK;
+    pthread_mutex_lock(&quota->lock);
+    const struct entry *entry = find(quota, record->tenant, false);
+    if (entry && entry->limit && entry->bytes + (uint64_t)entry->pending + more > entry->limit)
+        status = STATUS_KEY_QUOTA;
+    pthread_mutex_unlock(&quota->lock);
+    return status;
+}
+
+enum status storage_set_quotas(struct storage *storage, const struct storage_quota *quotas,
+                               size_t count)
+{
+    struct quota *quota = storage->quota;
+    enum status status = STATUS_OK;
+    pthread_mutex_lock(&quota->lock);
+    for (size_t i = 0; i < SLOTS; i++)
+        for (struct entry *entry = quota->slots[i]; entry; entry = entry->next)
+            entry->limit = 0;
+    for (size_t i = 0; i < count; i++) {
+        struct entry *entry = find(quota, quotas[i].tenant, true);
+        if (entry)
+            entry->limit = quotas[i].bytes;
+        else
+            status = STATUS_NO_MEMORY;
+    }
+    pthread_mutex_unlock(&quota->lock);
+    return status;
+}
+
+void storage_get_quota(struct storage *storage, const char *tenant, struct storage_usage *usage)
+{
+    struct quota *quota = storage->quota;
+    *usage = (struct storage_usage){.memory_quota = storage->memory_quota};
+    pthread_mutex_lock(&quota->lock);
+    const struct entry *entry = find(quota, tenant, false);
+    if (entry) {
+        usage->bytes = entry->bytes;
+        usage->key_quota = entry->limit;
+    }
+    pthread_mutex_unlock(&quota->lock);
+}

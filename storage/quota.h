@@ -1,0 +1,30 @@
+/* quota.h - how much disk each tenant's branches take, and what they may take.
+ * Thread: what counts and checks on the writer thread, inside its transaction; the rest on any.
+ * Owns a table in RAM, taken from the branches' records at opening. Private to storage/.
+ *
+ * A branch counts for the tenant whose memory made it, from its first byte until its last one is
+ * collected: also while only forks of others reach it. */
+#ifndef STORAGE_QUOTA_H
+#define STORAGE_QUOTA_H
+
+#include "storage/record.h"
+#include "storage/storage.h"
+
+struct quota;
+struct store_write;
+
+/* Counts what is there. STATUS_NO_MEMORY, STATUS_IO. */
+STATUS_CHECKED enum status quota_open(struct storage *storage, struct quota **out);
+void quota_close(struct quota *quota);
+
+/* The branch's record becomes `record`; either may be NULL: it was not, or is no longer. Counts
+ * once the transaction is committed. */
+void quota_count(struct store_write *write, const struct record_branch *old,
+                 const struct record_branch *record);
+/* The transaction has ended: what it counted holds, or does not. */
+void quota_end(struct storage *storage, bool committed);
+/* Whether the branch may take so much more. STATUS_MEMORY_QUOTA, STATUS_KEY_QUOTA. */
+STATUS_CHECKED enum status quota_check(struct store_write *write,
+                                       const struct record_branch *record, uint64_t more);
+
+#endif

@@ -1,0 +1,462 @@
+/* Memories that are over, by a clock that jumps, and quotas by memory and by tenant. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "storage/expiry.h"
+#include "tests/lib/store_past.h"
+
+#define DAY 86400
+#define YEAR (365 * DAY)
+#define BEGIN 1795000000 /* late in 2026 */
+
+/* ---- the clock by itself ---- */
+
+static void test_clock(void **state)
+{
+    struct expiry_clock clock;
+    int64_t mono = 5000, wall = BEGIN;
+    (void)state;
+    expiry_clock_init(&clock, 0, wall, mono);
+    assert_int_equal(expiry_clock_now(&clock, wall + 10, mono + 10), wall + 10);
+    /* A little off is a different pace. */
+    assert_int_equal(expiry_clock_now(&clock, wall + 40, mono + 20), wall + 40);
+    mono += 20;
+    wall += 40;
+    /* Forwards by a year: believed after ten minutes, in which it keeps to it, and no sooner. */
+    for (int64_t t = 0; t < EXPIRY_BELIEF_S; t += 100)
+        assert_int_equal(expiry_clock_now(&clock, wall + YEAR + t, mono + t), wall + t);
+    assert_int_equal(expiry_clock_now(&clock, wall + YEAR + 600, mono + 600), wall + YEAR + 600);
+    wall += YEAR + 600;
+    mono += 600;
+    /* Back again: the same. Between the two, it is started over by a clock that jumps on. */
+    for (int64_t t = 0; t < 2000; t += 100)
+        assert_int_equal(expiry_clock_now(&clock, wall - YEAR - 100 * t, mono + t), wall + t);
+    for (int64_t t = 2000; t < 2000 + EXPIRY_BELIEF_S; t += 100)
+        assert_int_equal(expiry_clock_now(&clock, wall - 9 * DAY + t, mono + t), wall + t);
+    assert_int_equal(expiry_clock_now(&clock, wall - 9 * DAY + 2600, mono + 2600),
+                     wall - 9 * DAY + 2600);
+    /* A clock that was never set is not believed however long it says so. */
+    expiry_clock_init(&clock, BEGIN, 100, 0);
+    for (int64_t t = 0; t < 5 * DAY; t += 300)
+        assert_int_equal(expiry_clock_now(&clock, 100 + t, t), BEGIN + t);
+    assert_int_equal(expiry_clock_now(&clock, BEGIN + 5 * DAY, 5 * DAY), BEGIN + 5 * DAY);
+}
+
+/* ---- a store with a clock of ours ---- */
+
+struct limits {
+    char *folder;
+    struct storage *storage;
+    int64_t wall, mono;
+    uint64_t memory_quota;
+};
+
+static int64_t clock_cb(void *context, bool monotonic)
+{
+    const struct limits *limits = context;
+    return monotonic ? limits->mono : limits->wall;
+}
+
+static void open_store(struct limits *limits)
+{
+    struct storage_options options = store_past_options(limits->folder);
+    struct error err = {0};
+    options.clock_cb = clock_cb;
+    options.clock_context = limits;
+    options.memory_quota = limits->memory_quota;
+    assert_int_equal(storage_open(&options, &limits->storage, &err), STATUS_OK);
+}
+
+static void reopen(struct limits *limits)
+{
+    storage_close(limits->storage);
+    store_past_check(limits->folder);
+    open_store(limits);
+}
+
+static int setup(void **state)
+{
+    struct limits *limits = calloc(1, sizeof *limits);
+    limits->folder = store_helper_folder();
+    limits->wall = BEGIN;
+    limits->mono = 1000;
+    *state = limits;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    struct limits *limits = *state;
+    storage_close(limits->storage);
+    store_past_check(limits->folder);
+    store_helper_remove(limits->folder);
+    free(limits);
+    return 0;
+}
+
+static void pass(struct limits *limits, int64_t seconds)
+{
+    limits->wall += seconds;
+    limits->mono += seconds;
+}
+
+static void create(struct storage *storage, const char *id, const char *from, const char *tenant,
+                   int64_t seconds, bool from_use, bool ephemeral)
+{
+    const struct storage_memory_options options = {.id = id,
+                                                   .from = from,
+                                                   .tenant = tenant,
+                                                   .expires = {seconds, from_use},
+                                                   .ephemeral = ephemeral};
+    struct store_wait wait;
+    store_wait_init(&wait);
+    assert_int_equal(
+        store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait)),
+        STATUS_OK);
+}
+
+static enum status expire(struct storage *storage, const char *id)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(&wait, storage_memory_expire(storage, id, store_wait_cb, &wait));
+}
+
+static void update(struct storage *storage, const char *id, const char *metadata,
+                   const struct storage_expires *expires)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    assert_int_equal(store_wait_finish(&wait, storage_memory_update(storage, id, metadata, expires,
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+}
+
+/* What is over, the ids one behind the other; it is asked for two at a time. */
+static void assert_over(struct storage *storage, const char *expected)
+{
+    char ids[2][LIMITS_ID_BYTES], after[LIMITS_ID_BYTES], all[1024] = "";
+    size_t count;
+    const char *from = NULL;
+    do {
+        assert_int_equal(storage_expired(storage, from, 2, ids, &count), STATUS_OK);
+        for (size_t i = 0; i < count; i++) {
+            strcat(strcat(all, ids[i]), " ");
+            from = strcpy(after, ids[i]);
+        }
+    } while (count == 2);
+    assert_string_equal(all, expected);
+}
+
+static void test_expiry(void **state)
+{
+    struct limits *limits = *state;
+    struct store_past *past = calloc(1, sizeof *past);
+    open_store(limits);
+    struct storage *storage = limits->storage;
+    create(storage, "made", NULL, "", 100, false, false);
+    create(storage, "used", NULL, "", 200, true, false);
+    create(storage, "asked", NULL, "", 200, true, false);
+    create(storage, "for-ever", NULL, "", 0, false, false);
+    create(storage, "passing", NULL, "", 1, false, true);
+    struct storage_memory memory = store_past_get(storage, "made");
+    assert_int_equal(memory.expires_at, BEGIN + 100);
+    assert_int_equal(memory.expires.seconds, 100);
+    assert_false(memory.expires.from_use);
+    assert_int_equal(store_past_get(storage, "for-ever").expires_at, 0);
+    assert_over(storage, "");
+    assert_int_equal(expire(storage, "made"), STATUS_CONFLICT);
+    assert_int_equal(expire(storage, "for-ever"), STATUS_CONFLICT);
+    assert_int_equal(expire(storage, "nobody"), STATUS_NOT_FOUND);
+    pass(limits, 150);
+    strcpy(past->id, "used");
+    store_past_write(storage, past, 20, 1, false);
+    create(storage, "fork", "asked", "", 0, false, true);
+    assert_over(storage, "made ");
+    assert_int_equal(store_past_get(storage, "used").expires_at, BEGIN + 350);
+    assert_int_equal(store_past_get(storage, "asked").expires_at, BEGIN + 350);
+    pass(limits, 1); /* less than a hundredth: not worth a write */
+    store_past_write(storage, past, 20, 1, false);
+    assert_int_equal(store_past_get(storage, "used").expires_at, BEGIN + 350);
+    assert_int_equal(expire(storage, "used"), STATUS_CONFLICT);
+    assert_int_equal(expire(storage, "made"), STATUS_OK);
+    struct storage_memory gone;
+    assert_int_equal(storage_memory_get(storage, "made", &gone), STATUS_NOT_FOUND);
+    assert_over(storage, "");
+    reopen(limits);
+    storage = limits->storage;
+    pass(limits, 200);
+    assert_over(storage, "asked used ");
+    /* Used at the last moment; changed; for ever. */
+    store_past_write(storage, past, 20, 1, false);
+    assert_int_equal(expire(storage, "used"), STATUS_CONFLICT);
+    assert_over(storage, "asked ");
+    update(storage, "asked", "{\"a\":\"b\"}", NULL);
+    assert_over(storage, "asked ");
+    update(storage, "asked", NULL, &(struct storage_expires){50, true});
+    assert_over(storage, "");
+    pass(limits, 50);
+    assert_over(storage, "asked ");
+    update(storage, "asked", NULL, &(struct storage_expires){0});
+    assert_over(storage, "");
+    assert_int_equal(storage_memory_get(storage, "asked", &memory), STATUS_OK);
+    assert_string_equal(memory.metadata, "{\"a\":\"b\"}");
+    storage_memory_close(&memory);
+    store_past_assert(storage, past);
+    free(past);
+}
+
+/* A fork that settles: as what it was made to be, or as what it takes the place of. */
+static void test_expiry_settled(void **state)
+{
+    struct limits *limits = *state;
+    struct store_wait wait;
+    open_store(limits);
+    create(limits->storage, "old", NULL, "ann", 100, false, false);
+    create(limits->storage, "e1", NULL, "", 0, false, true);
+    create(limits->storage, "e2", NULL, "bob", 30, false, true);
+    pass(limits, 40);
+    assert_over(limits->storage, "");
+    store_wait_init(&wait);
+    assert_int_equal(store_wait_finish(&wait, storage_memory_settle(limits->storage, "e1", "old",
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    store_wait_init(&wait);
+    assert_int_equal(store_wait_finish(&wait, storage_memory_settle(limits->storage, "e2", "new",
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    assert_over(limits->storage, "new ");
+    pass(limits, 60);
+    assert_over(limits->storage, "new old ");
+    reopen(limits);
+    assert_over(limits->storage, ""); /* how long it was closed, the wall clock alone says */
+    pass(limits, EXPIRY_BELIEF_S);
+    assert_over(limits->storage, "new old ");
+}
+
+static void test_clock_jumps(void **state)
+{
+    struct limits *limits = *state;
+    open_store(limits);
+    create(limits->storage, "a", NULL, "", DAY, true, false);
+    /* A minute at the wrong time ends nothing. */
+    limits->wall += YEAR;
+    assert_over(limits->storage, "");
+    assert_int_equal(expire(limits->storage, "a"), STATUS_CONFLICT);
+    pass(limits, 60);
+    assert_over(limits->storage, "");
+    limits->wall -= YEAR;
+    pass(limits, 60);
+    assert_over(limits->storage, "");
+    /* Back to before there was a store: what is written then does not count from there. */
+    limits->wall -= 3 * DAY;
+    create(limits->storage, "b", NULL, "", DAY, false, false);
+    pass(limits, 2 * EXPIRY_BELIEF_S);
+    assert_over(limits->storage, "");
+    limits->wall += 3 * DAY;
+    for (int i = 0; i < 12; i++, pass(limits, 300))
+        assert_over(limits->storage, "");
+    /* A machine that slept: what is over is so, once the clock is believed. */
+    limits->wall += 2 * DAY;
+    assert_over(limits->storage, "");
+    pass(limits, EXPIRY_BELIEF_S);
+    assert_over(limits->storage, "a b ");
+    /* So it is after an opening with a clock that says something new. */
+    create(limits->storage, "c", NULL, "", 10 * DAY, false, false);
+    storage_close(limits->storage);
+    limits->wall += 20 * DAY;
+    limits->mono = 7;
+    open_store(limits);
+    assert_over(limits->storage, "a b ");
+    pass(limits, EXPIRY_BELIEF_S + 1);
+    assert_over(limits->storage, "a b c ");
+}
+
+static void count_cb(void *context, const char *message)
+{
+    (void)message;
+    ++*(unsigned *)context;
+}
+
+/* ---- quotas ---- */
+
+static enum status write_more(struct limits *limits, struct store_past *past, uint64_t count)
+{
+    struct store_past before = *past;
+    for (uint64_t i = 0; i < count; i++)
+        past->tokens[past->count + i] = store_token(3, past->count + i);
+    past->count += count;
+    past->is_turn[past->count] = true;
+    enum status status = store_past_try_commit(limits->storage, past, past->id, past->count, false);
+    if (status)
+        *past = before;
+    return status;
+}
+
+static void test_memory_quota(void **state)
+{
+    struct limits *limits = *state;
+    struct store_past *past = calloc(1, sizeof *past), *fork = calloc(1, sizeof *fork);
+    limits->memory_quota = 200000;
+    open_store(limits);
+    strcpy(past->id, "a");
+    assert_int_equal(store_create(limits->storage, "a", NULL), STATUS_OK);
+    enum status status;
+    unsigned turns = 0;
+    while (!(status = write_more(limits, past, 60)))
+        turns++;
+    assert_int_equal(status, STATUS_MEMORY_QUOTA);
+    assert_true(turns > 5);
+    /* What follows on the branch hears the same, until it is cut back; nothing of it is lost. */
+    assert_int_equal(write_more(limits, past, 1), STATUS_MEMORY_QUOTA);
+    store_past_assert(limits->storage, past);
+    assert_int_equal(store_truncate(limits->storage, "a"), STATUS_OK);
+    struct storage_memory memory = store_past_get(limits->storage, "a");
+    assert_true(memory.bytes_on_disk <= 200000 && memory.bytes_on_disk > 150000);
+    reopen(limits);
+    store_past_assert(limits->storage, past);
+    assert_int_equal(write_more(limits, past, 200), STATUS_MEMORY_QUOTA);
+    assert_int_equal(store_truncate(limits->storage, "a"), STATUS_OK);
+    /* A fork has one of its own. */
+    assert_int_equal(store_create(limits->storage, "b", "a"), STATUS_OK);
+    *fork = *past;
+    strcpy(fork->id, "b");
+    assert_int_equal(write_more(limits, fork, 200), STATUS_OK);
+    store_past_assert(limits->storage, fork);
+    /* And more room, more words. */
+    storage_close(limits->storage);
+    limits->memory_quota = 1000000;
+    open_store(limits);
+    assert_int_equal(write_more(limits, past, 200), STATUS_OK);
+    store_past_assert(limits->storage, past);
+    free(past);
+    free(fork);
+}
+
+static uint64_t used(struct limits *limits, const char *tenant)
+{
+    struct storage_usage usage;
+    storage_get_quota(limits->storage, tenant, &usage);
+    return usage.bytes;
+}
+
+/* Waits until nothing is left to collect. */
+static void wait_collected(struct limits *limits)
+{
+    struct storage_stats stats;
+    do
+        storage_get_stats(limits->storage, &stats);
+    while (stats.branches_to_collect);
+}
+
+static void test_key_quota(void **state)
+{
+    struct limits *limits = *state;
+    struct store_past *a = calloc(1, sizeof *a), *b = calloc(1, sizeof *b);
+    struct store_past *other = calloc(1, sizeof *other);
+    const struct storage_quota quotas[] = {{"ann", 300000}, {"cid", 10}};
+    open_store(limits);
+    assert_int_equal(storage_set_quotas(limits->storage, quotas, 2), STATUS_OK);
+    create(limits->storage, "a", NULL, "ann", 0, false, false);
+    create(limits->storage, "b", NULL, "ann", 0, false, false);
+    create(limits->storage, "other", NULL, "bob", 0, false, false);
+    strcpy(a->id, "a");
+    strcpy(b->id, "b");
+    strcpy(other->id, "other");
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(write_more(limits, a, 60), STATUS_OK);
+    enum status status;
+    while (!(status = write_more(limits, b, 60)))
+        ;
+    assert_int_equal(status, STATUS_KEY_QUOTA);
+    assert_int_equal(store_truncate(limits->storage, "b"), STATUS_OK);
+    /* Her other memory is full with it; his is not. */
+    assert_int_equal(write_more(limits, a, 400), STATUS_KEY_QUOTA);
+    assert_int_equal(store_truncate(limits->storage, "a"), STATUS_OK);
+    for (int i = 0; i < 10; i++)
+        assert_int_equal(write_more(limits, other, 60), STATUS_OK);
+    assert_true(used(limits, "ann") <= 300000 && used(limits, "ann") > 200000);
+    assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "a").bytes_on_disk +
+                                              store_past_get(limits->storage, "b").bytes_on_disk);
+    assert_int_equal(used(limits, "bob"), store_past_get(limits->storage, "other").bytes_on_disk);
+    assert_int_equal(used(limits, "cid"), 0);
+    /* It is counted anew at the next opening. */
+    const uint64_t before = used(limits, "ann");
+    reopen(limits);
+    assert_int_equal(used(limits, "ann"), before);
+    store_past_assert(limits->storage, a);
+    store_past_assert(limits->storage, b);
+    assert_int_equal(storage_set_quotas(limits->storage, quotas, 2), STATUS_OK);
+    /* What forks still reach of a deleted memory counts on. */
+    create(limits->storage, "fork", "a", "ann", 0, false, false);
+    assert_int_equal(store_remove(limits->storage, "a"), STATUS_OK);
+    wait_collected(limits);
+    const uint64_t left = used(limits, "ann");
+    assert_true(left > store_past_get(limits->storage, "b").bytes_on_disk);
+    assert_int_equal(store_remove(limits->storage, "fork"), STATUS_OK);
+    wait_collected(limits);
+    assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "b").bytes_on_disk);
+    assert_int_equal(write_more(limits, b, 60), STATUS_OK);
+    /* A quota that is lowered refuses what is new and keeps what is there; none at all: all goes.
+     */
+    assert_int_equal(storage_set_quotas(limits->storage, quotas + 1, 1), STATUS_OK);
+    assert_int_equal(write_more(limits, b, 400), STATUS_OK);
+    assert_int_equal(storage_set_quotas(limits->storage, &(struct storage_quota){"ann", 1}, 1),
+                     STATUS_OK);
+    assert_int_equal(write_more(limits, b, 1), STATUS_KEY_QUOTA);
+    assert_int_equal(store_truncate(limits->storage, "b"), STATUS_OK);
+    store_past_assert(limits->storage, b);
+    free(a);
+    free(b);
+    free(other);
+}
+
+/* A settled fork counts for whom it then belongs to; repair finds nothing to change. */
+static void test_quota_settled(void **state)
+{
+    struct limits *limits = *state;
+    struct store_past *past = calloc(1, sizeof *past);
+    struct store_wait wait;
+    struct error err = {0};
+    uint64_t changes;
+    unsigned told = 0;
+    open_store(limits);
+    create(limits->storage, "a", NULL, "ann", 0, false, false);
+    create(limits->storage, "e", NULL, "", 0, false, true);
+    strcpy(past->id, "e");
+    assert_int_equal(write_more(limits, past, 100), STATUS_OK);
+    assert_int_equal(used(limits, "ann"), 0);
+    store_wait_init(&wait);
+    assert_int_equal(store_wait_finish(&wait, storage_memory_settle(limits->storage, "e", "a",
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "a").bytes_on_disk);
+    assert_true(used(limits, "ann") > 0);
+    create(limits->storage, "over", NULL, "ann", 5, true, false);
+    wait_collected(limits);
+    storage_close(limits->storage);
+    assert_int_equal(storage_repair(limits->folder, false, count_cb, &told, &changes, &err),
+                     STATUS_OK);
+    assert_int_equal(changes, 0);
+    open_store(limits);
+    free(past);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_clock),
+        cmocka_unit_test_setup_teardown(test_expiry, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_expiry_settled, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_clock_jumps, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_memory_quota, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_key_quota, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_quota_settled, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
