@@ -6,6 +6,7 @@
 
 #include "storage/branch.h"
 #include "storage/memory.h"
+#include "storage/quota.h"
 #include "storage/run.h"
 #include "storage/snapshot.h"
 #include "storage/turn.h"
@@ -91,7 +92,7 @@ static void check_standing(struct check *check, const char *id, const struct rec
     if (strcmp(branch.owner, id) != 0)
         problem(check, "memory %s: its branch %" PRIu64 " belongs to \"%s\"", id, memory->branch,
                 branch.owner);
-    if (strcmp(branch.tenant, memory->tenant) != 0)
+    if (strcmp(branch.tenant, quota_tenant(id, memory->tenant)) != 0)
         problem(check, "memory %s: its branch %" PRIu64 " counts for \"%s\"", id, memory->branch,
                 branch.tenant);
     if (branch.token_end < memory->position ||

@@ -1,5 +1,6 @@
 #include "storage/memory.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -132,8 +133,8 @@ enum status memory_create(struct store_write *write, const struct storage_memory
     if (from)
         memcpy(record.parent, from, strlen(from) + 1);
     memcpy(record.tenant, options->tenant, strlen(options->tenant) + 1);
-    status =
-        branch_create(write, source.branch, source.position, id, record.tenant, &record.branch);
+    status = branch_create(write, source.branch, source.position, id,
+                           quota_tenant(id, record.tenant), &record.branch);
     if (!status && record.snapshot)
         status = snapshot_reference(write, record.snapshot);
     if (!status && from)
@@ -307,7 +308,7 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
     memory.snapshot = from.snapshot;
     memset(branch.owner, 0, sizeof branch.owner);
     memcpy(branch.owner, id, strlen(id));
-    memcpy(branch.tenant, memory.tenant, sizeof branch.tenant);
+    snprintf(branch.tenant, sizeof branch.tenant, "%s", quota_tenant(id, memory.tenant));
     status = store_delete(write, STORE_MEMORY, ephemeral, strlen(ephemeral));
     if (!status)
         status = branch_put(write, memory.branch, &branch);
@@ -482,8 +483,9 @@ enum status memory_migrate(struct store_write *write, uint32_t format)
                 if (!status) /* it counts the turn's snapshot */
                     status = get_both(write, ids[i].text, &memory, &branch);
             }
-            if (!status && memory.tenant[0]) {
-                memcpy(branch.tenant, memory.tenant, sizeof branch.tenant);
+            const char *tenant = quota_tenant(ids[i].text, memory.tenant);
+            if (!status && tenant[0]) {
+                memcpy(branch.tenant, tenant, strlen(tenant) + 1);
                 status = branch_put(write, memory.branch, &branch);
             }
         }

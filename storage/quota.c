@@ -96,6 +96,11 @@ void quota_close(struct quota *quota)
     free(quota);
 }
 
+const char *quota_tenant(const char *id, const char *tenant)
+{
+    return storage_is_prefix(id) ? "" : tenant;
+}
+
 static void add(struct quota *quota, const char *tenant, int64_t bytes)
 {
     struct entry *entry = tenant[0] && bytes ? find(quota, tenant, true) : NULL;
@@ -145,6 +150,8 @@ enum status quota_check(struct store_write *write, const struct record_branch *r
     struct storage *storage = write->storage;
     struct quota *quota = storage->quota;
     enum status status = STATUS_OK;
+    if (storage_is_prefix(record->owner))
+        return STATUS_OK;
     if (storage->memory_quota && record->bytes + more > storage->memory_quota)
         return STATUS_MEMORY_QUOTA;
     if (!quota || !record->tenant[0])

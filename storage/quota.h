@@ -17,6 +17,9 @@ struct store_write;
 STATUS_CHECKED enum status quota_open(struct storage *storage, struct quota **out);
 void quota_close(struct quota *quota);
 
+/* For whom the space of a memory's branch counts: what is kept of requests without a memory has a
+ * bound of its own, and counts for nobody. */
+const char *quota_tenant(const char *id, const char *tenant);
 /* The branch's record becomes `record`; either may be NULL: it was not, or is no longer. Counts
  * once the transaction is committed. */
 void quota_count(struct store_write *write, const struct record_branch *old,

@@ -10,6 +10,7 @@
 
 #include "storage/branch.h"
 #include "storage/memory.h"
+#include "storage/quota.h"
 #include "storage/run.h"
 #include "storage/snapshot.h"
 #include "storage/turn.h"
@@ -347,9 +348,10 @@ static enum status settle_memory(struct repair *repair, const char *id,
         return status;
     struct node *own = find(repair, memory->branch);
     own->is_owned = own->is_alive = true;
-    if (stands && strcmp(own->record.tenant, memory->tenant) != 0)
+    const char *tenant = quota_tenant(id, memory->tenant);
+    if (stands && strcmp(own->record.tenant, tenant) != 0)
         say(repair, "memory %s: its branch counts for its tenant", id);
-    memcpy(own->record.tenant, memory->tenant, sizeof own->record.tenant);
+    snprintf(own->record.tenant, sizeof own->record.tenant, "%s", tenant);
     own->keep = memory->position;
     struct record_turn turn;
     if (!memory->ephemeral && memory->position > own->record.fork_position &&
