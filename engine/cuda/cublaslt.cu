@@ -11,6 +11,7 @@
 
 struct choice { /* what cuBLASLt advised for one shape */
     uint32_t m, n, k;
+    bool narrow; /* bf16 out */
     bool known;
     cublasLtMatmulAlgo_t algorithm;
 };
@@ -108,8 +109,8 @@ struct descriptors {
     cublasLtMatrixLayout_t w, x, out;
 };
 
-static cublasStatus_t describe(const struct cuda_products *p, bool wide, uint32_t n, uint32_t k,
-                               uint32_t m, struct descriptors *d)
+static cublasStatus_t describe(const struct cuda_products *p, bool wide, bool narrow, uint32_t n,
+                               uint32_t k, uint32_t m, struct descriptors *d)
 {
     const cudaDataType_t type = wide ? CUDA_R_32F : CUDA_R_16BF;
     const cublasOperation_t transposed = CUBLAS_OP_T;
@@ -122,7 +123,7 @@ static cublasStatus_t describe(const struct cuda_products *p, bool wide, uint32_
     if (!status)
         status = p->layout_create(&d->x, type, k, m, k);
     if (!status)
-        status = p->layout_create(&d->out, CUDA_R_32F, n, m, n);
+        status = p->layout_create(&d->out, narrow ? CUDA_R_16BF : CUDA_R_32F, n, m, n);
     return status;
 }
 
@@ -147,12 +148,13 @@ static uint32_t row_alignment(size_t bytes)
 
 /* What cuBLASLt advises for the shape, asked once; NULL after a failure. Alignments are those of
  * any row, so that the choice depends on nothing but the shape. */
-static const struct choice *choose(struct ops_context *x, const struct descriptors *d, uint32_t n,
-                                   uint32_t k, uint32_t m)
+static const struct choice *choose(struct ops_context *x, const struct descriptors *d, bool narrow,
+                                   uint32_t n, uint32_t k, uint32_t m)
 {
     struct cuda_products *p = x->products;
     for (size_t i = 0; i < p->count; i++)
-        if (p->choices[i].m == m && p->choices[i].n == n && p->choices[i].k == k)
+        if (p->choices[i].m == m && p->choices[i].n == n && p->choices[i].k == k &&
+            p->choices[i].narrow == narrow)
             return &p->choices[i];
     if (p->count == p->capacity) {
         const size_t capacity = p->capacity ? 2 * p->capacity : 64;
@@ -169,7 +171,7 @@ static const struct choice *choose(struct ops_context *x, const struct descripto
     memset(&result, 0, sizeof result);
     int found = 0;
     const uint32_t in = row_alignment((size_t)k * (x->wide ? 4 : 2));
-    const uint32_t out = row_alignment((size_t)n * 4);
+    const uint32_t out = row_alignment((size_t)n * (narrow ? 2 : 4));
     cublasStatus_t status = p->preference_create(&preference);
     const struct {
         cublasLtMatmulPreferenceAttributes_t attribute;
@@ -197,21 +199,22 @@ static const struct choice *choose(struct ops_context *x, const struct descripto
                   k, (int)status);
         return NULL;
     }
-    p->choices[p->count] = (struct choice){m, n, k, known, result.algo};
+    p->choices[p->count] = (struct choice){m, n, k, narrow, known, result.algo};
     return &p->choices[p->count++];
 }
 
 bool cuda_product(struct ops_context *x, const void *w, uint32_t n, uint32_t k, const void *in,
-                  uint32_t m, float *out, bool add)
+                  uint32_t m, void *out, enum cuda_sum how)
 {
     struct cuda_products *p = x->products;
+    const bool narrow = how == CUDA_NARROW && !x->wide;
     if (x->failed || !m || !n)
         return true;
     struct descriptors d = {};
-    cublasStatus_t status = describe(p, x->wide, n, k, m, &d);
-    const struct choice *choice = status ? NULL : choose(x, &d, n, k, m);
+    cublasStatus_t status = describe(p, x->wide, narrow, n, k, m, &d);
+    const struct choice *choice = status ? NULL : choose(x, &d, narrow, n, k, m);
     const bool known = !choice || choice->known;
-    const float one = 1, before = add ? 1 : 0;
+    const float one = 1, before = how == CUDA_ADD ? 1 : 0;
     if (choice && known)
         status = p->multiply(p->handle, d.product, &one, w, d.w, in, d.x, &before, out, d.out, out,
                              d.out, &choice->algorithm, p->workspace, WORKSPACE_BYTES, x->stream);

@@ -307,16 +307,17 @@ static bool take_memory(struct ops_context *x)
     const size_t kv = (size_t)larger(c->kv_heads, c->encoder_kv_heads) * c->head_dim;
     const size_t widest = larger(larger(d, c->encoder_mlp_size), c->retrieval_dim);
     const size_t picks = rows * c->retrieval_heads * c->topk;
-    x->block_capacity = x->max_rows / CUDA_BLOCK_TOKENS + LIMITS_RUNNING;
+    /* Every running sequence may end in a block that is not full; the plain form's have 64 rows. */
+    const size_t timed = rows + (size_t)LIMITS_RUNNING * CUDA_BLOCK_TOKENS;
+    const size_t blocks = rows / 64 + LIMITS_RUNNING;
     x->normed = cuda_take(x, rows * d * element);
     x->mixed = cuda_take(x, rows * c->inner_size * element);
     x->projected = (float *)cuda_take(x, rows * c->proj_size * 4);
     x->conv = (float *)cuda_take(x, rows * c->conv_size * 4);
     x->scanned = (float *)cuda_take(x, rows * c->inner_size * 4);
-    x->dt = (float *)cuda_take(x, rows * c->mamba_heads * 4);
-    x->decay = (float *)cuda_take(x, rows * c->mamba_heads * 4);
-    x->states =
-        (float *)cuda_take(x, (size_t)x->block_capacity * c->inner_size * c->state_size * 4);
+    x->dt = (float *)cuda_take(x, timed * c->mamba_heads * 4);
+    x->decay = (float *)cuda_take(x, timed * c->mamba_heads * 4);
+    x->states = (float *)cuda_take(x, blocks * c->inner_size * c->state_size * 4);
     x->query = (float *)cuda_take(x, rows * c->retrieval_dim * 4);
     x->query_narrow = x->wide ? NULL : cuda_take(x, rows * c->retrieval_dim * 2);
     x->pick_chunks = (uint64_t *)cuda_take(x, picks * sizeof *x->pick_chunks);

@@ -19,11 +19,11 @@ extern "C" {
 #include "proto/limits.h"
 }
 
-#define CUDA_FEW_ROWS 8      /* up to here a segment's rows share each weight as it is read */
-#define CUDA_BLOCK_TOKENS 64 /* tokens of a block of the chunked (SSD) form */
-#define CUDA_CHUNKS 16       /* chunks encoded together, always: see encode_chunks.cu */
-#define CUDA_RETIRED 16      /* staging buffers outgrown within one op */
-#define CUDA_STAGED 512      /* staged arrays remembered by their content */
+#define CUDA_FEW_ROWS 8       /* up to here a segment's rows share each weight as it is read */
+#define CUDA_BLOCK_TOKENS 128 /* of a block of the chunked (SSD) form, at most */
+#define CUDA_CHUNKS 16        /* chunks encoded together, always: see encode_chunks.cu */
+#define CUDA_RETIRED 16       /* staging buffers outgrown within one op */
+#define CUDA_STAGED 512       /* staged arrays remembered by their content */
 
 struct cuda_products; /* cuBLASLt and what it chose for each shape */
 struct cuda_pages;    /* K/V pages on the device */
@@ -60,13 +60,12 @@ struct ops_context {
     /* Activations of the op under way; the inputs of products are bf16, or floats when wide. */
     void *normed;      /* [max_rows, d] */
     void *mixed;       /* [max_rows, di] */
-    float *projected;  /* [max_rows, proj_size] */
-    float *conv;       /* [max_rows, conv_size] */
+    float *projected;  /* [max_rows, proj_size]; of long segments bf16, unless wide, like the two */
+    float *conv;       /* [max_rows, conv_size]                                      after it */
     float *scanned;    /* [max_rows, di] */
-    float *dt, *decay; /* [max_rows, Hm]: time steps; log decay since the block's start */
-    float *states;     /* [block_capacity, Hm, P, N] */
-    uint32_t block_capacity;
-    float *query;       /* [max_rows, r] */
+    float *dt, *decay; /* [max_rows, Hm], or of blocks: see mamba_blocks.cu */
+    float *states;     /* of blocks, [Hm, P, N] each */
+    float *query;      /* [max_rows, r] */
     void *query_narrow; /* the same in bf16, unless wide */
     struct cuda_candidate *candidates;
     size_t candidate_capacity;
@@ -129,11 +128,15 @@ void cuda_wait(struct ops_context *context);
 
 enum status cuda_products_open(struct ops_context *context, struct error *err);
 void cuda_products_close(struct ops_context *context);
-/* out [m, n] fp32 = x [m, k] w [n, k]^T, or += with `add`; x and w bf16, or floats when wide. The
- * same m, n and k give the same numbers wherever x lies in its buffer. False: cuBLASLt has no
- * kernel for the shape, nothing was done. */
+/* What becomes of a product: floats, floats added to what is there, or an input of products (bf16,
+ * floats when wide). */
+enum cuda_sum { CUDA_SET, CUDA_ADD, CUDA_NARROW };
+
+/* out [m, n] = x [m, k] w [n, k]^T; x and w bf16, or floats when wide. The same m, n and k give the
+ * same numbers wherever x lies in its buffer. False: cuBLASLt has no kernel for the shape, nothing
+ * was done. */
 bool cuda_product(struct ops_context *context, const void *w, uint32_t n, uint32_t k, const void *x,
-                  uint32_t m, float *out, bool add);
+                  uint32_t m, void *out, enum cuda_sum how);
 
 /* ---- linear.cu ---- */
 
@@ -142,6 +145,10 @@ bool cuda_product(struct ops_context *context, const void *w, uint32_t n, uint32
 void cuda_linear(struct ops_context *context, const struct ops_tensor *weight,
                  const struct ops_tensor *bias, const struct ops_rows *rows, const void *x,
                  float *out, bool add);
+/* The same of one long segment alone, as inputs of products. */
+void cuda_linear_narrow(struct ops_context *context, const struct ops_tensor *weight,
+                        const struct ops_tensor *bias, const struct ops_segment *segment,
+                        const void *x, void *out);
 /* out[row] = RMSNorm(x[row]), as an input of products. weight->data NULL: ones. */
 void cuda_norm(struct ops_context *context, const float *x, const struct ops_tensor *weight,
                uint32_t n, float epsilon, uint32_t row_count, void *out);

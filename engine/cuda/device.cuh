@@ -64,10 +64,14 @@ static __device__ __forceinline__ float cuda_float(bf16 x)
 /* Rounded to nearest even; NaN stays NaN. */
 static __device__ __forceinline__ bf16 cuda_bf16(float x)
 {
-    const uint32_t bits = __float_as_uint(x);
     bf16 out;
+#ifdef __CUDACC__
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
+    const uint32_t bits = __float_as_uint(x);
     out.bits = x != x ? (uint16_t)(bits >> 16 | 0x40)
                       : (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+#endif
     return out;
 }
 
@@ -84,7 +88,23 @@ static __device__ __forceinline__ void cuda_store(bf16 *to, float x)
 /* Two neighbours as the tensor cores take them: the first in the lower half. */
 static __device__ __forceinline__ uint32_t cuda_pack(float first, float second)
 {
+#ifdef __CUDACC__
+    uint32_t out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+    return out;
+#else
     return (uint32_t)cuda_bf16(first).bits | (uint32_t)cuda_bf16(second).bits << 16;
+#endif
+}
+
+static __device__ __forceinline__ float cuda_first(uint32_t pair)
+{
+    return __uint_as_float(pair << 16);
+}
+
+static __device__ __forceinline__ float cuda_second(uint32_t pair)
+{
+    return __uint_as_float(pair & 0xffff0000u);
 }
 
 /* 16 bytes of elements as floats. */
@@ -103,8 +123,8 @@ static __device__ __forceinline__ void cuda_load16(const bf16 *from, float out[8
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        out[2 * i] = __uint_as_float(words[i] << 16);
-        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        out[2 * i] = cuda_first(words[i]);
+        out[2 * i + 1] = cuda_second(words[i]);
     }
 }
 
@@ -151,9 +171,17 @@ static __device__ __forceinline__ float cuda_softplus(float x)
     return x > 20 ? x : log1pf(expf(x));
 }
 
-/* ---- tensor cores ---- */
+/* ---- tensor cores, asynchronous copies: instructions here, plain code in the emulator ---- */
 
 #ifdef __CUDACC__
+/* 2^x, within 2 units of its last place. */
+static __device__ __forceinline__ float cuda_exp2(float x)
+{
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
 /* d [16, 8] += a [16, 16] b [16, 8], one warp. With group = lane / 4 and pair = lane % 4:
  * a[0], a[1]: rows group and group + 8, columns 2 pair and 2 pair + 1; a[2], a[3]: the same rows,
  * columns 8 further; b[0]: rows 2 pair and 2 pair + 1 of column group; b[1]: rows 8 further;
@@ -167,12 +195,33 @@ static __device__ __forceinline__ void cuda_mma(float d[4], const uint32_t a[4],
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* 16 bytes from global to shared memory, past the registers; both aligned to 16. */
-static __device__ __forceinline__ void cuda_copy_async(void *shared, const void *global)
+/* Four 8 x 8 matrices from shared memory: `row` is row lane % 8 of matrix lane / 8, eight
+ * neighbours aligned to 16 bytes. out[i]: of matrix i, row lane / 4, columns 2 (lane % 4) and the
+ * next; transposed: column lane / 4, rows 2 (lane % 4) and the next. */
+static __device__ __forceinline__ void cuda_load_matrices(uint32_t out[4], const bf16 *row)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+
+static __device__ __forceinline__ void cuda_load_transposed(uint32_t out[4], const bf16 *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+
+/* 16 bytes from global to shared memory, past the registers; both aligned to 16. Zeros unless
+ * `there`, and then nothing is read. */
+static __device__ __forceinline__ void cuda_copy_async(void *shared, const void *global,
+                                                       bool there = true)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(
                      (uint32_t)__cvta_generic_to_shared(shared)),
-                 "l"(global)
+                 "l"(global), "r"(there ? 16 : 0)
                  : "memory");
 }
 
@@ -187,5 +236,24 @@ template <int left> static __device__ __forceinline__ void cuda_copy_wait(void)
     asm volatile("cp.async.wait_group %0;\n" ::"n"(left) : "memory");
 }
 #endif
+
+/* Where a lane's row of four 8 x 8 matrices lies that make 16 x 16 elements: `by_rows`, the second
+ * matrix is 8 rows further (what cuda_mma's a wants of rows of m, and its b, transposed, of rows of
+ * k); otherwise 8 columns further (b of rows of n; a, transposed, of rows of k). */
+static __device__ __forceinline__ const bf16 *cuda_matrix_row(const bf16 *corner, uint32_t stride,
+                                                              bool by_rows)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, inner = lane % 8;
+    const uint32_t second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+    const uint32_t row = by_rows ? inner + second : inner + third;
+    return corner + row * stride + (by_rows ? third : second);
+}
+
+/* A block may use `bytes` of dynamic shared memory, 48 KiB and more included. */
+#define CUDA_ALLOW_SHARED(context, kernel, bytes)                                                \
+    cuda_check(                                                                                  \
+        context,                                                                                 \
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)), \
+        #kernel)
 
 #endif

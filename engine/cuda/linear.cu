@@ -6,9 +6,9 @@
 #define FEW_WARPS 8
 
 /* A warp computes one output of up to R rows. Each row's sum runs in the same order whatever R. */
-template <typename T, int R>
+template <typename T, typename O, int R>
 static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP)
-    few_rows(const T *w, const T *x, const float *bias, float *out, uint32_t n, uint32_t k,
+    few_rows(const T *w, const T *x, const float *bias, O *out, uint32_t n, uint32_t k,
              uint32_t row_count, bool add)
 {
     constexpr uint32_t vector = 16 / sizeof(T);
@@ -52,38 +52,54 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP)
             const size_t at = (size_t)(first + r) * n + o;
             if (bias)
                 sum += bias[o];
-            out[at] = add ? out[at] + sum : sum;
+            cuda_store(out + at, add ? cuda_float(out[at]) + sum : sum);
         }
     }
 }
 
-static __global__ void add_bias(float *out, const float *bias, uint32_t n, size_t count)
+template <typename O>
+static __global__ void add_bias(O *out, const float *bias, uint32_t n, size_t count)
 {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count)
-        out[i] += bias[i % n];
+        cuda_store(out + i, cuda_float(out[i]) + bias[i % n]);
 }
 
-template <typename T>
-static void launch_few(struct ops_context *x, const T *w, const T *in, const float *bias,
-                       float *out, uint32_t n, uint32_t k, uint32_t m, bool add)
+template <typename T, typename O>
+static void launch_few(struct ops_context *x, const T *w, const T *in, const float *bias, O *out,
+                       uint32_t n, uint32_t k, uint32_t m, bool add)
 {
     const dim3 block(FEW_WARPS * CUDA_WARP);
     if (m == 1)
-        CUDA_LAUNCH(x, (few_rows<T, 1>), dim3(cuda_ceil(n, FEW_WARPS)), block, 0, w, in, bias, out,
-                    n, k, m, add);
+        CUDA_LAUNCH(x, (few_rows<T, O, 1>), dim3(cuda_ceil(n, FEW_WARPS)), block, 0, w, in, bias,
+                    out, n, k, m, add);
     else
-        CUDA_LAUNCH(x, (few_rows<T, 8>), dim3(cuda_ceil(n, FEW_WARPS), cuda_ceil(m, 8)), block, 0,
-                    w, in, bias, out, n, k, m, add);
+        CUDA_LAUNCH(x, (few_rows<T, O, 8>), dim3(cuda_ceil(n, FEW_WARPS), cuda_ceil(m, 8)), block,
+                    0, w, in, bias, out, n, k, m, add);
+}
+
+/* `m` rows from `in` on: as one product, unless they are few. */
+template <typename T, typename O>
+static void linear_rows(struct ops_context *x, const struct ops_tensor *weight, const float *bias,
+                        const void *in, uint32_t m, bool few, O *out, enum cuda_sum how)
+{
+    const uint32_t n = weight->rows, k = weight->cols;
+    if (few || !cuda_product(x, weight->data, n, k, in, m, out, how)) {
+        launch_few<T, O>(x, (const T *)weight->data, (const T *)in, bias, out, n, k, m,
+                         how == CUDA_ADD);
+    } else if (bias) {
+        const size_t count = (size_t)m * n;
+        CUDA_LAUNCH(x, add_bias<O>, dim3(cuda_ceil(count, 256)), dim3(256), 0, out, bias, n, count);
+    }
 }
 
 void cuda_linear(struct ops_context *x, const struct ops_tensor *weight,
                  const struct ops_tensor *bias, const struct ops_rows *rows, const void *in,
                  float *out, bool add)
 {
-    const uint32_t n = weight->rows, k = weight->cols;
     const size_t element = x->wide ? 4 : 2;
     const float *b = bias ? (const float *)bias->data : NULL;
+    const enum cuda_sum how = add ? CUDA_ADD : CUDA_SET;
     ASSERT(weight->dtype == (x->wide ? OPS_FP32 : OPS_BF16));
     for (uint32_t i = 0; i < rows->segment_count;) {
         const struct ops_segment *segment = &rows->segments[i++];
@@ -91,21 +107,28 @@ void cuda_linear(struct ops_context *x, const struct ops_tensor *weight,
         const bool few = m <= CUDA_FEW_ROWS;
         while (few && i < rows->segment_count && rows->segments[i].count <= CUDA_FEW_ROWS)
             m += rows->segments[i++].count;
-        const char *from = (const char *)in + (size_t)segment->row * k * element;
-        float *to = out + (size_t)segment->row * n;
-        if (!few && cuda_product(x, weight->data, n, k, from, m, to, add)) {
-            const size_t count = (size_t)m * n;
-            if (b)
-                CUDA_LAUNCH(x, add_bias, dim3(cuda_ceil(count, 256)), dim3(256), 0, to, b, n,
-                            count);
-        } else if (x->wide) {
-            launch_few<float>(x, (const float *)weight->data, (const float *)(const void *)from, b,
-                              to, n, k, m, add);
-        } else {
-            launch_few<bf16>(x, (const bf16 *)weight->data, (const bf16 *)(const void *)from, b, to,
-                             n, k, m, add);
-        }
+        const char *from = (const char *)in + (size_t)segment->row * weight->cols * element;
+        float *to = out + (size_t)segment->row * weight->rows;
+        if (x->wide)
+            linear_rows<float>(x, weight, b, from, m, few, to, how);
+        else
+            linear_rows<bf16>(x, weight, b, from, m, few, to, how);
     }
+}
+
+void cuda_linear_narrow(struct ops_context *x, const struct ops_tensor *weight,
+                        const struct ops_tensor *bias, const struct ops_segment *segment,
+                        const void *in, void *out)
+{
+    const float *b = bias ? (const float *)bias->data : NULL;
+    const size_t from = (size_t)segment->row * weight->cols,
+                 to = (size_t)segment->row * weight->rows;
+    if (x->wide)
+        linear_rows<float>(x, weight, b, (const float *)in + from, segment->count, false,
+                           (float *)out + to, CUDA_NARROW);
+    else
+        linear_rows<bf16>(x, weight, b, (const bf16 *)in + from, segment->count, false,
+                          (bf16 *)out + to, CUDA_NARROW);
 }
 
 /* ---- norms ---- */

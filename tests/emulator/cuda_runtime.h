@@ -35,6 +35,9 @@ struct dim3 {
 struct float2 {
     float x, y;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -72,6 +75,11 @@ static inline uint32_t __float_as_uint(float x)
     return out;
 }
 
+static inline uint32_t min(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
 template <typename T> static inline T emulator_from(unsigned lane, T x)
 {
     static_assert(sizeof(T) <= sizeof(uint64_t), "a word at most");
@@ -102,21 +110,29 @@ static inline unsigned __ballot_sync(unsigned, int predicate)
     return out;
 }
 
+/* ---- what device.cuh has as instructions ---- */
+
+struct bf16;
+
+static inline float cuda_exp2(float x)
+{
+    return exp2f(x);
+}
+
 /* d [16, 8] += a [16, 16] b [16, 8]; layouts as PTX's mma.m16n8k16 has them. */
 void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
+/* As PTX's ldmatrix.x4, and with .trans. */
+void cuda_load_matrices(uint32_t out[4], const bf16 *row);
+void cuda_load_transposed(uint32_t out[4], const bf16 *row);
 
-static inline void cuda_copy_async(void *shared, const void *global)
-{
-    if ((uintptr_t)shared % 16 || (uintptr_t)global % 16)
-        fprintf(stderr, "emulator: an asynchronous copy is not aligned\n"), abort();
-    memcpy(shared, global, 16);
-}
-
-static inline void cuda_copy_commit(void)
-{
-}
+/* Done at once, or only when waited for, by turns: a kernel that reads too early, or writes where
+ * a copy still reads, is seen. */
+void cuda_copy_async(void *shared, const void *global, bool there = true);
+void cuda_copy_commit(void);
+void emulator_copy_wait(int left);
 template <int left> static inline void cuda_copy_wait(void)
 {
+    emulator_copy_wait(left);
 }
 
 /* ---- the runtime ---- */

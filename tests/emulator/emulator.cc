@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "engine/cuda/cuda.h"
+#include "engine/cuda/device.cuh"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -55,6 +56,14 @@ static struct {
     const char *name;
     const std::function<void()> *kernel;
 } e;
+
+struct copy {
+    void *to;
+    const void *from; /* NULL: zeros */
+};
+
+/* Of each thread: groups of copies under way, the last one not yet closed. */
+static std::vector<std::vector<copy>> copies[THREADS];
 
 alignas(256) static unsigned char shared_memory[SHARED_BYTES];
 
@@ -126,8 +135,10 @@ static void run_block(void)
     e.arrived = e.generation = 0;
     for (unsigned i = 0; i < (e.count + 31) / 32; i++)
         e.warps[i].arrived = e.warps[i].generation = 0;
-    for (unsigned i = 0; i < e.count; i++)
+    for (unsigned i = 0; i < e.count; i++) {
         start(&e.fibers[i]);
+        copies[i].clear();
+    }
     for (unsigned left = e.count; left;) {
         const uint64_t before = e.progress;
         for (unsigned i = 0; i < e.count; i++) {
@@ -170,6 +181,13 @@ void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_byte
             }
 }
 
+/* ---- tensor cores, asynchronous copies ---- */
+
+static float half_of(uint32_t word, unsigned which)
+{
+    return __uint_as_float(which ? word & 0xffff0000u : word << 16);
+}
+
 void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
 {
     uint64_t words[3][32];
@@ -177,9 +195,6 @@ void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
                               b[0] | (uint64_t)b[1] << 32};
     for (int i = 0; i < 3; i++)
         memcpy(words[i], emulator_exchange(mine[i]), sizeof words[i]);
-    const auto half = [](uint32_t word, unsigned which) {
-        return __uint_as_float(which ? word & 0xffff0000u : word << 16);
-    };
     const unsigned lane = threadIdx.x % 32;
     for (unsigned i = 0; i < 4; i++) {
         const unsigned row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
@@ -187,9 +202,76 @@ void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
             /* a[row][k]: register (row >= 8) + 2 (k >= 8) of lane 4 (row % 8) + k % 8 / 2. */
             const uint64_t aw = words[k >= 8][row % 8 * 4 + k % 8 / 2];
             const uint64_t bw = words[2][column * 4 + k % 8 / 2];
-            d[i] += half((uint32_t)(row >= 8 ? aw >> 32 : aw), k % 2) *
-                    half((uint32_t)(k >= 8 ? bw >> 32 : bw), k % 2);
+            d[i] += half_of((uint32_t)(row >= 8 ? aw >> 32 : aw), k % 2) *
+                    half_of((uint32_t)(k >= 8 ? bw >> 32 : bw), k % 2);
         }
+    }
+}
+
+static void load_matrices(uint32_t out[4], const bf16 *row, bool transposed)
+{
+    if ((uintptr_t)row % 16)
+        fprintf(stderr, "emulator: %s: a matrix row is not aligned\n", e.name), abort();
+    uint64_t rows[32];
+    memcpy(rows, emulator_exchange((uint64_t)(uintptr_t)row), sizeof rows);
+    const unsigned across = threadIdx.x % 32 / 4, along = threadIdx.x % 4 * 2;
+    for (unsigned i = 0; i < 4; i++) {
+        const auto at = [&](unsigned r, unsigned c) {
+            return ((const uint16_t *)(uintptr_t)rows[i * 8 + r])[c];
+        };
+        out[i] = transposed ? at(along, across) | (uint32_t)at(along + 1, across) << 16
+                            : at(across, along) | (uint32_t)at(across, along + 1) << 16;
+    }
+    emulator_exchange(0); /* nobody writes on before all have read */
+}
+
+void cuda_load_matrices(uint32_t out[4], const bf16 *row)
+{
+    load_matrices(out, row, false);
+}
+
+void cuda_load_transposed(uint32_t out[4], const bf16 *row)
+{
+    load_matrices(out, row, true);
+}
+
+static void carry_out(const copy &c)
+{
+    if (c.from)
+        memcpy(c.to, c.from, 16);
+    else
+        memset(c.to, 0, 16);
+}
+
+void cuda_copy_async(void *shared, const void *global, bool there)
+{
+    if ((uintptr_t)shared % 16 || (there && (uintptr_t)global % 16))
+        fprintf(stderr, "emulator: %s: an asynchronous copy is not aligned\n", e.name), abort();
+    auto &groups = copies[e.current];
+    if (groups.empty())
+        groups.emplace_back();
+    const copy c = {shared, there ? global : NULL};
+    if (blockIdx.x % 2)
+        carry_out(c);
+    else
+        memset(shared, 0xff, 16), groups.back().push_back(c);
+}
+
+void cuda_copy_commit(void)
+{
+    auto &groups = copies[e.current];
+    if (groups.empty())
+        groups.emplace_back();
+    groups.emplace_back();
+}
+
+void emulator_copy_wait(int left)
+{
+    auto &groups = copies[e.current];
+    while (groups.size() > (size_t)left + 1) {
+        for (const copy &c : groups.front())
+            carry_out(c);
+        groups.erase(groups.begin());
     }
 }
 
@@ -352,7 +434,7 @@ void cuda_products_close(struct ops_context *)
 }
 
 bool cuda_product(struct ops_context *x, const void *w, uint32_t n, uint32_t k, const void *in,
-                  uint32_t m, float *out, bool add)
+                  uint32_t m, void *out, enum cuda_sum how)
 {
     const auto at = [x](const void *from, size_t i) {
         return x->wide ? ((const float *)from)[i]
@@ -365,8 +447,11 @@ bool cuda_product(struct ops_context *x, const void *w, uint32_t n, uint32_t k, 
             float sum = 0;
             for (uint32_t l = 0; l < k; l++)
                 sum += at(in, (size_t)i * k + l) * at(w, (size_t)j * k + l);
-            float *to = out + (size_t)i * n + j;
-            *to = add ? *to + sum : sum;
+            const size_t to = (size_t)i * n + j;
+            if (how == CUDA_NARROW && !x->wide)
+                ((bf16 *)out)[to] = cuda_bf16(sum);
+            else
+                ((float *)out)[to] = how == CUDA_ADD ? ((float *)out)[to] + sum : sum;
         }
     return true;
 }

@@ -807,7 +807,7 @@ static void run_job(const struct job *job, bool wide, uint64_t seed)
     const bool large = c->hidden_size >= 1024;
     check_ends(&b);
     const uint32_t few[] = {1, 1, 5, 1, 3};
-    const uint32_t many[] = {1, 64, 7, 9, 130, 1, 65, 2, 63};
+    const uint32_t many[] = {1, 64, 7, 9, 300, 1, 65, 2, 63};
     check_mamba(&b, few, 5);
     check_mamba(&b, large ? many + 1 : many, large ? 3 : 9);
     check_encode(&b, large ? 2 : 18);

@@ -1,0 +1,37 @@
+/* mamba.cuh - what the two forms of a Mamba-2 block share: mamba.cu goes token by token through
+ * segments of few rows, mamba_blocks.cu through long ones in blocks.
+ * Thread: the engine's. Owns nothing. Private to cuda/. */
+#ifndef ENGINE_CUDA_MAMBA_CUH
+#define ENGINE_CUDA_MAMBA_CUH
+
+#include "engine/cuda/cuda.h"
+
+/* Sizes that the kernels of a layer share. */
+struct mamba_shape {
+    uint32_t heads, width, n, groups; /* Hm, P, N, G */
+    uint32_t inner, conv, proj, taps;
+    float dt_min, dt_max;
+};
+
+static inline struct mamba_shape mamba_shape_of(const struct model_config *c)
+{
+    struct mamba_shape s;
+    s.heads = c->mamba_heads;
+    s.width = c->mamba_head_dim;
+    s.n = c->state_size;
+    s.groups = c->state_groups;
+    s.inner = c->inner_size;
+    s.conv = c->conv_size;
+    s.proj = c->proj_size;
+    s.taps = c->conv_kernel;
+    s.dt_min = c->dt_min;
+    s.dt_max = c->dt_max;
+    return s;
+}
+
+/* Everything of the long segments between the norm (`normed`) and out_proj (`mixed`); `segments`:
+ * all of the step's, on the device. */
+void cuda_mamba_blocks(struct ops_context *context, const struct ops_mamba_weights *weights,
+                       const struct ops_rows *rows, const struct cuda_segment *segments);
+
+#endif

@@ -1,0 +1,738 @@
+/* mamba_blocks.cu - long segments of a Mamba-2 block, in blocks of the chunked (SSD) form, where
+ * all but a scan over the blocks is matrix products (Dao and Gu, "Transformers are SSMs", section
+ * 6). What lies between the projections is as wide as inputs of products are; sums, decays and the
+ * state that goes on are fp32. Heads of 64 with a state of 64 or 128 go through tensor cores when
+ * bf16; every other form, and fp32, through plain tiles, the same steps one by one. */
+#include <stdlib.h>
+
+#include "engine/cuda/device.cuh"
+#include "engine/cuda/mamba.cuh"
+
+#define LOG2_E 1.4426950408889634f
+
+/* A block: at most `tokens` rows of one segment. */
+struct block {
+    uint32_t row, count, segment;
+};
+
+/* The blocks [first, first + count) of a long segment. */
+struct run {
+    uint32_t segment, first, count;
+};
+
+/* `V` neighbours as floats. */
+template <int V, typename T> static __device__ __forceinline__ void load(const T *from, float *out)
+{
+    if constexpr (V * sizeof(T) == 16) {
+        cuda_load16(from, out);
+    } else if constexpr (V * sizeof(T) == 8) {
+        const uint2 v = *reinterpret_cast<const uint2 *>(from);
+        out[0] = cuda_first(v.x);
+        out[1] = cuda_second(v.x);
+        out[2] = cuda_first(v.y);
+        out[3] = cuda_second(v.y);
+    } else {
+        out[0] = cuda_float(*from);
+    }
+}
+
+template <int V, typename T> static __device__ __forceinline__ void store(T *to, const float *x)
+{
+    if constexpr (V * sizeof(T) == 16 && sizeof(T) == 4) {
+        *reinterpret_cast<float4 *>(to) = float4{x[0], x[1], x[2], x[3]};
+    } else if constexpr (V * sizeof(T) == 16) {
+        *reinterpret_cast<uint4 *>(to) = uint4{cuda_pack(x[0], x[1]), cuda_pack(x[2], x[3]),
+                                               cuda_pack(x[4], x[5]), cuda_pack(x[6], x[7])};
+    } else if constexpr (V * sizeof(T) == 8) {
+        *reinterpret_cast<uint2 *>(to) = uint2{cuda_pack(x[0], x[1]), cuda_pack(x[2], x[3])};
+    } else {
+        cuda_store(to, x[0]);
+    }
+}
+
+/* ---- convolution and time steps ---- */
+
+#define CONV_ROWS 16
+#define CONV_THREADS 128
+
+/* conv[j] = SiLU(sum_i w[j][i] xBC[t - taps + 1 + i][j] + bias), columns before the segment from
+ * its tail; V neighbours a thread. Grid: blocks x tiles of columns x slices of CONV_ROWS rows. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(CONV_THREADS)
+    convolve(struct mamba_shape s, const struct block *blocks, const struct cuda_segment *segments,
+             const T *projected, const T *weight, const float *bias, T *conv)
+{
+    const struct block block = blocks[blockIdx.x];
+    const uint32_t j = (blockIdx.y * CONV_THREADS + threadIdx.x) * V;
+    const struct cuda_segment *segment = &segments[block.segment];
+    if (j >= s.conv)
+        return;
+    const uint32_t end = min((blockIdx.z + 1) * CONV_ROWS, block.count);
+    for (uint32_t t = blockIdx.z * CONV_ROWS; t < end; t++) {
+        const uint32_t row = block.row + t, at = row - segment->row;
+        float sum[V], in[V];
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            sum[v] = bias ? bias[j + v] : 0;
+        for (uint32_t i = 0; i < s.taps; i++) {
+            const uint32_t back = s.taps - 1 - i;
+            if (back <= at)
+                load<V>(projected + (size_t)(row - back) * s.proj + s.inner + j, in);
+            else
+#pragma unroll
+                for (int v = 0; v < V; v++)
+                    in[v] = segment->conv[(size_t)(s.taps - 1 + at - back) * s.conv + j + v];
+#pragma unroll
+            for (int v = 0; v < V; v++)
+                sum[v] = fmaf(cuda_float(weight[(size_t)(j + v) * s.taps + i]), in[v], sum[v]);
+        }
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            sum[v] = cuda_silu(sum[v]);
+        store<V>(conv + (size_t)row * s.conv + j, sum);
+    }
+}
+
+/* The last columns of xBC become the tail of a long segment. Grid: tiles of columns x runs. */
+template <typename T>
+static __global__ void keep_tails(struct mamba_shape s, const struct run *runs,
+                                  const struct cuda_segment *segments, const T *projected)
+{
+    const uint32_t j = blockIdx.x * blockDim.x + threadIdx.x, keep = s.taps - 1;
+    const struct cuda_segment *segment = &segments[runs[blockIdx.y].segment];
+    if (j >= s.conv)
+        return;
+    float *tail = segment->conv + j;
+    const uint32_t fresh = segment->count < keep ? segment->count : keep;
+    for (uint32_t i = 0; i + fresh < keep; i++)
+        tail[(size_t)i * s.conv] = tail[(size_t)(i + fresh) * s.conv];
+    for (uint32_t i = keep - fresh; i < keep; i++)
+        tail[(size_t)i * s.conv] = cuda_float(
+            projected[(size_t)(segment->row + segment->count - keep + i) * s.proj + s.inner + j]);
+}
+
+#define TIME_WARPS 8
+
+/* dt and decay [blocks, Hm, tokens]: time steps, zeros behind the block's rows; log decay from the
+ * block's start, the row's own included. A warp a block and head, neighbouring rows a lane. */
+template <typename T>
+static __global__ void __launch_bounds__(TIME_WARPS *CUDA_WARP)
+    time_steps(struct mamba_shape s, const struct block *blocks, uint32_t block_count,
+               uint32_t tokens, const T *projected, const float *dt_bias, const float *a_log,
+               float *dt, float *decay)
+{
+    const uint32_t i = blockIdx.x * TIME_WARPS + threadIdx.x / CUDA_WARP;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, each = tokens / CUDA_WARP;
+    if (i >= block_count * s.heads)
+        return;
+    const struct block block = blocks[i / s.heads];
+    const uint32_t h = i % s.heads;
+    const float rate = -expf(a_log[h]), bias = dt_bias[h];
+    const T *in = projected + s.inner + s.conv + h;
+    float steps[CUDA_BLOCK_TOKENS / CUDA_WARP], sum = 0;
+#pragma unroll
+    for (uint32_t k = 0; k < CUDA_BLOCK_TOKENS / CUDA_WARP; k++) {
+        const uint32_t t = lane * each + k;
+        const bool there = k < each && t < block.count;
+        const float step =
+            there ? cuda_softplus(cuda_float(in[(size_t)(block.row + t) * s.proj]) + bias) : 0;
+        steps[k] = there ? fminf(fmaxf(step, s.dt_min), s.dt_max) : 0;
+        sum += steps[k];
+    }
+    float before = sum; /* of the lanes up to this one */
+    for (uint32_t far = 1; far < CUDA_WARP; far *= 2) {
+        const float other = __shfl_sync(CUDA_ALL_LANES, before, lane >= far ? lane - far : lane);
+        before += lane >= far ? other : 0;
+    }
+    before -= sum;
+#pragma unroll
+    for (uint32_t k = 0; k < CUDA_BLOCK_TOKENS / CUDA_WARP; k++)
+        if (k < each) {
+            const size_t at = (size_t)i * tokens + lane * each + k;
+            before += steps[k];
+            dt[at] = steps[k];
+            decay[at] = before * rate;
+        }
+}
+
+/* ---- plain tiles ---- */
+
+#define TILE 64 /* rows and columns of a product's tile */
+#define TILE_DEPTH 32
+#define TILE_STRIDE 68 /* of a tile's rows in shared memory: aligned for float4, off the banks */
+#define TILE_THREADS 256
+
+/* acc[4][4] of each thread += sum over depth of a(k, m) b(k, n), for the 64 x 64 tile; thread
+ * (ty, tx) has rows 4 ty.. and columns 4 tx... `a_by_depth`: neighbours in k lie together in
+ * memory, so that is how they are read. */
+template <bool a_by_depth, bool b_by_depth, typename A, typename B>
+static __device__ __forceinline__ void tile_product(float *as, float *bs, uint32_t depth, A a, B b,
+                                                    float acc[4][4])
+{
+    const uint32_t tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    for (uint32_t from = 0; from < depth; from += TILE_DEPTH) {
+        for (uint32_t i = threadIdx.x; i < TILE_DEPTH * TILE; i += TILE_THREADS) {
+            const uint32_t ka = a_by_depth ? i % TILE_DEPTH : i / TILE;
+            const uint32_t m = a_by_depth ? i / TILE_DEPTH : i % TILE;
+            const uint32_t kb = b_by_depth ? i % TILE_DEPTH : i / TILE;
+            const uint32_t n = b_by_depth ? i / TILE_DEPTH : i % TILE;
+            as[ka * TILE_STRIDE + m] = from + ka < depth ? a(from + ka, m) : 0;
+            bs[kb * TILE_STRIDE + n] = from + kb < depth ? b(from + kb, n) : 0;
+        }
+        __syncthreads();
+#pragma unroll 8
+        for (uint32_t k = 0; k < TILE_DEPTH; k++) {
+            float av[4], bv[4];
+            cuda_load16(as + k * TILE_STRIDE + 4 * ty, av);
+            cuda_load16(bs + k * TILE_STRIDE + 4 * tx, bv);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    acc[i][j] = fmaf(av[i], bv[j], acc[i][j]);
+        }
+        __syncthreads();
+    }
+}
+
+/* states[block, h] [P, N] = what the block alone adds to the state. Grid: blocks x heads x tiles.
+ */
+template <typename T>
+static __global__ void __launch_bounds__(TILE_THREADS)
+    block_states(struct mamba_shape s, const struct block *blocks, const T *conv, const float *dt,
+                 const float *decay, float *states)
+{
+    __shared__ __align__(16) float as[TILE_DEPTH * TILE_STRIDE], bs[TILE_DEPTH * TILE_STRIDE];
+    __shared__ float factor[TILE];
+    const struct block block = blocks[blockIdx.x];
+    const uint32_t h = blockIdx.y, group = h / (s.heads / s.groups);
+    const uint32_t tiles = (s.n + TILE - 1) / TILE;
+    const uint32_t p0 = blockIdx.z / tiles * TILE, n0 = blockIdx.z % tiles * TILE;
+    if (threadIdx.x < TILE) {
+        const size_t from = ((size_t)blockIdx.x * s.heads + h) * TILE, at = from + threadIdx.x;
+        factor[threadIdx.x] = dt[at] * expf(decay[from + TILE - 1] - decay[at]);
+    }
+    __syncthreads();
+    const T *u = conv + (size_t)block.row * s.conv + h * s.width;
+    const T *b = conv + (size_t)block.row * s.conv + s.inner + (size_t)group * s.n;
+    float acc[4][4] = {};
+    tile_product<false, false>(
+        as, bs, block.count,
+        [&](uint32_t k, uint32_t m) {
+            return p0 + m < s.width ? cuda_float(u[(size_t)k * s.conv + p0 + m]) * factor[k] : 0;
+        },
+        [&](uint32_t k, uint32_t n) {
+            return n0 + n < s.n ? cuda_float(b[(size_t)k * s.conv + n0 + n]) : 0;
+        },
+        acc);
+    float *out = states + ((size_t)blockIdx.x * s.heads + h) * s.width * s.n;
+    for (uint32_t i = 0; i < 4; i++)
+        for (uint32_t j = 0; j < 4; j++) {
+            const uint32_t p = p0 + threadIdx.x / 16 * 4 + i, n = n0 + threadIdx.x % 16 * 4 + j;
+            if (p < s.width && n < s.n)
+                out[(size_t)p * s.n + n] = acc[i][j];
+        }
+}
+
+/* y of a block's rows, one head: what came before the block, what it holds itself, and D x. Grid:
+ * blocks x heads x tiles of P. */
+template <typename T>
+static __global__ void __launch_bounds__(TILE_THREADS)
+    block_outputs(struct mamba_shape s, const struct block *blocks, const T *conv, const float *dt,
+                  const float *decay, const float *states, const float *skip, T *y)
+{
+    __shared__ __align__(16) float as[TILE_DEPTH * TILE_STRIDE], bs[TILE_DEPTH * TILE_STRIDE];
+    __shared__ float scores[TILE * TILE_STRIDE]; /* [column][row] */
+    __shared__ float times[TILE], decays[TILE];
+    const struct block block = blocks[blockIdx.x];
+    const uint32_t h = blockIdx.y, group = h / (s.heads / s.groups), p0 = blockIdx.z * TILE;
+    const uint32_t tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    if (threadIdx.x < TILE) {
+        const size_t at = ((size_t)blockIdx.x * s.heads + h) * TILE + threadIdx.x;
+        times[threadIdx.x] = dt[at];
+        decays[threadIdx.x] = decay[at];
+    }
+    __syncthreads();
+    const T *u = conv + (size_t)block.row * s.conv + h * s.width;
+    const T *b = conv + (size_t)block.row * s.conv + s.inner + (size_t)group * s.n;
+    const T *c = b + (size_t)s.groups * s.n;
+    float acc[4][4] = {};
+    tile_product<true, true>(
+        as, bs, s.n,
+        [&](uint32_t k, uint32_t m) {
+            return m < block.count ? cuda_float(c[(size_t)m * s.conv + k]) : 0;
+        },
+        [&](uint32_t k, uint32_t n) {
+            return n < block.count ? cuda_float(b[(size_t)n * s.conv + k]) : 0;
+        },
+        acc);
+    for (uint32_t i = 0; i < 4; i++)
+        for (uint32_t j = 0; j < 4; j++) {
+            const uint32_t row = 4 * ty + i, column = 4 * tx + j;
+            scores[column * TILE_STRIDE + row] =
+                column <= row ? acc[i][j] * expf(decays[row] - decays[column]) * times[column] : 0;
+            acc[i][j] = 0;
+        }
+    __syncthreads();
+    const float *before = states + ((size_t)blockIdx.x * s.heads + h) * s.width * s.n;
+    tile_product<true, true>(
+        as, bs, s.n,
+        [&](uint32_t k, uint32_t m) {
+            return m < block.count ? cuda_float(c[(size_t)m * s.conv + k]) * expf(decays[m]) : 0;
+        },
+        [&](uint32_t k, uint32_t n) {
+            return p0 + n < s.width ? before[(size_t)(p0 + n) * s.n + k] : 0;
+        },
+        acc);
+    tile_product<false, false>(
+        as, bs, block.count, [&](uint32_t k, uint32_t m) { return scores[k * TILE_STRIDE + m]; },
+        [&](uint32_t k, uint32_t n) {
+            return p0 + n < s.width ? cuda_float(u[(size_t)k * s.conv + p0 + n]) : 0;
+        },
+        acc);
+    for (uint32_t i = 0; i < 4; i++)
+        for (uint32_t j = 0; j < 4; j++) {
+            const uint32_t row = 4 * ty + i, p = p0 + 4 * tx + j;
+            if (row < block.count && p < s.width)
+                cuda_store(y + (size_t)(block.row + row) * s.inner + h * s.width + p,
+                           fmaf(skip[h], cuda_float(u[(size_t)row * s.conv + p]), acc[i][j]));
+        }
+}
+
+/* ---- from block to block ---- */
+
+/* Turns what each block adds into the state before it, and leaves the state behind the last one; V
+ * neighbours a thread. Grid: tiles of a state x runs. */
+template <typename S, int V>
+static __global__ void carry_states(struct mamba_shape s, const struct run *runs, uint32_t tokens,
+                                    const struct cuda_segment *segments, const float *decay,
+                                    S *states)
+{
+    const size_t elements = (size_t)s.heads * s.width * s.n;
+    const size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (e >= elements)
+        return;
+    const struct run run = runs[blockIdx.y];
+    const uint32_t h = (uint32_t)(e / ((size_t)s.width * s.n));
+    float *kept = segments[run.segment].ssm + e, state[V];
+    load<V>(kept, state);
+#pragma unroll 4
+    for (uint32_t i = run.first; i < run.first + run.count; i++) {
+        S *own = states + (size_t)i * elements + e;
+        float added[V];
+        load<V>(own, added);
+        store<V>(own, state);
+        const float left = expf(decay[((size_t)i * s.heads + h) * tokens + tokens - 1]);
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            state[v] = fmaf(left, state[v], added[v]);
+    }
+    store<V>(kept, state);
+}
+
+/* ---- tensor cores: heads of 64, blocks of CUDA_BLOCK_TOKENS rows ---- */
+
+#define WIDTH 64
+#define PAD 8 /* elements behind a row in shared memory: eight rows fall on all banks */
+#define STATE_THREADS 128
+#define OUTPUT_THREADS 256
+#define OUTPUT_HEADS 4 /* that share the scores of a block */
+
+/* `count` rows of `columns` elements from rows `stride` apart; rows behind them zeros. */
+static __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, size_t stride,
+                                                 uint32_t columns, uint32_t count, uint32_t rows)
+{
+    const uint32_t units = columns / 8;
+    for (uint32_t i = threadIdx.x; i < rows * units; i += blockDim.x) {
+        const uint32_t row = i / units, unit = i % units;
+        cuda_copy_async(to + row * (columns + PAD) + unit * 8,
+                        from + (row < count ? row : 0) * stride + unit * 8, row < count);
+    }
+}
+
+/* states[block, h] [P, N] = what the block alone adds to the state: sum over rows of (x dt decay)
+ * outer B. A warp has 16 of P. Grid: blocks x heads. */
+template <int N>
+static __global__ void __launch_bounds__(STATE_THREADS)
+    block_states_mma(struct mamba_shape s, const struct block *blocks, const bf16 *conv,
+                     const float *dt, const float *decay, bf16 *states)
+{
+    CUDA_SHARED(bf16, bs);
+    bf16 *xs = bs + CUDA_BLOCK_TOKENS * (N + PAD);
+    const struct block block = blocks[blockIdx.x];
+    const uint32_t h = blockIdx.y, group = h / (s.heads / s.groups);
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const bf16 *u = conv + (size_t)block.row * s.conv + h * WIDTH;
+    const bf16 *b = conv + (size_t)block.row * s.conv + s.inner + (size_t)group * N;
+    const size_t from = ((size_t)blockIdx.x * s.heads + h) * CUDA_BLOCK_TOKENS;
+    const uint32_t rows = (block.count + 15) / 16 * 16;
+    copy_rows(bs, b, s.conv, N, block.count, rows);
+    cuda_copy_commit();
+    const float last = decay[from + CUDA_BLOCK_TOKENS - 1];
+    for (uint32_t i = threadIdx.x; i < rows * (WIDTH / 8); i += STATE_THREADS) {
+        const uint32_t row = i / (WIDTH / 8), unit = i % (WIDTH / 8);
+        float x[8] = {};
+        if (row < block.count) {
+            const float factor = dt[from + row] * expf(last - decay[from + row]);
+            load<8>(u + (size_t)row * s.conv + unit * 8, x);
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+                x[k] *= factor;
+        }
+        store<8>(xs + row * (WIDTH + PAD) + unit * 8, x);
+    }
+    cuda_copy_wait<0>();
+    __syncthreads();
+    float acc[N / 8][4] = {};
+    for (uint32_t t = 0; t < rows; t += 16) {
+        uint32_t a[4], k[4];
+        cuda_load_transposed(
+            a, cuda_matrix_row(xs + t * (WIDTH + PAD) + warp * 16, WIDTH + PAD, false));
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            cuda_load_transposed(k, cuda_matrix_row(bs + t * (N + PAD) + n * 16, N + PAD, true));
+            cuda_mma(acc[2 * n], a, k);
+            cuda_mma(acc[2 * n + 1], a, k + 2);
+        }
+    }
+    bf16 *out = states + (((size_t)blockIdx.x * s.heads + h) * WIDTH + warp * 16 + lane / 4) * N +
+                lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < N / 8; n++) {
+        *reinterpret_cast<uint32_t *>(out + n * 8) = cuda_pack(acc[n][0], acc[n][1]);
+        *reinterpret_cast<uint32_t *>(out + 8 * N + n * 8) = cuda_pack(acc[n][2], acc[n][3]);
+    }
+}
+
+/* Scores C B^T of a warp's 16 rows and all columns up to theirs, as the tensor cores take them. */
+template <int N>
+static __device__ __forceinline__ void block_scores(const bf16 *cs, const bf16 *bs, uint32_t warp,
+                                                    uint32_t scores[CUDA_BLOCK_TOKENS / 16][4])
+{
+#pragma unroll
+    for (int j = 0; j < CUDA_BLOCK_TOKENS / 16; j++) {
+        if (j > (int)warp)
+            continue;
+        float left[4] = {}, right[4] = {};
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t a[4], b[4];
+            cuda_load_matrices(a, cuda_matrix_row(cs + warp * 16 * (N + PAD) + n, N + PAD, true));
+            cuda_load_matrices(b, cuda_matrix_row(bs + j * 16 * (N + PAD) + n, N + PAD, false));
+            cuda_mma(left, a, b);
+            cuda_mma(right, a, b + 2);
+        }
+        scores[j][0] = cuda_pack(left[0], left[1]);
+        scores[j][1] = cuda_pack(left[2], left[3]);
+        scores[j][2] = cuda_pack(right[0], right[1]);
+        scores[j][3] = cuda_pack(right[2], right[3]);
+    }
+}
+
+/* Two neighbouring scores of a row, decayed from their columns and times their time steps; columns
+ * behind the row count nothing. */
+static __device__ __forceinline__ uint32_t decayed(uint32_t scores, uint32_t row, float row_decay,
+                                                   uint32_t column, const float *decays,
+                                                   const float *times)
+{
+    const float first =
+        column <= row ? cuda_first(scores) * cuda_exp2(row_decay - decays[column]) * times[column]
+                      : 0;
+    const float second =
+        column + 1 <= row
+            ? cuda_second(scores) * cuda_exp2(row_decay - decays[column + 1]) * times[column + 1]
+            : 0;
+    return cuda_pack(first, second);
+}
+
+/* y of a block's rows, OUTPUT_HEADS heads of one group: what came before the block, what it holds
+ * itself, and D x. A warp has 16 rows. Grid: blocks x parts of groups. */
+template <int N>
+static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
+    block_outputs_mma(struct mamba_shape s, const struct block *blocks, const bf16 *conv,
+                      const float *dt, const float *decay, const bf16 *states, const float *skip,
+                      bf16 *y)
+{
+    CUDA_SHARED(bf16, cs);
+    bf16 *bs = cs + CUDA_BLOCK_TOKENS * (N + PAD), *ss = bs + CUDA_BLOCK_TOKENS * (N + PAD);
+    bf16 *xs = ss + WIDTH * (N + PAD);
+    float *decays = reinterpret_cast<float *>(xs + CUDA_BLOCK_TOKENS * (WIDTH + PAD));
+    float *times = decays + CUDA_BLOCK_TOKENS;
+    const struct block block = blocks[blockIdx.x];
+    const uint32_t each = s.heads / s.groups, parts = (each + OUTPUT_HEADS - 1) / OUTPUT_HEADS;
+    const uint32_t group = blockIdx.y / parts, part = blockIdx.y % parts * OUTPUT_HEADS;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t rows = (block.count + 15) / 16 * 16, top = warp * 16 + lane / 4;
+    const bf16 *u = conv + (size_t)block.row * s.conv, *b = u + s.inner + (size_t)group * N;
+    const bool busy = warp * 16 < rows;
+    uint32_t scores[CUDA_BLOCK_TOKENS / 16][4];
+    copy_rows(cs, b + (size_t)s.groups * N, s.conv, N, block.count, rows);
+    copy_rows(bs, b, s.conv, N, block.count, rows);
+    for (uint32_t i = part; i < part + OUTPUT_HEADS && i < each; i++) {
+        const uint32_t h = group * each + i;
+        const size_t of_head = (size_t)blockIdx.x * s.heads + h;
+        copy_rows(xs, u + h * WIDTH, s.conv, WIDTH, block.count, rows);
+        copy_rows(ss, states + of_head * WIDTH * N, N, N, WIDTH, WIDTH);
+        cuda_copy_commit();
+        if (threadIdx.x < CUDA_BLOCK_TOKENS) {
+            decays[threadIdx.x] = decay[of_head * CUDA_BLOCK_TOKENS + threadIdx.x] * LOG2_E;
+            times[threadIdx.x] = dt[of_head * CUDA_BLOCK_TOKENS + threadIdx.x];
+        }
+        cuda_copy_wait<0>();
+        __syncthreads();
+        if (busy && i == part)
+            block_scores<N>(cs, bs, warp, scores);
+        if (busy) {
+            float acc[WIDTH / 8][4] = {};
+#pragma unroll
+            for (int n = 0; n < N; n += 16) {
+                uint32_t a[4], k[4];
+                cuda_load_matrices(a,
+                                   cuda_matrix_row(cs + warp * 16 * (N + PAD) + n, N + PAD, true));
+#pragma unroll
+                for (int p = 0; p < WIDTH / 16; p++) {
+                    cuda_load_matrices(
+                        k, cuda_matrix_row(ss + p * 16 * (N + PAD) + n, N + PAD, false));
+                    cuda_mma(acc[2 * p], a, k);
+                    cuda_mma(acc[2 * p + 1], a, k + 2);
+                }
+            }
+            const float upper = decays[top], lower = decays[top + 8];
+            const float upper_left = cuda_exp2(upper), lower_left = cuda_exp2(lower);
+#pragma unroll
+            for (int p = 0; p < WIDTH / 8; p++) {
+                acc[p][0] *= upper_left;
+                acc[p][1] *= upper_left;
+                acc[p][2] *= lower_left;
+                acc[p][3] *= lower_left;
+            }
+#pragma unroll
+            for (int j = 0; j < CUDA_BLOCK_TOKENS / 16; j++) {
+                if (j > (int)warp)
+                    continue;
+                const uint32_t column = j * 16 + lane % 4 * 2;
+                uint32_t k[4];
+                const uint32_t a[4] = {
+                    decayed(scores[j][0], top, upper, column, decays, times),
+                    decayed(scores[j][1], top + 8, lower, column, decays, times),
+                    decayed(scores[j][2], top, upper, column + 8, decays, times),
+                    decayed(scores[j][3], top + 8, lower, column + 8, decays, times)};
+#pragma unroll
+                for (int p = 0; p < WIDTH / 16; p++) {
+                    cuda_load_transposed(k, cuda_matrix_row(xs + j * 16 * (WIDTH + PAD) + p * 16,
+                                                            WIDTH + PAD, true));
+                    cuda_mma(acc[2 * p], a, k);
+                    cuda_mma(acc[2 * p + 1], a, k + 2);
+                }
+            }
+            const float through = skip[h];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint32_t row = top + half * 8;
+                if (row >= block.count)
+                    continue;
+                const bf16 *x = xs + row * (WIDTH + PAD) + lane % 4 * 2;
+                bf16 *to = y + (size_t)(block.row + row) * s.inner + h * WIDTH + lane % 4 * 2;
+#pragma unroll
+                for (int p = 0; p < WIDTH / 8; p++) {
+                    const uint32_t own = *reinterpret_cast<const uint32_t *>(x + p * 8);
+                    *reinterpret_cast<uint32_t *>(to + p * 8) =
+                        cuda_pack(fmaf(through, cuda_first(own), acc[p][2 * half]),
+                                  fmaf(through, cuda_second(own), acc[p][2 * half + 1]));
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
+
+/* ---- the gate ---- */
+
+#define GATE_THREADS 256
+
+/* out = RMSNorm(y * SiLU(z)), V neighbours a thread. Grid: rows. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(GATE_THREADS)
+    gate_norm(struct mamba_shape s, const T *projected, const T *y, const float *weight,
+              float epsilon, T *out)
+{
+    CUDA_SHARED(float, gated);
+    const T *z = projected + (size_t)blockIdx.x * s.proj;
+    const T *row = y + (size_t)blockIdx.x * s.inner;
+    float sum = 0;
+    for (uint32_t i = threadIdx.x * V; i < s.inner; i += GATE_THREADS * V) {
+        float own[V], gate[V];
+        load<V>(row + i, own);
+        load<V>(z + i, gate);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            const float value = own[v] * cuda_silu(gate[v]);
+            gated[i + v] = value; /* read by this thread alone */
+            sum = fmaf(value, value, sum);
+        }
+    }
+    const float scale = 1 / sqrtf(cuda_block_sum(sum) / (float)s.inner + epsilon);
+    for (uint32_t i = threadIdx.x * V; i < s.inner; i += GATE_THREADS * V) {
+        float value[V];
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            value[v] = gated[i + v] * scale * weight[i + v];
+        store<V>(out + (size_t)blockIdx.x * s.inner + i, value);
+    }
+}
+
+/* ---- the host's side ---- */
+
+/* The blocks of as many long segments from `*next` on as fit the scratch; returns how many blocks,
+ * and their segments as runs. */
+static uint32_t cut_blocks(const struct ops_rows *rows, uint32_t tokens, uint32_t capacity,
+                           uint32_t *next, struct block *blocks, struct run *runs,
+                           uint32_t *run_count)
+{
+    uint32_t count = 0;
+    *run_count = 0;
+    for (; *next < rows->segment_count; ++*next) {
+        const struct ops_segment *segment = &rows->segments[*next];
+        if (segment->count <= CUDA_FEW_ROWS)
+            continue;
+        const uint32_t n = cuda_ceil(segment->count, tokens);
+        ASSERT(n <= capacity);
+        if (count + n > capacity)
+            break;
+        runs[(*run_count)++] = (struct run){*next, count, n};
+        for (uint32_t i = 0; i < n; i++) {
+            const uint32_t left = segment->count - i * tokens;
+            blocks[count++] =
+                (struct block){segment->row + i * tokens, left < tokens ? left : tokens, *next};
+        }
+    }
+    return count;
+}
+
+/* What the kernels of one group of blocks need. */
+struct work {
+    struct mamba_shape shape;
+    const struct ops_mamba_weights *weights;
+    const struct cuda_segment *segments;
+    const struct block *blocks; /* on the device, like the runs */
+    const struct run *runs;
+    uint32_t block_count, run_count, tokens;
+};
+
+template <int N> static void scan_mma(struct ops_context *x, const struct work *w)
+{
+    const struct mamba_shape s = w->shape;
+    const bf16 *conv = (const bf16 *)(const void *)x->conv;
+    bf16 *states = (bf16 *)(void *)x->states;
+    const size_t own = CUDA_BLOCK_TOKENS * (WIDTH + PAD), wide = CUDA_BLOCK_TOKENS * (N + PAD);
+    const size_t state_bytes = 2 * (own + wide);
+    const size_t output_bytes =
+        2 * (own + 2 * wide + WIDTH * (N + PAD)) + 2 * CUDA_BLOCK_TOKENS * sizeof(float);
+    const uint32_t parts = cuda_ceil(s.heads / s.groups, OUTPUT_HEADS) * s.groups;
+    CUDA_ALLOW_SHARED(x, block_states_mma<N>, state_bytes);
+    CUDA_ALLOW_SHARED(x, block_outputs_mma<N>, output_bytes);
+    CUDA_LAUNCH(x, block_states_mma<N>, dim3(w->block_count, s.heads), dim3(STATE_THREADS),
+                state_bytes, s, w->blocks, conv, x->dt, x->decay, states);
+    CUDA_LAUNCH(x, (carry_states<bf16, 4>),
+                dim3(cuda_ceil((uint64_t)s.heads * WIDTH * N / 4, 256), w->run_count), dim3(256), 0,
+                s, w->runs, w->tokens, w->segments, x->decay, states);
+    CUDA_LAUNCH(x, block_outputs_mma<N>, dim3(w->block_count, parts), dim3(OUTPUT_THREADS),
+                output_bytes, s, w->blocks, conv, x->dt, x->decay, states,
+                (const float *)w->weights->d.data, (bf16 *)(void *)x->scanned);
+}
+
+template <typename T> static void scan_tiles(struct ops_context *x, const struct work *w)
+{
+    const struct mamba_shape s = w->shape;
+    const T *conv = (const T *)(const void *)x->conv;
+    const uint32_t p_tiles = cuda_ceil(s.width, TILE), n_tiles = cuda_ceil(s.n, TILE);
+    CUDA_LAUNCH(x, block_states<T>, dim3(w->block_count, s.heads, p_tiles * n_tiles),
+                dim3(TILE_THREADS), 0, s, w->blocks, conv, x->dt, x->decay, x->states);
+    CUDA_LAUNCH(x, (carry_states<float, 1>),
+                dim3(cuda_ceil((uint64_t)s.heads * s.width * s.n, 256), w->run_count), dim3(256), 0,
+                s, w->runs, w->tokens, w->segments, x->decay, x->states);
+    CUDA_LAUNCH(x, block_outputs<T>, dim3(w->block_count, s.heads, p_tiles), dim3(TILE_THREADS), 0,
+                s, w->blocks, conv, x->dt, x->decay, x->states, (const float *)w->weights->d.data,
+                (T *)(void *)x->scanned);
+}
+
+/* V: how many neighbours of a row may be read at once, everywhere. */
+template <typename T, int V>
+static void run_group(struct ops_context *x, const struct work *w, bool mma)
+{
+    const struct mamba_shape s = w->shape;
+    const T *projected = (const T *)(const void *)x->projected;
+    const float *dt_bias = (const float *)w->weights->dt_bias.data;
+    CUDA_LAUNCH(
+        x, (convolve<T, V>),
+        dim3(w->block_count, cuda_ceil(s.conv, CONV_THREADS * V), cuda_ceil(w->tokens, CONV_ROWS)),
+        dim3(CONV_THREADS), 0, s, w->blocks, w->segments, projected,
+        (const T *)w->weights->conv_weight.data, (const float *)w->weights->conv_bias.data,
+        (T *)(void *)x->conv);
+    CUDA_LAUNCH(x, keep_tails<T>, dim3(cuda_ceil(s.conv, 256), w->run_count), dim3(256), 0, s,
+                w->runs, w->segments, projected);
+    CUDA_LAUNCH(x, time_steps<T>, dim3(cuda_ceil((uint64_t)w->block_count * s.heads, TIME_WARPS)),
+                dim3(TIME_WARPS * CUDA_WARP), 0, s, w->blocks, w->block_count, w->tokens, projected,
+                dt_bias, (const float *)w->weights->a_log.data, x->dt, x->decay);
+    if (mma && s.n == 128)
+        scan_mma<128>(x, w);
+    else if (mma)
+        scan_mma<64>(x, w);
+    else
+        scan_tiles<T>(x, w);
+}
+
+template <typename T, int V, int G>
+static void run_segments(struct ops_context *x, struct work *w, const struct ops_rows *rows,
+                         bool mma)
+{
+    const struct mamba_shape s = w->shape;
+    const uint32_t capacity = x->max_rows / w->tokens + LIMITS_RUNNING;
+    struct block *blocks = (struct block *)malloc(sizeof *blocks * capacity);
+    struct run *runs = (struct run *)malloc(sizeof *runs * capacity);
+    if (!blocks || !runs)
+        cuda_fail(x, STATUS_NO_MEMORY, "out of memory for a step's blocks");
+    for (uint32_t next = 0; !x->failed && next < rows->segment_count;) {
+        const uint32_t first = next;
+        w->block_count = cut_blocks(rows, w->tokens, capacity, &next, blocks, runs, &w->run_count);
+        w->blocks = (const struct block *)cuda_stage(x, blocks, sizeof *blocks * w->block_count);
+        w->runs = (const struct run *)cuda_stage(x, runs, sizeof *runs * w->run_count);
+        run_group<T, V>(x, w, mma);
+        for (uint32_t i = first; i < next; i++) {
+            const struct ops_segment *segment = &rows->segments[i];
+            const size_t row = segment->row;
+            if (segment->count > CUDA_FEW_ROWS)
+                CUDA_LAUNCH(x, (gate_norm<T, G>), dim3(segment->count), dim3(GATE_THREADS),
+                            s.inner * sizeof(float), s,
+                            (const T *)(const void *)x->projected + row * s.proj,
+                            (const T *)(const void *)x->scanned + row * s.inner,
+                            (const float *)w->weights->gate_norm.data, x->config.norm_epsilon,
+                            (T *)x->mixed + row * s.inner);
+        }
+    }
+    free(blocks);
+    free(runs);
+}
+
+void cuda_mamba_blocks(struct ops_context *x, const struct ops_mamba_weights *weights,
+                       const struct ops_rows *rows, const struct cuda_segment *segments)
+{
+    struct work w = {};
+    w.shape = mamba_shape_of(&x->config);
+    w.weights = weights;
+    w.segments = segments;
+    const struct mamba_shape s = w.shape;
+    const bool aligned = s.proj % 8 == 0 && s.conv % 8 == 0 && s.inner % 8 == 0;
+    const bool mma = !x->wide && aligned && s.width == WIDTH && (s.n == 64 || s.n == 128);
+    w.tokens = mma ? CUDA_BLOCK_TOKENS : TILE;
+    for (uint32_t i = 0; i < rows->segment_count; i++)
+        if (rows->segments[i].count > CUDA_FEW_ROWS)
+            cuda_linear_narrow(x, &weights->in_proj, &weights->in_proj_bias, &rows->segments[i],
+                               x->normed, x->projected);
+    if (x->wide)
+        run_segments<float, 1, 1>(x, &w, rows, false);
+    else if (aligned)
+        run_segments<bf16, 4, 8>(x, &w, rows, mma);
+    else
+        run_segments<bf16, 1, 1>(x, &w, rows, false);
+}
