@@ -269,8 +269,12 @@ void engine_must_work(const struct engine *engine)
 
 static void sample(struct engine_step_item *item)
 {
-    if (!item->status && item->sampler)
-        sampler_sample(item->sampler, item->session->logits, &item->result);
+    if (item->status || !item->sampler)
+        return;
+    if (item->session->away && sampler_takes_largest(item->sampler))
+        sampler_accept(item->sampler, item->session->largest, &item->result);
+    else
+        sampler_sample(item->sampler, session_logits(item->session), &item->result);
 }
 
 enum status engine_step(struct engine *engine, struct engine_step_item *items, size_t count)
@@ -312,6 +316,7 @@ enum status engine_step(struct engine *engine, struct engine_step_item *items, s
     }
     for (size_t i = 0; i < count; i++)
         sample(&items[i]);
+    engine_must_work(engine); /* logits may have come from the backend */
     free(running);
     publish_stats(engine);
     return STATUS_OK;

@@ -15,7 +15,7 @@ struct model {
     /* Memory of ops->alloc. */
     float *x, *q, *o, *last;
     float *chunks; /* [max_chunks, S, d]: whole chunks, gathered */
-    float *logits; /* [LOGIT_ROWS, V] */
+    float *logits; /* [LOGIT_ROWS, V], or of all rows of a step in parts */
     /* Memory of ops->alloc_host, which a device copies to without a detour. */
     struct ops_picks picks; /* [max_rows, Hr, K] */
     float *host_logits;     /* [LOGIT_ROWS, V] */
@@ -31,6 +31,11 @@ struct model {
     void **chunk_kv, **chunk_landmarks;
     struct model_item **chunk_items;
     uint64_t *chunk_index;
+    struct { /* of a step in parts, [OPS_STEP_ROWS] each */
+        uint64_t positions[OPS_STEP_ROWS];
+        float *states[OPS_STEP_ROWS], *kept[OPS_STEP_ROWS], *logits[OPS_STEP_ROWS];
+        int32_t largest[OPS_STEP_ROWS];
+    } step;
 };
 
 /* A forward pass under way. */
@@ -63,7 +68,8 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->o = ops->alloc(engine->context, max_rows * d * sizeof(float));
     m->last = ops->alloc(engine->context, LOGIT_ROWS * d * sizeof(float));
     m->chunks = ops->alloc(engine->context, m->max_chunks * c->chunk_tokens * d * sizeof(float));
-    m->logits = ops->alloc(engine->context, (size_t)LOGIT_ROWS * c->vocab_size * sizeof(float));
+    const size_t logit_rows = ops->step_begin ? OPS_STEP_ROWS : LOGIT_ROWS;
+    m->logits = ops->alloc(engine->context, logit_rows * c->vocab_size * sizeof(float));
     m->picks.chunks = ops->alloc_host(engine->context, picks * sizeof *m->picks.chunks);
     m->picks.weights = ops->alloc_host(engine->context, picks * sizeof *m->picks.weights);
     m->host_logits =
@@ -188,11 +194,27 @@ static uint32_t gather_chunks(struct pass *p)
     return n;
 }
 
-static void append_chunks(struct pass *p, const struct weights_layer *layer)
+/* Of a step in parts: each row is in the chunk under way already, and some of them are whole. */
+static uint32_t whole_chunks(struct pass *p)
+{
+    struct model *m = p->m;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < p->count; i++) {
+        struct engine_session *session = p->items[i].session;
+        if ((session->position + 1) % p->engine->config.chunk_tokens)
+            continue;
+        m->chunk_rows[n] = session->partial;
+        place_chunk(p, &p->items[i], n);
+        n += m->chunk_items[n] != NULL;
+    }
+    return n;
+}
+
+/* Encodes and keeps the `n` chunks that were collected. */
+static void append_chunks(struct pass *p, const struct weights_layer *layer, uint32_t n)
 {
     struct engine *engine = p->engine;
     struct model *m = p->m;
-    const uint32_t n = gather_chunks(p);
     if (!n)
         return;
     engine->ops->encode_chunks(engine->context, &layer->chunking, n, m->chunk_rows, m->chunk_kv,
@@ -215,12 +237,17 @@ static void append_chunks(struct pass *p, const struct weights_layer *layer)
 
 /* ---- retrieval and HSA ---- */
 
+static void name_landmarks(struct pass *p)
+{
+    for (uint32_t i = 0; i < p->count; i++)
+        p->m->landmarks[i] = (struct ops_landmarks){.blocks = p->items[i].session->block_data,
+                                                    .count = p->items[i].session->chunk_count};
+}
+
 static void retrieve(struct pass *p, const struct weights_layer *layer)
 {
     struct model *m = p->m;
-    for (uint32_t i = 0; i < p->count; i++)
-        m->landmarks[i] = (struct ops_landmarks){.blocks = p->items[i].session->block_data,
-                                                 .count = p->items[i].session->chunk_count};
+    name_landmarks(p);
     p->engine->ops->retrieve(p->engine->context, &layer->retrieval, &p->rows, m->landmarks, m->x,
                              &m->picks);
 }
@@ -239,8 +266,7 @@ static bool grow_picks(struct engine *engine)
     return picks && noted;
 }
 
-/* Notes what the last row of each item read, for items that ask. */
-static enum status record_picks(struct pass *p, uint32_t group)
+static enum status try_picks(struct pass *p, uint32_t group)
 {
     struct engine *engine = p->engine;
     const struct model_config *c = &engine->config;
@@ -264,6 +290,14 @@ static enum status record_picks(struct pass *p, uint32_t group)
         }
     }
     return STATUS_OK;
+}
+
+/* Notes what the last row of each item read, for items that ask. */
+static void note_picks(struct pass *p, uint32_t group)
+{
+    const enum status status = try_picks(p, group);
+    for (uint32_t i = 0; status && i < p->count; i++)
+        item_failed(&p->items[i], status);
 }
 
 /* A run of rows whose pages are pinned together. */
@@ -309,13 +343,20 @@ static void unpin_rows(struct pass *p, const struct block *b)
         memory_page_unpin(&p->engine->memory, p->m->held[i]);
 }
 
+static void name_pages(struct pass *p, const struct block *b)
+{
+    struct model *m = p->m;
+    const size_t per_row = picks_per_row(p->engine), from = b->first * per_row;
+    for (size_t i = 0; i < b->count * per_row; i++)
+        m->pages[i] = m->row_page[from + i] ? m->row_page[from + i]->data : NULL;
+}
+
 static void attend_block(struct pass *p, const struct block *b)
 {
     struct model *m = p->m;
     const size_t per_row = picks_per_row(p->engine), d = p->engine->config.hidden_size;
     const size_t from = b->first * per_row;
-    for (size_t i = 0; i < b->count * per_row; i++)
-        m->pages[i] = m->row_page[from + i] ? m->row_page[from + i]->data : NULL;
+    name_pages(p, b);
     p->engine->ops->hsa_attend(p->engine->context, b->count, m->q + b->first * d,
                                m->picks.weights + from, m->pages, m->o + b->first * d);
 }
@@ -409,6 +450,7 @@ static void logits_of(struct pass *p, struct model_item *const *items, uint32_t 
     for (uint32_t i = 0; i < n; i++) {
         memcpy(items[i]->session->logits, m->host_logits + i * v, v * sizeof(float));
         items[i]->session->has_logits = true;
+        items[i]->session->away = false;
     }
 }
 
@@ -446,13 +488,11 @@ static void run_layers(struct pass *p)
             mamba++;
             break;
         case MODEL_LAYER_CHUNKING:
-            append_chunks(p, layer);
+            append_chunks(p, layer, gather_chunks(p));
             break;
         case MODEL_LAYER_RETRIEVAL: {
             retrieve(p, layer);
-            const enum status status = record_picks(p, group++);
-            for (uint32_t j = 0; status && j < p->count; j++)
-                item_failed(&p->items[j], status);
+            note_picks(p, group++);
             break;
         }
         case MODEL_LAYER_HSA:
@@ -460,6 +500,184 @@ static void run_layers(struct pass *p)
             break;
         }
     }
+}
+
+/* ---- a step in parts ----
+ * Every sequence goes on by one token, and the backend repeats what it noted of an earlier step:
+ * see ops_step. The order is that of run_layers, but that chunks are encoded once the first
+ * retrieval is done, which could not see them: the token that ends a chunk does not read it. */
+
+struct step {
+    struct ops_step ops;
+    enum ops_part how;
+    uint32_t part;
+    struct block pinned; /* pages of the part under way */
+    bool held;           /* they are pinned */
+};
+
+static bool goes_in_parts(const struct pass *p)
+{
+    bool fits = p->engine->ops->step_begin && p->count <= OPS_STEP_ROWS;
+    for (uint32_t i = 0; i < p->count && fits; i++)
+        fits = p->items[i].segment.count == 1 && !p->items[i].step->targets;
+    return fits;
+}
+
+static void begin_step(struct pass *p, struct step *s)
+{
+    struct model *m = p->m;
+    const struct model_config *c = &p->engine->config;
+    for (uint32_t i = 0; i < p->count; i++) {
+        const struct engine_session *session = p->items[i].session;
+        m->step.positions[i] = session->position;
+        m->step.states[i] = session->state;
+        m->step.kept[i] = session->partial + session->position % c->chunk_tokens * c->hidden_size;
+        m->step.logits[i] = session->step_logits;
+    }
+    name_landmarks(p);
+    s->ops = (struct ops_step){.count = p->count,
+                               .tokens = m->tokens,
+                               .positions = m->step.positions,
+                               .states = m->step.states,
+                               .kept = m->step.kept,
+                               .logits = m->step.logits,
+                               .landmarks = m->landmarks};
+    p->engine->ops->step_begin(p->engine->context, &s->ops);
+    s->how = p->engine->ops->part_begin(p->engine->context, 0, NULL, NULL);
+}
+
+static void let_go(struct pass *p, struct step *s)
+{
+    if (s->held)
+        unpin_rows(p, &s->pinned);
+    s->held = false;
+}
+
+/* The part behind a retrieval: with all its pages at once, or, where they do not fit or cannot be
+ * read, plainly, where each HSA layer goes by as many rows as fit. */
+static void begin_part(struct pass *p, struct step *s)
+{
+    struct engine *engine = p->engine;
+    s->pinned = (struct block){.first = 0};
+    s->how = OPS_PART_PLAIN;
+    s->part++;
+    pin_rows(p, &s->pinned, p->rows.row_count, 0);
+    s->held = true;
+    if (s->pinned.count == p->rows.row_count &&
+        !memory_load(&engine->memory, &engine->io, p->m->held, s->pinned.held)) {
+        name_pages(p, &s->pinned);
+        s->how =
+            engine->ops->part_begin(engine->context, s->part, p->m->picks.weights, p->m->pages);
+    }
+    if (s->how == OPS_PART_PLAIN)
+        let_go(p, s);
+}
+
+static void end_part(struct pass *p, struct step *s, struct ops_picks *picks, int32_t *largest)
+{
+    if (s->how != OPS_PART_PLAIN)
+        p->engine->ops->part_end(p->engine->context, picks, largest);
+    let_go(p, s);
+}
+
+/* An HSA layer whose pages the part was given. */
+static void noted_hsa(struct pass *p, const struct weights_layer *layer)
+{
+    struct model *m = p->m;
+    const struct ops *ops = p->engine->ops;
+    ops->hsa_query(p->engine->context, &layer->hsa, &p->rows, m->x, m->q);
+    ops->hsa_attend(p->engine->context, p->rows.row_count, m->q, m->picks.weights, m->pages, m->o);
+    ops->hsa_out(p->engine->context, &layer->hsa, &p->rows, m->o, m->x);
+}
+
+/* Logits that the step left on the device, for all items; what a sampler must look at comes to the
+ * host in few copies. */
+static void end_logits(struct pass *p)
+{
+    struct model *m = p->m;
+    const size_t v = p->engine->config.vocab_size;
+    for (uint32_t first = 0; first < p->count; first += LOGIT_ROWS) {
+        const uint32_t left = p->count - first, n = left < LOGIT_ROWS ? left : LOGIT_ROWS;
+        bool wanted = false;
+        for (uint32_t i = first; i < first + n; i++) {
+            struct engine_session *session = p->items[i].session;
+            const struct engine_step_item *step = p->items[i].step;
+            session->has_logits = step->want_logits || step->sampler;
+            session->away = true;
+            session->largest = m->step.largest[i];
+            wanted |= step->sampler && !sampler_takes_largest(step->sampler);
+        }
+        if (wanted)
+            p->engine->ops->copy(p->engine->context, m->host_logits, m->logits + first * v,
+                                 n * v * sizeof(float));
+        for (uint32_t i = first; i < first + n && wanted; i++) {
+            const struct engine_step_item *step = p->items[i].step;
+            if (!step->sampler || sampler_takes_largest(step->sampler))
+                continue;
+            memcpy(p->items[i].session->logits, m->host_logits + (i - first) * v,
+                   v * sizeof(float));
+            p->items[i].session->away = false;
+        }
+    }
+}
+
+static void step_logits(struct pass *p, struct step *s)
+{
+    struct engine *engine = p->engine;
+    if (s->how == OPS_PART_PLAIN) {
+        last_logits(p);
+        return;
+    }
+    if (s->how == OPS_PART_RECORD)
+        engine->ops->logits(engine->context, &engine->weights.final_norm, &engine->weights.head,
+                            &p->rows, p->m->x, p->m->logits);
+    end_part(p, s, NULL, p->m->step.largest);
+    end_logits(p);
+}
+
+static void step_retrieve(struct pass *p, struct step *s, const struct weights_layer *layer,
+                          const struct weights_layer *chunking)
+{
+    if (s->how != OPS_PART_REPLAY)
+        retrieve(p, layer);
+    end_part(p, s, &p->m->picks, NULL);
+    if (s->part == 0)
+        append_chunks(p, chunking, whole_chunks(p));
+    name_landmarks(p); /* blocks may lie elsewhere now */
+    note_picks(p, s->part);
+    begin_part(p, s);
+}
+
+static void run_step(struct pass *p)
+{
+    struct engine *engine = p->engine;
+    struct model *m = p->m;
+    struct step s = {0};
+    const struct weights_layer *chunking = NULL;
+    uint32_t mamba = 0;
+    begin_step(p, &s);
+    if (s.how != OPS_PART_REPLAY)
+        engine->ops->embed(engine->context, &engine->weights.embeddings, m->tokens, p->count, m->x);
+    for (uint32_t i = 0; i < engine->config.layer_count; i++) {
+        const struct weights_layer *layer = &engine->weights.layers[i];
+        if (layer->kind == MODEL_LAYER_RETRIEVAL)
+            step_retrieve(p, &s, layer, chunking);
+        else if (layer->kind == MODEL_LAYER_CHUNKING)
+            chunking = layer;
+        mamba += layer->kind == MODEL_LAYER_MAMBA;
+        if (s.how == OPS_PART_REPLAY)
+            continue;
+        if (layer->kind == MODEL_LAYER_MAMBA) {
+            for (uint32_t j = 0; j < p->count; j++)
+                m->states[j] = p->items[j].session->layers[mamba - 1];
+            engine->ops->mamba(engine->context, &layer->mamba, &p->rows, m->states, m->x);
+        } else if (layer->kind == MODEL_LAYER_CHUNKING) {
+            engine->ops->keep_rows(engine->context, m->x);
+        } else if (layer->kind == MODEL_LAYER_HSA) {
+            s.how == OPS_PART_PLAIN ? hsa(p, layer) : noted_hsa(p, layer);
+        }
+    }
+    step_logits(p, &s);
 }
 
 /* Picks were noted group by group; items want theirs in one piece. */
@@ -491,12 +709,16 @@ void model_forward(struct engine *engine, struct model_item *items, uint32_t cou
     }
     ASSERT(row <= m->max_rows);
     p.rows = (struct ops_rows){.segments = m->segments, .segment_count = count, .row_count = row};
-    engine->ops->embed(engine->context, &engine->weights.embeddings, m->tokens, row, m->x);
-    run_layers(&p);
-    for (uint32_t i = 0; i < count; i++)
-        if (items[i].step->targets)
-            score_targets(&p, &items[i]);
-    last_logits(&p);
+    if (goes_in_parts(&p)) {
+        run_step(&p);
+    } else {
+        engine->ops->embed(engine->context, &engine->weights.embeddings, m->tokens, row, m->x);
+        run_layers(&p);
+        for (uint32_t i = 0; i < count; i++)
+            if (items[i].step->targets)
+                score_targets(&p, &items[i]);
+        last_logits(&p);
+    }
     for (uint32_t i = 0; i < count; i++)
         items[i].session->position += items[i].segment.count;
     collect_picks(&p);

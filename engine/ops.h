@@ -90,6 +90,27 @@ struct ops_picks {
     float *weights;   /* [rows, Hr, K] */
 };
 
+/* A step in which each of `count` sequences goes on by one token: row i is sequence i. */
+#define OPS_STEP_ROWS 128
+struct ops_step {
+    uint32_t count;
+    const int32_t *tokens;
+    const uint64_t *positions;
+    /* Where the state of each sequence begins; the states that `mamba` is given lie at the same
+     * distance behind it for all sequences. */
+    float *const *states;
+    float *const *kept;   /* where keep_rows puts each row's hidden states, [d] */
+    float *const *logits; /* where each row's logits are kept, [V] */
+    const struct ops_landmarks *landmarks;
+};
+
+/* How a part of a step goes. */
+enum ops_part {
+    OPS_PART_PLAIN,  /* the ops are called and run, as in any other call */
+    OPS_PART_RECORD, /* the ops are called, always the same for a part and a count, and noted */
+    OPS_PART_REPLAY, /* no op is called: they were noted before */
+};
+
 /* A device's own copies of K/V pages; in pages. */
 struct ops_page_stats {
     uint64_t capacity, resident, hits, misses; /* now, now; since `open` */
@@ -168,6 +189,21 @@ struct ops {
     /* x += o_proj(o). */
     void (*hsa_out)(struct ops_context *context, const struct ops_hsa_weights *weights,
                     const struct ops_rows *rows, const float *o, float *x);
+
+    /* Steps in parts that are noted once and then repeated as a whole, each up to a retrieval, the
+     * last one up to the logits; all NULL where a backend has no such thing. Between step_begin and
+     * the last part_end `step` stays as it is. A part other than the first is given the picks'
+     * weights and pages; PLAIN there when the pages do not fit the device all at once. While a part
+     * is noted, ops take from `step` what differs from step to step, whatever they are called with,
+     * and the other arguments are the same in every step: `picks` (memory of alloc_host), buffers,
+     * weights. part_end runs a part that was noted, waits, and gives the picks of a retrieval, or
+     * the token of each row's largest logit (the lowest of equal ones). */
+    void (*step_begin)(struct ops_context *context, const struct ops_step *step);
+    enum ops_part (*part_begin)(struct ops_context *context, uint32_t part, const float *weights,
+                                const void *const *pages);
+    void (*part_end)(struct ops_context *context, struct ops_picks *picks, int32_t *largest);
+    /* Within a step, noted: each row of x goes to its place in `kept`. */
+    void (*keep_rows)(struct ops_context *context, const float *x);
 
     /* logits[rows, V] = lm_head(RMSNorm(x)) for the given x rows. */
     void (*logits)(struct ops_context *context, const struct ops_tensor *norm,

@@ -329,12 +329,26 @@ float sampler_score(const float *logits, int32_t vocab_size, int32_t target,
     return (float)((double)clean(logits[target]) - base);
 }
 
+bool sampler_takes_largest(const struct sampler *s)
+{
+    const struct sampler_params *p = &s->params;
+    return p->temperature == 0 && !p->bias_count && p->repetition_penalty == 1 &&
+           p->frequency_penalty == 0 && p->presence_penalty == 0 && !p->want_logprobs;
+}
+
+void sampler_accept(struct sampler *s, int32_t token, struct sampler_result *result)
+{
+    result->token = token;
+    result->logprob = 0;
+    result->top_count = 0;
+    sampler_observe(s, token);
+    s->generated[token]++;
+}
+
 void sampler_sample(struct sampler *s, const float *logits, struct sampler_result *result)
 {
     adjust(s, logits);
-    result->token = draw(s);
-    result->logprob = 0;
-    result->top_count = 0;
+    sampler_accept(s, draw(s), result);
     if (s->params.want_logprobs) {
         result->top_count = s->params.top_logprobs;
         if (result->top_count > (uint32_t)s->vocab_size)
@@ -342,8 +356,6 @@ void sampler_sample(struct sampler *s, const float *logits, struct sampler_resul
         result->logprob =
             sampler_score(logits, s->vocab_size, result->token, result->top, result->top_count);
     }
-    sampler_observe(s, result->token);
-    s->generated[result->token]++;
 }
 
 /* One string of Knuth, Morris and Pratt's automaton. */

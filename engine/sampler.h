@@ -58,6 +58,10 @@ STATUS_CHECKED enum status sampler_create(const struct sampler_params *params, i
 void sampler_destroy(struct sampler *sampler);
 /* Tells the sampler of a prompt token (repetition penalty). */
 void sampler_observe(struct sampler *sampler, int32_t token);
+/* Whether the next token is that of the largest logit as the model gave it, the lowest of equal
+ * ones, and nothing else is asked: who knows it need not have the logits, only tell it. */
+bool sampler_takes_largest(const struct sampler *sampler);
+void sampler_accept(struct sampler *sampler, int32_t token, struct sampler_result *result);
 /* Picks from `logits` [vocab_size] (borrowed, unchanged) and counts the token as generated. */
 void sampler_sample(struct sampler *sampler, const float *logits, struct sampler_result *result);
 /* Log probability of `target` and the `top_count` best tokens of one row (echoed prompts). */

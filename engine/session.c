@@ -49,6 +49,16 @@ uint64_t session_branch_of(const struct engine_session *session, uint64_t index)
     return session->ranges[low].branch;
 }
 
+const float *session_logits(struct engine_session *session)
+{
+    const struct engine *engine = session->engine;
+    if (session->away)
+        engine->ops->copy(engine->context, session->logits, session->step_logits,
+                          engine->config.vocab_size * sizeof(float));
+    session->away = false;
+    return session->logits;
+}
+
 static enum status add_block(struct engine_session *session)
 {
     struct engine *engine = session->engine;
@@ -102,7 +112,10 @@ static struct engine_session *make(struct engine *engine, const struct chunk_ran
     s->partial =
         engine->ops->alloc(engine->context, sizeof *s->partial * c->chunk_tokens * c->hidden_size);
     s->logits = calloc(c->vocab_size, sizeof *s->logits);
-    if (!s->ranges || !s->state || !s->layers || !s->partial || !s->logits) {
+    if (engine->ops->step_begin)
+        s->step_logits = engine->ops->alloc(engine->context, c->vocab_size * sizeof(float));
+    if (!s->ranges || !s->state || !s->layers || !s->partial || !s->logits ||
+        (engine->ops->step_begin && !s->step_logits)) {
         engine_session_destroy(s);
         return NULL;
     }
@@ -225,7 +238,9 @@ enum status engine_session_fork(const struct engine_session *session, uint64_t b
     engine->ops->copy(engine->context, s->partial, session->partial,
                       partial_rows(session) * c->hidden_size * sizeof *s->partial);
     s->has_logits = session->has_logits;
-    memcpy(s->logits, session->logits, c->vocab_size * sizeof *s->logits);
+    engine->ops->copy(engine->context, s->logits,
+                      session->away ? session->step_logits : session->logits,
+                      c->vocab_size * sizeof *s->logits);
     /* Full blocks never change again and are shared; the last one is still written to. */
     for (size_t i = 0; i < session->block_count; i++) {
         if (add_block(s)) {
@@ -262,6 +277,8 @@ void engine_session_destroy(struct engine_session *session)
         engine->ops->release(engine->context, session->state);
     if (session->partial)
         engine->ops->release(engine->context, session->partial);
+    if (session->step_logits)
+        engine->ops->release(engine->context, session->step_logits);
     free(session);
 }
 
@@ -321,8 +338,10 @@ void engine_session_snapshot(const struct engine_session *session, void *out)
     to += bytes;
     bytes = partial_rows(session) * c->hidden_size * sizeof(float);
     engine->ops->copy(engine->context, to, session->partial, bytes);
-    engine_must_work(engine);
     to += bytes;
     if (session->has_logits)
-        memcpy(to, session->logits, c->vocab_size * sizeof(float));
+        engine->ops->copy(engine->context, to,
+                          session->away ? session->step_logits : session->logits,
+                          c->vocab_size * sizeof(float));
+    engine_must_work(engine);
 }

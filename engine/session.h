@@ -21,12 +21,20 @@ struct engine_session {
     const void **block_data; /* [block_count], what ops_landmarks wants */
     size_t block_count, block_capacity;
     uint64_t chunk_count;
-    float *logits; /* [V], host memory */
     bool has_logits;
+    float *logits; /* [V], host memory */
+    /* Where the backend takes steps: [V], ops->alloc; the last logits are there while `away`, and
+     * `largest` is the token of the largest one. */
+    float *step_logits;
+    bool away;
+    int32_t largest;
 };
 
 /* The branch that holds chunk `index` of the session. */
 uint64_t session_branch_of(const struct engine_session *session, uint64_t index);
+/* The last logits in host memory, [V]; brought there first when they are away. Borrowed until the
+ * next step. */
+const float *session_logits(struct engine_session *session);
 /* Where the landmark of the next chunk goes; chunk_count grows by one. STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status session_add_landmark(struct engine_session *session, void **landmark);
 

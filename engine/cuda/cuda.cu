@@ -81,7 +81,7 @@ static void *cuda_alloc(struct ops_context *x, size_t bytes)
     return cuda_take(x, bytes);
 }
 
-static void *cuda_alloc_host(struct ops_context *x, size_t bytes)
+void *cuda_alloc_host(struct ops_context *x, size_t bytes)
 {
     void *memory = NULL;
     if (x->failed)
@@ -315,6 +315,8 @@ static bool take_memory(struct ops_context *x)
     x->projected = (float *)cuda_take(x, rows * c->proj_size * 4);
     x->conv = (float *)cuda_take(x, rows * c->conv_size * 4);
     x->scanned = (float *)cuda_take(x, rows * c->inner_size * 4);
+    x->scales = (float *)cuda_take(x, rows * 4);
+    x->arrived = (uint32_t *)cuda_take(x, rows * sizeof *x->arrived);
     x->dt = (float *)cuda_take(x, timed * c->mamba_heads * 4);
     x->decay = (float *)cuda_take(x, timed * c->mamba_heads * 4);
     x->states = (float *)cuda_take(x, blocks * c->inner_size * c->state_size * 4);
@@ -330,25 +332,26 @@ static bool take_memory(struct ops_context *x)
     x->encoder_y = cuda_take(x, encoded * widest * element);
     x->encoder_kv = cuda_take(x, CUDA_CHUNKS * x->page_bytes);
     x->encoder_summary = cuda_take(x, CUDA_CHUNKS * d * element);
-    return x->normed && x->mixed && x->projected && x->conv && x->scanned && x->dt && x->decay &&
-           x->states && x->query && (x->wide || x->query_narrow) && x->pick_chunks &&
-           x->pick_weights && x->encoder_x && x->encoder_q && x->encoder_k && x->encoder_v &&
-           x->encoder_up && x->encoder_y && x->encoder_kv && x->encoder_summary &&
-           stage_open(x, STAGE_BYTES);
+    return x->normed && x->mixed && x->projected && x->conv && x->scanned && x->scales &&
+           x->arrived && x->dt && x->decay && x->states && x->query &&
+           (x->wide || x->query_narrow) && x->pick_chunks && x->pick_weights && x->encoder_x &&
+           x->encoder_q && x->encoder_k && x->encoder_v && x->encoder_up && x->encoder_y &&
+           x->encoder_kv && x->encoder_summary && stage_open(x, STAGE_BYTES);
 }
 
 static void cuda_close(struct ops_context *x)
 {
     if (x->stream)
         cudaStreamSynchronize(x->stream);
+    cuda_step_close(x);
     cuda_pages_close(x);
     cuda_products_close(x);
-    void *all[] = {x->normed,          x->mixed,        x->projected,  x->conv,
-                   x->scanned,         x->dt,           x->decay,      x->states,
-                   x->query,           x->query_narrow, x->candidates, x->pick_chunks,
-                   x->pick_weights,    x->encoder_x,    x->encoder_q,  x->encoder_k,
-                   x->encoder_v,       x->encoder_up,   x->encoder_y,  x->encoder_kv,
-                   x->encoder_summary, x->stage_device};
+    void *all[] = {x->scales,     x->arrived,     x->normed,          x->mixed,
+                   x->projected,  x->conv,        x->scanned,         x->dt,
+                   x->decay,      x->states,      x->query,           x->query_narrow,
+                   x->candidates, x->pick_chunks, x->pick_weights,    x->encoder_x,
+                   x->encoder_q,  x->encoder_k,   x->encoder_v,       x->encoder_up,
+                   x->encoder_y,  x->encoder_kv,  x->encoder_summary, x->stage_device};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (all[i])
             cudaFree(all[i]);
@@ -397,6 +400,7 @@ static enum status open_device(struct ops_context *x, struct error *err)
         return error_set(err, STATUS_UNSUPPORTED, "the GPU cannot be used: %s",
                          cudaGetErrorString(error));
     x->multiprocessors = device.multiProcessorCount;
+    x->early = device.major >= 9;
     snprintf(x->description, sizeof x->description, "cuda (%.100s, %s)", device.name,
              x->wide ? "fp32" : "bf16");
     return STATUS_OK;
@@ -424,6 +428,8 @@ static enum status cuda_open(const struct ops_options *options, struct ops_conte
         status = cuda_products_open(x, err);
     if (!status)
         status = cuda_pages_open(x, err);
+    if (!status)
+        status = cuda_step_open(x, err);
     if (!status && !take_memory(x))
         status = error_set(err, STATUS_NO_MEMORY,
                            "out of GPU memory for activations of %u rows; use smaller slices or "
@@ -471,6 +477,10 @@ static struct ops make_table(void)
     table.hsa_query = cuda_hsa_query;
     table.hsa_attend = cuda_hsa_attend;
     table.hsa_out = cuda_hsa_out;
+    table.step_begin = cuda_step_begin;
+    table.part_begin = cuda_part_begin;
+    table.part_end = cuda_part_end;
+    table.keep_rows = cuda_keep_rows;
     table.logits = cuda_logits;
     return table;
 }

@@ -27,6 +27,7 @@ extern "C" {
 
 struct cuda_products; /* cuBLASLt and what it chose for each shape */
 struct cuda_pages;    /* K/V pages on the device */
+struct cuda_step;     /* recorded steps */
 
 struct cuda_staged { /* an array that is on the device already */
     uint64_t hash, epoch;
@@ -40,6 +41,8 @@ struct ops_context {
     bool wide;
     uint32_t max_rows;
     int multiprocessors;
+    bool recording; /* a part of a step is being recorded: see step.cu */
+    bool early;     /* kernels may begin before those in front of them end */
     cudaStream_t stream;
     char description[160];
     enum status failed; /* sticky */
@@ -56,6 +59,7 @@ struct ops_context {
     size_t placed_count, placed_capacity;
     struct cuda_products *products;
     struct cuda_pages *pages;
+    struct cuda_step *step;
     size_t page_bytes, page_budget;
     /* Activations of the op under way; the inputs of products are bf16, or floats when wide. */
     void *normed;      /* [max_rows, d] */
@@ -63,6 +67,8 @@ struct ops_context {
     float *projected;  /* [max_rows, proj_size]; of long segments bf16, unless wide, like the two */
     float *conv;       /* [max_rows, conv_size]                                      after it */
     float *scanned;    /* [max_rows, di] */
+    float *scales;     /* [max_rows]: see cuda_norm_linear */
+    uint32_t *arrived; /* [max_rows]: blocks of a segment that are done; zeros between kernels */
     float *dt, *decay; /* [max_rows, Hm], or of blocks: see mamba_blocks.cu */
     float *states;     /* of blocks, [Hm, P, N] each */
     float *query;      /* [max_rows, r] */
@@ -109,6 +115,8 @@ void cuda_launched(struct ops_context *context, const char *kernel);
  * then: the caller decides). */
 void *cuda_take(struct ops_context *context, size_t bytes);
 void cuda_give(struct ops_context *context, void *memory);
+/* Pinned host memory, which kernels reach; NULL when there is none. */
+void *cuda_alloc_host(struct ops_context *context, size_t bytes);
 /* Begins an op: staged arrays of earlier ops may be overwritten from here on. */
 void cuda_begin(struct ops_context *context);
 /* The device's copy of a small array, which nobody writes to, valid until the next cuda_begin; NULL
@@ -149,6 +157,19 @@ void cuda_linear(struct ops_context *context, const struct ops_tensor *weight,
 void cuda_linear_narrow(struct ops_context *context, const struct ops_tensor *weight,
                         const struct ops_tensor *bias, const struct ops_segment *segment,
                         const void *x, void *out);
+/* The input of a product: rows of floats, which a norm may stand before. */
+struct cuda_input {
+    const float *x;                /* [rows, k] */
+    const struct ops_tensor *norm; /* NULL: the rows as they are */
+    float epsilon;
+    const void *ready; /* NULL, or where segments of more than CUDA_FEW_ROWS rows lie already,
+                          normed and narrowed */
+    bool short_only;   /* such segments are left out */
+};
+/* The same as cuda_linear of RMSNorm(x), in one kernel where there are few rows. */
+void cuda_norm_linear(struct ops_context *context, const struct cuda_input *in,
+                      const struct ops_tensor *weight, const struct ops_tensor *bias,
+                      const struct ops_rows *rows, float *out, bool add);
 /* out[row] = RMSNorm(x[row]), as an input of products. weight->data NULL: ones. */
 void cuda_norm(struct ops_context *context, const float *x, const struct ops_tensor *weight,
                uint32_t n, float epsilon, uint32_t row_count, void *out);
@@ -157,6 +178,27 @@ void cuda_norm_floats(struct ops_context *context, const float *x, const struct 
                       uint32_t n, float epsilon, uint32_t row_count, float *out);
 /* Floats as an input of products. */
 void cuda_narrow(struct ops_context *context, const float *x, size_t count, void *out);
+
+/* Landmark blocks as a device array, staged. */
+const void *const *cuda_stage_blocks(struct ops_context *context,
+                                     const struct ops_landmarks *landmarks);
+
+/* ---- step.cu: what the ops take from the step while they are recorded ---- */
+
+enum status cuda_step_open(struct ops_context *context, struct error *err);
+void cuda_step_close(struct ops_context *context);
+const int32_t *cuda_step_tokens(const struct ops_context *context);
+/* The step's segments, whose `ssm` and `conv` are where each sequence's state
+ * begins, and how many floats behind it `states` lie, which is the same for all. */
+const struct cuda_segment *cuda_step_states(struct ops_context *context,
+                                            const struct ops_mamba_state *states, size_t *ssm,
+                                            size_t *conv);
+void cuda_step_retrieve(struct ops_context *context, const struct ops_retrieval_weights *weights,
+                        struct ops_picks *picks);
+void cuda_step_pages(const struct ops_context *context, const float **weights,
+                     const void *const **pages);
+/* The rows of logits go to their sequences, and the largest of each is found. */
+void cuda_step_logits(struct ops_context *context, const float *logits);
 
 /* ---- pages.cu ---- */
 
@@ -199,6 +241,11 @@ void cuda_hsa_attend(struct ops_context *context, uint32_t row_count, const floa
                      const float *weights, const void *const *pages, float *o);
 void cuda_hsa_out(struct ops_context *context, const struct ops_hsa_weights *weights,
                   const struct ops_rows *rows, const float *o, float *x);
+void cuda_step_begin(struct ops_context *context, const struct ops_step *step);
+enum ops_part cuda_part_begin(struct ops_context *context, uint32_t part, const float *weights,
+                              const void *const *pages);
+void cuda_part_end(struct ops_context *context, struct ops_picks *picks, int32_t *largest);
+void cuda_keep_rows(struct ops_context *context, const float *x);
 void cuda_logits(struct ops_context *context, const struct ops_tensor *norm,
                  const struct ops_tensor *head, const struct ops_rows *rows, const float *x,
                  float *logits);

@@ -36,6 +36,57 @@
     } while (0)
 #endif
 
+/* Launches a kernel that may begin before the kernel in front of it on the stream has ended: it
+ * calls cuda_depend_wait before it touches anything that others write, and until then may fetch
+ * what nobody writes, such as weights. */
+#ifdef __CUDACC__
+template <typename... P, typename... A>
+static inline void cuda_launch_early(cudaStream_t stream, bool early, void (*kernel)(P...),
+                                     dim3 grid, dim3 block, size_t shared, A... args)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early;
+    (void)cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...); /* see cuda_launched */
+}
+
+#define CUDA_LAUNCH_EARLY(context, kernel, grid, block, shared, ...)                    \
+    do {                                                                                \
+        const dim3 launch_grid = grid, launch_block = block;                            \
+        if (!(context)->failed && launch_grid.x && launch_grid.y && launch_grid.z) {    \
+            cuda_launch_early((context)->stream, (context)->early, kernel, launch_grid, \
+                              launch_block, shared, __VA_ARGS__);                       \
+            cuda_launched(context, #kernel);                                            \
+        }                                                                               \
+    } while (0)
+#else
+#define CUDA_LAUNCH_EARLY CUDA_LAUNCH
+#endif
+
+/* The kernel behind this one may begin: blocks of it take their places as soon as every block of
+ * this one has called this (or has ended). */
+static __device__ __forceinline__ void cuda_depend_release(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* Waits until the kernels in front of this one have ended and what they wrote can be read. */
+static __device__ __forceinline__ void cuda_depend_wait(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* Dynamic shared memory of the block, as an array of `type` called `name`. */
 #ifdef __CUDACC__
 #define CUDA_SHARED(type, name)                                   \
@@ -126,6 +177,20 @@ static __device__ __forceinline__ void cuda_load16(const bf16 *from, float out[8
         out[2 * i] = cuda_first(words[i]);
         out[2 * i + 1] = cuda_second(words[i]);
     }
+}
+
+/* 16 bytes that this kernel reads once and nobody writes, past the L1 cache. */
+static __device__ __forceinline__ uint4 cuda_stream16(const void *from)
+{
+#ifdef __CUDACC__
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+#else
+    return *reinterpret_cast<const uint4 *>(from);
+#endif
 }
 
 /* ---- reductions, in an order that no other row of the batch can change ---- */

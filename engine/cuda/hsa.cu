@@ -32,9 +32,8 @@ extern "C" void cuda_hsa_query(struct ops_context *x, const struct ops_hsa_weigh
 {
     const struct model_config *c = &x->config;
     const size_t heads = (size_t)rows->row_count * c->heads;
-    cuda_norm(x, hidden, &w->pre_norm, c->hidden_size, MODEL_MEMORY_EPSILON, rows->row_count,
-              x->normed);
-    cuda_linear(x, &w->query, NULL, rows, x->normed, q, false);
+    const struct cuda_input in = {hidden, &w->pre_norm, MODEL_MEMORY_EPSILON, NULL, false};
+    cuda_norm_linear(x, &in, &w->query, NULL, rows, q, false);
     if (c->qk_norm)
         CUDA_LAUNCH(x, norm_heads, dim3(cuda_ceil(heads, 8)), dim3(8 * CUDA_WARP), 0, q,
                     (const float *)w->q_norm.data, c->head_dim, heads);
@@ -142,6 +141,13 @@ extern "C" void cuda_hsa_attend(struct ops_context *x, uint32_t row_count, const
 {
     const struct model_config *c = &x->config;
     const size_t picks = (size_t)c->retrieval_heads * c->topk, d = c->hidden_size;
+    if (x->recording) {
+        const float *shares;
+        const void *const *own;
+        cuda_step_pages(x, &shares, &own);
+        launch_attend(x, row_count, q, shares, own, o);
+        return;
+    }
     cuda_begin(x);
     const void **device = (const void **)malloc(sizeof *device * picks * (row_count + 1));
     if (!device)
@@ -162,6 +168,6 @@ extern "C" void cuda_hsa_attend(struct ops_context *x, uint32_t row_count, const
 extern "C" void cuda_hsa_out(struct ops_context *x, const struct ops_hsa_weights *w,
                              const struct ops_rows *rows, const float *o, float *hidden)
 {
-    cuda_narrow(x, o, (size_t)rows->row_count * x->config.hidden_size, x->normed);
-    cuda_linear(x, &w->out, NULL, rows, x->normed, hidden, true);
+    const struct cuda_input in = {o, NULL, 0, NULL, false};
+    cuda_norm_linear(x, &in, &w->out, NULL, rows, hidden, true);
 }

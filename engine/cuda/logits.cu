@@ -13,8 +13,11 @@ static __global__ void gather_rows(const T *table, const int32_t *tokens, uint32
 extern "C" void cuda_embed(struct ops_context *x, const struct ops_tensor *table,
                            const int32_t *tokens, uint32_t row_count, float *out)
 {
-    cuda_begin(x);
-    const int32_t *staged = (const int32_t *)cuda_stage(x, tokens, row_count * sizeof *tokens);
+    const int32_t *staged = x->recording ? cuda_step_tokens(x) : NULL;
+    if (!x->recording) {
+        cuda_begin(x);
+        staged = (const int32_t *)cuda_stage(x, tokens, row_count * sizeof *tokens);
+    }
     if (x->wide)
         CUDA_LAUNCH(x, gather_rows<float>, dim3(row_count), dim3(256), 0,
                     (const float *)table->data, staged, table->cols, out);
@@ -27,7 +30,8 @@ extern "C" void cuda_logits(struct ops_context *x, const struct ops_tensor *norm
                             const struct ops_tensor *head, const struct ops_rows *rows,
                             const float *hidden, float *logits)
 {
-    const struct model_config *c = &x->config;
-    cuda_norm(x, hidden, norm, c->hidden_size, c->norm_epsilon, rows->row_count, x->normed);
-    cuda_linear(x, head, NULL, rows, x->normed, logits, false);
+    const struct cuda_input in = {hidden, norm, x->config.norm_epsilon, NULL, false};
+    cuda_norm_linear(x, &in, head, NULL, rows, logits, false);
+    if (x->recording)
+        cuda_step_logits(x, logits);
 }

@@ -1,5 +1,5 @@
-/* mamba.cuh - what the two forms of a Mamba-2 block share: mamba.cu goes token by token through
- * segments of few rows, mamba_blocks.cu through long ones in blocks.
+/* mamba.cuh - what the two forms of a Mamba-2 block share: mamba_step.cu goes token by token
+ * through segments of few rows, mamba_blocks.cu through long ones in blocks.
  * Thread: the engine's. Owns nothing. Private to cuda/. */
 #ifndef ENGINE_CUDA_MAMBA_CUH
 #define ENGINE_CUDA_MAMBA_CUH
@@ -33,5 +33,12 @@ static inline struct mamba_shape mamba_shape_of(const struct model_config *c)
  * all of the step's, on the device. */
 void cuda_mamba_blocks(struct ops_context *context, const struct ops_mamba_weights *weights,
                        const struct ops_rows *rows, const struct cuda_segment *segments);
+
+/* Segments of at most CUDA_FEW_ROWS rows, token by token, from x->projected to x->scanned:
+ * convolution, recurrence and gate; the norm behind the gate is left out. States and tails lie
+ * `ssm` and `conv` floats behind where the segments say. */
+void cuda_mamba_step(struct ops_context *context, const struct ops_mamba_weights *weights,
+                     const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
+                     size_t conv);
 
 #endif

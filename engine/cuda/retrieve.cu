@@ -1,40 +1,22 @@
-/* retrieve.cu - the scan over the landmarks with a running top-k: scores live in registers and
- * never reach memory. Every scanner keeps its own best; a second kernel merges them, orders the
- * picks and weighs them. Scores are compared with their chunks (equal scores: the lower chunk), a
- * total order, so the picks do not depend on who scanned what. */
+/* retrieve.cu - retrieval's entry, and long segments: the scan over the landmarks with a running
+ * top-k: scores live in registers and never reach memory. Short ones: retrieve_step.cu. Every
+ * scanner keeps its own best; a second kernel merges them, orders the picks and weighs them. Scores
+ * are compared with their chunks (equal scores: the lower chunk), a total order, so the picks do
+ * not depend on who scanned what. */
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/cuda/cuda.h"
-#include "engine/cuda/device.cuh"
+#include "engine/cuda/retrieve.cuh"
 
 #define SCAN_WARPS 8
 #define SCAN_ROWS 8   /* rows of one segment that share a landmark as it is read */
 #define SCANNERS 4096 /* warps over a whole call, about: enough to fill a large GPU */
 #define MERGE_WARPS 4
 
-struct scan_shape {
-    uint32_t heads, width, topk, dim, tokens; /* Hr, r / Hr, K, r, S */
-    uint64_t hidden;                          /* positions that mask_slide_window takes off */
-};
-
 /* Rows [row, row + count) of one segment. */
 struct group {
     uint32_t segment, row, count;
 };
-
-static __host__ __device__ __forceinline__ uint64_t visible(const struct scan_shape &s,
-                                                            uint64_t position, uint64_t count)
-{
-    const uint64_t seen = (position > s.hidden ? position - s.hidden : 0) / s.tokens;
-    return seen < count ? seen : count;
-}
-
-static __device__ __forceinline__ bool before(const struct cuda_candidate &a,
-                                              const struct cuda_candidate &b)
-{
-    return a.score > b.score || (a.score == b.score && a.chunk < b.chunk);
-}
 
 /* Normalised and scaled queries, so that a score is a plain product. A warp a head. */
 static __global__ void prepare_queries(float *q, bf16 *narrow, const float *q_norm,
@@ -120,14 +102,15 @@ static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
 /* The best of one row and head among `count` candidates, newest first, with their weights. A warp.
  * Each round finds the best of those behind the one before it. */
 static __global__ void __launch_bounds__(MERGE_WARPS *CUDA_WARP)
-    merge(uint32_t topk, uint32_t count, size_t rows, bool softmax, float pos_decay,
+    merge(uint32_t topk, uint32_t count, const struct cuda_segment *segments,
+          const uint32_t *row_segment, uint32_t heads, size_t rows, struct weighing w,
           const struct cuda_candidate *candidates, uint64_t *chunks, float *weights)
 {
     __shared__ struct cuda_candidate shared[MERGE_WARPS][LIMITS_TOPK];
     __shared__ struct cuda_candidate ordered[MERGE_WARPS][LIMITS_TOPK];
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     const size_t row = (size_t)blockIdx.x * MERGE_WARPS + warp;
-    if (row >= rows)
+    if (row >= rows || segments[row_segment[row / heads]].count <= CUDA_FEW_ROWS)
         return;
     const struct cuda_candidate *from = candidates + row * count;
     struct cuda_candidate last;
@@ -157,50 +140,10 @@ static __global__ void __launch_bounds__(MERGE_WARPS *CUDA_WARP)
             shared[warp][found] = best;
     }
     __syncwarp();
-    for (uint32_t i = lane; i < found; i += CUDA_WARP) {
-        uint32_t newer = 0;
-        for (uint32_t j = 0; j < found; j++)
-            newer += shared[warp][j].chunk > shared[warp][i].chunk;
-        ordered[warp][newer] = shared[warp][i];
-    }
-    __syncwarp();
-    for (uint32_t i = lane; i < topk; i += CUDA_WARP)
-        chunks[row * topk + i] = i < found ? ordered[warp][i].chunk : 0;
-    if (lane)
-        return;
-    float *out = weights + row * topk, spent = 0, top = -INFINITY;
-    for (uint32_t j = 0; j < topk; j++)
-        out[j] = 0;
-    if (softmax) {
-        for (uint32_t j = 0; j < found; j++)
-            top = fmaxf(top, ordered[warp][j].score + pos_decay * (float)j);
-        for (uint32_t j = 0; j < found; j++) {
-            out[j] = expf(ordered[warp][j].score + pos_decay * (float)j - top);
-            spent += out[j];
-        }
-        for (uint32_t j = 0; j < found; j++)
-            out[j] /= spent;
-        return;
-    }
-    for (uint32_t j = 0; j < found; j++) {
-        spent += cuda_softplus(ordered[warp][j].score);
-        out[j] = expf(ordered[warp][j].score - spent);
-    }
+    weigh(w, topk, found, shared[warp], ordered[warp], chunks + row * topk, weights + row * topk);
 }
 
 /* ---- the host's side ---- */
-
-static struct scan_shape shape_of(const struct model_config *c)
-{
-    struct scan_shape s;
-    s.heads = c->retrieval_heads;
-    s.width = c->retrieval_dim / c->retrieval_heads;
-    s.topk = c->topk;
-    s.dim = c->retrieval_dim;
-    s.tokens = c->chunk_tokens;
-    s.hidden = c->mask_slide_window ? c->slide_window - c->chunk_tokens : 0;
-    return s;
-}
 
 /* Room for the candidates of a call. */
 static bool reserve(struct ops_context *x, size_t count)
@@ -215,32 +158,23 @@ static bool reserve(struct ops_context *x, size_t count)
     return x->candidates;
 }
 
-/* Segments, and their landmark blocks as device arrays, staged. */
-static const struct cuda_segment *stage_segments(struct ops_context *x, const struct ops_rows *rows,
-                                                 const struct ops_landmarks *landmarks)
+/* Landmark blocks as a device array, staged. */
+const void *const *cuda_stage_blocks(struct ops_context *x, const struct ops_landmarks *landmarks)
 {
-    struct cuda_segment *own = cuda_segments(x, rows);
-    for (uint32_t i = 0; own && i < rows->segment_count; i++) {
-        const uint64_t blocks = (landmarks[i].count + OPS_LANDMARK_BLOCK - 1) / OPS_LANDMARK_BLOCK;
-        ASSERT(landmarks[i].count < CUDA_NO_CHUNK);
-        own[i].chunk_count = landmarks[i].count;
-        own[i].blocks = blocks ? (const void *const *)cuda_stage(
-                                     x, landmarks[i].blocks, blocks * sizeof *landmarks[i].blocks)
-                               : NULL;
-    }
-    const struct cuda_segment *staged =
-        own ? (const struct cuda_segment *)cuda_stage(x, own, sizeof *own * rows->segment_count)
-            : NULL;
-    free(own);
-    return staged;
+    const uint64_t blocks = (landmarks->count + OPS_LANDMARK_BLOCK - 1) / OPS_LANDMARK_BLOCK;
+    ASSERT(landmarks->count < CUDA_NO_CHUNK);
+    return blocks ? (const void *const *)cuda_stage(x, landmarks->blocks,
+                                                    blocks * sizeof *landmarks->blocks)
+                  : NULL;
 }
 
-/* Rows of each segment in groups of SCAN_ROWS, staged; `*longest`: most visible chunks of a row. */
+/* Rows of each long segment in groups of SCAN_ROWS, staged; `*longest`: most visible chunks of a
+ * row. */
 static const struct group *stage_groups(struct ops_context *x, const struct ops_rows *rows,
                                         const struct ops_landmarks *landmarks, uint32_t *count,
                                         uint64_t *longest)
 {
-    const struct scan_shape s = shape_of(&x->config);
+    const struct scan_shape s = scan_shape_of(&x->config);
     struct group *groups = (struct group *)malloc(sizeof *groups * (rows->row_count + 1));
     *count = 0;
     *longest = 0;
@@ -250,6 +184,8 @@ static const struct group *stage_groups(struct ops_context *x, const struct ops_
     }
     for (uint32_t i = 0; i < rows->segment_count; i++) {
         const struct ops_segment *segment = &rows->segments[i];
+        if (segment->count <= CUDA_FEW_ROWS)
+            continue;
         const uint64_t seen =
             visible(s, segment->position + segment->count - 1, landmarks[i].count);
         *longest = seen > *longest ? seen : *longest;
@@ -260,20 +196,22 @@ static const struct group *stage_groups(struct ops_context *x, const struct ops_
         }
     }
     const struct group *staged =
-        (const struct group *)cuda_stage(x, groups, sizeof *groups * *count);
+        *count ? (const struct group *)cuda_stage(x, groups, sizeof *groups * *count) : NULL;
     free(groups);
     return staged;
 }
 
-static void scan_and_merge(struct ops_context *x, const struct ops_retrieval_weights *w,
-                           const struct ops_rows *rows, const struct ops_landmarks *landmarks)
+static void scan_long(struct ops_context *x, const struct ops_retrieval_weights *w,
+                      const struct ops_rows *rows, const struct ops_landmarks *landmarks,
+                      const struct cuda_segment *segments, const uint32_t *row_segment)
 {
-    const struct scan_shape s = shape_of(&x->config);
-    uint32_t group_count;
-    uint64_t longest;
-    const struct cuda_segment *segments = stage_segments(x, rows, landmarks);
+    const struct scan_shape s = scan_shape_of(&x->config);
+    const float *q_norm = x->config.landmark_norm ? (const float *)w->q_norm.data : NULL;
+    const float *k_norm = x->config.landmark_norm ? (const float *)w->k_norm.data : NULL;
+    uint32_t group_count = 0;
+    uint64_t longest = 0;
     const struct group *groups = stage_groups(x, rows, landmarks, &group_count, &longest);
-    if (x->failed)
+    if (x->failed || !group_count)
         return;
     /* As many scanners as fill the device, but none with less than a few landmarks. */
     uint32_t blocks = cuda_ceil(SCANNERS / SCAN_WARPS, (uint64_t)group_count * s.heads);
@@ -283,6 +221,8 @@ static void scan_and_merge(struct ops_context *x, const struct ops_retrieval_wei
     const size_t row_heads = (size_t)rows->row_count * s.heads;
     if (!reserve(x, row_heads * scanners * s.topk))
         return;
+    CUDA_LAUNCH(x, prepare_queries, dim3(cuda_ceil(row_heads, 8)), dim3(8 * CUDA_WARP), 0, x->query,
+                (bf16 *)x->query_narrow, q_norm, k_norm, s.width, row_heads);
     const dim3 grid(blocks, group_count, s.heads), block(SCAN_WARPS * CUDA_WARP);
     const size_t shared = sizeof(struct cuda_candidate) * SCAN_WARPS * SCAN_ROWS * s.topk;
     if (x->wide)
@@ -291,9 +231,48 @@ static void scan_and_merge(struct ops_context *x, const struct ops_retrieval_wei
     else
         CUDA_LAUNCH(x, scan<bf16>, grid, block, shared, s, segments, groups, x->query,
                     x->candidates);
+    const struct weighing weighing = {x->config.softmax_weights, w->pos_decay};
     CUDA_LAUNCH(x, merge, dim3(cuda_ceil(row_heads, MERGE_WARPS)), dim3(MERGE_WARPS * CUDA_WARP), 0,
-                s.topk, scanners * s.topk, row_heads, x->config.softmax_weights, w->pos_decay,
+                s.topk, scanners * s.topk, segments, row_segment, s.heads, row_heads, weighing,
                 x->candidates, x->pick_chunks, x->pick_weights);
+}
+
+/* Rows of short segments, each by itself. */
+static void scan_short(struct ops_context *x, const struct ops_retrieval_weights *w,
+                       const struct ops_rows *rows, const struct cuda_segment *segments)
+{
+    struct scan_row *own = (struct scan_row *)malloc(sizeof *own * (rows->row_count + 1));
+    uint32_t count = 0;
+    if (!own) {
+        cuda_fail(x, STATUS_NO_MEMORY, "out of memory for a step's rows");
+        return;
+    }
+    for (uint32_t i = 0; i < rows->segment_count; i++)
+        for (uint32_t t = 0;
+             rows->segments[i].count <= CUDA_FEW_ROWS && t < rows->segments[i].count; t++)
+            own[count++] = (struct scan_row){rows->segments[i].row + t, i};
+    if (count && reserve(x, cuda_retrieve_room(x, count))) {
+        const struct scan_row *staged =
+            (const struct scan_row *)cuda_stage(x, own, sizeof *own * count);
+        cuda_retrieve_rows(x, w, segments, staged, count, x->candidates, x->pick_chunks,
+                           x->pick_weights);
+    }
+    free(own);
+}
+
+/* The call's segments with their landmarks on the device, and the segment of each row. */
+static bool stage_segments(struct ops_context *x, const struct ops_rows *rows,
+                           const struct ops_landmarks *landmarks,
+                           const struct cuda_segment **segments, const uint32_t **row_segment)
+{
+    struct cuda_segment *own = cuda_segments(x, rows);
+    for (uint32_t i = 0; own && i < rows->segment_count; i++) {
+        own[i].chunk_count = landmarks[i].count;
+        own[i].blocks = cuda_stage_blocks(x, &landmarks[i]);
+    }
+    const bool staged = own && cuda_stage_rows(x, rows, own, segments, row_segment);
+    free(own);
+    return staged;
 }
 
 extern "C" void cuda_retrieve(struct ops_context *x, const struct ops_retrieval_weights *w,
@@ -301,16 +280,21 @@ extern "C" void cuda_retrieve(struct ops_context *x, const struct ops_retrieval_
                               const float *hidden, struct ops_picks *picks)
 {
     const struct model_config *c = &x->config;
-    const uint32_t width = c->retrieval_dim / c->retrieval_heads;
-    const size_t heads = (size_t)rows->row_count * c->retrieval_heads, count = heads * c->topk;
+    const size_t count = (size_t)rows->row_count * c->retrieval_heads * c->topk;
+    const struct cuda_input in = {hidden, &w->pre_norm, MODEL_MEMORY_EPSILON, NULL, false};
+    const struct cuda_segment *segments;
+    const uint32_t *row_segment;
+    if (x->recording) {
+        cuda_norm_linear(x, &in, &w->query, NULL, rows, x->query, false);
+        cuda_step_retrieve(x, w, picks);
+        return;
+    }
     cuda_begin(x);
-    cuda_norm(x, hidden, &w->pre_norm, c->hidden_size, MODEL_MEMORY_EPSILON, rows->row_count,
-              x->normed);
-    cuda_linear(x, &w->query, NULL, rows, x->normed, x->query, false);
-    CUDA_LAUNCH(x, prepare_queries, dim3(cuda_ceil(heads, 8)), dim3(8 * CUDA_WARP), 0, x->query,
-                (bf16 *)x->query_narrow, c->landmark_norm ? (const float *)w->q_norm.data : NULL,
-                c->landmark_norm ? (const float *)w->k_norm.data : NULL, width, heads);
-    scan_and_merge(x, w, rows, landmarks);
+    cuda_norm_linear(x, &in, &w->query, NULL, rows, x->query, false);
+    if (stage_segments(x, rows, landmarks, &segments, &row_segment)) {
+        scan_short(x, w, rows, segments);
+        scan_long(x, w, rows, landmarks, segments, row_segment);
+    }
     cuda_copy_out(x, picks->chunks, x->pick_chunks, count * sizeof *picks->chunks);
     cuda_copy_out(x, picks->weights, x->pick_weights, count * sizeof *picks->weights);
     cuda_wait(x);

@@ -135,6 +135,25 @@ template <int left> static inline void cuda_copy_wait(void)
     emulator_copy_wait(left);
 }
 
+/* Threads run one at a time. */
+template <typename T> static inline T atomicAdd(T *at, T x)
+{
+    const T before = *at;
+    *at += x;
+    return before;
+}
+
+template <typename T> static inline T atomicMax(T *at, T x)
+{
+    const T before = *at;
+    *at = x > before ? x : before;
+    return before;
+}
+
+static inline void __threadfence(void)
+{
+}
+
 /* ---- the runtime ---- */
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
@@ -171,6 +190,16 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
+/* Launches between begin and end are kept, with their arguments, and run by each launch of the
+ * graph. Copies cannot be kept. */
+typedef struct emulator_graph *cudaGraph_t, *cudaGraphExec_t;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
 cudaError_t cudaGetLastError(void);
 const char *cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetDeviceCount(int *count);

@@ -157,6 +157,19 @@ static void run_block(void)
     }
 }
 
+struct kept_launch {
+    const char *name;
+    dim3 grid, block;
+    size_t shared_bytes;
+    std::function<void()> kernel;
+};
+
+struct emulator_graph {
+    std::vector<kept_launch> launches;
+};
+
+static emulator_graph *recording;
+
 void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
                      const std::function<void()> &kernel)
 {
@@ -166,6 +179,10 @@ void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_byte
         fprintf(stderr, "emulator: %s: grid %u %u %u, block %u %u %u, %zu bytes shared\n", name,
                 grid.x, grid.y, grid.z, block.x, block.y, block.z, shared_bytes);
         abort();
+    }
+    if (recording) {
+        recording->launches.push_back({name, grid, block, shared_bytes, kernel});
+        return;
     }
     e.name = name;
     e.kernel = &kernel;
@@ -332,6 +349,10 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
                             cudaStream_t)
 {
     cudaPointerAttributes a, b;
+    if (recording) {
+        fprintf(stderr, "emulator: a copy while a graph is recorded\n");
+        abort();
+    }
     cudaPointerGetAttributes(&a, to);
     cudaPointerGetAttributes(&b, from);
     if (kind != cudaMemcpyDefault &&
@@ -384,6 +405,44 @@ cudaError_t cudaEventSynchronize(cudaEvent_t)
 
 cudaError_t cudaEventDestroy(cudaEvent_t)
 {
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode)
+{
+    recording = new emulator_graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *out)
+{
+    *out = recording;
+    recording = NULL;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long)
+{
+    *out = new emulator_graph(*graph);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t)
+{
+    for (const kept_launch &l : graph->launches)
+        emulator_launch(l.name, l.grid, l.block, l.shared_bytes, l.kernel);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    delete graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph)
+{
+    delete graph;
     return cudaSuccess;
 }
 

@@ -122,7 +122,7 @@ static void check_logits(struct bed *bed, size_t position)
     const size_t v = engine_get_info(bed->engine)->config->vocab_size;
     const float *want = golden_floats(bed->golden, "logits", NULL) + (size_t)row * v;
     for (size_t i = 0; i < v; i++) {
-        const double off = fabs((double)bed->session->logits[i] - (double)want[i]);
+        const double off = fabs((double)session_logits(bed->session)[i] - (double)want[i]);
         if (!(off <= bed->worst_logit)) /* a NaN is the worst of all */
             bed->worst_logit = off;
         bed->off_squares += off * off;

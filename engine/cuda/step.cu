@@ -1,0 +1,363 @@
+/* step.cu - steps in which every sequence goes on by one token, recorded once as CUDA graphs, one
+ * for each part and number of sequences, and replayed from then on. What differs from step to step
+ * (tokens, where states lie, picks) is in tables at fixed addresses: each part begins by fetching
+ * its own from pinned memory. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/cuda/retrieve.cuh"
+
+#define FETCH_THREADS 256
+#define FETCH_TABLES 4
+#define BEST_BLOCKS 16 /* that share a row of logits */
+#define BEST_THREADS 256
+
+/* Twice: pinned, and on the device. */
+struct tables {
+    int32_t *tokens;               /* [rows] */
+    struct cuda_segment *segments; /* [rows]; ssm, conv: where the sequence's state begins */
+    float **kept, **logits;        /* [rows] */
+    float *weights;                /* [rows, Hr, K] */
+    const void **pages;            /* [rows, Hr, K] on the device */
+};
+
+struct cuda_step {
+    struct tables host, device;
+    void *host_memory, *device_memory;
+    struct cuda_candidate *candidates;
+    unsigned long long *best; /* [rows]: the largest logit and its token so far; zeros between */
+    uint32_t *arrived;        /* [rows]: blocks that have seen their share; zeros between kernels */
+    int32_t *largest;         /* [rows], pinned */
+    cudaGraphExec_t *graphs;  /* [parts][OPS_STEP_ROWS] */
+    uint32_t parts, part;
+    struct ops_step step;
+};
+
+struct fetch {
+    const uint32_t *from[FETCH_TABLES];
+    uint32_t *to[FETCH_TABLES];
+    uint32_t words[FETCH_TABLES];
+};
+
+/* Grid: tables. */
+static __global__ void __launch_bounds__(FETCH_THREADS) fetch_tables(struct fetch f)
+{
+    for (uint32_t i = threadIdx.x; i < f.words[blockIdx.x]; i += FETCH_THREADS)
+        f.to[blockIdx.x][i] = f.from[blockIdx.x][i];
+}
+
+/* Hidden states go to each sequence's chunk under way. Grid: rows. */
+static __global__ void __launch_bounds__(FETCH_THREADS)
+    keep_rows(const float *x, uint32_t d, float *const *kept)
+{
+    cuda_depend_release();
+    cuda_depend_wait();
+    for (uint32_t i = threadIdx.x; i < d; i += FETCH_THREADS)
+        kept[blockIdx.x][i] = x[(size_t)blockIdx.x * d + i];
+}
+
+/* A logit as the sampler sees it and its token, so that the largest number is the largest logit,
+ * and of equal ones the lowest token. */
+static __device__ __forceinline__ unsigned long long rank_of(float logit, uint32_t token)
+{
+    const float limit = 3.402823466e+38f;
+    float value = logit > limit ? limit : logit;
+    value = value >= -limit ? value + 0.0f : -INFINITY; /* minus zero equals zero; NaN is least */
+    const uint32_t bits = __float_as_uint(value);
+    const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (unsigned long long)order << 32 | (0xffffffffu - token);
+}
+
+/* Rows of logits go to their sequences; largest[row]: the token of the largest one. Grid:
+ * BEST_BLOCKS x rows. */
+static __global__ void __launch_bounds__(BEST_THREADS)
+    keep_logits(const float *logits, uint32_t vocabulary, float *const *kept,
+                unsigned long long *best, uint32_t *arrived, int32_t *largest)
+{
+    __shared__ unsigned long long parts[BEST_THREADS / CUDA_WARP];
+    cuda_depend_release();
+    cuda_depend_wait();
+    const float *row = logits + (size_t)blockIdx.y * vocabulary;
+    float *to = kept[blockIdx.y];
+    unsigned long long own = 0;
+    for (uint32_t i = blockIdx.x * BEST_THREADS + threadIdx.x; i < vocabulary;
+         i += BEST_BLOCKS * BEST_THREADS) {
+        const float logit = row[i];
+        const unsigned long long rank = rank_of(logit, i);
+        to[i] = logit;
+        own = rank > own ? rank : own;
+    }
+    for (int step = CUDA_WARP / 2; step; step /= 2) {
+        const unsigned long long other = __shfl_xor_sync(CUDA_ALL_LANES, own, step);
+        own = other > own ? other : own;
+    }
+    if (threadIdx.x % CUDA_WARP == 0)
+        parts[threadIdx.x / CUDA_WARP] = own;
+    __syncthreads();
+    if (threadIdx.x)
+        return;
+    for (uint32_t i = 1; i < BEST_THREADS / CUDA_WARP; i++)
+        own = parts[i] > own ? parts[i] : own;
+    atomicMax(&best[blockIdx.y], own);
+    __threadfence();
+    if (atomicAdd(&arrived[blockIdx.y], 1u) + 1 < BEST_BLOCKS)
+        return;
+    __threadfence();
+    largest[blockIdx.y] = (int32_t)(0xffffffffu - (uint32_t)atomicMax(&best[blockIdx.y], 0ull));
+    best[blockIdx.y] = 0;
+    arrived[blockIdx.y] = 0;
+}
+
+/* ---- opening ---- */
+
+static size_t whole(size_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+/* Lays the tables out from `memory` on; returns their size. */
+static size_t lay_out(struct tables *t, char *memory, size_t picks)
+{
+    size_t at = 0;
+    const auto next = [&](size_t element, size_t count) {
+        char *table = memory + at;
+        at += whole(element * count);
+        return (void *)table;
+    };
+    t->tokens = (int32_t *)next(sizeof *t->tokens, OPS_STEP_ROWS);
+    t->segments = (struct cuda_segment *)next(sizeof *t->segments, OPS_STEP_ROWS);
+    t->kept = (float **)next(sizeof *t->kept, OPS_STEP_ROWS);
+    t->logits = (float **)next(sizeof *t->logits, OPS_STEP_ROWS);
+    t->weights = (float *)next(sizeof *t->weights, picks);
+    t->pages = (const void **)next(sizeof *t->pages, picks);
+    return at;
+}
+
+enum status cuda_step_open(struct ops_context *x, struct error *err)
+{
+    const struct model_config *c = &x->config;
+    const size_t picks = (size_t)OPS_STEP_ROWS * c->retrieval_heads * c->topk;
+    struct cuda_step *s = (struct cuda_step *)calloc(1, sizeof *s);
+    x->step = s;
+    if (!s)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory");
+    struct tables sizes;
+    const size_t bytes = lay_out(&sizes, NULL, picks);
+    size_t room = 0;
+    for (uint32_t rows = 1; rows <= OPS_STEP_ROWS; rows++)
+        room = cuda_retrieve_room(x, rows) > room ? cuda_retrieve_room(x, rows) : room;
+    s->parts = c->group_count + 1;
+    s->graphs = (cudaGraphExec_t *)calloc((size_t)s->parts * OPS_STEP_ROWS, sizeof *s->graphs);
+    s->host_memory = cuda_alloc_host(x, bytes);
+    s->device_memory = cuda_take(x, bytes);
+    s->candidates = (struct cuda_candidate *)cuda_take(x, room * sizeof *s->candidates);
+    s->best = (unsigned long long *)cuda_take(x, OPS_STEP_ROWS * sizeof *s->best);
+    s->arrived = (uint32_t *)cuda_take(x, OPS_STEP_ROWS * sizeof *s->arrived);
+    s->largest = (int32_t *)cuda_alloc_host(x, OPS_STEP_ROWS * sizeof *s->largest);
+    if (!s->graphs || !s->host_memory || !s->device_memory || !s->candidates || !s->best ||
+        !s->arrived || !s->largest)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory for the tables of a step");
+    lay_out(&s->host, (char *)s->host_memory, picks);
+    lay_out(&s->device, (char *)s->device_memory, picks);
+    return STATUS_OK;
+}
+
+void cuda_step_close(struct ops_context *x)
+{
+    struct cuda_step *s = x->step;
+    if (!s)
+        return;
+    for (size_t i = 0; s->graphs && i < (size_t)s->parts * OPS_STEP_ROWS; i++)
+        if (s->graphs[i])
+            cudaGraphExecDestroy(s->graphs[i]);
+    void *device[] = {s->device_memory, s->candidates, s->best, s->arrived};
+    for (size_t i = 0; i < sizeof device / sizeof *device; i++)
+        if (device[i])
+            cudaFree(device[i]);
+    if (s->host_memory)
+        cudaFreeHost(s->host_memory);
+    if (s->largest)
+        cudaFreeHost(s->largest);
+    free(s->graphs);
+    free(s);
+    x->step = NULL;
+}
+
+/* ---- a step ---- */
+
+extern "C" void cuda_step_begin(struct ops_context *x, const struct ops_step *step)
+{
+    struct cuda_step *s = x->step;
+    ASSERT(step->count && step->count <= OPS_STEP_ROWS);
+    s->step = *step;
+    memcpy(s->host.tokens, step->tokens, step->count * sizeof *step->tokens);
+    for (uint32_t i = 0; i < step->count; i++) {
+        s->host.kept[i] = step->kept[i];
+        s->host.logits[i] = step->logits[i];
+    }
+}
+
+static void add_table(struct fetch *f, uint32_t *n, void *to, const void *from, size_t bytes)
+{
+    f->from[*n] = (const uint32_t *)from;
+    f->to[*n] = (uint32_t *)to;
+    f->words[(*n)++] = (uint32_t)(bytes / sizeof(uint32_t));
+}
+
+/* What the part under way reads. */
+static void launch_fetch(struct ops_context *x)
+{
+    struct cuda_step *s = x->step;
+    const struct tables *h = &s->host, *d = &s->device;
+    const uint32_t count = s->step.count;
+    const size_t picks = (size_t)count * x->config.retrieval_heads * x->config.topk;
+    struct fetch f = {};
+    uint32_t n = 0;
+    if (s->part + 1 < s->parts) /* it ends in a retrieval */
+        add_table(&f, &n, d->segments, h->segments, count * sizeof *h->segments);
+    if (s->part == 0) {
+        add_table(&f, &n, d->tokens, h->tokens, count * sizeof *h->tokens);
+        add_table(&f, &n, d->kept, h->kept, count * sizeof *h->kept);
+        add_table(&f, &n, d->logits, h->logits, count * sizeof *h->logits);
+    } else {
+        add_table(&f, &n, d->weights, h->weights, picks * sizeof *h->weights);
+        add_table(&f, &n, d->pages, h->pages, picks * sizeof *h->pages);
+    }
+    CUDA_LAUNCH(x, fetch_tables, dim3(n), dim3(FETCH_THREADS), 0, f);
+}
+
+static void fill_segments(struct ops_context *x)
+{
+    struct cuda_step *s = x->step;
+    for (uint32_t i = 0; i < s->step.count; i++) {
+        struct cuda_segment *segment = &s->host.segments[i];
+        segment->position = s->step.positions[i];
+        segment->row = i;
+        segment->count = 1;
+        segment->ssm = segment->conv = s->step.states[i];
+        segment->blocks = cuda_stage_blocks(x, &s->step.landmarks[i]);
+        segment->chunk_count = s->step.landmarks[i].count;
+    }
+}
+
+/* The device's copies of the part's pages; false: they do not fit all at once. */
+static bool fill_pages(struct ops_context *x, const float *weights, const void *const *pages)
+{
+    struct cuda_step *s = x->step;
+    const size_t picks = (size_t)s->step.count * x->config.retrieval_heads * x->config.topk;
+    bool room = true;
+    cuda_pages_begin(x);
+    for (size_t i = 0; i < picks && room; i++) {
+        s->host.pages[i] = pages[i] ? cuda_pages_take(x, pages[i]) : NULL;
+        room = s->host.pages[i] || !pages[i];
+    }
+    cuda_pages_end(x);
+    memcpy(s->host.weights, weights, picks * sizeof *weights);
+    return room;
+}
+
+static cudaGraphExec_t *graph_of(const struct cuda_step *s)
+{
+    return &s->graphs[(size_t)s->part * OPS_STEP_ROWS + s->step.count - 1];
+}
+
+extern "C" enum ops_part cuda_part_begin(struct ops_context *x, uint32_t part, const float *weights,
+                                         const void *const *pages)
+{
+    struct cuda_step *s = x->step;
+    ASSERT(part < s->parts && !pages == !part);
+    s->part = part;
+    cuda_begin(x);
+    if (pages && !fill_pages(x, weights, pages))
+        return OPS_PART_PLAIN;
+    if (part + 1 < s->parts)
+        fill_segments(x);
+    if (x->failed)
+        return OPS_PART_PLAIN;
+    if (*graph_of(s))
+        return OPS_PART_REPLAY;
+    if (!cuda_check(x, cudaStreamBeginCapture(x->stream, cudaStreamCaptureModeRelaxed),
+                    "the recording of a step"))
+        return OPS_PART_PLAIN;
+    x->recording = true;
+    launch_fetch(x);
+    return OPS_PART_RECORD;
+}
+
+/* What was recorded becomes a graph that can be launched. */
+static void end_recording(struct ops_context *x)
+{
+    cudaGraph_t graph = NULL;
+    x->recording = false;
+    const cudaError_t error = cudaStreamEndCapture(x->stream, &graph);
+    if (cuda_check(x, error, "the recording of a step") && !x->failed)
+        cuda_check(x, cudaGraphInstantiate(graph_of(x->step), graph, 0), "the making of a graph");
+    if (graph)
+        cudaGraphDestroy(graph);
+}
+
+extern "C" void cuda_part_end(struct ops_context *x, struct ops_picks *picks, int32_t *largest)
+{
+    struct cuda_step *s = x->step;
+    const size_t count = (size_t)s->step.count * x->config.retrieval_heads * x->config.topk;
+    if (x->recording)
+        end_recording(x);
+    if (!x->failed)
+        cuda_check(x, cudaGraphLaunch(*graph_of(s), x->stream), "the launch of a graph");
+    cuda_wait(x);
+    if (picks && x->failed) { /* nothing is read for picks that do not exist */
+        memset(picks->chunks, 0, count * sizeof *picks->chunks);
+        memset(picks->weights, 0, count * sizeof *picks->weights);
+    }
+    if (largest)
+        memcpy(largest, s->largest, s->step.count * sizeof *largest);
+}
+
+/* ---- what the ops take from the step while they are recorded ---- */
+
+const int32_t *cuda_step_tokens(const struct ops_context *x)
+{
+    return x->step->device.tokens;
+}
+
+const struct cuda_segment *cuda_step_states(struct ops_context *x,
+                                            const struct ops_mamba_state *states, size_t *ssm,
+                                            size_t *conv)
+{
+    const struct ops_step *step = &x->step->step;
+    *ssm = (size_t)(states[0].ssm - step->states[0]);
+    *conv = (size_t)(states[0].conv - step->states[0]);
+    for (uint32_t i = 1; i < step->count; i++)
+        ASSERT(states[i].ssm == step->states[i] + *ssm &&
+               states[i].conv == step->states[i] + *conv);
+    return x->step->device.segments;
+}
+
+void cuda_step_retrieve(struct ops_context *x, const struct ops_retrieval_weights *w,
+                        struct ops_picks *picks)
+{
+    struct cuda_step *s = x->step;
+    cuda_retrieve_rows(x, w, s->device.segments, NULL, s->step.count, s->candidates, picks->chunks,
+                       picks->weights);
+}
+
+void cuda_step_pages(const struct ops_context *x, const float **weights, const void *const **pages)
+{
+    *weights = x->step->device.weights;
+    *pages = x->step->device.pages;
+}
+
+void cuda_step_logits(struct ops_context *x, const float *logits)
+{
+    struct cuda_step *s = x->step;
+    CUDA_LAUNCH_EARLY(x, keep_logits, dim3(BEST_BLOCKS, s->step.count), dim3(BEST_THREADS), 0,
+                      logits, x->config.vocab_size, (float *const *)s->device.logits, s->best,
+                      s->arrived, s->largest);
+}
+
+extern "C" void cuda_keep_rows(struct ops_context *x, const float *hidden)
+{
+    struct cuda_step *s = x->step;
+    CUDA_LAUNCH_EARLY(x, keep_rows, dim3(s->step.count), dim3(FETCH_THREADS), 0, hidden,
+                      x->config.hidden_size, (float *const *)s->device.kept);
+}
