@@ -459,7 +459,7 @@ void cuda_norm_linear(struct ops_context *x, const struct cuda_input *in,
         f.normed = in->norm;
         f.norm = in->norm ? (const float *)in->norm->data : NULL;
         f.epsilon = in->epsilon;
-        f.ready = (bf16 *)x->mixed + row * k;
+        f.ready = (bf16 *)(k <= x->config.hidden_size ? x->normed : x->mixed) + row * k;
         f.scales = x->scales + row;
         f.bias = bias ? (const float *)bias->data : NULL;
         f.out = out + row * n;

@@ -49,14 +49,14 @@ extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights
         x->recording ? cuda_step_states(x, states, &ssm, &conv) : stage_segments(x, rows, states);
     if (x->failed)
         return;
+    if (short_count < rows->segment_count) { /* first: what lies in between overlaps */
+        norm_long(x, w, rows, hidden);
+        cuda_mamba_blocks(x, w, rows, segments);
+    }
     if (short_count) {
         const struct cuda_input in = {hidden, &w->norm, epsilon, NULL, true};
         cuda_norm_linear(x, &in, &w->in_proj, &w->in_proj_bias, rows, x->projected, false);
         cuda_mamba_step(x, w, segments, rows->segment_count, ssm, conv);
-    }
-    if (short_count < rows->segment_count) {
-        norm_long(x, w, rows, hidden);
-        cuda_mamba_blocks(x, w, rows, segments);
     }
     const struct cuda_input out = {x->scanned, &w->gate_norm, epsilon, x->mixed, false};
     cuda_norm_linear(x, &out, &w->out_proj, &w->out_proj_bias, rows, hidden, true);

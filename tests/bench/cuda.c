@@ -3,12 +3,15 @@
  *
  * The floor of a row is what its bytes take at the bandwidth of a copy on the device, or its
  * operations at the rate of a large bf16 product, whichever is more; both are measured first, in
- * the same run, through the same table of ops. The share of an op comes from steps of their own, in
- * which the device is waited for after each: `host` is how long the calls took in steps without
- * these waits, so where the sum of `host` is close to the step's time, launches bound it.
+ * the same run, through the same table of ops. The share of an op comes from steps of their own,
+ * op by op and not in recorded parts, in which the device is waited for after each: `host` is how
+ * long the calls took in steps without these waits, so where the sum of `host` is close to the
+ * step's time, launches bound it. Decoding is greedy, each token the one before it gave.
  *
- * Prints a table; with a path as argument, writes the same as CSV. Exits with 77 without a GPU.
- * Runs from the repository's root. */
+ *   bench_cuda [--csv FILE] [--only WHAT-ROWS-CONTEXT] [--plain]
+ * Prints a table, and writes the same as CSV; `--only decode-1-4096` for one row, or a part of its
+ * name for some; --plain for decoding without recorded parts. Exits with 77 without a GPU. Runs
+ * from the repository's root. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -167,6 +170,10 @@ static const char *const op_names[OP_COUNT] = {"embed",    "mamba",     "encode_
                                                "retrieve", "hsa_query", "hsa_attend",
                                                "hsa_out",  "logits",    "copy"};
 
+static struct ops clocked; /* `real` with the clocks around it */
+static const char *only = "";
+static bool plain;
+
 static struct clock {
     double seconds;
     unsigned calls;
@@ -259,19 +266,20 @@ static void timed_copy(struct ops_context *x, void *to, const void *from, size_t
 
 static void set_clocks(struct engine *engine)
 {
-    static struct ops table;
     real = engine->ops;
-    table = *real;
-    table.embed = timed_embed;
-    table.mamba = timed_mamba;
-    table.encode_chunks = timed_encode;
-    table.retrieve = timed_retrieve;
-    table.hsa_query = timed_query;
-    table.hsa_attend = timed_attend;
-    table.hsa_out = timed_out;
-    table.logits = timed_logits;
-    table.copy = timed_copy;
-    engine->ops = &table;
+    clocked = *real;
+    if (plain)
+        clocked.step_begin = NULL;
+    clocked.embed = timed_embed;
+    clocked.mamba = timed_mamba;
+    clocked.encode_chunks = timed_encode;
+    clocked.retrieve = timed_retrieve;
+    clocked.hsa_query = timed_query;
+    clocked.hsa_attend = timed_attend;
+    clocked.hsa_out = timed_out;
+    clocked.logits = timed_logits;
+    clocked.copy = timed_copy;
+    engine->ops = &clocked;
 }
 
 /* ---- rows of the table ---- */
@@ -319,8 +327,13 @@ static void report(const struct row *r)
     fflush(stdout);
 }
 
-static bool out_of_time(const char *what, uint32_t rows, uint64_t context)
+/* Not asked for, or too late. */
+static bool left_out(const char *what, uint32_t rows, uint64_t context)
 {
+    char name[64];
+    snprintf(name, sizeof name, "%s-%u-%llu-", what, rows, (unsigned long long)context);
+    if (!strstr(name, only))
+        return true;
     if (now() - began < SECONDS_MAX)
         return false;
     printf("%-8s %5u rows, context %9llu: LEFT OUT, %d seconds are over\n", what, rows,
@@ -471,28 +484,35 @@ static double decode_operations(const struct engine_info *info, uint32_t batch, 
 
 #define BATCH_MAX 128
 
-/* `steps` steps of every session. */
-static void decode(struct engine *engine, struct engine_session **sessions, uint32_t batch,
-                   int steps)
+struct sequence {
+    struct engine_session *session;
+    struct sampler *sampler;
+    int32_t token;
+};
+
+/* `steps` steps of every sequence. */
+static void decode(struct engine *engine, struct sequence *sequences, uint32_t batch, int steps)
 {
     struct engine_step_item items[BATCH_MAX];
-    int32_t tokens[BATCH_MAX];
     for (int i = 0; i < steps; i++) {
-        for (uint32_t j = 0; j < batch; j++) {
-            tokens[j] = (int32_t)(17 + 31 * j);
-            items[j] = (struct engine_step_item){.session = sessions[j],
-                                                 .tokens = &tokens[j],
+        for (uint32_t j = 0; j < batch; j++)
+            items[j] = (struct engine_step_item){.session = sequences[j].session,
+                                                 .tokens = &sequences[j].token,
                                                  .token_count = 1,
-                                                 .want_logits = true};
-        }
+                                                 .sampler = sequences[j].sampler};
         ASSERT(!engine_step(engine, items, batch));
+        for (uint32_t j = 0; j < batch; j++) {
+            ASSERT(!items[j].status);
+            sequences[j].token = items[j].result.token;
+        }
     }
 }
 
 static void time_decode(struct engine *engine, uint32_t batch, uint64_t context)
 {
     const struct engine_info *info = engine_get_info(engine);
-    struct engine_session *sessions[BATCH_MAX];
+    struct sequence sequences[BATCH_MAX];
+    struct sampler_params greedy;
     struct row r = {.what = "decode",
                     .rows = batch,
                     .context = context,
@@ -501,26 +521,36 @@ static void time_decode(struct engine *engine, uint32_t batch, uint64_t context)
                     .steps = 24,
                     .waited = 4};
     uint32_t opened = 0;
-    if (out_of_time("decode", batch, context))
+    if (left_out("decode", batch, context))
         return;
-    while (opened < batch && (sessions[opened] = session_at(engine, 1 + opened, context)))
-        opened++;
+    sampler_params_default(&greedy);
+    for (; opened < batch; opened++) {
+        struct sequence *s = &sequences[opened];
+        s->token = (int32_t)(17 + 31 * opened);
+        if (!(s->session = session_at(engine, 1 + opened, context)))
+            break;
+        ASSERT(!sampler_create(&greedy, (int32_t)info->config->vocab_size, &s->sampler));
+    }
     if (opened == batch) {
-        decode(engine, sessions, batch, 4); /* warms up */
+        decode(engine, sequences, batch, 4); /* warms up */
         memset(clocks, 0, sizeof clocks);
         const double begin = now();
-        decode(engine, sessions, batch, r.steps);
+        decode(engine, sequences, batch, r.steps);
         r.seconds = (now() - begin) / r.steps;
         memcpy(r.host, clocks, sizeof clocks);
         memset(clocks, 0, sizeof clocks);
         waiting = true;
-        decode(engine, sessions, batch, r.waited);
+        clocked.step_begin = NULL;
+        decode(engine, sequences, batch, r.waited);
+        clocked.step_begin = plain ? NULL : real->step_begin;
         waiting = false;
         memcpy(r.device, clocks, sizeof clocks);
         report(&r);
     }
-    while (opened--)
-        end_session(engine, sessions[opened], 1 + opened);
+    while (opened--) {
+        end_session(engine, sequences[opened].session, 1 + opened);
+        sampler_destroy(sequences[opened].sampler);
+    }
 }
 
 /* ---- prefill ---- */
@@ -548,7 +578,7 @@ static void time_prefill(struct engine *engine, uint32_t slice, uint64_t context
                     .operations = slice * token_operations(info, middle),
                     .steps = slices,
                     .waited = 1};
-    if (out_of_time("prefill", slice, context))
+    if (left_out("prefill", slice, context))
         return;
     struct engine_session *s = session_at(engine, 1, context);
     int32_t *tokens = calloc(slice, sizeof *tokens);
@@ -603,6 +633,14 @@ int main(int argc, char **argv)
                                                   .read = read_chunks,
                                                   .read_landmarks = read_landmarks},
                                            .random_weights_seed = 1};
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--plain") == 0)
+            plain = true;
+        else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc)
+            only = argv[++i];
+        else if (strcmp(argv[i], "--csv") == 0 && i + 1 < argc)
+            csv = fopen(argv[++i], "we");
+    }
     began = now();
     make_noise(&fake);
     enum status status = measure_device(fake.noise, fake.noise_count, &err);
@@ -613,7 +651,6 @@ int main(int argc, char **argv)
         free(fake.noise);
         return status == STATUS_UNSUPPORTED ? 77 : 1;
     }
-    csv = argc > 1 ? fopen(argv[1], "we") : NULL;
     if (csv) {
         fprintf(csv, "# copies %.0f bytes/s, products %.0f operations/s\n", bandwidth, rate);
         fprintf(csv,
