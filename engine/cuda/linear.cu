@@ -317,19 +317,16 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP) product_of_few(st
             uint4 a[M][2];
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                if (FUSED) {
-                    a[m][0] = *reinterpret_cast<const uint4 *>(
-                        rows + (group < f.row_count ? group : 0) * (f.k + SHARED_PAD) +
-                        at * TILE_DEPTH + 8 * pair);
-                    a[m][1] = uint4{0, 0, 0, 0};
-                    continue;
-                }
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const uint32_t row = top + m * TILE_ROWS + half * 8 + group;
-                    a[m][half] = *reinterpret_cast<const uint4 *>(
-                        f.ready + (size_t)(row < f.row_count ? row : f.row_count - 1) * f.k +
-                        at * TILE_DEPTH + 8 * pair);
+                    const bf16 *source =
+                        FUSED ? rows + (row < f.row_count ? row : 0) * (f.k + SHARED_PAD)
+                              : f.ready + (size_t)(row < f.row_count ? row : 0) * f.k;
+                    a[m][half] = uint4{0, 0, 0, 0};
+                    if (!FUSED || half == 0) /* FUSED: there is no second half */
+                        a[m][half] =
+                            *reinterpret_cast<const uint4 *>(source + at * TILE_DEPTH + 8 * pair);
                 }
             }
 #pragma unroll
