@@ -302,8 +302,10 @@ extern "C" void cuda_part_end(struct ops_context *x, struct ops_picks *picks, in
     const size_t count = (size_t)s->step.count * x->config.retrieval_heads * x->config.topk;
     if (x->recording)
         end_recording(x);
-    if (!x->failed)
-        cuda_check(x, cudaGraphLaunch(*graph_of(s), x->stream), "the launch of a graph");
+    if (!x->failed) {
+        (void)cudaGraphLaunch(*graph_of(s), x->stream); /* it stays the last error */
+        cuda_launched(x, "a recorded part of a step");
+    }
     cuda_wait(x);
     if (picks && x->failed) { /* nothing is read for picks that do not exist */
         memset(picks->chunks, 0, count * sizeof *picks->chunks);

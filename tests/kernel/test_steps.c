@@ -1,9 +1,13 @@
 /* Decoding on a device that records its steps (ops.h: step_begin): whatever runs beside a sequence,
  * whatever the budgets, recorded or op by op, it computes the same bits; and the token that the
- * device finds is the sampler's own. Exits with 77 where there is no GPU. */
+ * device finds is the sampler's own. And a device that fails, at whatever launch or allocation,
+ * ends the process with a clear word or refuses to open; it gives no token. Exits with 77 where
+ * there is no GPU. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "engine/engine_private.h"
 #include "proto/base/assert.h"
@@ -180,8 +184,51 @@ static void compare(const char *model, enum engine_dtype dtype, size_t v)
     free(want);
 }
 
+/* What a process says in which a launch or an allocation fails, and how it ends. */
+static void check_fault(const char *fault)
+{
+    int ends[2], status;
+    char said[8192];
+    size_t size = 0;
+    fflush(stdout);
+    ASSERT(!pipe(ends));
+    const pid_t child = fork();
+    ASSERT(child >= 0);
+    if (!child) {
+        static const struct way way = {"faulty", false, true, false};
+        ASSERT(dup2(ends[1], STDERR_FILENO) >= 0 && dup2(ends[1], STDOUT_FILENO) >= 0);
+        close(ends[0]);
+        setenv("RAMBAD_CUDA_FAULT", fault, 1);
+        run("tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, &way);
+        exit(0);
+    }
+    close(ends[1]);
+    for (ssize_t n; (n = read(ends[0], said + size, sizeof said - 1 - size)) > 0;)
+        size += (size_t)n;
+    said[size] = '\0';
+    close(ends[0]);
+    ASSERT(waitpid(child, &status, 0) == child);
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 77) {
+        printf("%s", said);
+        exit(77);
+    }
+    const bool broken = strstr(said, "\"engine_broken\"") && strstr(said, "the GPU failed in");
+    const bool refused = strstr(said, "cannot open") && strstr(said, "memory");
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 1 || (!broken && !refused)) {
+        failures++;
+        printf("FAIL %s: status %d, said: %s\n", fault, status, said);
+    } else {
+        printf("%s: %s\n", fault, broken ? "broken, and said so" : "refused to open");
+    }
+}
+
 int main(void)
 {
+    /* Launches of the prompts, of a part as it is recorded, of a replay; allocations of all. */
+    static const char *const faults[] = {"launch:1",   "launch:30", "launch:120", "launch:220",
+                                         "launch:300", "alloc:2",   "alloc:20",   "alloc:60"};
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        check_fault(faults[i]);
     compare("tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, 256);
     compare("tests/golden/noencoder-kv2-groups2-bias", ENGINE_DTYPE_FP32, 256);
     printf("%d failed\n", failures);
