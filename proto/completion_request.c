@@ -37,6 +37,8 @@ static const char *const fields[] = {"model",
                                      "retrieval",
                                      "include",
                                      "ignore_eos",
+                                     "priority",
+                                     "timeout",
                                      NULL};
 
 static const char *const chat_fields[] = {"model",
@@ -64,6 +66,8 @@ static const char *const chat_fields[] = {"model",
                                           "retrieval",
                                           "include",
                                           "ignore_eos",
+                                          "priority",
+                                          "timeout",
                                           NULL};
 
 static void *take(struct json_fields *f, size_t count, size_t size)
@@ -378,6 +382,12 @@ void completion_read_sampling(struct json_fields *f, struct completion_request *
     }
 }
 
+void completion_read_terms(struct json_fields *f, struct completion_request *r)
+{
+    json_read_number(f, "priority", -LIMITS_PRIORITY_S, LIMITS_PRIORITY_S, &r->priority);
+    json_read_number(f, "timeout", 0.001, LIMITS_TIMEOUT_S, &r->timeout);
+}
+
 /* What the fields demand of each other. */
 static void check_together(struct json_fields *f, const struct completion_request *r)
 {
@@ -409,6 +419,7 @@ static void read_common(struct json_fields *f, struct completion_request *r)
     json_read_bool(f, "retrieval", &r->retrieval);
     read_include(f, r);
     json_read_bool(f, "ignore_eos", &r->ignore_eos);
+    completion_read_terms(f, r);
 }
 
 static enum status parse(const char *json, size_t size, bool chat, struct completion_request *out,

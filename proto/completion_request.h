@@ -50,6 +50,7 @@ struct completion_request {
     bool stream, include_usage;
     char memory[LIMITS_ID_BYTES];
     bool memory_write, retrieval, ignore_eos;
+    double priority, timeout; /* seconds; see server/job.h */
 };
 
 /* Defaults: max_tokens 16, temperature 1, memory_write true. STATUS_INVALID or STATUS_UNSUPPORTED

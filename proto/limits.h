@@ -25,6 +25,7 @@
 
 /* Keys. */
 #define LIMITS_KEYS 4096          /* all are looked at for each request, in constant time */
+#define LIMITS_WEIGHT 1000        /* of a key's share of the engine */
 #define LIMITS_KEY_BYTES_LEAST 16 /* of one that a person chose */
 
 /* Requests. */

@@ -345,6 +345,8 @@ enum status response_request_parse(const char *json, size_t size, struct respons
                                         "frequency_penalty",
                                         "logit_bias",
                                         "ignore_eos",
+                                        "priority",
+                                        "timeout",
                                         "user",
                                         "memory",
                                         "memory_write",
@@ -370,6 +372,7 @@ enum status response_request_parse(const char *json, size_t size, struct respons
     read_include(&f, r);
     json_read_bool(&f, "stream", &r->base.stream);
     json_read_bool(&f, "ignore_eos", &r->base.ignore_eos);
+    completion_read_terms(&f, &r->base);
     json_read_text(&f, "memory", r->base.memory, sizeof r->base.memory);
     json_read_bool(&f, "memory_write", &r->base.memory_write);
     json_read_text(&f, "previous_response_id", r->previous, sizeof r->previous);

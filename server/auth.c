@@ -22,6 +22,7 @@ struct key {
     char name[LIMITS_ID_BYTES];
     unsigned char hash[SHA256_BYTES];
     uint64_t quota; /* of the name; 0: not said */
+    uint32_t weight; /* of its name's share; 0: not said */
 };
 
 struct keys {
@@ -59,22 +60,33 @@ static bool parse_hash(const char *text, unsigned char hash[SHA256_BYTES])
     return true;
 }
 
+/* What may stand behind a key: "weight=N", "quota=SIZE". */
+static bool parse_option(const char *text, struct key *key)
+{
+    char *end;
+    if (strncmp(text, "quota=", 6) == 0)
+        return config_parse_bytes(text + 6, &key->quota) && key->quota;
+    if (strncmp(text, "weight=", 7) != 0 || !isdigit((unsigned char)text[7]))
+        return false;
+    const unsigned long number = strtoul(text + 7, &end, 10);
+    key->weight = (uint32_t)number;
+    return !*end && number >= 1 && number <= LIMITS_WEIGHT;
+}
+
 /* One line without its end; false: it is neither empty, a comment, nor a key. */
 static bool parse_line(char *line, struct key *key, bool *has_key)
 {
     char *rest;
     line[strcspn(line, "#")] = 0;
     const char *name = strtok_r(line, BLANKS, &rest), *hash = strtok_r(NULL, BLANKS, &rest);
-    const char *quota = hash ? strtok_r(NULL, BLANKS, &rest) : NULL;
     *has_key = name != NULL;
     if (!name)
         return true;
-    if (quota && (strncmp(quota, "quota=", 6) != 0 || !config_parse_bytes(quota + 6, &key->quota) ||
-                  !key->quota))
+    if (!hash || !good_name(name) || !parse_hash(hash, key->hash))
         return false;
-    if (!hash || (quota && strtok_r(NULL, BLANKS, &rest)) || !good_name(name) ||
-        !parse_hash(hash, key->hash))
-        return false;
+    for (const char *more; (more = strtok_r(NULL, BLANKS, &rest));)
+        if (!parse_option(more, key))
+            return false;
     memcpy(key->name, name, strlen(name) + 1);
     return true;
 }
@@ -97,11 +109,10 @@ static enum status read_lines(FILE *file, const char *path, struct keys *keys, s
         struct key key = {0};
         bool has_key;
         if (!parse_line(line, &key, &has_key))
-            status =
-                error_set(err, STATUS_INVALID,
-                          "%s line %d: not \"NAME sha256:HEX\", which rambad key writes, with or "
-                          "without \"quota=SIZE\"",
-                          path, number);
+            status = error_set(err, STATUS_INVALID,
+                               "%s line %d: not \"NAME sha256:HEX\", which rambad key writes, with "
+                               "or without \"weight=N\" and \"quota=SIZE\"",
+                               path, number);
         else if (has_key && keys->count == LIMITS_KEYS)
             status = error_set(err, STATUS_INVALID, "%s: more than %d keys", path, LIMITS_KEYS);
         else if (has_key && add(keys, &key))
@@ -214,6 +225,14 @@ bool auth_check(const struct auth *auth, const char *authorization, char name[LI
     return true;
 }
 
+uint32_t auth_weight(const struct auth *auth, const char *name)
+{
+    for (size_t i = 0; i < auth->file.count; i++)
+        if (auth->file.keys[i].weight && strcmp(auth->file.keys[i].name, name) == 0)
+            return auth->file.keys[i].weight;
+    return 1;
+}
+
 /* ---- rambad key ---- */
 
 static bool write_line(const char *path, const char *name, const unsigned char *hash)
@@ -239,7 +258,10 @@ int auth_key_main(int argc, char **argv)
                 "usage: rambad key NAME FILE\nMakes an API key, adds its hash to FILE for "
                 "rambad serve --keys FILE, and prints it: it is not kept.\nNAME, of "
                 "letters, digits and -_.@, is whose the memories are; a new key of the "
-                "same name sees them too.\nSIGHUP makes a running server read FILE again.\n");
+                "same name sees them too.\nWhen the server is busy, every NAME has an equal part "
+                "of its time; one with \" weight=N\"\n(1 to %d) behind a line of its own in FILE "
+                "has N parts;\n\" quota=SIZE\" bounds its memories on disk.\nSIGHUP makes a running server read FILE again.\n",
+                LIMITS_WEIGHT);
         return argc == 2 && strcmp(argv[1], "--help") == 0 ? 0 : 2;
     }
     if (getrandom(random, sizeof random, 0) != sizeof random) {

@@ -17,9 +17,9 @@ struct auth;
 
 #define AUTH_ENVIRONMENT "RAMBAD_API_KEY" /* one key, as it is; it is named "environment" */
 
-/* Keys of the file `path` ("": none), lines of "NAME sha256:HEX [quota=SIZE]", # begins a comment;
- * and `plain` (NULL or "": none), copied. STATUS_NOT_FOUND, STATUS_INVALID (a line; no key in the
- * file; a plain one that is too short), STATUS_IO, STATUS_NO_MEMORY. */
+/* Keys of the file `path` ("": none), lines of "NAME sha256:HEX [weight=N] [quota=SIZE]", # begins a
+ * comment; and `plain` (NULL or "": none), copied. STATUS_NOT_FOUND, STATUS_INVALID (a line; no key
+ * in the file; a plain one that is too short), STATUS_IO, STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status auth_open(const char *path, const char *plain, struct auth **out,
                                      struct error *err);
 /* Reads the file again. After a failure the keys are what they were. */
@@ -33,6 +33,9 @@ bool auth_is_required(const struct auth *auth);
  * name may take on disk, in bytes; 0: as the other keys of the name say, or as much as there is. */
 bool auth_key_at(const struct auth *auth, size_t index, const char **name, uint64_t *quota);
 bool auth_check(const struct auth *auth, const char *authorization, char name[LIMITS_ID_BYTES]);
+
+/* Its weight, of its first line that says one; 1. */
+uint32_t auth_weight(const struct auth *auth, const char *name);
 
 /* `rambad key NAME FILE`: makes a key, adds its hash to the file and prints it. The exit code. */
 int auth_key_main(int argc, char **argv);

@@ -12,9 +12,10 @@
 struct config {
     char host[64], data[1024], model[1024], keys[1024], cors_origin[1024];
     char backend[16], memory_dtype[8], log_level[8], chat_template[16];
-    uint64_t port, threads, running, queue, connections;
+    uint64_t port, threads, running, queue, queue_tokens, connections;
+    uint64_t max_stall;                                                 /* milliseconds */
     uint64_t drain_timeout, header_timeout, body_timeout, idle_timeout; /* seconds */
-    uint64_t host_memory, device_memory, session_memory, map_size;      /* bytes */
+    uint64_t host_memory, device_memory, session_memory, running_memory, map_size; /* bytes */
     uint64_t keep_snapshots, prefix_cache, memory_quota;
     uint64_t insecure; /* a switch */
 };

@@ -761,6 +761,13 @@ static void append_error(struct buf *out, const struct request *request, enum st
                           err ? err->param : "");
 }
 
+static void append_retry(struct buf *headers, double seconds)
+{
+    const unsigned long long ms = (unsigned long long)(seconds * 1e3) + 1;
+    buf_append_format(headers, "retry-after-ms: %llu\r\nretry-after: %llu\r\n", ms,
+                      (ms + 999) / 1000);
+}
+
 void request_fail(struct request *request, enum status status, const struct error *err)
 {
     struct buf body, headers;
@@ -774,7 +781,11 @@ void request_fail(struct request *request, enum status status, const struct erro
         buf_append_text(&headers, "x-should-retry: false\r\n");
     else if (status == STATUS_CONFLICT)
         buf_append_text(&headers, "retry-after-ms: 1000\r\nretry-after: 1\r\n");
-    else if (status == STATUS_BUSY || status == STATUS_UNAVAILABLE)
+    else if (status == STATUS_TIMEOUT && err && err->param[0]) /* it asked for no more time */
+        buf_append_text(&headers, "x-should-retry: false\r\n");
+    else if (status == STATUS_BUSY)
+        append_retry(&headers, engine_thread_retry_after(request->server->engine_thread));
+    else if (status == STATUS_UNAVAILABLE)
         buf_append_text(&headers, "retry-after-ms: 2000\r\nretry-after: 2\r\n");
     else if (status == STATUS_UNAUTHORIZED)
         buf_append_text(&headers, "www-authenticate: Bearer\r\n");

@@ -59,6 +59,8 @@ enum status generate_check(const struct request *request, const struct completio
 void generate_fill(struct job_generate *generate, const struct completion_request *asked)
 {
     fill_sampling(asked, &generate->sampling);
+    generate->terms.priority = asked->priority;
+    generate->terms.timeout = asked->timeout;
     if (!asked->has_seed)
         ASSERT(getrandom(&generate->sampling.seed, sizeof generate->sampling.seed, 0) ==
                sizeof generate->sampling.seed);
@@ -81,10 +83,13 @@ enum status generate_submit(struct server *server, const struct job_generate *ge
                             job_event_cb event_cb, void *context, struct job **job,
                             struct error *err)
 {
+    struct job_generate weighed = *generate;
+    weighed.terms.weight = auth_weight(server->auth, generate->terms.tenant);
     const enum status status =
-        job_submit_generate(server->engine_thread, generate, event_cb, context, job);
+        job_submit_generate(server->engine_thread, &weighed, event_cb, context, job);
     if (status == STATUS_BUSY)
-        error_set(err, status, "too many requests are waiting; try again soon");
+        error_set(err, status,
+                  "too much is waiting before this; come again after the time in retry-after");
     else if (status == STATUS_UNAVAILABLE)
         error_set(err, status, "the server is shutting down");
     return status;

@@ -13,7 +13,8 @@
 STATUS_CHECKED enum status generate_check(const struct request *request,
                                           const struct completion_request *asked,
                                           struct error *err);
-/* Sampling and stop strings as the job takes them; a seed of chance where none was asked for. */
+/* Sampling, stop strings, priority and timeout as the job takes them; a seed of chance where none
+ * was asked for. */
 void generate_fill(struct job_generate *generate, const struct completion_request *asked);
 /* Frees what generate_fill made, of a job that was not submitted. */
 void generate_unfill(struct job_generate *generate);

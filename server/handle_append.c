@@ -220,6 +220,32 @@ static void gone(struct request *request)
         job_cancel(u->job);
 }
 
+/* A number in the query; false when it is none, or out of bounds. */
+static bool read_seconds(const struct request *request, const char *name, double min, double max,
+                         double *out)
+{
+    char text[32], *end;
+    if (!http_query(request->head->query, name, text, sizeof text))
+        return true;
+    *out = strtod(text, &end);
+    return end != text && !*end && *out >= min && *out <= max;
+}
+
+static enum status read_terms(const struct request *request, struct job_terms *terms,
+                              struct error *err)
+{
+    memcpy(terms->tenant, request->key, sizeof terms->tenant);
+    terms->weight = auth_weight(request->server->auth, request->key);
+    if (!read_seconds(request, "priority", -LIMITS_PRIORITY_S, LIMITS_PRIORITY_S, &terms->priority))
+        return error_set_param(err, STATUS_INVALID, "priority",
+                               "\"priority\" must be seconds from %g to %g", -LIMITS_PRIORITY_S,
+                               LIMITS_PRIORITY_S);
+    if (!read_seconds(request, "timeout", 0.001, LIMITS_TIMEOUT_S, &terms->timeout))
+        return error_set_param(err, STATUS_INVALID, "timeout",
+                               "\"timeout\" must be seconds from 0.001 to %g", LIMITS_TIMEOUT_S);
+    return STATUS_OK;
+}
+
 static bool read_offset(const struct request *request, int64_t *out)
 {
     char text[32], *end;
@@ -316,10 +342,15 @@ static void begin(struct request *request)
         struct job_append append = {.expected_text_bytes = offset};
         memcpy(append.request_id, request->id, sizeof append.request_id);
         memcpy(append.memory, request->argument, sizeof append.memory);
-        status = begin_once(request, u, &append, &err);
+        status = read_terms(request, &append.terms, &err);
+        if (!status)
+            status = begin_once(request, u, &append, &err);
         if (!status && !request->answered)
             status =
                 job_submit_append(request->server->engine_thread, &append, event_cb, u, &u->job);
+        if (status == STATUS_BUSY)
+            error_set(&err, status,
+                      "too much is waiting before this; come again after the time in retry-after");
     }
     if (status)
         request_fail(request, status, &err);
@@ -359,9 +390,10 @@ static void end(struct request *request)
     next_block(u);
 }
 
-const struct request_handler handle_append = {.name = "append",
-                                              .of_memory = true,
-                                              .query = (const char *const[]){"offset", NULL},
-                                              .begin_cb = begin,
-                                              .body_cb = body,
-                                              .end_cb = end};
+const struct request_handler handle_append = {
+    .name = "append",
+    .of_memory = true,
+    .query = (const char *const[]){"offset", "priority", "timeout", NULL},
+    .begin_cb = begin,
+    .body_cb = body,
+    .end_cb = end};

@@ -252,7 +252,11 @@ static int serve(struct process *process)
                                                   .storage = server->storage,
                                                   .running_max = (uint32_t)config->running,
                                                   .queue_max = (uint32_t)config->queue,
+                                                  .queue_tokens = config->queue_tokens,
                                                   .session_bytes = config->session_memory,
+                                                  .running_bytes = config->running_memory,
+                                                  .max_stall = (double)config->max_stall * 1e-3,
+                                                  .shared = auth_is_required(server->auth),
                                                   .prefix_bytes = config->prefix_cache};
     int port = (int)config->port;
     if (server_listen(server, &port, &err) ||

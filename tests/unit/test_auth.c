@@ -89,6 +89,20 @@ static void test_check(void **state)
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         if (auth_check(auth, wrong[i], name))
             fail_msg("%s was let in", wrong[i]);
+    assert_int_equal(auth_weight(auth, "ann"), 1);
+    write_file("ann " EMPTY "\nann " EMPTY " weight=7\nbob " ABC " weight=1000 # much\n");
+    assert_int_equal(auth_reload(auth, &err), STATUS_OK);
+    assert_int_equal(auth_weight(auth, "ann"), 7);
+    assert_int_equal(auth_weight(auth, "bob"), 1000);
+    assert_int_equal(auth_weight(auth, "environment"), 1);
+    static const char *const no_weights[] = {"weight=0",  "weight=1001", "weight=",    "weight=x",
+                                             "weight=1x", "weight=-1",   "weight=1 1", "1"};
+    for (size_t i = 0; i < sizeof no_weights / sizeof *no_weights; i++) {
+        char line[256];
+        snprintf(line, sizeof line, "ann " EMPTY " %s\n", no_weights[i]);
+        write_file(line);
+        assert_int_equal(auth_reload(auth, &err), STATUS_INVALID);
+    }
     write_file("ann " EMPTY "\n");
     assert_int_equal(auth_reload(auth, &err), STATUS_OK);
     assert_false(auth_check(auth, "Bearer abc", name));

@@ -278,6 +278,12 @@ void engine_thread_release_memory(struct engine_thread *thread, const char *id,
     released_cb(context, STATUS_OK);
 }
 
+double engine_thread_retry_after(struct engine_thread *engine_thread)
+{
+    (void)engine_thread;
+    return 1; /* nothing waits here */
+}
+
 void engine_thread_get_stats(const struct engine_thread *thread, struct engine_thread_stats *stats)
 {
     *stats = (struct engine_thread_stats){.running = thread->job_count};

@@ -1,0 +1,312 @@
+/* What waits, and for how long: the order of turns, timeouts, a full queue and when to come again,
+ * parts by the weights of keys. One place at the engine, so that the rest waits. */
+#include <cjson/cJSON.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <cmocka.h>
+
+#include "tests/lib/daemon.h"
+#include "tests/lib/wire.h"
+
+#define MODEL "tests/golden/wide-stickbreaking-topk8"
+#define ANSWER "\"temperature\":0,\"ignore_eos\":true,\"prompt\":\"x\","
+#define LONG "{\"max_tokens\":1000000,\"stream\":true," ANSWER
+
+static struct daemon daemon_;
+static char *folder;
+static char keys[1100];
+static const char *const flags[] = {
+    "--threads",      "1",  "--running",        "1",   "--queue", "3",
+    "--queue-tokens", "64", "--running-memory", "64M", NULL};
+
+static void ask(struct wire *wire, const char *headers, const char *body)
+{
+    wire_open(wire, &daemon_);
+    wire_ask(wire, "POST", "/v1/completions", headers, body, strlen(body));
+}
+
+/* Holds the engine's one place. */
+static void occupy(struct wire *wire)
+{
+    ask(wire, "", LONG "\"priority\":0}");
+    assert_true(wire_wait_for(wire, "data: {"));
+}
+
+static void refused(const char *body, int status, const char *code, const char *param)
+{
+    struct wire wire;
+    struct wire_answer answer;
+    ask(&wire, "", body);
+    wire_answer(&wire, &answer, false);
+    wire_check_error(&answer, status, code, param);
+    wire_answer_close(&answer);
+    wire_close(&wire);
+}
+
+static void test_fields(void **state)
+{
+    (void)state;
+    struct wire_answer answer;
+    refused("{" ANSWER "\"priority\":3601}", 400, "invalid", "priority");
+    refused("{" ANSWER "\"priority\":\"high\"}", 400, "invalid", "priority");
+    refused("{" ANSWER "\"timeout\":0}", 400, "invalid", "timeout");
+    static const char *const wrong[] = {"timeout=", "timeout=0", "timeout=1s", "priority=x",
+                                        "priority=99999"};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        char path[128];
+        snprintf(path, sizeof path, "/v1/memories/mem_0/append?%s", wrong[i]);
+        wire_call(&daemon_, "POST", path, "text", &answer);
+        wire_check_error(&answer, 400, "invalid", *wrong[i] == 't' ? "timeout" : "priority");
+        wire_answer_close(&answer);
+    }
+}
+
+/* The later one is sooner when it asks for it, the earlier one when it lets pass. */
+static void test_priority(void **state)
+{
+    (void)state;
+    struct wire first, later, sooner;
+    occupy(&first);
+    ask(&later, "", LONG "\"priority\":0}");
+    wire_wait_metric(&daemon_, "rambad_jobs_waiting", 1);
+    ask(&sooner, "", LONG "\"priority\":-100}");
+    wire_wait_metric(&daemon_, "rambad_jobs_waiting", 2);
+    wire_close(&first);
+    assert_true(wire_wait_for(&sooner, "data: {"));
+    assert_int_equal(later.in.size, 0);
+    assert_int_equal(wire_metric(&daemon_, "rambad_jobs_waiting"), 1);
+    wire_close(&sooner);
+    assert_true(wire_wait_for(&later, "data: {"));
+    wire_close(&later);
+    wire_wait_metric(&daemon_, "rambad_jobs_running", 0);
+}
+
+static void test_timeout_in_queue(void **state)
+{
+    (void)state;
+    struct wire first, second;
+    struct wire_answer answer;
+    char value[64];
+    occupy(&first);
+    const double begin = daemon_now();
+    ask(&second, "", "{" ANSWER "\"timeout\":0.3}");
+    wire_answer(&second, &answer, false);
+    const double waited = daemon_now() - begin;
+    assert_true(waited >= 0.3 && waited < 5);
+    wire_check_error(&answer, 408, "timeout", "timeout");
+    assert_non_null(strstr(buf_text(&answer.body), "for its turn"));
+    assert_true(wire_header(&answer, "x-should-retry", value, sizeof value));
+    assert_string_equal(value, "false");
+    wire_answer_close(&answer);
+    wire_close(&second);
+    assert_int_equal(wire_metric(&daemon_, "rambad_jobs_waiting"), 0);
+    wire_close(&first);
+    wire_wait_metric(&daemon_, "rambad_jobs_running", 0);
+}
+
+/* One that is at work is cut: a stream by an error, a memory at its last commit. */
+static void test_timeout_at_work(void **state)
+{
+    (void)state;
+    struct wire wire;
+    char id[LIMITS_ID_BYTES], body[512], path[128];
+    struct wire_answer answer;
+    daemon_create_memory(&daemon_, NULL, id);
+    snprintf(body, sizeof body, LONG "\"timeout\":0.3,\"memory\":\"%s\"}", id);
+    ask(&wire, "", body);
+    assert_true(wire_wait_for(&wire, "data: {\"error\":"));
+    assert_true(wire_wait_for(&wire, "\"code\":\"timeout\""));
+    wire_close(&wire);
+    assert_int_equal(daemon_get_memory(&daemon_, id).token_count, 0);
+    /* An upload whose text does not come. */
+    snprintf(path, sizeof path, "/v1/memories/%s/append?timeout=0.3", id);
+    wire_open(&wire, &daemon_);
+    wire_say(&wire,
+             "POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+             "Content-Length: 100\r\n\r\nabc",
+             path);
+    wire_answer(&wire, &answer, false);
+    wire_check_error(&answer, 408, "timeout", "timeout");
+    wire_answer_close(&answer);
+    wire_close(&wire);
+    wire_wait_metric(&daemon_, "rambad_jobs_running", 0);
+}
+
+static double retry_after(struct wire *wire)
+{
+    struct wire_answer answer;
+    char ms[64], s[64];
+    wire_answer(wire, &answer, false);
+    wire_check_error(&answer, 429, "busy", NULL);
+    assert_true(wire_header(&answer, "retry-after-ms", ms, sizeof ms));
+    assert_true(wire_header(&answer, "retry-after", s, sizeof s));
+    const double seconds = atof(ms) * 1e-3;
+    assert_true(seconds > 0 && atof(s) >= seconds && atof(s) < seconds + 1);
+    wire_answer_close(&answer);
+    return seconds;
+}
+
+static void test_full(void **state)
+{
+    (void)state;
+    struct wire first, waiting[3], refuse;
+    occupy(&first);
+    /* In tokens: one of 40 waits (a token is a byte here), one more is too many. */
+    char body[256];
+    snprintf(body, sizeof body, "{\"prompt\":\"%040d\",\"max_tokens\":1}", 0);
+    ask(&waiting[0], "", body);
+    wire_wait_metric(&daemon_, "rambad_jobs_waiting", 1);
+    ask(&refuse, "", body);
+    retry_after(&refuse);
+    wire_close(&refuse);
+    /* In requests. */
+    for (int i = 1; i < 3; i++) {
+        ask(&waiting[i], "", "{\"prompt\":\"y\",\"max_tokens\":1}");
+        wire_wait_metric(&daemon_, "rambad_jobs_waiting", i + 1);
+    }
+    ask(&refuse, "", "{\"prompt\":\"y\",\"max_tokens\":1}");
+    const double once = retry_after(&refuse);
+    wire_close(&refuse);
+    ask(&refuse, "", "{\"prompt\":\"y\",\"max_tokens\":1}");
+    assert_true(retry_after(&refuse) >= once); /* behind the one before */
+    wire_close(&refuse);
+    wire_close(&first);
+    for (int i = 0; i < 3; i++) {
+        struct wire_answer answer;
+        assert_int_equal(wire_answer(&waiting[i], &answer, false), 200);
+        wire_answer_close(&answer);
+        wire_close(&waiting[i]);
+    }
+}
+
+/* What can never have room is refused at once, and says of what there is too little. */
+static void test_too_large(void **state)
+{
+    (void)state;
+    refused("{" ANSWER "\"max_tokens\":16000000,\"n\":128}", 413, "too_large", NULL);
+}
+
+/* ---- weights ---- */
+
+#define STREAMS 6 /* of each key: always more than one wants its turn */
+
+struct crowd {
+    char key[128];
+    pthread_t threads[STREAMS];
+    volatile bool *over;
+    int answers;
+    pthread_mutex_t lock;
+};
+
+static void *go_on_asking(void *context)
+{
+    struct crowd *crowd = context;
+    char headers[256];
+    snprintf(headers, sizeof headers, "Authorization: Bearer %s\r\n", crowd->key);
+    struct wire wire;
+    wire_open(&wire, &daemon_);
+    while (!*crowd->over) {
+        struct wire_answer answer;
+        const char *body = "{\"max_tokens\":60," ANSWER "\"n\":1}";
+        wire_ask(&wire, "POST", "/v1/completions", headers, body, strlen(body));
+        const int status = wire_answer(&wire, &answer, false);
+        wire_answer_close(&answer);
+        pthread_mutex_lock(&crowd->lock);
+        crowd->answers += status == 200;
+        pthread_mutex_unlock(&crowd->lock);
+        assert_int_equal(status, 200);
+    }
+    wire_close(&wire);
+    return NULL;
+}
+
+static void new_key(const char *name, const char *weight, char key[128])
+{
+    struct buf out;
+    char command[3072];
+    buf_init(&out);
+    const char *const argv[] = {getenv("RAMBAD_BIN"), "key", name, keys, NULL};
+    assert_int_equal(daemon_run(&daemon_, argv, &out), 0);
+    snprintf(key, 128, "%.*s", (int)strcspn(buf_text(&out), "\n"), buf_text(&out));
+    buf_close(&out);
+    snprintf(command, sizeof command, "sed -i '/^%s /s/$/%s/' '%s'", name, weight, keys);
+    assert_int_equal(system(command), 0);
+}
+
+static void test_weights(void **state)
+{
+    (void)state;
+    static struct crowd light, heavy;
+    volatile bool over = false;
+    const char *const *before = daemon_.flags;
+    struct crowd *crowds[] = {&light, &heavy};
+    new_key("light", "", light.key);
+    new_key("heavy", " weight=3", heavy.key);
+    daemon_stop(&daemon_);
+    daemon_.flags = (const char *const[]){"--threads", "1", "--running", "1", "--keys", keys, NULL};
+    daemon_start(&daemon_);
+    for (int i = 0; i < 2; i++) {
+        pthread_mutex_init(&crowds[i]->lock, NULL);
+        crowds[i]->over = &over;
+        for (int j = 0; j < STREAMS; j++)
+            assert_int_equal(pthread_create(&crowds[i]->threads[j], NULL, go_on_asking, crowds[i]),
+                             0);
+    }
+    for (int done = 0; done < 400;) {
+        nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+        done = 0;
+        for (int i = 0; i < 2; i++) {
+            pthread_mutex_lock(&crowds[i]->lock);
+            done += crowds[i]->answers;
+            pthread_mutex_unlock(&crowds[i]->lock);
+        }
+    }
+    over = true;
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < STREAMS; j++)
+            pthread_join(crowds[i]->threads[j], NULL);
+    print_message("weight 1: %d answers, weight 3: %d\n", light.answers, heavy.answers);
+    /* Parts are of seconds, and on a busy machine answers do not all take as long: the simulation
+     * holds them to ten percent. */
+    assert_true(heavy.answers > 2 * light.answers && heavy.answers < 4 * light.answers);
+    daemon_stop(&daemon_);
+    daemon_.flags = before;
+    daemon_start(&daemon_);
+}
+
+static int setup(void **state)
+{
+    (void)state;
+    folder = daemon_begin(&daemon_, MODEL, flags);
+    snprintf(keys, sizeof keys, "%s.keys", daemon_.data);
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    remove(keys);
+    daemon_end(&daemon_, folder);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_fields),
+        cmocka_unit_test(test_priority),
+        cmocka_unit_test(test_timeout_in_queue),
+        cmocka_unit_test(test_timeout_at_work),
+        cmocka_unit_test(test_full),
+        cmocka_unit_test(test_too_large),
+        cmocka_unit_test(test_weights),
+    };
+    return cmocka_run_group_tests_name("sched", tests, setup, teardown);
+}
