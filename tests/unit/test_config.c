@@ -167,6 +167,7 @@ static void test_every_setting(void **state)
         {"queue", "3"},
         {"queue-tokens", "9"},
         {"max-stall", "70"},
+        {"memory-quota", "3G"},
         {"running-memory", "5G"},
         {"map-size", "3G"},
         {"keep-snapshots", "3"},
