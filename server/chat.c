@@ -333,7 +333,8 @@ enum status chat_encode(const struct chat *chat, const struct chat_message *mess
     const size_t rest = strlen(form->rest);
     if (answers)
         write_piece(&w, form->prompt);
-    else if (w.text.size >= rest && memcmp(w.text.data + w.text.size - rest, form->rest, rest) == 0)
+    else if (rest && w.text.size >= rest &&
+             memcmp(w.text.data + w.text.size - rest, form->rest, rest) == 0)
         w.text.size -= rest; /* what goes on writes it */
     write_gathered(&w);
     buf_close(&w.text);

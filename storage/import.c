@@ -185,9 +185,9 @@ static bool is_expected(const struct storage_import *file)
 {
     const struct memory_file_part *p = &file->header;
     const struct memory_file_manifest *m = &file->manifest;
-    const uint64_t chunk_end = p->number ? m->token_count / m->chunk_tokens : 0;
     if (p->kind != file->next || p->number != file->number)
         return false;
+    const uint64_t chunk_end = file->number ? m->token_count / m->chunk_tokens : 0;
     switch (p->kind) {
     case MEMORY_FILE_MANIFEST:
         return p->first == 0 && p->count == 0 && p->bytes <= MEMORY_FILE_MANIFEST_BYTES;

@@ -80,7 +80,7 @@ static void say(const struct chat *chat, struct chat_message *messages, size_t c
     ASSERT((status != STATUS_OK) == (err.message[0] != 0));
     if (status)
         return;
-    ASSERT(!chat_encode(chat, messages, count, false, &tokens, &bytes));
+    ASSERT(!chat_encode(chat, messages, count, false, true, &tokens, &bytes));
     for (size_t i = 0; i < tokens.count; i++) {
         size_t size;
         tokenizer_bytes(chat->tokenizer, tokens.ids[i], &size);
@@ -90,7 +90,7 @@ static void say(const struct chat *chat, struct chat_message *messages, size_t c
     /* The template's own tokens are as many as where nobody says anything. */
     for (size_t i = 0; i < count; i++)
         messages[i].size = 0;
-    ASSERT(!chat_encode(chat, messages, count, false, &silent, &none));
+    ASSERT(!chat_encode(chat, messages, count, false, true, &silent, &none));
     ASSERT(specials(&silent) == specials(&tokens));
     tokenizer_tokens_close(&tokens);
     tokenizer_tokens_close(&silent);

@@ -327,6 +327,13 @@ static void test_foreign(void **state)
     seal(&frames.parts[0], "{\"format\":1}", 12, 0);
     put_together(&frames, &file);
     assert_int_equal(import_from(storage, "c", file.data, file.size, 4096, &err), STATUS_CORRUPT);
+    /* A first part that says it is not the first: nothing is known of sizes yet. */
+    header.number = 5;
+    header.bytes = 0;
+    memory_file_write_header((unsigned char *)frames.parts[0].data, &header,
+                             frames.parts[0].data + MEMORY_FILE_HEADER_BYTES, 0);
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "c", file.data, file.size, 4096, &err), STATUS_CORRUPT);
     assert_int_equal(import_from(storage, "c", "hello, memory", 13, 4, &err), STATUS_CORRUPT);
     assert_int_equal(import_from(storage, "c", "", 0, 4, &err), STATUS_CORRUPT);
 
