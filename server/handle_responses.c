@@ -62,7 +62,7 @@ static void get(struct request *request)
         return;
     const bool stream = from != UINT64_MAX;
     struct responding *live = responding_find(request, request->argument);
-    if (live && stream) {
+    if (live && stream && strcmp(request->head->method, "HEAD") != 0) {
         responding_watch_events(live, request, from);
         return;
     }

@@ -94,8 +94,7 @@ struct job_generate {
     uint32_t stop_count;
     bool echo_logprobs;
     bool retrieval;
-    bool
-        has_at; /* the memory must stand at `at`, in tokens, else STATUS_CONFLICT before anything */
+    bool has_at; /* the memory must stand at `at` tokens, else STATUS_CONFLICT before anything */
     uint64_t at;
     bool settles;                    /* the memory is ephemeral, and lasts from this turn on */
     const struct storage_keep *keep; /* commit with the turn; NULL: nothing. Borrowed, with all that

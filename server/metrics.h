@@ -11,7 +11,7 @@
 #include "storage/storage.h"
 
 #define METRICS_BUCKETS 16
-#define METRICS_ROUTES 96
+#define METRICS_ROUTES 256
 
 /* Seconds; bucket i counts what is at most 0.001 * 2^i, the last one everything. */
 struct metrics_histogram {

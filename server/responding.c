@@ -87,16 +87,15 @@ static void send_events(struct watcher *watcher)
 {
     const struct response *response = &watcher->responding->response;
     const uint64_t count = response_event_count(response);
-    struct buf events;
+    struct buf *events = &watcher->responding->server->event;
     if (watcher->gone)
         return;
-    buf_init(&events);
+    events->size = 0;
     for (; watcher->next < count; watcher->next++)
-        response_append_event(response, watcher->next, &events);
+        response_append_event(response, watcher->next, events);
     if (!watcher->request->streaming)
         request_stream_begin(watcher->request);
-    request_stream_write(watcher->request, events.data, events.size);
-    buf_close(&events);
+    request_stream_write(watcher->request, events->data, events->size);
 }
 
 static void drop_gone(struct responding *r)
@@ -184,7 +183,7 @@ struct responding *responding_find(const struct request *request, const char *id
     LIST_EACH(node, &request->server->responses)
     {
         struct responding *r = LIST_ENTRY(node, struct responding, node);
-        const bool is_known = r->asked.background || r->response.begun;
+        const bool is_known = r->acknowledged || (r->asked.store && r->response.begun);
         if (is_known && strcmp(r->response.id, id) == 0 && strcmp(r->key, request->key) == 0)
             return r;
     }
@@ -236,18 +235,22 @@ static void fail(struct responding *r, enum status status)
     snprintf(response->error_code, sizeof response->error_code, "%s", status_code(status));
     snprintf(response->error_message, sizeof response->error_message, "%s", r->err.message);
     r->end = status == STATUS_CANCELLED ? RESPONSE_CANCELLED : RESPONSE_FAILED;
-    const bool stream_begun = r->asked.base.stream && response->begun;
-    if (!r->asked.store || r->only_counts || (!r->asked.background && !stream_begun) ||
-        !response->id[0]) {
+    const bool is_known = r->acknowledged || (r->asked.base.stream && response->begun);
+    if (!r->asked.store || (!is_known && !r->placed)) {
         finish(r);
         return;
     }
-    fill_object(r);
-    if (!r->asked.background)
-        r->keep.lists[0] = (struct storage_list){response->id, r->items, r->asked.input.count};
     r->wait.server = r->server;
     wait_for_write(&r->wait, end_stored);
-    status = storage_put(r->server->storage, &r->keep, wait_stored_cb, &r->wait);
+    if (is_known) {
+        fill_object(r);
+        if (!r->placed)
+            r->keep.lists[0] = (struct storage_list){response->id, r->items, r->asked.input.count};
+        status = storage_put(r->server->storage, &r->keep, wait_stored_cb, &r->wait);
+    } else { /* refused before anybody heard of it */
+        status = storage_object_delete(r->server->storage, response->id, false, wait_stored_cb,
+                                       &r->wait);
+    }
     if (status)
         wait_refused(&r->wait, status);
 }
@@ -477,6 +480,22 @@ static enum status submit_job(struct responding *r)
     return status;
 }
 
+/* A background one is on disk, and in the queue: its client hears of it. */
+static void acknowledge(struct responding *r)
+{
+    struct watcher *watcher = LIST_ENTRY(r->watchers.next, struct watcher, node);
+    r->acknowledged = true;
+    if (list_empty(&r->watchers))
+        return;
+    if (watcher->watch == WATCH_EVENTS) {
+        notify(r);
+        return;
+    }
+    if (!watcher->gone)
+        answer_object(watcher->request, &r->response);
+    drop_watcher(watcher);
+}
+
 /* Whether the one who asked is still there, or need not be. */
 static bool is_wanted(struct responding *r)
 {
@@ -493,6 +512,8 @@ static void submit(struct responding *r)
         status = submit_job(r);
     if (status)
         fail(r, status);
+    else if (r->asked.background && !r->acknowledged)
+        acknowledge(r);
 }
 
 static void forked(struct place *place, enum status status)
@@ -526,20 +547,12 @@ static void begin(struct responding *r)
 static void placeholder_stored(struct wait *wait)
 {
     struct responding *r = LIST_ENTRY(wait, struct responding, wait);
-    struct watcher *watcher = LIST_ENTRY(r->watchers.next, struct watcher, node);
     if (wait->status) {
-        r->asked.background = false; /* it was never acknowledged */
         fail(r, wait->status);
-        return;
+    } else {
+        r->placed = true;
+        begin(r);
     }
-    if (!list_empty(&r->watchers) && watcher->watch == WATCH_EVENTS) {
-        notify(r);
-    } else if (!list_empty(&r->watchers)) {
-        if (!watcher->gone)
-            answer_object(watcher->request, &r->response);
-        drop_watcher(watcher);
-    }
-    begin(r);
 }
 
 /* On disk it stands as what it is if nothing more comes: cut off by the end of the server. */
@@ -855,7 +868,7 @@ void responding_create(struct request *request, bool only_counts)
 void responding_answer(struct request *request, const struct response *response, bool stream,
                        uint64_t from)
 {
-    if (!stream) {
+    if (!stream || strcmp(request->head->method, "HEAD") == 0) {
         answer_object(request, response);
         return;
     }

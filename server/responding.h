@@ -27,7 +27,8 @@ struct responding {
     bool goes_on;     /* from an earlier response, of which it may be a fork */
     bool made_memory; /* its memory is there for responses alone */
     bool wants_fork;
-    bool keeping; /* the job writes the turn; the answer is there */
+    bool placed, acknowledged; /* in the background: it is on disk; its client has heard of it */
+    bool keeping;              /* the job writes the turn; the answer is there */
     bool only_counts;
     /* The prompt; and what the memory keeps, where that is something else. */
     struct tokenizer_tokens prompt, kept_prompt;
