@@ -21,7 +21,8 @@
 static struct daemon daemon_;
 static char *folder;
 /* Fewer snapshots than the test has turns, so that old ones are reached by replay. */
-static const char *const flags[] = {"--threads", "1", "--keep-snapshots", "2", NULL};
+static const char *const flags[] = {"--threads", "1", "--keep-snapshots", "2", "--drain-timeout",
+                                    "1",         NULL};
 
 static cJSON *call(const char *method, const char *path, const char *body, int status)
 {
@@ -502,6 +503,18 @@ static void test_cut_off(void **state)
     cJSON_Delete(kept);
     cJSON_Delete(events);
     cJSON_Delete(items);
+    /* A server that is asked to end cuts it off, too, when its time is over. */
+    life = respond("\"input\":\"Tell me.\",\"background\":true,\"ignore_eos\":true,"
+                   "\"max_output_tokens\":1000000");
+    daemon_stop(&daemon_);
+    daemon_start(&daemon_);
+    kept = get(id_of(life), "", 200);
+    assert_string_equal(answer_text(kept, "status"), "failed");
+    assert_string_equal(answer_text(kept, "error.code"), "unavailable");
+    assert_int_equal(memory_count(), 0);
+    delete_response(id_of(life), 200);
+    cJSON_Delete(life);
+    cJSON_Delete(kept);
     /* One that is not in the background ends with its client. */
     struct wire wire;
     const char *body = "{\"input\":\"Tell me.\",\"stream\":true,\"ignore_eos\":true,"
