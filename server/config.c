@@ -66,6 +66,9 @@ static const struct setting settings[] = {
     {"prefix-cache", "SIZE", "2G",
      "of disk, for going on with requests that name no memory; 0: keeps nothing of them", BYTES,
      FIELD(prefix_cache)},
+    {"response-days", "DAYS", "30",
+     "a stored response stays so long after its memory was last used; 0: for ever", COUNT,
+     FIELD(response_days)},
     {"memory-quota", "SIZE", "0", "disk that one memory may take; 0 for any", BYTES,
      FIELD(memory_quota)},
     {"connections", "N", TEXT_OF(LIMITS_CONNECTIONS), "open at once; then 503", COUNT,
@@ -270,7 +273,8 @@ static enum status check(const struct config *c, struct error *err)
                   {"header-timeout", c->header_timeout, 1, TIMEOUT_MAX},
                   {"body-timeout", c->body_timeout, 1, TIMEOUT_MAX},
                   {"idle-timeout", c->idle_timeout, 1, TIMEOUT_MAX},
-                  {"drain-timeout", c->drain_timeout, 0, TIMEOUT_MAX}};
+                  {"drain-timeout", c->drain_timeout, 0, TIMEOUT_MAX},
+                  {"response-days", c->response_days, 0, 36500}};
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max)
             return error_set_param(err, STATUS_INVALID, ranges[i].name, "%s: from %llu to %llu",

@@ -94,6 +94,7 @@ void place_fork(struct place *place, const char *tenant, const char *metadata,
                                                    .at = place->position,
                                                    .metadata = metadata,
                                                    .tenant = tenant,
+                                                   .expires = place->expires,
                                                    .ephemeral = true};
     if (!status)
         status = storage_memory_create(storage, &options, wait_stored_cb, &place->wait);

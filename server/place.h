@@ -20,8 +20,9 @@ struct place {
     uint64_t stands; /* where `memory` stands, in tokens */
     int32_t *replay; /* tokens from there to `position` */
     size_t replay_count;
-    uint64_t replay_bytes; /* of their text */
-    struct error err;      /* when `then` gets a status */
+    uint64_t replay_bytes;          /* of their text */
+    struct storage_expires expires; /* of the fork, once it lasts */
+    struct error err;               /* when `then` gets a status */
     /* Its own. */
     uint64_t base_branch;
     struct wait wait;

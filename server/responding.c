@@ -531,6 +531,8 @@ static void forked(struct place *place, enum status status)
 
 static void fork_place(struct responding *r)
 {
+    r->place.expires = (struct storage_expires){
+        .seconds = (int64_t)r->server->config->response_days * 86400, .from_use = true};
     place_fork(&r->place, r->key, NULL, forked);
 }
 

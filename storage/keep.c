@@ -219,29 +219,68 @@ enum status keep_put(struct store_write *write, const void *packed, size_t size,
     return status;
 }
 
+static enum status get_object(const struct storage *storage, MDB_txn *txn, const char *id,
+                              struct record_object *object)
+{
+    MDB_val value;
+    const size_t size = strlen(id);
+    if (!size || size >= LIMITS_ID_BYTES)
+        return STATUS_NOT_FOUND;
+    enum status status = store_get(storage, txn, STORE_OBJECT, id, size, &value);
+    return status ? status : record_object_decode(id, size, value.mv_data, value.mv_size, object);
+}
+
+/* Takes the last item off the list if it lies behind `position`; `id` is whose it was, "" when
+ * there is none. A damaged one goes where all of them go. */
+static enum status cut_last(struct store_write *write, const char *owner, uint64_t position,
+                            char id[LIMITS_ID_BYTES], bool *cut)
+{
+    struct list_walk walk;
+    struct record_item item;
+    unsigned char key[RECORD_ITEM_KEY_BYTES];
+    size_t key_size = 0;
+    id[0] = 0;
+    *cut = false;
+    enum status status = walk_begin(&walk, write->storage, write->txn, owner, false);
+    if (status)
+        return status;
+    if (!walk.rc) {
+        status = walk_read(&walk, &item);
+        if (!status)
+            memcpy(id, item.id, sizeof item.id);
+        *cut = status ? !position : !position || item.position > position;
+        status = *cut ? STATUS_OK : status;
+        key_size = walk.key.mv_size;
+        memcpy(key, walk.key.mv_data, key_size);
+    }
+    const enum status end = walk_end(&walk);
+    status = status ? status : end;
+    return status || !*cut ? status : store_delete(write, STORE_ITEM, key, key_size);
+}
+
+/* Deletes the object `id` with its list, if the memory `owner` was made for it. */
+static enum status delete_made(struct store_write *write, const char *owner, const char *id)
+{
+    struct record_object object;
+    char item[LIMITS_ID_BYTES];
+    enum status status = get_object(write->storage, write->txn, id, &object);
+    if (status)
+        return status == STATUS_NOT_FOUND ? STATUS_OK : status;
+    if (!object.made_memory || strcmp(object.memory, owner) != 0)
+        return STATUS_OK;
+    for (bool cut = true; cut && !status;)
+        status = cut_last(write, id, 0, item, &cut);
+    return status ? status : store_delete(write, STORE_OBJECT, id, strlen(id));
+}
+
 enum status keep_cut(struct store_write *write, const char *owner, uint64_t position)
 {
     enum status status = STATUS_OK;
-    for (bool more = true; more && !status;) {
-        struct list_walk walk;
-        struct record_item item;
-        unsigned char key[RECORD_ITEM_KEY_BYTES];
-        size_t key_size = 0;
-        status = walk_begin(&walk, write->storage, write->txn, owner, false);
-        if (status)
-            return status;
-        more = !walk.rc;
-        if (more) { /* a damaged one goes with the others where all of them go */
-            status = walk_read(&walk, &item);
-            status = position ? status : STATUS_OK;
-            more = !status && (!position || item.position > position);
-            key_size = walk.key.mv_size;
-            memcpy(key, walk.key.mv_data, key_size);
-        }
-        const enum status end = walk_end(&walk);
-        status = status ? status : end;
-        if (more && !status)
-            status = store_delete(write, STORE_ITEM, key, key_size);
+    for (bool cut = true; cut && !status;) {
+        char id[LIMITS_ID_BYTES];
+        status = cut_last(write, owner, position, id, &cut);
+        if (!status && cut && id[0])
+            status = delete_made(write, owner, id);
     }
     return status;
 }
@@ -253,17 +292,6 @@ enum status keep_delete_item(struct store_write *write, const char *owner, const
     enum status status = find_item(write->storage, write->txn, owner, id, &number);
     return status ? status
                   : store_delete(write, STORE_ITEM, key, record_item_key(key, owner, number));
-}
-
-static enum status get_object(const struct storage *storage, MDB_txn *txn, const char *id,
-                              struct record_object *object)
-{
-    MDB_val value;
-    const size_t size = strlen(id);
-    if (!size || size >= LIMITS_ID_BYTES)
-        return STATUS_NOT_FOUND;
-    enum status status = store_get(storage, txn, STORE_OBJECT, id, size, &value);
-    return status ? status : record_object_decode(id, size, value.mv_data, value.mv_size, object);
 }
 
 enum status keep_delete_object(struct store_write *write, const char *id, bool with_memory)

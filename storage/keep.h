@@ -17,8 +17,8 @@ STATUS_CHECKED enum status keep_delete_object(struct store_write *write, const c
                                               bool with_memory);
 STATUS_CHECKED enum status keep_delete_item(struct store_write *write, const char *owner,
                                             const char *id);
-/* The items of the list that lie behind `position` go: their memory went back to it, or, at 0,
- * is gone. */
+/* The items of the list that lie behind `position` go, and the objects that the memory was made
+ * for: it went back to there, or, at 0, is gone. */
 STATUS_CHECKED enum status keep_cut(struct store_write *write, const char *owner,
                                     uint64_t position);
 

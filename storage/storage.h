@@ -98,7 +98,8 @@ struct storage_item {
     size_t size;
 };
 /* Items are appended to the list of `owner`: an object's id, or a memory's, whose list goes with it
- * and is cut when the memory goes back to before an item. */
+ * and is cut when the memory goes back to before an item. The objects that a memory was made for go
+ * in the same way. */
 struct storage_list {
     const char *owner;
     const struct storage_item *items;

@@ -560,6 +560,12 @@ static void test_items(void **state)
     assert_true(cJSON_IsTrue(answer_at(page, "has_more")));
     cJSON_Delete(get(id_of(response), "/input_items?after=msg_none", 404));
     cJSON_Delete(get(id_of(response), "/input_items?order=up", 400));
+    /* Its memory goes when it was not used for long. */
+    snprintf(rest, sizeof rest, "/v1/memories/%s", answer_text(response, "memory"));
+    cJSON *memory = call("GET", rest, NULL, 200);
+    assert_true(answer_number(memory, "expires_after.seconds") == 30 * 86400);
+    assert_string_equal(answer_text(memory, "expires_after.anchor"), "last_active_at");
+    cJSON_Delete(memory);
     delete_response(id_of(response), 200);
     cJSON_Delete(get(id_of(response), "/input_items", 404));
     cJSON_Delete(response);

@@ -172,6 +172,7 @@ static void test_every_setting(void **state)
         {"map-size", "3G"},
         {"keep-snapshots", "3"},
         {"prefix-cache", "3G"},
+        {"response-days", "7"},
         {"chat-template", "none"},
         {"connections", "3"},
         {"header-timeout", "3"},

@@ -219,11 +219,20 @@ static void test_deletes(void **state)
     assert_int_equal(commit_object(storage, 3, 3, "r4"), STATUS_OK);
     assert_int_equal(delete_object(storage, "r4", false), STATUS_OK);
     assert_int_equal(store_past_get(storage, "a").token_count, 3);
-    /* An object outlives its memory, but nothing leads on from it. */
+    /* An object goes with the memory that was made for it; another outlives its own, but nothing
+     * leads on from it. */
     assert_int_equal(commit_object(storage, 5, 2, "r5"), STATUS_OK);
+    struct storage_object object = object_of("r6", "r6");
+    const struct storage_keep keep = {.object = &object};
+    object.made_memory = false;
+    assert_int_equal(commit(storage, 6, 1, false, &keep), STATUS_OK);
     assert_int_equal(store_remove(storage, "a"), STATUS_OK);
-    assert_object(storage, "r5", 5, false);
-    assert_int_equal(delete_object(storage, "r5", true), STATUS_OK);
+    assert_no_object(storage, "r5");
+    assert_list(storage, "r5", NULL, false, 8, "", false);
+    assert_int_equal(storage_object_get(storage, "r6", &object), STATUS_OK);
+    assert_false(object.reachable);
+    storage_object_close(&object);
+    assert_int_equal(delete_object(storage, "r6", true), STATUS_OK);
     storage_close(storage);
     store_past_check(*state);
 }
@@ -236,6 +245,10 @@ static void test_rewind(void **state)
     assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
     assert_int_equal(commit_object(storage, 3, 3, "r1"), STATUS_OK);
     assert_int_equal(commit_object(storage, 5, 2, "r2"), STATUS_OK);
+    struct storage_object other = object_of("o1", "o1");
+    const struct storage_keep keep = {.object = &other};
+    other.made_memory = false;
+    assert_int_equal(commit(storage, 6, 1, false, &keep), STATUS_OK);
     const struct storage_memory_options options = {
         .id = "e", .from = "a", .at = 3, .ephemeral = true};
     store_wait_init(&wait);
@@ -247,13 +260,15 @@ static void test_rewind(void **state)
         store_wait_finish(&wait, storage_memory_settle(storage, "e", "a", store_wait_cb, &wait)),
         STATUS_OK);
     assert_object(storage, "r1", 3, true);
-    assert_object(storage, "r2", 5, false);
+    assert_no_object(storage, "r2");
     assert_int_equal(commit_object(storage, 6, 3, "r3"), STATUS_OK);
     assert_object(storage, "r1", 3, true);
-    assert_object(storage, "r2", 5, false);
     assert_object(storage, "r3", 6, true);
-    /* r2 was taken off the memory's list already: the other two alone keep it. */
-    assert_int_equal(delete_object(storage, "r2", true), STATUS_OK);
+    /* It stands at a place that is there again, and is not the same. */
+    assert_int_equal(storage_object_get(storage, "o1", &other), STATUS_OK);
+    assert_int_equal(other.position, 6);
+    assert_false(other.reachable);
+    storage_object_close(&other);
     assert_int_equal(delete_object(storage, "r1", true), STATUS_OK);
     assert_int_equal(store_past_get(storage, "a").token_count, 6);
     storage_close(storage);
