@@ -1,7 +1,8 @@
 """Hold the training form of the model against goldens: whole sequences, and streamed in pieces.
 
 model.py computes in blocks and densely, for a GPU; ramba.py plainly. What trains must be what is
-served, so both of model.py's forms must give the goldens' logits. Exit status 1 when one is off.
+served, so all of model.py's forms must give the goldens' logits: whole, with the dense attention in
+parts, streamed. Exit status 1 when one is off.
 """
 
 import os
@@ -12,7 +13,11 @@ import torch
 
 import safetensors_io
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
+import model as form
 from model import Ramba
+
+
+PART = form.PART
 
 
 def pieces(ids, rng):
@@ -28,12 +33,18 @@ def check(name, golden_folder, model_folder, rng):
     rows = golden["logit_positions"].long()
     model = Ramba.load(model_folder, torch.float64)
     whole = model(ids[None])[0][rows]
+    form.PART = 100
+    parted = model(ids[None])[0][rows]
+    form.PART = PART
     session = {}
     hidden = torch.cat([model.stream(session, piece) for piece in pieces(ids, rng)], 1)
     streamed = model.head(hidden)[0][rows]
-    errors = [worst(got, golden["logits"][0]) for got in (whole, streamed)]
+    errors = [worst(got, golden["logits"][0]) for got in (whole, parted, streamed)]
     good = all(error < LOGITS_LIMIT for error in errors)
-    print(f"{'ok  ' if good else 'FAIL'} {name}: whole {errors[0]:.1e} streamed {errors[1]:.1e}")
+    print(
+        f"{'ok  ' if good else 'FAIL'} {name}: whole {errors[0]:.1e} "
+        f"in parts {errors[1]:.1e} streamed {errors[2]:.1e}"
+    )
     return good
 
 

@@ -4,7 +4,10 @@ import random
 
 import numpy as np
 
+import facts
 import tasks
+import words
+from needle import Needle, answer_text, distinct
 
 TEXT, ANSWER = 1, 2  # what a target counts as; 0: not trained on
 CHUNK = 64
@@ -29,20 +32,71 @@ class Books:
         return self.ids[at : at + length], self.cut[at : at + length]
 
 
+class Row:
+    """A row in the making. `ask` notes where each answer token is to be read from."""
+
+    def __init__(self, length):
+        self.length, self.ids, self.marks, self.gold, self.resets = length, [], [], [], []
+
+    def add(self, ids, mark):
+        """Returns the place of the first token."""
+        at = len(self.ids)
+        self.ids += ids
+        self.marks += [mark] * len(ids)
+        self.gold += [-1] * len(ids)
+        return at
+
+    def ask(self, question, answer, pieces):
+        """`answer`: (tokens, piece) parts; `pieces`: the tokens and place of each piece, or None."""
+        self.add(question, 0)
+        for tokens, which in answer:
+            at = self.add(tokens, ANSWER)
+            if which is None or pieces[which] is None:
+                continue
+            needle, place = pieces[which]
+            for i, source in enumerate(sources(needle, tokens), at):
+                if source >= 0 and ((place + source) // CHUNK + 1) * CHUNK < i:
+                    self.gold[i] = place + source
+
+    def arrays(self):
+        length = self.length
+        resets = np.zeros(length, bool)
+        resets[[at for at in self.resets if at < length]] = True
+        return (
+            np.array(self.ids[:length], np.int64),
+            np.array(self.marks[:length], np.uint8),
+            resets,
+            np.array(self.gold[:length], np.int32),
+        )
+
+
+def sources(needle, answer):
+    """For each answer token its place in the needle's tokens; where the answer is worded
+    differently, the place of the next token that does occur; -1 behind the last."""
+    places = [-1] * len(answer)
+    match = difflib.SequenceMatcher(None, needle, answer, False)
+    for a, b, size in match.get_matching_blocks():
+        places[b : b + size] = range(a, a + size)
+    known = -1
+    for i in reversed(range(len(answer))):
+        places[i] = known = places[i] if places[i] >= 0 else known
+    return places
+
+
 class Builder:
-    def __init__(self, tokenizer, books, seed, mix, talk_share):
-        """`mix`: how often which kind of fact; `talk_share`: of the rows with questions."""
-        self.mix, self.talk_share = mix, talk_share
+    def __init__(self, tokenizer, books, seed, settings):
+        """`settings`: mix (how often which kind of fact) and the shares near, talk and counting of
+        rows with questions."""
         self.tokenizer, self.books, self.rng = tokenizer, books, random.Random(seed)
+        self.settings = settings
 
     def plain(self, length):
         """A row of book text; sometimes with a state reset somewhere in it."""
-        ids, _ = self.books.take(self.rng, length)
-        resets = np.zeros(length, bool)
+        row = Row(length)
+        row.add(self.books.take(self.rng, length)[0].tolist(), TEXT)
         if self.rng.random() < 0.5:
-            resets[self.rng.randrange(length)] = True
-        gold = np.full(length, -1, np.int32)
-        return ids.astype(np.int64), np.full(length, TEXT, np.uint8), resets, gold
+            row.resets.append(self.rng.randrange(length))
+        return row.arrays()
 
     def needles(self, stage, length):
         rng, taken = self.rng, set()
@@ -54,62 +108,43 @@ class Builder:
             return [
                 tasks.pair(rng, taken, rng.choice([1, 2, 2]), digits) for _ in range(min(count, 60))
             ]
-        if rng.random() < 0.08:  # a haystack made of needles
-            kind = rng.choice(["numbers", "words", "uuids"])
-            count = length // (2 * len(self.tokenizer.encode(tasks.niah(rng, kind).text)))
-            return tasks.distinct([tasks.niah(rng, kind) for _ in range(count)])
+        if rng.random() < 0.04:
+            return self.crowd(length)
         count = rng.randint(4, 9) if length <= 512 else rng.randint(6, 28)
-        needles = tasks.distinct([tasks.mixed(rng, self.mix) for _ in range(count)])
+        needles = distinct([tasks.mixed(rng, self.settings["mix"]) for _ in range(count)])
         return needles + self.passages(max(0, count // 4 - 1))
+
+    def crowd(self, length):
+        """A haystack made of needles."""
+        kind, rng = tasks.niah_kind(self.rng), self.rng
+        count = length // (2 * len(self.tokenizer.encode(tasks.niah(rng, kind).pieces[0])))
+        keys = [None if rng.random() < 0.5 else words.unheard(rng) for _ in range(count)]
+        return distinct([tasks.niah(rng, kind, key) for key in keys])
 
     def passages(self, count):
         """Book text to be quoted from: what memory of any text means, without a form."""
         needles = []
         for _ in range(count):
-            words = self.tokenizer.decode(self.books.take(self.rng, 48)[0]).split()[:-1]
-            if len(words) < 20:
+            text = self.tokenizer.decode(self.books.take(self.rng, 48)[0]).split()[:-1]
+            if len(text) < 20:
                 continue
             head = self.rng.randint(5, 9)
-            opening, rest = " ".join(words[:head]), " ".join(words[head : head + 8])
+            opening, rest = " ".join(text[:head]), " ".join(text[head : head + 8])
             question = self.rng.choice(
                 [f'\n"{opening}', f"\n{opening}", f'\nQuestion: What follows "{opening}"?\nAnswer:']
             )
-            needles.append(
-                tasks.Needle("passage", "\n" + " ".join(words), [(question, " " + rest)], opening)
-            )
+            about = [(question, [(" " + rest, 0)])]
+            needles.append(Needle("passage", ["\n" + " ".join(text)], about, opening))
         return needles
 
-    def questions(self, needles, room):
-        """Tokens and marks of as many questions as fit, in random order, and of each question
-        (where it starts, where its answer starts, the answer's tokens, the needle's number)."""
-        ids, marks, asked = [], [], []
-        order = list(range(len(needles)))
-        self.rng.shuffle(order)
-        for which in order:
-            needle = needles[which]
-            question, answer = self.rng.choice(needle.questions)
-            q, a = self.tokenizer.encode(question), self.tokenizer.encode(answer)
-            if needle.kind not in ("pair", "passage") and not answer.endswith("<|im_end|>"):
-                a = a + [self.tokenizer.end]
-            if len(ids) + len(q) + len(a) > room:
-                continue
-            asked.append((len(ids), len(ids) + len(q), a, which))
-            ids += q + a
-            marks += [0] * len(q) + [ANSWER] * len(a)
-        return ids, marks, asked
-
-    @staticmethod
-    def sources(needle, answer):
-        """For each answer token its place in the needle's tokens; where the answer is worded
-        differently, the place of the next token that does occur; -1 behind the last."""
-        places = [-1] * len(answer)
-        match = difflib.SequenceMatcher(None, needle, answer, False)
-        for a, b, size in match.get_matching_blocks():
-            places[b : b + size] = range(a, a + size)
-        known = -1
-        for i in reversed(range(len(answer))):
-            places[i] = known = places[i] if places[i] >= 0 else known
-        return places
+    def question(self, needle):
+        """Tokens of a question, and of the parts of its answer with the piece they stand in."""
+        question, answer = self.rng.choice(needle.questions)
+        parts = [(self.tokenizer.encode(text), which) for text, which in answer]
+        if needle.kind not in ("pair", "passage"):
+            if not answer_text(answer).endswith("<|im_end|>"):
+                parts.append(([self.tokenizer.end], None))
+        return self.tokenizer.encode(question), parts
 
     def haystack(self, length):
         """Book text, or the noise of RULER's first needle task."""
@@ -119,131 +154,186 @@ class Builder:
         text = np.array(noise * (length // len(noise) + 1), np.uint16)[:length]
         return text, np.arange(length) % len(noise) == 0
 
-    def asked(self, stage, length):
-        """A row of one haystack and its questions."""
-        rng = self.rng
-        needles, texts = self.needles(stage, length), []
-        for needle in needles:
-            texts.append(self.tokenizer.encode(needle.text))
-            if stage > 1 and sum(map(len, texts)) > length * 0.55:  # leave room for a haystack
-                texts.pop()
-                break
-        needles = needles[: len(texts)]
-        asked, asked_marks, starts = self.questions(needles, length // 4)
-        if not asked:  # a short row of long facts
-            return self.plain(length)
-        where = {}  # needle -> the place of its last occurrence in a chunk that can be read
-        room = length - len(asked)
-        ids, marks = [], []
-        if stage <= 1:  # nothing but pairs; in the first stage each several times
-            while len(ids) < room:
-                order = list(range(len(texts)))
-                rng.shuffle(order)
-                for which in order:
-                    if len(ids) + len(texts[which]) <= room // CHUNK * CHUNK:
-                        where[which] = len(ids)
-                    ids += texts[which]
-                if stage == 1:
-                    break
-            ids = ids[:room]
-            fill = room - len(ids)
-            if fill:
-                ids = self.books.take(rng, fill)[0].tolist() + ids
-                where = {which: at + fill for which, at in where.items()}
-            marks = [0] * room
-        else:
-            if rng.random() < 0.3:
-                kind = rng.choice(["numbers", "words", "uuids"])
-                ids = self.tokenizer.encode(tasks.niah_intro(kind, rng.random() < 0.5))
-                marks = [0] * len(ids)
-            text, cut = self.haystack(room - len(ids) - sum(map(len, texts)))
-            if not cut.any():
-                return self.plain(length)
-            places = sorted(rng.choices(np.flatnonzero(cut).tolist(), k=len(texts)))
+    def questions(self, needles, room):
+        """Questions of as many needles as fit, in random order: (which, question, parts)."""
+        out, used = [], 0
+        order = list(range(len(needles)))
+        self.rng.shuffle(order)
+        for which in order:
+            question, parts = self.question(needles[which])
+            size = len(question) + sum(len(tokens) for tokens, _ in parts)
+            if used + size <= room:
+                used += size
+                out.append((which, question, parts))
+        return out, used
+
+    def dense(self, row, stage, texts, room):
+        """Nothing but pairs; in the first stage each several times. Returns their last places."""
+        ids, where = [], {}
+        while len(ids) < room:
             order = list(range(len(texts)))
-            rng.shuffle(order)
-            before = 0
-            for place, which in zip(places, order):
-                needle = texts[which]
-                where[which] = len(ids) + place - before
-                ids += text[before:place].tolist() + needle
-                marks += [TEXT] * (place - before) + [0] * len(needle)
-                before = place
-            ids += text[before:].tolist()
-            marks += [TEXT] * (len(text) - before)
-        resets = np.zeros(length, bool)
-        begin, style = len(ids), rng.random()
-        if style < 0.6 or stage == 0:  # the answer can only come through the chunk memories
-            resets[begin] = True
-        if style < 0.3:
-            resets[[begin + s[0] for s in starts]] = True
-        gold = np.full(length, -1, np.int32)
-        for _, at, answer, which in starts:
-            if which not in where:
-                continue
-            self.point(gold, begin + at, answer, texts[which], where[which])
-        ids, marks = ids + asked, marks + asked_marks
-        return np.array(ids, np.int64), np.array(marks, np.uint8), resets, gold
+            self.rng.shuffle(order)
+            for which in order:
+                if len(ids) + len(texts[which]) <= room // CHUNK * CHUNK:
+                    where[which] = len(ids)
+                ids += texts[which]
+            if stage == 1:
+                break
+        fill = max(0, room - len(ids))
+        if fill:
+            row.add(self.books.take(self.rng, fill)[0].tolist(), 0)
+        row.add(ids[:room], 0)
+        return {which: at + fill for which, at in where.items()}
+
+    def scatter(self, row, texts, room):
+        """`texts`: (needle, piece, tokens), hidden in a haystack, a needle's pieces in their order.
+        Returns the places by (needle, piece), or None."""
+        rng = self.rng
+        if rng.random() < 0.3:
+            kind = tasks.niah_kind(rng)
+            row.add(self.tokenizer.encode(tasks.niah_intro(kind, rng.random() < 0.5)), 0)
+        text, cut = self.haystack(room - len(row.ids) - sum(len(t) for _, _, t in texts))
+        if not cut.any():
+            return None
+        places = sorted(rng.choices(np.flatnonzero(cut).tolist(), k=len(texts)))
+        order = list(texts)
+        rng.shuffle(order)
+        waiting = {}  # the pieces of a needle come in their own order
+        for needle, piece, tokens in texts:
+            waiting.setdefault(needle, []).append((piece, tokens))
+        where, before = {}, 0
+        for place, (needle, _, _) in zip(places, order):
+            piece, tokens = waiting[needle].pop(0)
+            row.add(text[before:place].tolist(), TEXT)
+            where[needle, piece] = row.add(tokens, 0)
+            before = place
+        row.add(text[before:].tolist(), TEXT)
+        return where
+
+    def asked(self, stage, length, crowd=False):
+        """A row of one haystack and its questions."""
+        rng, row = self.rng, Row(length)
+        needles, texts, used = [], [], 0
+        for needle in self.crowd(length) if crowd else self.needles(stage, length):
+            pieces = [self.tokenizer.encode(piece) for piece in needle.pieces]
+            used += sum(map(len, pieces))
+            if stage > 1 and used > length * 0.55:  # leave room for a haystack
+                break
+            texts += [(len(needles), i, piece) for i, piece in enumerate(pieces)]
+            needles.append(needle)
+        questions, size = self.questions(needles, length // 4)
+        if not questions:  # a short row of long facts
+            return self.plain(length)
+        room = length - size
+        if stage <= 1:
+            found = self.dense(row, stage, [tokens for _, _, tokens in texts], room)
+            where = {(which, 0): at for which, at in found.items()}
+        else:
+            where = self.scatter(row, texts, room)
+            if where is None:
+                return self.plain(length)
+        style = rng.random()
+        if style < 0.5 or stage == 0:  # the answer can only come through the chunk memories
+            row.resets.append(len(row.ids))
+        tokens = {(which, i): text for which, i, text in texts}
+        for which, question, parts in questions:
+            if style < 0.25:
+                row.resets.append(len(row.ids))
+            count = len(needles[which].pieces)
+            pieces = [
+                (tokens[which, i], where[which, i]) if (which, i) in where else None
+                for i in range(count)
+            ]
+            row.ask(question, parts, pieces)
+        return row.arrays()
+
+    def near(self, stage, length):
+        """A row of pairs told and asked for at any distance, from the next on: what is not in a
+        whole chunk yet can only be in the recurrent state."""
+        rng, row, taken, told = self.rng, Row(length), set(), []
+        letters, digits = (1, 2) if stage == 0 else (rng.choice([1, 2, 2]), rng.choice([2, 3, 5, 7]))
+        while len(row.ids) < length:
+            if len(told) < 45 and (not told or rng.random() < 0.4):
+                needle = tasks.pair(rng, taken, letters, digits)
+                tokens = self.tokenizer.encode(needle.pieces[0])
+                told.append((needle, tokens, row.add(tokens, 0)))
+            else:
+                back = min(len(told), int(rng.expovariate(0.15)) + 1)
+                needle, tokens, place = told[-back]
+                question, parts = self.question(needle)
+                row.ask(question, parts, [(tokens, place)])
+        return row.arrays()
 
     def talk(self, length):
-        """A row of facts told and asked for at any distance, from the next line on: what is not
-        in a whole chunk yet can only be in the recurrent state."""
-        rng, ids, marks, told, asked = self.rng, [], [], [], []
-        while len(ids) < length:
+        """A row of facts told and asked for at any distance, from the next line on."""
+        rng, row, told, keys = self.rng, Row(length), [], set()
+        while len(row.ids) < length:
             draw = rng.random()
-            if draw < 0.25:
-                text = self.books.take(rng, rng.choice([8, 20, 40, 90, 200]))[0].tolist()
-                ids += text
-                marks += [TEXT] * len(text)
-            elif draw < 0.6 or not told:
-                needle = tasks.mixed(rng, self.mix)
-                if any(needle.key == other.key for other, _, _ in told):
+            if draw < 0.2:
+                row.add(
+                    self.books.take(rng, rng.choice([8, 20, 40, 90, 200]))[0].tolist(), TEXT
+                )
+            elif draw < 0.55 or not told:
+                needle = tasks.mixed(rng, self.settings["mix"])
+                if len(needle.pieces) > 1 or needle.kind == "phone_book" or needle.key in keys:
                     continue
-                told.append((needle, self.tokenizer.encode(needle.text), len(ids)))
+                keys.add(needle.key)
                 if rng.random() < 0.4:  # told in a chat, and acknowledged
-                    head = self.tokenizer.encode("\n<|im_start|>user\n")
-                    words = self.tokenizer.encode(needle.text.strip())
-                    reply = self.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
-                    said = self.tokenizer.encode(tasks.ACKNOWLEDGED + "<|im_end|>")
-                    told[-1] = (needle, words, len(ids) + len(head))
-                    ids += head + words + reply + said
-                    marks += [0] * (len(head) + len(words) + len(reply)) + [TEXT] * len(said)
+                    row.add(self.tokenizer.encode("\n<|im_start|>user\n"), 0)
+                    tokens = self.tokenizer.encode(needle.pieces[0].strip())
+                    told.append((needle, tokens, row.add(tokens, 0)))
+                    row.add(self.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n"), 0)
+                    row.add(self.tokenizer.encode(facts.ACKNOWLEDGED + "<|im_end|>"), TEXT)
                 else:
-                    ids += told[-1][1]
-                    marks += [0] * len(told[-1][1])
+                    tokens = self.tokenizer.encode(needle.pieces[0])
+                    told.append((needle, tokens, row.add(tokens, 0)))
             else:
                 # The latest most often: that is where the chunk is not whole yet.
                 which = len(told) - 1 if rng.random() < 0.5 else rng.randrange(len(told))
-                question, answer = rng.choice(told[which][0].questions)
-                q, a = self.tokenizer.encode(question), self.tokenizer.encode(answer)
-                if not answer.endswith("<|im_end|>"):
-                    a = a + [self.tokenizer.end]
-                asked.append((len(ids) + len(q), a, which))
-                ids += q + a
-                marks += [0] * len(q) + [ANSWER] * len(a)
-        gold = np.full(len(ids), -1, np.int32)
-        for at, answer, which in asked:
-            self.point(gold, at, answer, told[which][1], told[which][2])
-        resets = np.zeros(length, bool)
-        return (
-            np.array(ids[:length], np.int64),
-            np.array(marks[:length], np.uint8),
-            resets,
-            gold[:length],
-        )
+                needle, tokens, place = told[which]
+                question, parts = self.question(needle)
+                row.ask(question, parts, [(tokens, place)])
+        return row.arrays()
 
-    def point(self, gold, at, answer, needle, place):
-        """Marks where the tokens of an answer at `at` are to be read: in the needle at `place`."""
-        for i, source in enumerate(self.sources(needle, answer), at):
-            if source >= 0 and ((place + source) // CHUNK + 1) * CHUNK < i:
-                gold[i] = place + source
+    def counting(self, length):
+        """A row of RULER's frequent words."""
+        row, count = Row(length), length // 6
+        while True:
+            text, question, most = tasks.fwe(self.rng, count)
+            ids = [self.tokenizer.encode(part) for part in (text, question)]
+            answer = self.tokenizer.encode("".join(" " + word for word in most)) + [
+                self.tokenizer.end
+            ]
+            if len(ids[0]) + len(ids[1]) + len(answer) <= length:
+                break
+            count = count * 9 // 10
+        room = length - len(ids[0]) - len(ids[1]) - len(answer)
+        if room:
+            row.add(self.books.take(self.rng, room)[0].tolist(), TEXT)
+            row.resets.append(room)
+        row.add(ids[0], 0)
+        row.ask(ids[1], [(answer, None)], [])
+        return row.arrays()
+
+    def crowds(self, count, length):
+        """A batch of rows whose needles are all of one kind: each row's are every other's rivals."""
+        rows = [self.asked(2, length, crowd=True) for _ in range(count)]
+        return [np.stack(part) for part in zip(*rows)]
 
     def batch(self, stage, count, length, plain_rows):
+        settings, rng = self.settings, self.rng
         rows = [self.plain(length) for _ in range(plain_rows)]
         while len(rows) < count:
-            if stage >= 2 and self.rng.random() < self.talk_share:
+            level, draw = stage, rng.random()
+            if rng.random() < 0.15 and length <= 512:
+                level = rng.randint(0, stage)
+            if level <= 1:
+                near = draw < settings["near_share"]
+                rows.append(self.near(level, length) if near else self.asked(level, length))
+            elif draw < settings["talk_share"]:
                 rows.append(self.talk(length))
-                continue
-            earlier = self.rng.random() < 0.15 and length <= 512
-            rows.append(self.asked(self.rng.randint(0, stage) if earlier else stage, length))
+            elif draw < settings["talk_share"] + settings["counting_share"]:
+                rows.append(self.counting(length))
+            else:
+                rows.append(self.asked(level, length))
         return [np.stack(part) for part in zip(*rows)]

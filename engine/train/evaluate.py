@@ -1,16 +1,18 @@
-"""Exact-match accuracy by task and length, over held-out books:
+"""Accuracy by task and length, over held-out books:
 
   python3 engine/train/evaluate.py --url http://127.0.0.1:8080 --data DIR [--out FILE.csv]
-  python3 engine/train/evaluate.py --model engine/models/ramba-6m --data DIR [--no-hsa]
+  python3 engine/train/evaluate.py --model engine/models/ramba-20m --data DIR [--no-hsa]
 
-The first asks a running daemon through its API: one memory a case, its haystack appended, each
-question asked without writing. The second runs the model in PyTorch, where the chunk memories can
-be switched off to see what the recurrent state can do alone.
+The first asks a running daemon through its API: a memory for each haystack, appended once, and every
+question asked of it without writing. The second runs the model in PyTorch, where the chunk memories
+can be switched off to see what the recurrent state can do alone.
 
-Haystacks are cut from DIR/held.npy (see prepare.py), books that were never trained on. A haystack
-holds one needle of each task, each at a uniform depth of its own, and is read once. An answer is
-right when greedy decoding begins with it exactly. A case's seed is --seed plus its number, so that
-every row can be made again. `text` is the mean loss over the last 4,096 tokens (PyTorch only).
+Haystacks are made of DIR/held.npy (see prepare.py), books that were never trained on, and hold the
+needles of all tasks that share them, each piece at a uniform depth of its own; noise, crowds of
+needles and coded words are haystacks of their own. RULER's tasks count the share of their answers
+that the greedy output holds, case folded; all others are right when the output begins with the
+answer exactly. `text` is the mean loss over the last 4,096 tokens of a haystack without needles. A
+case's seed is --seed plus its number, so that every one can be made again.
 With --out: a CSV, the same as JSON, and the plot of accuracy against length (PNG).
 """
 import argparse
@@ -25,8 +27,11 @@ import urllib.request
 
 import numpy as np
 
+import facts
 import tasks
+import words
 from data import Books
+from needle import Needle, answer_text, distinct, one, plain_question
 from tokenizer import Tokenizer
 
 TAIL = 4096
@@ -34,21 +39,10 @@ TAIL = 4096
 
 def locker(rng):
     """The sentence of the daemon's own story, with another name and code each time."""
-    first, value = rng.choice(tasks.FIRST), tasks.number(rng)
-    question = tasks.plain_question(f"What is the secret code of {first}'s locker?")
-    return tasks.Needle(
-        "locker",
-        f" The secret code of {first}'s locker is {value}.",
-        [(question, f" {value}.")],
-        first,
-    )
-
-
-def other_form(rng):
-    while True:
-        needle = tasks.fact(rng)
-        if "locker" not in needle.text:
-            return needle
+    first, value = rng.choice(words.FIRST), words.number(rng)
+    question = plain_question(f"What is the secret code of {first}'s locker?")
+    sentence = f" The secret code of {first}'s locker is {value}."
+    return Needle("locker", [sentence], [one(question, f" {value}.")], first)
 
 
 def numbers_of(key):
@@ -71,18 +65,49 @@ rhinoceros scary selfish shrill sparkling splendid squid stormy teeny tense terr
 troubled unsightly upset uptight vexed victorious vivacious wandering wicked zealous zebra
 zucchini""".split()
 
+def multikey(rng):
+    """The one that is asked for among three of its kind."""
+    needles = [tasks.niah(rng, "numbers", words.pair(rng)) for _ in range(4)]
+    asked = needles[0]
+    pieces = [needle.pieces[0] for needle in needles]
+    return Needle("niah_multikey_1", pieces, asked.questions, asked.key, asked.references)
+
+
+def recent(rng):
+    """A fact in the last words, which no whole chunk holds yet."""
+    return facts.fact(rng)
+
+
+# What is asked of each kind of haystack: books, RULER's noise, a crowd of needles, coded words, and
+# books without needles.
 TASKS = {
-    "passkey": tasks.passkey,
-    "niah_numbers": numbers_of(tasks.ruler_key),
-    "niah_words": lambda rng: tasks.niah(rng, "words"),
-    "niah_uuids": lambda rng: tasks.niah(rng, "uuids"),
-    "niah_unknown": numbers_of(unknown_key),
-    "phone": tasks.phone,
-    "locker": locker,
-    "fact": other_form,
-    "fact_held_out": lambda rng: tasks.fact(rng, held_out=True),
-    "statement": tasks.statement,
+    "books": {
+        "passkey": tasks.passkey,
+        "niah_single_2": numbers_of(words.pair),
+        "niah_single_3": lambda rng: tasks.niah(rng, "uuids", words.pair(rng)),
+        "niah_words": lambda rng: tasks.niah(rng, "words", words.pair(rng)),
+        "niah_unknown": numbers_of(unknown_key),
+        "niah_multikey_1": multikey,
+        "niah_multivalue": lambda rng: tasks.niah_multivalue(rng, "numbers", 4),
+        "niah_multiquery": lambda rng: tasks.niah_multiquery(rng, "numbers", 4),
+        "vt": lambda rng: tasks.vt(rng, 4),
+        "phone": tasks.phone,
+        "phone_book": lambda rng: tasks.phone_book(rng, 20),
+        "locker": locker,
+        "fact": facts.fact,
+        "fact_held_out": lambda rng: facts.fact(rng, held_out=True),
+        "family": facts.family,
+        "statement": facts.statement,
+        "event": facts.event,
+        "recent": recent,
+    },
+    "noise": {"niah_single_1": numbers_of(words.pair)},
+    "crowd": {"niah_multikey_2": numbers_of(words.pair)},
+    "crowd of uuids": {"niah_multikey_3": lambda rng: tasks.niah(rng, "uuids", tasks.identifier(rng))},
+    "coded": {"fwe": None},
+    "plain": {"text": None},
 }
+KIND_OF = {name: kind for kind, named in TASKS.items() for name in named}
 
 
 def spread(books, rng, length):
@@ -100,21 +125,31 @@ def noise(tokenizer, length):
     return ids, np.arange(length) % len(line) == 0
 
 
-def haystack(tokenizer, books, rng, needles, length, of_noise):
-    """Token ids [length], and which of them are book text."""
-    pieces = [tokenizer.encode(needle.text) for needle in needles]
-    room = max(0, length - sum(map(len, pieces)))
-    text, cut = noise(tokenizer, room) if of_noise else spread(books, rng, room)
-    places = np.flatnonzero(cut) if cut.any() else [0]
-    ids, book, before = [], [], 0
-    rng.shuffle(pieces)
-    for piece, place in zip(pieces, sorted(rng.choice(places) for _ in pieces)):
-        ids += [text[before:place], np.array(piece)]
-        book += [np.ones(place - before, bool), np.zeros(len(piece), bool)]
+def crowd(tokenizer, rng, task, length):
+    """A haystack of needles: its text, and one of them."""
+    needles, used = [], 0
+    while used < length:
+        needles.append(task(rng))
+        used += len(tokenizer.encode(needles[-1].pieces[0]))
+    needles = distinct(needles)
+    return "".join(needle.pieces[0] for needle in needles), rng.choice(needles)
+
+
+def haystack(tokenizer, text, cut, rng, needles):
+    """`text` with the needles' pieces in it, each needle's in their order."""
+    cuts = np.flatnonzero(cut)
+    near = cuts[cuts > len(text) - 40]
+    order = [n for n, needle in enumerate(needles) for _ in needle.pieces]
+    rng.shuffle(order)
+    places = [
+        int(rng.choice(near if needles[n].kind == "recent" and len(near) else cuts)) for n in order
+    ]
+    waiting = [list(needle.pieces) for needle in needles]
+    ids, before = [], 0
+    for place, n in sorted(zip(places, order), key=lambda pair: pair[0]):
+        ids += [text[before:place], np.array(tokenizer.encode(waiting[n].pop(0)))]
         before = place
-    ids.append(text[before:])
-    book.append(np.ones(len(text) - before, bool))
-    return np.concatenate(ids).astype(np.int64), np.concatenate(book)
+    return np.concatenate([*ids, text[before:]]).astype(np.int64)
 
 
 class Daemon:
@@ -137,23 +172,22 @@ class Daemon:
         except urllib.error.URLError as error:
             sys.exit(f"{self.url}: {error.reason}; is the daemon running there?")
 
-    def read(self, tokenizer, ids, book):
+    def read(self, text):
         memory = self.call("POST", "/v1/memories", b"{}")["id"]
-        self.call(
-            "POST", f"/v1/memories/{memory}/append", tokenizer.decode(ids).encode(), "text/plain"
-        )
-        return memory, None
+        self.call("POST", f"/v1/memories/{memory}/append", text.encode(), "text/plain")
+        return memory
 
-    def ask(self, memory, tokenizer, question, answer):
-        body = {
-            "memory": memory,
-            "memory_write": False,
-            "prompt": question,
-            "temperature": 0,
-            "max_tokens": len(tokenizer.encode(answer)) + 4,
-        }
-        text = self.call("POST", "/v1/completions", json.dumps(body).encode())["choices"][0]["text"]
-        return text.startswith(answer.replace("<|im_end|>", ""))
+    def complete(self, memory, prompt, **more):
+        body = {"memory": memory, "memory_write": False, "prompt": prompt, "temperature": 0, **more}
+        return self.call("POST", "/v1/completions", json.dumps(body).encode())["choices"][0]
+
+    def ask(self, memory, question, limit):
+        return self.complete(memory, question, max_tokens=limit)["text"]
+
+    def loss(self, memory, text):
+        got = self.complete(memory, text, max_tokens=1, echo=True, logprobs=0)
+        logprobs = got["logprobs"]["token_logprobs"][1:-1]
+        return -sum(logprobs) / len(logprobs)
 
     def forget(self, memory):
         self.call("DELETE", f"/v1/memories/{memory}")
@@ -172,43 +206,99 @@ class Local:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = Ramba.load(folder).to(self.device)
         self.model.hsa = hsa
+        self.tokenizer = Tokenizer.load(folder)
         self.name = os.path.basename(os.path.normpath(folder)) + ("" if hsa else " without HSA")
 
-    def read(self, tokenizer, ids, book):
-        session, head = {}, max(0, len(ids) - TAIL)
-        ids = self.torch.from_numpy(ids).to(self.device)
-        for at in range(0, head, self.piece):
-            self.model.stream(session, ids[at : min(at + self.piece, head)])
-        logits = self.model.head(self.model.stream(session, ids[head:]))[0, :-1]
-        losses = self.torch.nn.functional.cross_entropy(
-            logits.float(), ids[head + 1 :], reduction="none"
-        )
-        return (
-            session,
-            losses[self.torch.from_numpy(book[head + 1 :]).to(self.device)].mean().item(),
-        )
+    def stream(self, session, text):
+        ids = self.torch.tensor(self.tokenizer.encode(text), device=self.device)
+        for at in range(0, len(ids), self.piece):
+            x = self.model.stream(session, ids[at : at + self.piece])
+        return x, ids
 
-    def ask(self, session, tokenizer, question, answer):
-        """Greedy decoding gives the answer when each of its tokens is the most likely one after
-        the right ones before it."""
-        question, answer = tokenizer.encode(question), tokenizer.encode(answer)
+    def read(self, text):
+        session = {}
+        self.stream(session, text)
+        return session
+
+    def ask(self, session, question, limit):
         session = {**session, "states": dict(session["states"])}
-        ids = self.torch.tensor(question + answer, device=self.device)
-        logits = self.model.head(self.model.stream(session, ids))[0, len(question) - 1 : -1]
-        return bool((logits.argmax(-1) == ids[len(question) :]).all())
+        x, out = self.stream(session, question)[0], []
+        while len(out) < limit:
+            token = int(self.model.head(x[:, -1:])[0, 0].argmax())
+            if token == self.tokenizer.end:
+                break
+            out.append(token)
+            x = self.model.stream(session, self.torch.tensor([token], device=self.device))
+        return self.tokenizer.decode(out)
+
+    def loss(self, session, text):
+        ids = self.torch.tensor(self.tokenizer.encode(text), device=self.device)
+        logits = self.model.head(self.model.stream(session, ids))[0, :-1]
+        return self.torch.nn.functional.cross_entropy(logits.float(), ids[1:]).item()
 
     def forget(self, session):
         pass
 
 
-def case(target, tokenizer, books, names, length, seed, of_noise):
-    rng = random.Random(seed)
-    needles = [TASKS[name](rng) for name in names]
-    ids, book = haystack(tokenizer, books, rng, needles, length, of_noise)
-    held, loss = target.read(tokenizer, ids, book)
-    right = [target.ask(held, tokenizer, *rng.choice(needle.questions)) for needle in needles]
-    target.forget(held)
-    return loss, right
+def score(needle, question, answer, output):
+    if needle.references is not None:
+        found = [reference.lower() in output.lower() for reference in needle.references]
+        return sum(found) / len(found)
+    return float(output.startswith(answer.replace("<|im_end|>", "")))
+
+
+class Judge:
+    def __init__(self, target, tokenizer, books, verbose):
+        self.target, self.tokenizer, self.books, self.verbose = target, tokenizer, books, verbose
+
+    def ask(self, memory, name, needle, rng):
+        question, parts = rng.choice(needle.questions)
+        answer = answer_text(parts)
+        slack = 64 if needle.references and len(needle.references) > 1 else 8
+        limit = len(self.tokenizer.encode(answer)) + slack
+        output = self.target.ask(memory, question, limit)
+        got = score(needle, question, answer, output)
+        if self.verbose and got < 1:
+            print(f"{name} {got:.2f}: {question!r}\n  want {answer!r}\n  got  {output!r}")
+        return got
+
+    def case(self, kind, names, length, seed):
+        """{task: score}"""
+        rng, tokenizer = random.Random(seed), self.tokenizer
+        if kind == "plain":
+            ids, _ = spread(self.books, rng, length)
+            memory = self.target.read(tokenizer.decode(ids[:-TAIL]) or "\n")
+            scores = {"text": self.target.loss(memory, tokenizer.decode(ids[-TAIL:]))}
+        elif kind == "coded":
+            text, question, most = tasks.fwe(rng, length // 6)
+            memory = self.target.read(text)
+            needle = Needle("fwe", [], [(question, [(" " + " ".join(most), 0)])], "fwe", most)
+            scores = {"fwe": self.ask(memory, "fwe", needle, rng)}
+        elif kind.startswith("crowd"):
+            text, needle = crowd(tokenizer, rng, TASKS[kind][names[0]], length)
+            memory = self.target.read(tasks.niah_intro(needle.kind[5:]) + text.strip())
+            scores = {names[0]: self.ask(memory, names[0], needle, rng)}
+        else:
+            needles = [TASKS[kind][name](rng) for name in TASKS[kind]]  # the same whatever is asked
+            for name, needle in zip(TASKS[kind], needles):
+                needle.kind = name if name == "recent" else needle.kind
+            intro = tokenizer.encode(tasks.niah_intro("numbers", kind == "noise"))
+            room = length - len(intro)
+            room -= sum(len(tokenizer.encode(p)) for needle in needles for p in needle.pieces)
+            text, cut = noise(tokenizer, room) if kind == "noise" else spread(self.books, rng, room)
+            ids = haystack(tokenizer, text, cut, rng, needles)
+            memory = self.target.read(tokenizer.decode(np.concatenate([intro, ids])))
+            scores = {
+                name: self.ask(memory, name, needle, rng)
+                for name, needle in zip(TASKS[kind], needles)
+                if name in names
+            }
+        self.target.forget(memory)
+        return scores
+
+
+def size(length):
+    return f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}K"
 
 
 def plot(rows, names, title, path):
@@ -217,27 +307,40 @@ def plot(rows, names, title, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5))
-    for name in names:
+    figure, axes = pyplot.subplots(figsize=(10, 6))
+    styles = ["-", "--", ":"]
+    for i, name in enumerate(name for name in names if name != "text"):
         axes.plot(
-            [row["length"] for row in rows],
-            [100 * row[name] for row in rows],
+            [row["length"] for row in rows if row[name] is not None],
+            [100 * row[name] for row in rows if row[name] is not None],
             marker="o",
+            markersize=4,
+            linestyle=styles[i // 10],
             label=name,
         )
     axes.set_xscale("log", base=2)
-    axes.set_xticks([row["length"] for row in rows], [f"{row['length'] // 1024}K" for row in rows])
+    axes.set_xticks([row["length"] for row in rows], [size(row["length"]) for row in rows])
     axes.set_ylim(-3, 103)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("right answers, %")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", ncols=2)
+    axes.legend(loc="lower left", ncols=3, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
-def main():
+def write(base, name, seed, rows, names):
+    with open(base + ".csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["length", "cases", *names])
+        writer.writeheader()
+        writer.writerows(rows)
+    with open(base + ".json", "w") as file:
+        json.dump({"model": name, "seed": seed, "rows": rows}, file, indent=1)
+    plot(rows, names, f"{name}: held-out books", base + ".png")
+
+
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -246,65 +349,61 @@ def main():
     parser.add_argument("--model", help="a model's folder, to be run in PyTorch")
     parser.add_argument("--no-hsa", action="store_true", help="the recurrent state alone")
     parser.add_argument("--data", required=True, help="what prepare.py made")
-    parser.add_argument("--cases", default="50", help="for all lengths, or one number a length")
-    parser.add_argument("--lengths", default="4096,16384,65536")
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--noise", action="store_true", help="one line repeated, no books")
+    parser.add_argument("--cases", default="20", help="for all lengths, or one number a length")
+    parser.add_argument("--lengths", default="4K,16K,64K", help="4096, 4K, 1M ...")
+    parser.add_argument("--tasks", default=",".join(KIND_OF), help="default: all")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--piece", type=int, default=8192, help="PyTorch: tokens read at a time")
+    parser.add_argument("--verbose", action="store_true", help="print every answer that is not right")
     parser.add_argument("--out", help="a CSV file; a JSON and a PNG beside it")
     args = parser.parse_args()
     if bool(args.url) == bool(args.model):
         parser.error("name a daemon with --url or a folder with --model")
-    names = args.tasks.split(",")
-    unknown = [name for name in names if name not in TASKS]
+    args.tasks = args.tasks.split(",")
+    unknown = [name for name in args.tasks if name not in KIND_OF]
     if unknown:
-        parser.error(f"no task {unknown[0]}; there are {', '.join(TASKS)}")
+        parser.error(f"no task {unknown[0]}; there are {', '.join(KIND_OF)}")
+    units = {"K": 1 << 10, "M": 1 << 20}
+    args.lengths = [
+        int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+        for text in args.lengths.split(",")
+    ]
+    args.cases = [int(count) for count in args.cases.split(",")]
+    if len(args.cases) == 1:
+        args.cases *= len(args.lengths)
+    if len(args.cases) != len(args.lengths):
+        parser.error("--cases wants one number, or as many as --lengths")
+    return args
+
+
+def main():
+    args = parse()
     target = (
         Daemon(args.url, args.key) if args.url else Local(args.model, not args.no_hsa, args.piece)
     )
     tokenizer = Tokenizer.load(args.data)
     books = Books(os.path.join(args.data, "held.npy"), tokenizer)
-    lengths = [int(length) for length in args.lengths.split(",")]
-    cases = [int(count) for count in args.cases.split(",")]
-    cases = cases * len(lengths) if len(cases) == 1 else cases
+    judge = Judge(target, tokenizer, books, args.verbose)
     rows, begin = [], time.time()
     print(f"{target.name}, seeds from {args.seed}")
-    print("length  cases  text   " + " ".join(f"{name:>13}" for name in names) + "  seconds")
-    for length, count in zip(lengths, cases):
-        results = []
+    for length, count in zip(args.lengths, args.cases):
+        scores = {name: [] for name in args.tasks}
         for number in range(count):
-            results.append(
-                case(target, tokenizer, books, names, length, args.seed + number, args.noise)
-            )
+            for kind in TASKS:
+                names = [name for name in TASKS[kind] if name in args.tasks]
+                if names:
+                    for name, got in judge.case(kind, names, length, args.seed + number).items():
+                        scores[name].append(got)
             if sys.stderr.isatty():
-                print(f"\r{length}: {number + 1} of {count}", end="\r", file=sys.stderr)
-        losses = [loss for loss, _ in results if loss is not None]
-        loss = round(sum(losses) / len(losses), 4) if losses else None
-        right = [sum(r[i] for _, r in results) / count for i in range(len(names))]
-        rows.append(
-            {
-                "length": length,
-                "cases": count,
-                "text": loss,
-                **{name: round(share, 4) for name, share in zip(names, right)},
-            }
-        )
-        print(
-            f"{length:<8}{count:<6} {'-' if loss is None else loss:<6} "
-            + " ".join(f"{r:13.3f}" for r in right)
-            + f"  {time.time() - begin:.0f}",
-            flush=True,
-        )
+                print(f"\r{size(length)}: {number + 1} of {count}", end="\r", file=sys.stderr)
+        means = {name: round(sum(got) / len(got), 4) for name, got in scores.items()}
+        rows.append({"length": length, "cases": count, **means})
+        print(f"{size(length)}, {count} cases, {time.time() - begin:.0f} s")
+        for name, mean in means.items():
+            shown = f"{mean:.4f}" if name == "text" else f"{100 * mean:5.1f} %"
+            print(f"  {name:<16} {shown}", flush=True)
         if args.out:
-            base = os.path.splitext(args.out)[0]
-            with open(base + ".csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, ["length", "cases", "text", *names])
-                writer.writeheader()
-                writer.writerows(rows)
-            with open(base + ".json", "w") as file:
-                json.dump({"model": target.name, "seed": args.seed, "rows": rows}, file, indent=1)
-            plot(rows, names, f"{target.name}: held-out books", base + ".png")
+            write(os.path.splitext(args.out)[0], target.name, args.seed, rows, args.tasks)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ DEFAULTS = dict(
 
 
 BANK = 16384  # landmarks of earlier plain text kept for the distraction loss
+PART = 1024  # positions that the dense attention takes at a time
 
 
 class Config(dict):
@@ -166,13 +167,18 @@ class Mixer(nn.Module):
         batch, length, _ = x.shape
         z, mixed, dt = self.in_proj(x).split([inner, inner + 2 * groups * size, self.heads], dim=-1)
         tail = config.conv_kernel - 1
-        columns = mixed.transpose(1, 2)
         if conv is None:
-            columns = F.pad(columns, (tail, 0))
+            padded = F.pad(mixed, (0, 0, tail, 0))
         else:
-            columns = torch.cat([conv.to(columns.dtype), columns], 2)
-        conv = columns[:, :, columns.shape[2] - tail :]
-        mixed = F.silu(self.conv1d(columns).transpose(1, 2))
+            padded = torch.cat([conv.transpose(1, 2).to(mixed.dtype), mixed], 1)
+        conv = padded[:, padded.shape[1] - tail :].transpose(1, 2)
+        # As shifts, which fuse with what stands around them: library convolutions by column are slow.
+        weight = self.conv1d.weight[:, 0]
+        taps = [padded[:, k : k + length] * weight[:, k] for k in range(tail + 1)]
+        filtered = sum(taps[1:], taps[0])
+        if self.conv1d.bias is not None:
+            filtered = filtered + self.conv1d.bias
+        mixed = F.silu(filtered).to(mixed.dtype)
         xs, b, c = mixed.split([inner, groups * size, groups * size], dim=-1)
         xs = xs.reshape(batch, length, self.heads, -1)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -375,29 +381,30 @@ class RetrievalLayer(nn.Module):
         return self.weigh(scores, picked)
 
     def missed(self, x, landmarks, positions, gold):
-        """Mean over the positions with gold [B,L] >= 0 of -log of that chunk's stick-breaking
-        weight among all chunks: what teaches the landmarks before any answer is right."""
-        batch, at = (gold >= 0).nonzero(as_tuple=True)
-        if not len(batch):
-            return x.new_zeros(())
+        """Mean over the `gold` positions (batch, at, place) of -log of the weight of the place's
+        chunk, were every chunk picked: what teaches the landmarks before any answer is right."""
+        batch, at, place = gold
         q = self.ln(self.pre_norm(x[batch, at])).view(len(batch), self.config.retrieval_heads, -1)
         if self.config.enable_lmk_norm:
             q, landmarks = self.lmk_q_norm(q), self.lmk_k_norm(landmarks)
         scores = torch.einsum("nhr,nchr->nhc", q, landmarks[batch].to(q.dtype)).float()
         scores = scores * q.shape[-1] ** -0.5
-        chunk = gold[batch, at].long().view(-1, 1, 1) // self.config.chunk_size
+        chunk = place.view(-1, 1, 1) // self.config.chunk_size
         number = torch.arange(scores.shape[-1], device=x.device)
-        newer = (number >= chunk) & self.visible(positions[at], len(number)).unsqueeze(1)
-        spent = (F.softplus(scores) * newer).sum(-1)
+        rivals = self.visible(positions[at], len(number)).unsqueeze(1)
+        if self.config.enable_softmax:
+            spent = scores.masked_fill(~rivals, -math.inf).logsumexp(-1)
+        else:
+            spent = (F.softplus(scores) * (rivals & (number >= chunk))).sum(-1)
         return (spent - scores.gather(-1, chunk.expand(-1, scores.shape[1], 1)).squeeze(-1)).mean()
 
-    def distracted(self, x, fresh, bank):
-        """How much positions x [N,d] would read of chunks that hold nothing for them, given the
-        landmarks [C,Hr,r/Hr] of this batch and of earlier ones (None, or no gradient)."""
-        if bank is not None:
-            fresh = torch.cat([fresh, bank.to(fresh.dtype)])
-        scores = self.scores(x.unsqueeze(0), fresh.unsqueeze(0))
-        return torch.log1p(64 * F.softplus(scores).sum(-1)).mean()
+    def distracted(self, x, landmarks, own=None):
+        """How much positions x [N,d] would read of chunks [C,Hr,r/Hr] that hold nothing for them;
+        `own` [N,C]: those that may."""
+        scores = F.softplus(self.scores(x.unsqueeze(0), landmarks.unsqueeze(0)))
+        if own is not None:
+            scores = scores.masked_fill(own[None, :, None], 0.0)
+        return torch.log1p(64 * scores.sum(-1)).mean()
 
     def pick(self, x, landmarks, positions):
         """The sparse form: picks and weights [B,L,Hr,K], newest first, for any number of chunks."""
@@ -426,7 +433,8 @@ class HsaLayer(nn.Module):
             self.q_norm = RMSNorm(hd, 1e-6)
 
     def forward(self, x, keys, values, weights):
-        """Dense form: attends to every chunk and multiplies by its weight, zero for most."""
+        """Dense form: attends to every chunk and multiplies by its weight, zero for most. Long rows
+        go in parts, each over the chunks that its last position may read."""
         config = self.config
         batch, length, _ = x.shape
         kv, hd = config.num_kv_heads, config.attention_head
@@ -434,25 +442,31 @@ class HsaLayer(nn.Module):
         q = self.q_proj(self.pre_norm(x)).view(batch, length, kv, share, hd)
         if config.enable_qk_norm:
             q = self.q_norm(q)
-        logits = torch.einsum("blkgd,bcskd->bkglcs", q, keys.to(q.dtype)) * hd**-0.5
-        if config.enable_softmax1:
-            extra = torch.zeros_like(logits[..., :1])
-            attention = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
-        else:
-            attention = logits.softmax(-1)
         weights = weights.expand(-1, -1, kv, -1).permute(0, 2, 1, 3)  # [B,kv,L,C]
-        attention = (attention * weights[:, :, None, :, :, None]).to(q.dtype)
-        out = torch.einsum("bkglcs,bcskd->blkgd", attention, values.to(q.dtype))
+        ahead = config.chunk_size - config.slide_window if config.mask_slide_window else 0
+        parts, step = [], PART if length > PART else length
+        for begin in range(0, length, step):
+            end = min(length, begin + step)
+            count = min(keys.shape[1], (end - 1 + ahead) // config.chunk_size)
+            part = self.attend(q[:, begin:end], keys[:, :count])
+            part = (part * weights[:, :, None, begin:end, :count, None]).to(q.dtype)
+            parts.append(torch.einsum("bkglcs,bcskd->blkgd", part, values[:, :count].to(q.dtype)))
+        out = torch.cat(parts, 1)
         return x + self.o_proj(out.reshape(batch, length, -1)).to(x.dtype)
 
+    def attend(self, q, keys):
+        """Each query's attention within each chunk: [B,kv,share,L,C,S]."""
+        logits = torch.einsum("blkgd,bcskd->bkglcs", q, keys.to(q.dtype)) * q.shape[-1] ** -0.5
+        if self.config.enable_softmax1:
+            extra = torch.zeros_like(logits[..., :1])
+            return torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
+        return logits.softmax(-1)
+
     def missed(self, x, keys, gold):
-        """Mean over the positions with gold [B,L] >= 0 of -log of the attention that half of the
-        heads pay to that place within its chunk."""
+        """Mean over the `gold` positions (batch, at, place) of -log of the attention that half of
+        the heads pay to that place within its chunk."""
         config = self.config
-        batch, at = (gold >= 0).nonzero(as_tuple=True)
-        if not len(batch):
-            return x.new_zeros(())
-        place = gold[batch, at].long()
+        batch, at, place = gold
         q = self.q_proj(self.pre_norm(x[batch, at]))
         q = q.view(len(batch), config.num_kv_heads, -1, config.attention_head)
         q = q[:, :, : max(1, q.shape[2] // 2)]
@@ -479,6 +493,26 @@ class HsaLayer(nn.Module):
         attention = logits.softmax(-1)[..., : config.chunk_size] * weights[:, :, None, :, None]
         out = torch.einsum("lkgcs,lkcsd->lkgd", attention.to(v.dtype), v)
         return x + self.o_proj(out.reshape(1, length, -1).to(x.dtype)).to(x.dtype)
+
+
+class Aims:
+    """What a training batch should read, for the losses beside the language's.
+
+    gold: (row, position, place) of positions and the place that each should read from, or None:
+        `retrieval` is the mean of -log of its chunk's weight, were every chunk picked, `attention`
+        that of the place's share of the attention to that chunk, in half of the heads of the first
+        HSA layer.
+    distractors: the first so many rows are plain text, or 0. `distraction` is how strongly the
+        flat positions `asked` would read that text or the plain text of earlier batches, and the
+        flat positions `text` that of earlier batches alone: it keeps landmarks apart in longer
+        contexts than are trained on.
+    rivals: every row is a haystack of needles of one kind: `distraction` is then how strongly the
+        positions `asked` would read the other rows.
+    """
+
+    def __init__(self, gold=None, distractors=0, asked=None, text=None, rivals=False):
+        self.gold, self.distractors, self.asked, self.text = gold, distractors, asked, text
+        self.rivals = rivals
 
 
 class Backbone(nn.Module):
@@ -511,25 +545,18 @@ class Ramba(nn.Module):
             return F.linear(x, self.backbone.embeddings.weight)
         return self.lm_head(x)
 
-    def hidden(
-        self, ids, resets=None, states=None, trace=None, distractors=0, asked=None, gold=None
-    ):
+    def hidden(self, ids, resets=None, states=None, trace=None, aims=None):
         """[B,L] -> the last layer's hidden states [B,L,d], and the Mamba states after it.
 
         `states`: a list of [B,H,P,N], one for each Mamba layer, or None. `trace`: a dict to be
-        filled with layer{i}.hidden, .k, .v, .landmarks, .weights. With `distractors` > 0, the
-        first so many rows are plain text, and self.distraction is how strongly the positions
-        `asked` [B,L] would read that text or the plain text of earlier steps: a loss that keeps
-        landmarks apart in longer contexts than are trained on. `gold` [B,L]: the place that a position should read from,
-        or -1; self.retrieval is then the mean of -log of its chunk's weight, were every chunk
-        picked, and self.attention that of its place's share of the attention to that chunk, in
-        half of the heads of the first HSA layer.
+        filled with layer{i}.hidden, .k, .v, .landmarks, .weights. With `aims` self.distraction,
+        self.retrieval and self.attention are the losses of that name.
         """
         x = self.backbone.embeddings(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
         keys = values = landmarks = weights = None
-        after, mamba, self.distraction, self.retrieval = [], 0, 0.0, 0.0
-        self.attention = None
+        after, mamba = [], 0
+        self.distraction = self.retrieval = self.attention = None
         for i, layer in enumerate(self.backbone.layers):
             if isinstance(layer, MambaLayer):
                 x, ssm, _ = layer(x, resets, None if states is None else states[mamba])
@@ -551,22 +578,32 @@ class Ramba(nn.Module):
                     weights = layer(x, landmarks, positions)
                     if trace is not None:
                         trace[f"layer{i}.weights"] = weights
-                    if gold is not None:
-                        self.retrieval = layer.missed(x, landmarks, positions, gold)
-                    if distractors:
-                        fresh = landmarks[:distractors].flatten(0, 1)
-                        self.distraction = layer.distracted(x[asked > 0], fresh, self.bank)
-                        old = fresh.detach()
-                        if self.bank is not None:
-                            old = torch.cat([self.bank, old])[-BANK:]
-                        self.bank = old
+                    if aims is not None:
+                        self.aim(aims, layer, x, landmarks, positions)
             elif self.hsa and landmarks.shape[1]:
-                if gold is not None and self.attention is None:
-                    self.attention = layer.missed(x, keys, gold)
+                if aims is not None and aims.gold is not None and self.attention is None:
+                    self.attention = layer.missed(x, keys, aims.gold)
                 x = layer(x, keys, values, weights)
             if trace is not None:
                 trace[f"layer{i}.hidden"] = x
         return x, after
+
+    def aim(self, aims, layer, x, landmarks, positions):
+        if aims.gold is not None:
+            self.retrieval = layer.missed(x, landmarks, positions, aims.gold)
+        flat = x.flatten(0, 1)
+        if aims.rivals:
+            row = torch.arange(len(x), device=x.device).repeat_interleave(landmarks.shape[1])
+            own = (aims.asked // x.shape[1])[:, None] == row
+            self.distraction = layer.distracted(flat[aims.asked], landmarks.flatten(0, 1), own)
+        elif aims.distractors:
+            fresh = landmarks[: aims.distractors].flatten(0, 1)
+            bank = [] if self.bank is None else [self.bank.to(fresh.dtype)]
+            self.distraction = layer.distracted(flat[aims.asked], torch.cat([fresh, *bank]))
+            if bank:
+                read = layer.distracted(flat[aims.text], bank[0])
+                self.distraction = self.distraction + read
+            self.bank = torch.cat([*bank, fresh.detach()])[-BANK:]
 
     def forward(self, ids, trace=None):
         return self.head(self.hidden(ids, trace=trace)[0])
@@ -607,7 +644,7 @@ class Ramba(nn.Module):
     @staticmethod
     def load(folder, dtype=torch.float32):
         config = Config.load(os.path.join(folder, "config.json"))
-        tensors = safetensors_io.load(os.path.join(folder, "model.safetensors"))
+        tensors = safetensors_io.load_folder(folder)
         config["tie_word_embeddings"] = (
             "lm_head.weight" not in tensors or config.tie_word_embeddings
         )

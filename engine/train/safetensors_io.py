@@ -56,6 +56,28 @@ def load_folder(folder):
     return out
 
 
+def save_folder(tensors, folder, limit=15 << 20):
+    """One file, or shards of at most `limit` bytes of tensors with their index."""
+    shards, used = [{}], 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and used + size > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        used += size
+    if len(shards) == 1:
+        return save(tensors, os.path.join(folder, "model.safetensors"))
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        save(shard, os.path.join(folder, name))
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+    with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
+        json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file, indent=1)
+    return None
+
+
 def save(tensors, path, metadata=None):
     """Write `tensors` (dict name -> tensor) in the order given."""
     header = {"__metadata__": dict(metadata or {"format": "pt"})}

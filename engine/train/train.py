@@ -3,7 +3,8 @@
 CONFIG names the shape, the books held out and the schedule. DIR of --data holds what prepare.py
 made of the books. Training stops after --seconds of this call (or --total-seconds over all calls,
 which also sets the learning rate's decay) and goes on from OUT/checkpoint.pt at the next call.
-Runs on CUDA where there is one, else on the CPU.
+Runs on CUDA where there is one, else on the CPU; on several GPUs of one host as
+`torchrun --nproc-per-node N engine/train/train.py ...`, each with a batch of its own.
 
 The curriculum: 0 dense pairs, 1 longer keys and values, 2 needles in short texts, 3 needles in long
 texts. A stage ends when its answers are `advance_at` right; earlier stages stay in the mix.
@@ -13,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import time
 
@@ -22,41 +24,38 @@ import torch.nn.functional as F
 
 import safetensors_io
 from data import ANSWER, TEXT, Books, Builder
-from model import Config, DEFAULTS, MambaLayer, Ramba
+from model import Aims, Config, DEFAULTS, MambaLayer, Ramba
+from optimizer import Both
 from tokenizer import Tokenizer
 
 LAST_STAGE = 3
 SAVE_SECONDS = 60
 
 
-def worker(settings, data, seed, stage, queue):
+def worker(settings, data, seed, stage, shape, queues):
     tokenizer = Tokenizer.load(data)
-    builder = Builder(
-        tokenizer,
-        Books(os.path.join(data, "train.npy"), tokenizer),
-        seed,
-        settings["mix"],
-        settings["talk_share"],
-    )
+    books = Books(os.path.join(data, "train.npy"), tokenizer)
+    builder = Builder(tokenizer, books, seed, settings)
     while True:
         now = stage.value
-        shape = (
-            "long"
-            if now == LAST_STAGE and builder.rng.random() < settings["long_share"]
-            else "short"
-        )
-        size = settings[shape]
+        # Long rows wait for the last stage; till then their makers make short ones.
+        name = shape if now == LAST_STAGE else "short"
+        size = settings[name]
         plain = settings["plain_rows"] * size["batch"] // 8
         if now == 0:
             plain = size["batch"] // 16
-        level = now if shape == "long" else min(now, 2)
-        queue.put((shape, now, plain, builder.batch(level, size["batch"], size["length"], plain)))
+        level = now if name == "long" else min(now, 2)
+        if now >= settings["distraction_from"] and builder.rng.random() < settings["crowd_share"]:
+            plain, rows = None, builder.crowds(size["batch"], size["length"])
+        else:
+            rows = builder.batch(level, size["batch"], size["length"], plain)
+        queues[shape].put((now, name, plain, rows))
 
 
 def build(settings):
     torch.manual_seed(settings["seed"])
     config = Config({**DEFAULTS, **settings["model"]})
-    model = Ramba(config)
+    model = Ramba(config, settings.get("hsa", True))
     depth = config.num_lower_layers + config.num_upper_layers
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,7 +84,7 @@ class Answers:
         ends = np.flatnonzero(flat & ~np.concatenate([flat[1:], [False]])) + 1
         good = (wrong[ends] == wrong[starts]).mean() if len(starts) else 0.0
         self.count += 1
-        keep = 0.95 if self.count > 20 else 1 - 1 / self.count
+        keep = 0.9 if self.count > 10 else 1 - 1 / self.count
         self.right = keep * self.right + (1 - keep) * good
 
 
@@ -94,38 +93,36 @@ class Trainer:
         with open(args.config) as file:
             self.settings = json.load(file)
         self.args = args
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.ranks > 1:
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
         self.config, self.model = build(self.settings)
         self.model.to(self.device)
-        decay = [p for p in self.model.parameters() if p.dim() >= 2]
-        rest = [p for p in self.model.parameters() if p.dim() < 2]
-        options = {"fused": True} if self.device == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decay, "weight_decay": self.settings["weight_decay"]},
-                {"params": rest, "weight_decay": 0.0},
-            ],
-            lr=self.settings["learning_rate"],
-            betas=(0.9, 0.95),
-            **options,
-        )
+        self.optimizer = Both(self.model, self.settings)
+        tokenizer = Tokenizer.load(args.data)
+        self.held = Books(os.path.join(args.data, "held.npy"), tokenizer)
         self.step, self.tokens, self.seconds, self.stage = 0, 0, 0.0, 0
-        self.pool, self.skipped = None, 0
+        self.pool, self.skipped = None, torch.zeros((), device=self.device)
         self.path = os.path.join(args.out, "checkpoint.pt")
         os.makedirs(args.out, exist_ok=True)
         if os.path.exists(self.path):
             self.resume()
         elif args.start:
-            tensors = safetensors_io.load(os.path.join(args.start, "model.safetensors"))
-            self.model.load_state_dict(tensors)
+            self.model.load_state_dict(safetensors_io.load_folder(args.start))
             with open(os.path.join(args.start, "progress.json")) as file:
                 self.step, self.tokens, _, self.stage = json.load(file)
         self.began = self.step
-        if self.device == "cuda" and not args.no_compile:
+        self.losses = self.answer_losses
+        if cuda and not args.no_compile:
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.cache_size_limit = 64  # one entry a shape and layer
             for layer in self.model.backbone.layers:
                 layer.compile(dynamic=False)  # a dynamic second shape compiles for minutes
+            self.losses = torch.compile(self.answer_losses, dynamic=False)
 
     def resume(self):
         saved = torch.load(self.path, map_location=self.device)
@@ -135,6 +132,8 @@ class Trainer:
         print(f"resumed at step {self.step}, {self.tokens / 1e6:.1f}M tokens, stage {self.stage}")
 
     def save(self):
+        if self.rank:
+            return
         torch.save(
             {
                 "model": self.model.state_dict(),
@@ -170,115 +169,217 @@ class Trainer:
         keep = (torch.rand(batch, 1, 1, 1, device=self.device) < 0.5).float()
         return [layer[self.rows] * keep for layer in self.pool]
 
-    def update(self, plain, arrays):
-        ids = arrays[0]
-        batch = [torch.from_numpy(a).to(self.device, non_blocking=True) for a in arrays]
-        ids_t, marks_t, resets_t, gold_t = batch
-        target, kind = ids_t[:, 1:], marks_t[:, 1:]
-        asked = F.pad((kind == ANSWER).float(), (0, 1))
-        gold = F.pad(gold_t[:, 1:], (0, 1), value=-1)
+    def put(self, array):
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def aims(self, plain, marks, gold):
+        """All indices are found on the host: a device that is asked for them waits."""
+        rows, at = np.nonzero(gold[:, 1:] >= 0)  # the position before it makes a token's choice
+        if not self.model.hsa or not len(rows):
+            return Aims()
+        places = tuple(self.put(a) for a in (rows, at, gold[rows, at + 1].astype(np.int64)))
         if self.stage < self.settings["distraction_from"]:
-            plain = 0  # before the landmarks mean anything, it would only silence all of them
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
-            x, after = self.model.hidden(
-                ids_t, resets_t, self.states(len(ids)), distractors=plain, asked=asked, gold=gold
-            )
-            logits = self.model.head(x)[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(
-            target
-        )
-        text = (loss * (kind == TEXT)).sum() / (kind == TEXT).sum().clamp(min=1)
-        answer = (loss * (kind == ANSWER)).sum() / (kind == ANSWER).sum().clamp(min=1)
+            return Aims(places)  # before the landmarks mean anything, it would silence all of them
+        after = np.pad(marks[:, 1:], ((0, 0), (0, 1)))
+        asked, text = np.flatnonzero(after == ANSWER), np.flatnonzero(after == TEXT)
+        text = text[:: max(1, len(text) // 1024)]
+        return Aims(places, plain or 0, self.put(asked), self.put(text), plain is None)
+
+    def answer_losses(self, x, target, kind):
+        """The mean losses of text and of answers, and which targets are the most likely tokens."""
+        logits = self.model.head(x)[:, :-1].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        loss = loss.view_as(target)
+        means = [
+            (loss * (kind == mark)).sum() / (kind == mark).sum().clamp(min=1)
+            for mark in (TEXT, ANSWER)
+        ]
+        return *means, logits.argmax(-1) == target
+
+    def share_gradients(self):
+        """The mean of all ranks' gradients."""
+        if self.ranks > 1:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in grads])
+            torch.distributed.all_reduce(flat)
+            flat /= self.ranks
+            for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+                grad.copy_(part.view_as(grad))
+
+    def update(self, plain, arrays):
+        ids, marks, resets, gold = arrays
+        ids_t, marks_t, resets_t = [self.put(a) for a in (ids, marks, resets)]
+        aims = self.aims(plain, marks, gold)
+        kind = self.device.split(":")[0]
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
+            x, after = self.model.hidden(ids_t, resets_t, self.states(len(ids)), aims=aims)
+            text, answer, right = self.losses(x, ids_t[:, 1:], marks_t[:, 1:])
         s = self.settings
         total = s["text_weight"] * text + s["answer_weight"] * answer
-        total = total + s["retrieval_weight"] * self.model.retrieval
-        total = total + s["attention_weight"] * self.model.attention
-        if plain:
-            total = total + s["distraction_weight"] * self.model.distraction
+        beside = [self.model.distraction, self.model.retrieval, self.model.attention]
+        for loss, name in zip(beside, ("distraction", "retrieval", "attention")):
+            if loss is not None:
+                total = total + s[name + "_weight"] * loss
         total.backward()
+        self.share_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
-        if torch.isfinite(norm):
-            self.optimizer.step()
-            for layer, states in zip(self.pool, after):
-                layer[self.rows] = states.detach().float()
-        else:  # the states of such a step would poison the steps that start from them
-            self.skipped += 1
-            if self.skipped > 50:
-                raise SystemExit(f"step {self.step}: 50 steps without a finite gradient")
-        self.optimizer.zero_grad(set_to_none=True)
-        right = logits.argmax(-1) == target
-        distraction = torch.as_tensor(self.model.distraction).detach()
-        retrieval = torch.as_tensor(self.model.retrieval).detach()
-        attention = torch.as_tensor(self.model.attention).detach()
-        return (text.detach(), answer.detach(), distraction, retrieval, attention), right
+        # A step without a finite gradient changes nothing; the host does not wait to learn of it.
+        finite = torch.isfinite(norm)
+        self.skipped += ~finite
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        for grad in grads:
+            grad.nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_mul_(grads, finite.float())
+        self.optimizer.step(self.rate())
+        for layer, states in zip(self.pool, after):
+            kept = torch.where(finite, states.detach().float().nan_to_num(0.0), layer[self.rows])
+            layer[self.rows] = kept
+        self.model.zero_grad(set_to_none=True)
+        losses = [text, answer, *beside]
+        return torch.stack(
+            [torch.as_tensor(0.0 if l is None else l, device=self.device).detach() for l in losses]
+        ), right
 
-    def run(self):
-        args, settings = self.args, self.settings
-        stage = multiprocessing.Value("i", self.stage)
-        queue = multiprocessing.Queue(args.workers * 3)
+    def agree(self, stop):
+        """Rank 0's clock, stage and word to stop are everyone's."""
+        if self.ranks > 1:
+            news = torch.tensor([self.seconds, self.stage, stop], device=self.device).double()
+            torch.distributed.broadcast(news, 0)
+            self.seconds, self.stage, stop = news[0].item(), int(news[1]), bool(news[2])
+        return stop
+
+    def start_workers(self, stage):
+        """Processes that make batches; returns them and a queue for each shape."""
+        settings, args = self.settings, self.args
+        queues = {shape: multiprocessing.Queue(args.workers * 2) for shape in ("short", "long")}
+        longs = min(args.workers - 1, max(1, round(args.workers * settings["long_share"] * 0.7)))
         pool = [
             multiprocessing.Process(
                 target=worker,
                 daemon=True,
-                args=(settings, args.data, settings["seed"] + 1000 * i + self.step, stage, queue),
+                args=(
+                    settings,
+                    args.data,
+                    settings["seed"] + 1000 * (i + args.workers * self.rank) + self.step,
+                    stage,
+                    "long" if i < longs else "short",
+                    queues,
+                ),
             )
-            for i in range(args.workers)
+            for i in range(max(2, args.workers))
         ]
         for process in pool:
             process.start()
-        begin = last = saved = time.time()
-        answers, last_tokens, last_log = (
-            {"short": Answers(), "long": Answers()},
-            self.tokens,
-            self.step,
+        return pool, queues
+
+    def batch(self, queues):
+        """The same shape on every rank."""
+        draw = random.Random(self.settings["seed"] * 10**7 + self.step)
+        shape = "long" if draw.random() < self.settings["long_share"] else "short"
+        while True:
+            made_for, size, plain, arrays = queues[shape].get()
+            if made_for == self.stage:
+                return size, plain, arrays  # plain: None for rows of rivals
+
+    def held_out(self):
+        """The loss on books that are not trained on. In the shape of a training step, gradients and
+        all, which is compiled already."""
+        size = self.settings["short"]
+        rows = [self.held.take(random.Random(i), size["length"])[0] for i in range(size["batch"])]
+        ids = self.put(np.stack(rows).astype(np.int64))
+        resets, states = torch.zeros_like(ids, dtype=torch.bool), self.states(len(ids))
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.is_cuda):
+            x, _ = self.model.hidden(ids, resets, [torch.zeros_like(s) for s in states])
+            text, _, _ = self.losses(x, ids[:, 1:], torch.full_like(ids, TEXT, dtype=torch.uint8)[:, 1:])
+        return text.item()
+
+    def log(self, sums, count, answers, rate):
+        sums = sums.tolist()
+        names = ("text", "answer", "distraction", "retrieval", "attention")
+        print(
+            f"step {self.step} stage {self.stage} {self.tokens / 1e6:.1f}M tokens {rate / 1e3:.0f}K "
+            "tok/s "
+            + " ".join(f"{name} {value / count:.3f}" for name, value in zip(names, sums))
+            + f" held out {self.held_out():.3f}"
+            f" right short {answers['short'].right:.3f} long {answers['long'].right:.3f} "
+            f"lr {self.rate():.1e} skipped {int(self.skipped)} {self.seconds:.0f}s",
+            flush=True,
         )
-        sums = np.zeros(5)
-        stage_began = self.step
-        while time.time() - begin < args.seconds and self.seconds < args.total_seconds:
-            shape, made_for, plain, arrays = queue.get()
-            if made_for != self.stage:
-                continue
+        if self.skipped > 50:
+            raise SystemExit(f"step {self.step}: over 50 steps without a finite gradient")
+
+    def run(self):
+        args, settings = self.args, self.settings
+        stage = multiprocessing.Value("i", self.stage)
+        pool, queues = self.start_workers(stage)
+        begin = last = saved = logged = time.time()
+        answers = {"short": Answers(), "long": Answers()}
+        logged_tokens, logged_step, stage_began = self.tokens, self.step, self.step
+        sums = torch.zeros(5, device=self.device)
+        stop = False
+        while not stop:
+            shape, plain, arrays = self.batch(queues)
             losses, right = self.update(plain, arrays)
+            sums += losses
             self.step += 1
-            self.tokens += arrays[0].size
+            self.tokens += arrays[0].size * self.ranks
+            if self.step % 10:
+                continue
+            answers[shape].add(right.cpu().numpy(), arrays[1][:, 1:])
             now = time.time()
             self.seconds += now - last
             last = now
-            if self.step % 10 == 0:
-                answers[shape].add(right.cpu().numpy(), arrays[1][:, 1:])
-                sums += [float(loss) for loss in losses]
-            if self.step - last_log >= args.log_every:
-                spent = now - begin
-                print(
-                    f"step {self.step} stage {self.stage} {self.tokens / 1e6:.1f}M tokens "
-                    f"{(self.tokens - last_tokens) / spent / 1e3:.0f}K tok/s text "
-                    f"{sums[0] / (args.log_every / 10):.3f} answer {sums[1] / (args.log_every / 10):.3f} "
-                    f"distraction {sums[2] / (args.log_every / 10):.3f} "
-                    f"retrieval {sums[3] / (args.log_every / 10):.3f} "
-                    f"attention {sums[4] / (args.log_every / 10):.3f} right short "
-                    f"{answers['short'].right:.3f} long {answers['long'].right:.3f} "
-                    f"lr {self.rate():.1e} skipped {self.skipped} {self.seconds:.0f}s",
-                    flush=True,
-                )
-                sums[:] = 0
-                last_log = self.step
-            if now - saved > SAVE_SECONDS:
-                self.save()
-                saved = now
+            stop = now - begin > args.seconds or self.seconds > args.total_seconds
             long_enough = self.step - stage_began > 150
             late = self.seconds / args.total_seconds > settings["advance_by"][self.stage]
             good = long_enough and answers["short"].right > settings["advance_at"][self.stage]
-            if good or late:
-                self.stage += 1
-                stage.value = self.stage
-                stage_began = self.step
+            self.stage += good or late
+            stop = self.agree(stop)
+            if self.stage != stage.value:
+                stage.value, stage_began = self.stage, self.step
                 answers = {"short": Answers(), "long": Answers()}
-                print(f"stage {self.stage} from step {self.step}", flush=True)
+                if self.rank == 0:
+                    print(f"stage {self.stage} from step {self.step}", flush=True)
+            if self.step - logged_step >= args.log_every:
+                if self.rank == 0:
+                    rate = (self.tokens - logged_tokens) / (now - logged)
+                    self.log(sums, self.step - logged_step, answers, rate)
+                logged, logged_step, logged_tokens = now, self.step, self.tokens
+                sums.zero_()
+            if now - saved > SAVE_SECONDS:
+                self.save()
+                saved = now
         for process in pool:
             process.terminate()
         self.save()
+
+    def profile(self):
+        """Where the time of a step goes, for each shape."""
+        stage = multiprocessing.Value("i", self.stage)
+        pool, queues = self.start_workers(stage)
+        for _ in range(40):
+            self.update(*self.batch(queues)[1:])
+            self.step += 1
+        batches = [self.batch(queues)[1:] for self.step in range(self.step, self.step + 20)]
+        torch.cuda.synchronize()
+        begin = time.time()
+        for batch in batches:
+            self.update(*batch)
+        host = time.time() - begin
+        torch.cuda.synchronize()
+        print(f"{(time.time() - begin) / 20 * 1e3:.1f} ms a step, the host {host / 20 * 1e3:.1f}")
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            for batch in batches:
+                self.update(*batch)
+            torch.cuda.synchronize()
+        averages = profile.key_averages()
+        print(averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=60))
+        for process in pool:
+            process.terminate()
 
 
 def export(model, settings, args):
@@ -293,9 +394,9 @@ def export(model, settings, args):
             file,
             indent=1,
         )
-    safetensors_io.save(
+    safetensors_io.save_folder(
         {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()},
-        os.path.join(folder, "model.safetensors"),
+        folder,
     )
 
 
@@ -312,10 +413,15 @@ def main():
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="stop this call after so long")
     parser.add_argument("--total-seconds", type=float, default=1320, help="training time in all")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    spare = max(2, ((os.cpu_count() or 2) - 3) // ranks)
+    parser.add_argument("--workers", type=int, default=min(spare, 16))
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--no-compile", action="store_true")
-    Trainer(parser.parse_args()).run()
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
+    args = parser.parse_args()
+    trainer = Trainer(args)
+    trainer.profile() if args.profile else trainer.run()
 
 
 if __name__ == "__main__":
