@@ -580,6 +580,7 @@ static void finish_request(struct conn *conn)
     }
     reset_request(conn);
     conn->state = CONN_HEAD;
+    conn->paused = false; /* a body that waited for nothing more */
     conn->waiting = true;
     arm(conn, conn->server->config->idle_timeout * 1000);
     http_parser_next(conn->parser);
@@ -809,7 +810,8 @@ void request_stream_begin(struct request *request)
     request->chunked = !request->head->http_1_0;
     request->conn->close_after |= !request->chunked;
     append_head(request, 200, "text/event-stream");
-    buf_append_format(output(request->conn), "cache-control: no-cache\r\n%s\r\n",
+    buf_append_format(output(request->conn),
+                      "cache-control: no-cache\r\nx-accel-buffering: no\r\n%s\r\n",
                       request->chunked ? "transfer-encoding: chunked\r\n" : "");
 }
 

@@ -519,6 +519,36 @@ static void test_chunked_upload(void **state)
     buf_close(&chunks[1]);
 }
 
+/* A body that was held back, and then was complete, does not hold back what comes behind it. */
+static void test_after_upload(void **state)
+{
+    struct fixture *f = *state;
+    char path[96];
+    struct buf text;
+    struct wire wire;
+    struct wire_answer file, answer;
+    buf_init(&text);
+    while (text.size < 100000)
+        buf_append_format(&text, "%zu, ", text.size);
+    make_memory(f, path);
+    wire_open(&wire, &f->daemon);
+    wire_ask(&wire, "POST", path, "", text.data, text.size);
+    assert_int_equal(wire_answer(&wire, &answer, false), 200);
+    wire_answer_close(&answer);
+    strcpy(strrchr(path, '/'), "/export");
+    wire_ask(&wire, "GET", path, "", NULL, 0);
+    assert_int_equal(wire_answer(&wire, &file, false), 200);
+    wire_ask(&wire, "POST", "/v1/memories/import", "", file.body.data, file.body.size);
+    assert_int_equal(wire_answer(&wire, &answer, false), 201);
+    wire_answer_close(&answer);
+    wire_ask(&wire, "GET", "/v1/models", "", NULL, 0);
+    assert_int_equal(wire_answer(&wire, &answer, false), 200);
+    wire_answer_close(&answer);
+    wire_answer_close(&file);
+    wire_close(&wire);
+    buf_close(&text);
+}
+
 /* A client that offers more than the model reads is held back by its socket. */
 static void test_back_pressure(void **state)
 {
@@ -798,10 +828,11 @@ int main(void)
         cmocka_unit_test(test_routes),         cmocka_unit_test(test_request_ids),
         cmocka_unit_test(test_pipelining),     cmocka_unit_test(test_pipelining_much),
         cmocka_unit_test(test_unusual),        cmocka_unit_test(test_too_many_connections),
-        cmocka_unit_test(test_chunked_upload), cmocka_unit_test(test_back_pressure),
-        cmocka_unit_test(test_disconnect),     cmocka_unit_test(test_slow_reader),
-        cmocka_unit_test(test_metrics),        cmocka_unit_test(test_drain),
-        cmocka_unit_test(test_drain_deadline), cmocka_unit_test(test_second_signal),
+        cmocka_unit_test(test_chunked_upload), cmocka_unit_test(test_after_upload),
+        cmocka_unit_test(test_back_pressure),  cmocka_unit_test(test_disconnect),
+        cmocka_unit_test(test_slow_reader),    cmocka_unit_test(test_metrics),
+        cmocka_unit_test(test_drain),          cmocka_unit_test(test_drain_deadline),
+        cmocka_unit_test(test_second_signal),
     };
     cmocka_set_test_filter(getenv("RAMBAD_TEST")); /* such as test_drain*; NULL: all */
     return cmocka_run_group_tests(tests, setup, teardown);

@@ -1,0 +1,70 @@
+// @langchain/openai, unmodified, against the server: see check.mjs.
+import assert from 'node:assert/strict';
+import { ChatOpenAI, OpenAI } from '@langchain/openai';
+import { AIMessage, HumanMessage, SystemMessage } from '@langchain/core/messages';
+import { ChatPromptTemplate } from '@langchain/core/prompts';
+import { StringOutputParser } from '@langchain/core/output_parsers';
+import { Arrivals, check, fakeUrl, key, metric, run, streamTokens, until, url } from './check.mjs';
+
+const at = (base) => ({ apiKey: key, maxRetries: 0, configuration: { baseURL: `${base}/v1` } });
+const list = await fetch(`${url}/v1/models`, { headers: { authorization: `Bearer ${key}` } });
+const model = (await list.json()).data[0].id;
+const chat = new ChatOpenAI({ ...at(url), model, temperature: 0, maxTokens: 16 });
+const messages = [
+    new SystemMessage('You answer questions about what you were told.'),
+    new HumanMessage("The secret code of Ada's locker is 7318042."),
+    new AIMessage('I will remember.'),
+    new HumanMessage("What is the secret code of Ada's locker?"),
+];
+
+check('invoke and stream', async () => {
+    const whole = await chat.invoke(messages);
+    assert.equal(typeof whole.content, 'string');
+    assert.ok(whole.usage_metadata.output_tokens > 0);
+    let text = '';
+    for await (const chunk of await chat.stream(messages)) text += chunk.content;
+    assert.equal(text, whole.content);
+});
+
+check('a chain', async () => {
+    const chain = ChatPromptTemplate.fromMessages([['human', 'What is {thing}?']])
+        .pipe(chat).pipe(new StringOutputParser());
+    assert.equal(typeof await chain.invoke({ thing: 'a raven' }), 'string');
+    const both = await chain.batch([{ thing: 'one' }, { thing: 'two' }], { maxConcurrency: 2 });
+    assert.equal(both.length, 2);
+});
+
+check('completions', async () => {
+    const llm = new OpenAI({ ...at(url), model, temperature: 0, maxTokens: 8 });
+    const whole = await llm.invoke('Once upon a time');
+    let text = '';
+    for await (const part of await llm.stream('Once upon a time')) text += part;
+    assert.equal(text, whole);
+});
+
+check('tokens come one by one', async () => {
+    const slow = new ChatOpenAI({ ...at(fakeUrl), model, maxTokens: streamTokens });
+    const arrivals = new Arrivals();
+    for await (const chunk of await slow.stream('x')) arrivals.take(chunk.content);
+    arrivals.finish(streamTokens);
+});
+
+check('abort', async () => {
+    const before = await metric('rambad_disconnects_total');
+    const controller = new AbortController();
+    const endless = new ChatOpenAI({ ...at(url), model, maxTokens: 1000000,
+        modelKwargs: { ignore_eos: true } });
+    await assert.rejects(async () => {
+        for await (const chunk of await endless.stream('x', { signal: controller.signal }))
+            if (chunk.content) controller.abort();
+    });
+    await until('it is over', async () => await metric('rambad_jobs_running') === 0);
+    assert.equal(await metric('rambad_disconnects_total'), before + 1);
+});
+
+check('errors', async () => {
+    const wrong = new ChatOpenAI({ ...at(url), model: 'gpt-4' });
+    await assert.rejects(wrong.invoke('x'), (e) => e.status === 404 || /gpt-4/.test(e.message));
+});
+
+await run();
