@@ -194,6 +194,7 @@ void engine_close(struct engine *engine)
     if (engine->weights.mapped)
         weights_close(&engine->weights);
     pthread_mutex_destroy(&engine->stats_lock);
+    free(engine->running);
     free(engine->noted);
     free(engine->picks);
     free(engine);
@@ -279,9 +280,14 @@ static void sample(struct engine_step_item *item)
 
 enum status engine_step(struct engine *engine, struct engine_step_item *items, size_t count)
 {
-    struct model_item *running = calloc(count ? count : 1, sizeof *running);
-    if (!running)
-        return STATUS_NO_MEMORY;
+    if (count > engine->running_capacity) {
+        struct model_item *grown = realloc(engine->running, count * sizeof *grown);
+        if (!grown)
+            return STATUS_NO_MEMORY;
+        engine->running = grown;
+        engine->running_capacity = count;
+    }
+    struct model_item *running = engine->running;
     size_t io_room = engine->io.append_room(engine->io.context);
     size_t page_room = memory_room(&engine->memory);
     uint32_t n = 0;
@@ -317,7 +323,6 @@ enum status engine_step(struct engine *engine, struct engine_step_item *items, s
     for (size_t i = 0; i < count; i++)
         sample(&items[i]);
     engine_must_work(engine); /* logits may have come from the backend */
-    free(running);
     publish_stats(engine);
     return STATUS_OK;
 }

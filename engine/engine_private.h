@@ -29,7 +29,9 @@ struct engine {
     enum ops_dtype memory_dtype;
     size_t state_floats; /* of one session: all layers */
     struct list sessions;
-    struct model *model; /* scratch of the forward pass */
+    struct model *model;        /* scratch of the forward pass */
+    struct model_item *running; /* and of a step; grows to what one needs */
+    size_t running_capacity;
     /* What the last step read: as noted, layer by layer, and in the order of its items. */
     struct engine_noted_pick *noted;
     struct engine_pick *picks;

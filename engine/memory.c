@@ -73,6 +73,7 @@ void memory_close(struct memory *memory)
     }
     free(memory->slabs);
     free(memory->table);
+    free(memory->reads);
     *memory = (struct memory){0};
 }
 
@@ -209,6 +210,18 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+static bool reserve_reads(struct memory *memory, size_t count)
+{
+    if (count <= memory->read_capacity)
+        return true;
+    struct chunk_read *grown = realloc(memory->reads, count * sizeof *grown);
+    if (!grown)
+        return false;
+    memory->reads = grown;
+    memory->read_capacity = count;
+    return true;
+}
+
 enum status memory_load(struct memory *memory, const struct chunk_io *io,
                         struct memory_page *const *pages, size_t count)
 {
@@ -217,9 +230,9 @@ enum status memory_load(struct memory *memory, const struct chunk_io *io,
         missing += pages[i]->unread;
     if (!missing)
         return STATUS_OK;
-    struct chunk_read *reads = calloc(missing, sizeof *reads);
     enum status status = STATUS_NO_MEMORY;
-    if (reads) {
+    if (reserve_reads(memory, missing)) {
+        struct chunk_read *reads = memory->reads;
         size_t at = 0;
         for (size_t i = 0; i < count; i++)
             if (pages[i]->unread)
@@ -228,7 +241,6 @@ enum status memory_load(struct memory *memory, const struct chunk_io *io,
         status = io->read(io->context, reads, missing);
         memory->read_ns += now_ns() - begin;
         memory->read_bytes += missing * memory->kv_bytes;
-        free(reads);
     }
     for (size_t i = 0; i < count; i++) {
         if (!pages[i]->unread)

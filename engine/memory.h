@@ -47,6 +47,8 @@ struct memory {
     size_t slab_count;
     struct list landmark_slabs; /* those with free blocks first */
     size_t landmark_bytes;      /* of the blocks in use */
+    struct chunk_read *reads;   /* of one memory_load; grows to what one needs */
+    size_t read_capacity;
     uint64_t hits, misses, evictions, read_bytes, read_ns;
 };
 

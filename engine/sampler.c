@@ -219,12 +219,37 @@ static int32_t largest(const float *logits, int32_t count)
 }
 
 /* Most probable first; ties by id, so that the order is total and the same everywhere. */
-static int compare_candidates(const void *a, const void *b)
+static bool comes_before(const struct candidate *a, const struct candidate *b)
 {
-    const struct candidate *x = a, *y = b;
-    if (x->weight != y->weight)
-        return x->weight > y->weight ? -1 : 1;
-    return x->token < y->token ? -1 : x->token > y->token;
+    return a->weight != b->weight ? a->weight > b->weight : a->token < b->token;
+}
+
+/* Moves the candidate at `at` down the heap of `count`, whose root is the last in the order, to
+ * where it is behind both of its children. */
+static void sift(struct candidate *heap, size_t at, size_t count)
+{
+    const struct candidate moved = heap[at];
+    for (size_t child; (child = 2 * at + 1) < count; at = child) {
+        if (child + 1 < count && comes_before(&heap[child], &heap[child + 1]))
+            child++;
+        if (comes_before(&heap[child], &moved))
+            break;
+        heap[at] = heap[child];
+    }
+    heap[at] = moved;
+}
+
+/* In place: qsort takes memory for a copy of what it sorts, at every token. */
+static void sort(struct candidate *candidates, size_t count)
+{
+    for (size_t i = count / 2; i--;)
+        sift(candidates, i, count);
+    for (size_t i = count; i > 1;) {
+        const struct candidate last = candidates[--i];
+        candidates[i] = candidates[0];
+        candidates[0] = last;
+        sift(candidates, 0, i);
+    }
 }
 
 static double total_weight(const struct candidate *candidates, size_t count)
@@ -256,7 +281,7 @@ static size_t filter(const struct sampler_params *p, struct candidate *candidate
     if (by_p && !by_k)
         count = drop_tail(candidates, count, (double)p->top_p);
     if (by_p || by_k)
-        qsort(candidates, count, sizeof *candidates, compare_candidates);
+        sort(candidates, count);
     if (by_k) {
         count = (size_t)p->top_k;
         wanted = (double)p->top_p * total_weight(candidates, count);

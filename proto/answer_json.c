@@ -58,6 +58,11 @@ void answer_logprobs_close(struct answer_logprobs *l)
     l->count = 0;
 }
 
+void answer_logprobs_clear(struct answer_logprobs *l)
+{
+    l->tokens.size = l->values.size = l->tops.size = l->offsets.size = l->count = 0;
+}
+
 /* A token that is no text by itself is named by its bytes, as OpenAI's API does: two of them are
  * not the same key. */
 static void append_token(struct buf *out, const char *text, size_t size)

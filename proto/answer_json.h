@@ -27,6 +27,8 @@ struct answer_top {
 };
 void answer_logprobs_init(struct answer_logprobs *logprobs);
 void answer_logprobs_close(struct answer_logprobs *logprobs);
+/* Empty again; what it has grown to stays. */
+void answer_logprobs_clear(struct answer_logprobs *logprobs);
 /* A token that is no UTF-8 by itself is written as "bytes:" and \xNN for each of its bytes.
  * `logprob` NaN is null; tops NULL: null (the first echoed token); `offset` of the token in the
  * text, in characters. */

@@ -87,43 +87,87 @@ void reply_free(struct reply *reply)
 
 /* ---- events ---- */
 
+#define SPARE_EVENTS 1024 /* kept; more are only there when the loop is far behind */
+
+/* One event with copies of what it points to. It is used again: a token costs no allocation. */
 struct event_node {
     struct list node;
     struct job *job;
     struct event event;
     struct error error;
-    void *copies[4];
+    struct buf text, tops, picks;
+    void *taken[2];
 };
 
-static const void *copy_in(struct event_node *node, size_t slot, const void *from, size_t bytes)
+static struct event_node *event_create(struct engine_thread *thread)
 {
+    struct event_node *node = NULL;
+    pthread_mutex_lock(&thread->lock);
+    if (!list_empty(&thread->spare)) {
+        node = LIST_ENTRY(thread->spare.next, struct event_node, node);
+        list_remove(&node->node);
+        thread->spare_count--;
+    }
+    pthread_mutex_unlock(&thread->lock);
+    if (!node) {
+        node = calloc(1, sizeof *node);
+        ASSERT(node); /* an event must not be lost */
+    }
+    return node;
+}
+
+static void event_free(struct event_node *node)
+{
+    buf_close(&node->text);
+    buf_close(&node->tops);
+    buf_close(&node->picks);
+    free(node);
+}
+
+/* It was delivered. */
+static void event_return(struct engine_thread *thread, struct event_node *node)
+{
+    for (size_t i = 0; i < sizeof node->taken / sizeof *node->taken; i++) {
+        free(node->taken[i]);
+        node->taken[i] = NULL;
+    }
+    pthread_mutex_lock(&thread->lock);
+    const bool keep = thread->spare_count < SPARE_EVENTS;
+    if (keep) {
+        list_push_front(&thread->spare, &node->node);
+        thread->spare_count++;
+    }
+    pthread_mutex_unlock(&thread->lock);
+    if (!keep)
+        event_free(node);
+}
+
+static const void *copy_in(struct buf *copy, const void *from, size_t bytes)
+{
+    copy->size = 0;
     if (!from || !bytes)
         return NULL;
-    node->copies[slot] = malloc(bytes);
-    ASSERT(node->copies[slot]); /* a few KiB; an event must not be lost */
-    return memcpy(node->copies[slot], from, bytes);
+    buf_append(copy, from, bytes);
+    return copy->data;
 }
 
 void job_post(struct job *job, const struct event *event)
 {
     struct engine_thread *thread = job->thread;
-    struct event_node *node = calloc(1, sizeof *node);
-    ASSERT(node);
+    struct event_node *node = event_create(thread);
     node->job = job;
     node->event = *event;
     struct event *e = &node->event;
-    e->text = copy_in(node, 0, event->text, event->text_size);
-    e->tops = copy_in(node, 1, event->tops, event->top_count * sizeof *event->tops);
-    e->picks = copy_in(node, 2, event->picks, event->pick_count * sizeof *event->picks);
+    e->text = copy_in(&node->text, event->text, event->text_size);
+    e->tops = copy_in(&node->tops, event->tops, event->top_count * sizeof *event->tops);
+    e->picks = copy_in(&node->picks, event->picks, event->pick_count * sizeof *event->picks);
     if (event->error) {
         node->error = *event->error;
         e->error = &node->error;
     }
     if (event->kind == EVENT_ECHO) { /* large and posted once: handed over, not copied */
-        e->echo_logprobs = job->echo;
-        e->echo_tops = job->echo_tops;
-        node->copies[0] = job->echo;
-        node->copies[1] = job->echo_tops;
+        e->echo_logprobs = node->taken[0] = job->echo;
+        e->echo_tops = node->taken[1] = job->echo_tops;
         job->echo = NULL;
         job->echo_tops = NULL;
     }
@@ -185,9 +229,7 @@ static void deliver(struct engine_thread *thread, struct event_node *node)
         thread->job_count--;
     }
     job->event_cb(job->context, &node->event);
-    for (size_t i = 0; i < sizeof node->copies / sizeof *node->copies; i++)
-        free(node->copies[i]);
-    free(node);
+    event_return(thread, node);
     if (done)
         free_job(job);
 }
@@ -742,8 +784,9 @@ enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_optio
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC); /* the other one can be set */
     pthread_cond_init(&thread->wake, &attributes);
     pthread_condattr_destroy(&attributes);
-    struct list *lists[] = {&thread->inbox, &thread->replies, &thread->outbox,   &thread->releases,
-                            &thread->queue, &thread->running, &thread->memories, &thread->jobs};
+    struct list *lists[] = {&thread->inbox,   &thread->replies,  &thread->outbox,
+                            &thread->spare,   &thread->releases, &thread->queue,
+                            &thread->running, &thread->memories, &thread->jobs};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
         list_init(lists[i]);
     enum status status = session_store_create(options->storage, wake_cb, thread, &thread->store);
@@ -802,6 +845,13 @@ static void handle_closed(uv_handle_t *handle)
     void *context = thread->closed_context;
     session_store_destroy(thread->store);
     engine_close(thread->engine);
+    while (!list_empty(&thread->spare)) {
+        struct event_node *node = LIST_ENTRY(thread->spare.next, struct event_node, node);
+        list_remove(&node->node);
+        event_free(node);
+    }
+    buf_close(&thread->decoded);
+    buf_close(&thread->text);
     pthread_mutex_destroy(&thread->lock);
     pthread_cond_destroy(&thread->wake);
     free(thread);

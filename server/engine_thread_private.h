@@ -154,6 +154,8 @@ struct engine_thread {
     struct list inbox;   /* jobs */
     struct list replies; /* from the writer thread */
     struct list outbox;  /* events, to the loop */
+    struct list spare;   /* events that were delivered, for those to come */
+    size_t spare_count;
     struct list releases;
     struct engine_thread_stats stats;
     struct sched_gate gate;
@@ -162,7 +164,8 @@ struct engine_thread {
     struct list queue;   /* jobs waiting */
     struct list running; /* jobs admitted, oldest first */
     struct list memories;
-    size_t outstanding; /* storage answers to come */
+    size_t outstanding;       /* storage answers to come */
+    struct buf decoded, text; /* of the token under way */
     struct sched sched;
     struct step_builder builder;
     struct engine_thread_stats counted;

@@ -247,8 +247,8 @@ static void take_token(struct part *part, const struct event *event)
         keep_generated(part, event->token);
     const size_t before = choice_bytes(choice);
     if (c->asked.stream) { /* each chunk carries its own; nothing is kept */
-        answer_logprobs_close(&choice->logprobs);
-        buf_close(&choice->retrieval);
+        answer_logprobs_clear(&choice->logprobs);
+        choice->retrieval.size = 0;
     }
     if (logprobs)
         generate_add_logprob(tokenizer_of(c), &choice->logprobs, c->asked.chat, event->token,

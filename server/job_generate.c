@@ -7,6 +7,8 @@
 #include "proto/base/assert.h"
 #include "server/engine_thread_private.h"
 
+#define WRITTEN_TOKENS 4096 /* of an answer, for which there is room from the start */
+
 static const struct tokenizer *tokenizer_of(const struct job *job)
 {
     return engine_tokenizer(job->thread->engine);
@@ -336,7 +338,9 @@ static bool ends_turn(const struct job *job, int32_t token)
 static bool keep_written(struct job *job, int32_t token)
 {
     if (job->written_count == job->written_capacity) {
-        const size_t capacity = job->written_capacity ? job->written_capacity * 2 : 64;
+        const size_t most = (size_t)job->generate.max_tokens + 1;
+        const size_t begin = most < WRITTEN_TOKENS ? most : WRITTEN_TOKENS;
+        const size_t capacity = job->written_capacity ? job->written_capacity * 2 : begin;
         int32_t *grown = realloc(job->written, capacity * sizeof *grown);
         if (!grown)
             return false;
@@ -363,27 +367,26 @@ static void take_token(struct job *job, struct sequence *s, const struct sampler
         job_fail(job, STATUS_NO_MEMORY, "out of memory");
         return;
     }
-    struct buf decoded, text;
-    buf_init(&decoded);
-    buf_init(&text);
+    struct buf *decoded = &job->thread->decoded, *text = &job->thread->text;
+    decoded->size = text->size = 0;
     const bool end = ends_turn(job, s->token);
     bool stopped = end;
     if (!end)
-        tokenizer_decode(tokenizer_of(job), &s->decoder, s->token, false, &decoded);
+        tokenizer_decode(tokenizer_of(job), &s->decoder, s->token, false, decoded);
     const bool last = end || s->generated == g->max_tokens;
     if (last)
-        tokenizer_decode_end(&s->decoder, &decoded);
+        tokenizer_decode_end(&s->decoder, decoded);
     if (s->stop &&
-        sampler_stop_feed(s->stop, decoded.data ? decoded.data : "", decoded.size, &text))
+        sampler_stop_feed(s->stop, decoded->data ? decoded->data : "", decoded->size, text))
         stopped = true;
     else if (!s->stop)
-        buf_append(&text, decoded.data ? decoded.data : "", decoded.size);
+        buf_append(text, decoded->data, decoded->size);
     s->finished = stopped || last;
     const bool hit = stopped && !end;
     if (s->finished && s->stop && !hit)
-        sampler_stop_flush(s->stop, &text);
-    if (g->has_receipt && text.size)
-        buf_append(&job->said, text.data, text.size);
+        sampler_stop_flush(s->stop, text);
+    if (g->has_receipt && text->size)
+        buf_append(&job->said, text->data, text->size);
     const struct event event = {.kind = EVENT_TOKEN,
                                 .choice = s->index,
                                 .token = s->token,
@@ -392,11 +395,9 @@ static void take_token(struct job *job, struct sequence *s, const struct sampler
                                 .tops = result->top,
                                 .picks = g->retrieval ? picks : NULL,
                                 .pick_count = g->retrieval ? pick_count : 0,
-                                .text = text.data,
-                                .text_size = text.size};
+                                .text = text->data,
+                                .text_size = text->size};
     job_post(job, &event);
-    buf_close(&decoded);
-    buf_close(&text);
     if (!s->finished)
         return;
     job->finish_reason = stopped ? FINISH_STOP : FINISH_LENGTH;
