@@ -231,6 +231,14 @@ void answer_json_completion(struct buf *out, const struct answer_head *head,
     append_usage(out, usage);
 }
 
+void answer_json_replay(struct buf *out, const char *memory, uint64_t done, uint64_t total)
+{
+    buf_append_format(out,
+                      "{\"object\":\"memory.replay.progress\",\"memory\":\"%s\","
+                      "\"tokens_done\":%llu,\"tokens_total\":%llu}",
+                      memory, (unsigned long long)done, (unsigned long long)total);
+}
+
 void answer_json_memory(struct buf *out, const struct answer_memory *memory)
 {
     buf_append_format(out, "{\"id\":\"%s\",\"object\":\"memory\",\"created_at\":%lld,", memory->id,

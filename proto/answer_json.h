@@ -75,6 +75,8 @@ struct answer_memory {
     uint64_t token_count, chunk_count, text_bytes, bytes_on_disk;
 };
 void answer_json_memory(struct buf *out, const struct answer_memory *memory);
+/* {"object":"memory.replay.progress"...}. */
+void answer_json_replay(struct buf *out, const char *memory, uint64_t done, uint64_t total);
 
 struct answer_turn {
     uint64_t position, text_bytes;

@@ -15,6 +15,7 @@
 #include "proto/base/assert.h"
 #include "server/receipt.h"
 #include "server/route.h"
+#include "server/wait.h"
 
 struct upload {
     struct request *request;
@@ -45,20 +46,14 @@ static void next_block(struct upload *u);
 /* The whole of the answer, or its last event. */
 static void acknowledge(struct request *request, const struct answer_append *answer)
 {
-    struct buf json, event;
+    struct buf json;
     buf_init(&json);
-    buf_init(&event);
     answer_json_append(&json, answer, false);
-    if (request->streaming) {
-        answer_json_event(&event, &json);
-        buf_append_text(&event, "data: [DONE]\n\n");
-        request_stream_write(request, event.data, event.size);
-        request_stream_end(request);
-    } else {
+    if (request->streaming)
+        wait_answer_event(request, &json);
+    else
         request_answer_json(request, 200, &json);
-    }
     buf_close(&json);
-    buf_close(&event);
 }
 
 static void end_if_over(struct upload *u)

@@ -1,12 +1,15 @@
 /* reach.c - see reach.h.
  *
  *   FORK -> (READ -> REPLAY ->) RELEASE -> SETTLE -> answered
+ *   A replay may take longer than a client waits for a byte: one that accepts text/event-stream
+ *   hears how far it is, and gets the memory as the last event.
  *   All states can reach the answer of a failure; the ephemeral fork is then deleted. */
 #include "server/reach.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+#include "proto/answer_json.h"
 #include "server/job.h"
 #include "server/wait.h"
 
@@ -33,7 +36,10 @@ static void finish(struct reach *reach, enum status status, const char *message)
             struct error err;
             error_set(&err, status, "memory %s: %s", reach->source,
                       message ? message : status_text(status));
-            request_fail(wait->request, status, &err);
+            if (wait->request->streaming)
+                request_stream_fail(wait->request, status, &err);
+            else
+                request_fail(wait->request, status, &err);
         }
     } else if (!wait->request->gone) {
         wait_answer_memory(wait->request, reach->is_rewind ? 200 : 201, wait->id);
@@ -91,9 +97,28 @@ static void settle(struct reach *reach)
 
 /* ---- replay ---- */
 
+static void send_progress(const struct reach *reach, const struct event *event)
+{
+    struct request *request = reach->wait->request;
+    struct buf json, text;
+    if (!request->wants_stream || request->gone)
+        return;
+    buf_init(&json);
+    buf_init(&text);
+    answer_json_replay(&json, reach->wait->id, event->tokens_done, event->tokens_total);
+    answer_json_event(&text, &json);
+    if (!request->streaming)
+        request_stream_begin(request);
+    request_stream_write(request, text.data, text.size);
+    buf_close(&json);
+    buf_close(&text);
+}
+
 static void event_cb(void *context, const struct event *event)
 {
     struct reach *reach = context;
+    if (event->kind == EVENT_PROGRESS)
+        send_progress(reach, event);
     if (event->kind != EVENT_DONE)
         return;
     reach->job = NULL;
@@ -219,6 +244,7 @@ static struct reach *create(struct request *request, const char *source, uint64_
     server_new_id(request->server, "ephemeral_", reach->fork);
     request->state = reach;
     request->gone_cb = gone;
+    request->wants_stream = strstr(request->head->accept, "text/event-stream") != NULL;
     return reach;
 }
 

@@ -97,7 +97,23 @@ void wait_fail_memory(struct request *request, enum status status, const char *i
     struct error err;
     error_set(&err, status, status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s", id,
               status_text(status));
-    request_fail(request, status, &err);
+    if (request->streaming)
+        request_stream_fail(request, status, &err);
+    else
+        request_fail(request, status, &err);
+}
+
+void wait_answer_event(struct request *request, const struct buf *json)
+{
+    struct buf event;
+    if (!request->streaming)
+        request_stream_begin(request);
+    buf_init(&event);
+    answer_json_event(&event, json);
+    buf_append_text(&event, "data: [DONE]\n\n");
+    request_stream_write(request, event.data, event.size);
+    request_stream_end(request);
+    buf_close(&event);
 }
 
 void wait_answer_memory(struct request *request, int http_status, const char *id)
@@ -116,7 +132,10 @@ void wait_answer_memory(struct request *request, int http_status, const char *id
     struct buf body;
     buf_init(&body);
     wait_append_memory(&body, &memory);
-    request_answer_json(request, http_status, &body);
+    if (request->wants_stream)
+        wait_answer_event(request, &body);
+    else
+        request_answer_json(request, http_status, &body);
     buf_close(&body);
     storage_memory_close(&memory);
 }

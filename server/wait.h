@@ -37,7 +37,10 @@ struct storage_expires wait_expires(const struct memory_expires *asked);
 /* Answers that several resources give. */
 void wait_append_memory(struct buf *out, const struct storage_memory *memory);
 void wait_fail_memory(struct request *request, enum status status, const char *id);
+/* As an event, the last one, where a stream is wanted. */
 void wait_answer_memory(struct request *request, int http_status, const char *id);
+/* The last event of a stream, and its end. */
+void wait_answer_event(struct request *request, const struct buf *json);
 /* A page of the list of `owner`, as the query asks: "limit", "after", "order" (desc when it is not
  * given). */
 extern const char *const wait_items_query[];

@@ -226,6 +226,29 @@ static void test_commands(struct past *past)
     buf_close(&out);
 }
 
+/* A rewind with no snapshot of its place, as events: how far it is, then the memory. */
+static void test_progress(struct past *past)
+{
+    char path[160], body[64];
+    struct buf events;
+    const struct client_memory fork = fork_at(past, past->id, past->position[0]);
+    buf_init(&events);
+    snprintf(path, sizeof path, "/v1/memories/%s/rewind", fork.id);
+    snprintf(body, sizeof body, "{\"to\":%llu}", (unsigned long long)fork.token_count - 3);
+    assert_int_equal(daemon_append(&past->daemon, path, body, strlen(body), &events), 200);
+    const char *text = buf_text(&events), *last = strstr(text, "data: {\"id\":");
+    assert_non_null(last);
+    assert_non_null(strstr(last, "\n\ndata: [DONE]\n\n"));
+    const char *progress = strstr(text, "data: {\"object\":\"memory.replay.progress\"");
+    assert_true(progress && progress < last);
+    assert_int_equal(daemon_get_memory(&past->daemon, fork.id).token_count, fork.token_count - 3);
+    /* What cannot be is refused with its status, before the stream begins. */
+    snprintf(body, sizeof body, "{\"to\":%llu}", (unsigned long long)fork.token_count);
+    assert_int_equal(daemon_append(&past->daemon, path, body, strlen(body), &events), 400);
+    remove_memory(past, fork.id);
+    buf_close(&events);
+}
+
 static void test_past(void **state)
 {
     struct past *past = *state;
@@ -248,6 +271,7 @@ static void test_past(void **state)
         }
     }
     test_commands(past);
+    test_progress(past);
     /* Between turns too; and what goes on from there is what goes on from the memory itself. */
     struct client_memory fork = fork_at(past, past->id, past->position[3] + 17);
     assert_int_equal(rewind_to(past, past->id, past->position[3] + 17, &answer), 200);
