@@ -62,6 +62,21 @@ check('abort', async () => {
     assert.equal(await metric('rambad_disconnects_total'), before + 1);
 });
 
+check('responses', async () => {
+    const responses = new ChatOpenAI({ ...at(url), model, temperature: 0, maxTokens: 12,
+        useResponsesApi: true });
+    const first = await responses.invoke("The secret code of Ada's locker is 7318042.");
+    const id = first.response_metadata.id;
+    assert.match(id, /^resp_/);
+    const question = "What is the secret code of Ada's locker?";
+    const second = await responses.invoke(question, { previous_response_id: id });
+    assert.ok(second.usage_metadata.input_token_details.cache_read > 0);
+    let text = '';
+    for await (const chunk of await responses.stream(question, { previous_response_id: id }))
+        text += chunk.text;
+    assert.equal(text, second.text);
+});
+
 check('errors', async () => {
     const wrong = new ChatOpenAI({ ...at(url), model: 'gpt-4' });
     await assert.rejects(wrong.invoke('x'), (e) => e.status === 404 || /gpt-4/.test(e.message));

@@ -170,4 +170,113 @@ check('a memory through the same client', async () => {
     await assert.rejects(client.get(`/memories/${memory.id}`), OpenAI.NotFoundError);
 });
 
+const brief = { model, temperature: 0, max_output_tokens: 12 };
+
+check('responses, gone on from and forked', async () => {
+    const first = await client.responses.create({
+        ...brief, input: "The secret code of Ada's locker is 7318042.", metadata: { topic: 'lockers' } });
+    assert.match(first.id, /^resp_/);
+    assert.equal(first.object, 'response');
+    assert.ok(['completed', 'incomplete'].includes(first.status));
+    assert.equal(first.output_text, first.output[0].content[0].text);
+    assert.equal(first.metadata.topic, 'lockers');
+    const ask = (previous) => client.responses.create({
+        ...brief, input: "What is the secret code of Ada's locker?", previous_response_id: previous });
+    const second = await ask(first.id);
+    assert.equal(second.previous_response_id, first.id);
+    assert.ok(second.usage.input_tokens_details.cached_tokens >= first.usage.total_tokens - 1);
+    await client.responses.create({ ...brief, input: 'And now?', previous_response_id: second.id });
+    const fork = await ask(first.id); // an old one, again
+    assert.equal(fork.output_text, second.output_text);
+    assert.equal(fork.usage.input_tokens, second.usage.input_tokens);
+
+    const again = await client.responses.retrieve(second.id);
+    assert.equal(again.output_text, second.output_text);
+    const items = await client.responses.inputItems.list(second.id);
+    assert.equal(items.data[0].content[0].text, "What is the secret code of Ada's locker?");
+    const count = await client.responses.inputTokens.count({ model, input: 'How many?' });
+    assert.ok(count.input_tokens > 0);
+    await client.responses.delete(second.id);
+    await assert.rejects(client.responses.retrieve(second.id), OpenAI.NotFoundError);
+    await assert.rejects(ask(second.id), OpenAI.NotFoundError);
+});
+
+check('responses, streamed and taken up again', async () => {
+    const body = { ...brief, input: 'Once upon a time' };
+    const whole = await client.responses.create({ ...body, store: false });
+    const events = [];
+    for await (const event of await client.responses.create({ ...body, stream: true })) events.push(event);
+    events.forEach((event, i) => assert.equal(event.sequence_number, i));
+    const types = events.map((e) => e.type).filter((t, i, all) => t !== all[i - 1]);
+    assert.deepEqual(types.slice(0, 5), ['response.created', 'response.in_progress',
+        'response.output_item.added', 'response.content_part.added', 'response.output_text.delta']);
+    assert.deepEqual(types.slice(5, 8), ['response.output_text.done', 'response.content_part.done',
+        'response.output_item.done']);
+    assert.equal(types[8], `response.${whole.status}`);
+    const deltas = events.filter((e) => e.type === 'response.output_text.delta').map((e) => e.delta);
+    assert.equal(deltas.join(''), whole.output_text);
+    const { response } = events.at(-1);
+    assert.equal(response.usage.output_tokens, whole.usage.output_tokens);
+
+    const rest = [];
+    for await (const event of await client.responses.retrieve(response.id, { stream: true, starting_after: 4 }))
+        rest.push(event);
+    assert.deepEqual(rest, events.slice(5));
+    const last = await client.responses.stream(body).finalResponse(); // the package's own helper
+    assert.equal(last.output_text, whole.output_text);
+});
+
+check('responses in the background, cancelled', async () => {
+    const begun = await client.responses.create({
+        ...brief, input: 'x', max_output_tokens: 12, background: true });
+    assert.ok(['queued', 'in_progress', 'completed', 'incomplete'].includes(begun.status));
+    await until('it is complete', async () =>
+        ['completed', 'incomplete'].includes((await client.responses.retrieve(begun.id)).status));
+    const endless = await client.responses.create({
+        ...brief, input: 'x', max_output_tokens: 1000000, ignore_eos: true, background: true });
+    await until('it runs', async () => await metric('rambad_jobs_running') > 0);
+    const cancelled = await client.responses.cancel(endless.id);
+    assert.equal(cancelled.status, 'cancelled');
+    await until('it is over', async () => await metric('rambad_jobs_running') === 0);
+    await assert.rejects(client.responses.create({ ...brief, input: 'x', tools: [{ type: 'web_search' }] }),
+        (e) => e instanceof OpenAI.BadRequestError && e.param.startsWith('tools'));
+});
+
+check('responses, aborted', async () => {
+    const before = await metric('rambad_disconnects_total');
+    const stream = await client.responses.create({
+        ...brief, input: 'x', max_output_tokens: 1000000, ignore_eos: true, store: false, stream: true });
+    for await (const event of stream) if (event.type === 'response.output_text.delta') break;
+    await until('it is over', async () => await metric('rambad_jobs_running') === 0);
+    assert.equal(await metric('rambad_disconnects_total'), before + 1);
+});
+
+check('conversations', async () => {
+    const conversation = await client.conversations.create({
+        metadata: { topic: 'lockers' },
+        items: [{ type: 'message', role: 'user', content: "The secret code of Ada's locker is 7318042." }] });
+    assert.match(conversation.id, /^conv_/);
+    const answer = await client.responses.create({
+        ...brief, input: "What is the secret code of Ada's locker?", conversation: conversation.id });
+    assert.equal(answer.conversation.id, conversation.id);
+    const texts = [];
+    for await (const item of client.conversations.items.list(conversation.id, { limit: 2, order: 'asc' }))
+        texts.push(item.content[0].text); // over two pages
+    assert.deepEqual(texts, ["The secret code of Ada's locker is 7318042.",
+        "What is the secret code of Ada's locker?", answer.output_text]);
+    const added = await client.conversations.items.create(conversation.id, {
+        items: [{ type: 'message', role: 'user', content: 'It was changed.' }] });
+    const item = await client.conversations.items.retrieve(added.data[0].id, {
+        conversation_id: conversation.id });
+    assert.equal(item.content[0].text, 'It was changed.');
+    await client.conversations.items.delete(item.id, { conversation_id: conversation.id });
+    const changed = await client.conversations.update(conversation.id, { metadata: { topic: 'other' } });
+    assert.equal(changed.metadata.topic, 'other');
+    await assert.rejects(client.responses.create({ ...brief, input: 'x', conversation: conversation.id,
+        previous_response_id: answer.id }), OpenAI.BadRequestError);
+    const deleted = await client.conversations.delete(conversation.id);
+    assert.equal(deleted.object, 'conversation.deleted');
+    await assert.rejects(client.conversations.retrieve(conversation.id), OpenAI.NotFoundError);
+});
+
 await run();

@@ -54,8 +54,8 @@ function conforms(where, response, type, value) {
 }
 
 // A call whose answer must be as documented; `path` is the document's, {id} filled from `id`.
-async function ask(method, path, { id, query = '', body, type = 'application/json', status = 200 } = {}) {
-    const answer = await fetch(url + path.replace('{id}', id) + query, {
+async function ask(method, path, { id, item, query = '', body, type = 'application/json', status = 200 } = {}) {
+    const answer = await fetch(url + path.replace('{id}', id).replace('{item_id}', item) + query, {
         method: method.toUpperCase(),
         headers: { authorization: `Bearer ${key}`, ...(body !== undefined && { 'content-type': type }) },
         body: body === undefined ? undefined : typeof body === 'string' ? body : JSON.stringify(body) });
@@ -122,6 +122,36 @@ check('memories', async () => {
     await ask('delete', '/v1/memories/{id}', { id: fork.id });
     await ask('delete', '/v1/memories/{id}', of);
     await ask('get', '/v1/memories/{id}', { ...of, status: 404 });
+});
+
+check('responses and conversations', async () => {
+    const brief = { max_output_tokens: 4, temperature: 0 };
+    const conversation = await ask('post', '/v1/conversations', {
+        body: { metadata: { a: 'b' }, items: [{ role: 'user', content: 'The raven is black. '.repeat(40) }] } });
+    const of = { id: conversation.id };
+    const first = await ask('post', '/v1/responses', { body: { ...brief, input: 'x', ...{ conversation: of.id } } });
+    for (const more of [{}, { store: false }, { previous_response_id: first.id }, { top_logprobs: 2,
+        include: ['message.output_text.logprobs'] }, { conversation: of.id, include: ['memory.retrieval'] },
+        { instructions: 'Be brief.', metadata: { c: 'd' } }])
+        for (const stream of [false, true])
+            await ask('post', '/v1/responses', { body: { ...brief, input: 'Where is it?', stream, ...more } });
+    await ask('post', '/v1/responses', { body: { ...brief, input: 'x', background: true } });
+    await ask('post', '/v1/responses', { body: { ...brief, input: 'x', tools: [1] }, status: 400 });
+    await ask('post', '/v1/responses/input_tokens', { body: { input: 'x' } });
+    await ask('get', '/v1/responses/{id}', { id: first.id });
+    await ask('get', '/v1/responses/{id}', { id: first.id, query: '?stream=true' });
+    await ask('get', '/v1/responses/{id}/input_items', { id: first.id });
+    await ask('delete', '/v1/responses/{id}', { id: first.id });
+    await ask('get', '/v1/responses/{id}', { id: first.id, status: 404 });
+    await ask('get', '/v1/conversations/{id}', of);
+    await ask('post', '/v1/conversations/{id}', { ...of, body: { metadata: {} } });
+    const items = await ask('post', '/v1/conversations/{id}/items', { ...of,
+        body: { items: [{ role: 'user', content: 'y' }] } });
+    const item = items.data[0].id;
+    await ask('get', '/v1/conversations/{id}/items', { ...of, query: '?limit=2' });
+    await ask('get', '/v1/conversations/{id}/items/{item_id}', { ...of, item });
+    await ask('delete', '/v1/conversations/{id}/items/{item_id}', { ...of, item });
+    await ask('delete', '/v1/conversations/{id}', of);
 });
 
 await run();
