@@ -7,8 +7,7 @@
 #define STEP_THREADS (STEP_WARPS * CUDA_WARP)
 #define WARP_ROWS 4                         /* of a state, that a warp holds in registers */
 #define BLOCK_ROWS (STEP_WARPS * WARP_ROWS) /* of a head's P */
-#define FULL_N 128                          /* N that fills a warp's 16 byte loads */
-#define FULL_TAPS 4
+#define TAPS 4                              /* of the convolution, where the numbers are known */
 
 template <typename T> struct step_weights {
     const T *conv;
@@ -67,8 +66,14 @@ keep_tail(const struct mamba_shape &s, const struct place &at, const float *proj
             past(s, at, projected, j, at.segment.count - 1, keep - 1 - i);
 }
 
-/* Rows of the state by a whole number of 16 byte loads (FULL), or as they come. */
-template <typename T, bool FULL>
+/* V neighbours at once: 2 or 4. */
+template <int V> struct alignas(4 * V) floats {
+    float v[V];
+};
+
+/* N is 32 V and the convolution has TAPS taps: the state is read and written once and lies in
+ * registers, a lane has V neighbours of each row. V 0: whatever they are. */
+template <typename T, int V>
 static __global__ void __launch_bounds__(STEP_THREADS)
     step(struct mamba_shape s, struct step_weights<T> w, const struct cuda_segment *segments,
          size_t ssm, size_t conv, const float *projected, float *y, uint32_t *arrived, bool early)
@@ -76,7 +81,8 @@ static __global__ void __launch_bounds__(STEP_THREADS)
     CUDA_SHARED(float, columns); /* [BLOCK_ROWS + 2 N]: x, B, C of the row under way */
     __shared__ bool last;
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    constexpr int own = (BLOCK_ROWS + 2 * FULL_N + STEP_THREADS - 1) / STEP_THREADS;
+    constexpr int width = V ? V : 1;
+    constexpr int own = (BLOCK_ROWS + 2 * CUDA_WARP * width + STEP_THREADS - 1) / STEP_THREADS;
     cuda_depend_release();
     if (!early)
         cuda_depend_wait();
@@ -85,21 +91,22 @@ static __global__ void __launch_bounds__(STEP_THREADS)
         cuda_depend_wait();
         return;
     }
-    float4 state[WARP_ROWS];
-    float tail[own][FULL_TAPS - 1];
+    floats<width> state[WARP_ROWS];
+    float tail[own][TAPS - 1];
     float *rows = at.segment.ssm + ((size_t)at.head * s.width + at.first + warp * WARP_ROWS) * s.n;
     const uint32_t row_count =
         at.first + warp * WARP_ROWS < s.width ? s.width - at.first - warp * WARP_ROWS : 0;
-    if (FULL) {
+    if (V) {
 #pragma unroll
         for (uint32_t r = 0; r < WARP_ROWS; r++)
             if (r < row_count)
-                state[r] = *reinterpret_cast<const float4 *>(rows + (size_t)r * s.n + 4 * lane);
+                state[r] =
+                    *reinterpret_cast<const floats<width> *>(rows + (size_t)r * s.n + width * lane);
 #pragma unroll
         for (int i = 0; i < own; i++) {
             const uint32_t j = column_of(s, at, threadIdx.x + i * STEP_THREADS);
 #pragma unroll
-            for (int k = 0; k < FULL_TAPS - 1; k++)
+            for (int k = 0; k < TAPS - 1; k++)
                 tail[i][k] = j < s.conv ? at.segment.conv[(size_t)k * s.conv + j] : 0;
         }
     }
@@ -114,22 +121,22 @@ static __global__ void __launch_bounds__(STEP_THREADS)
         const bool writes = lane < WARP_ROWS && lane < row_count;
         const float z = writes ? projected[row * s.proj + p] : 0;
 #pragma unroll
-        for (int i = 0; i < (FULL ? own : 1); i++)
+        for (int i = 0; i < (V ? own : 1); i++)
             for (uint32_t c = threadIdx.x + i * STEP_THREADS; c < BLOCK_ROWS + 2 * s.n;
                  c += STEP_THREADS) {
                 const uint32_t j = column_of(s, at, c);
                 if (j < s.conv) {
                     float sum = w.conv_bias ? w.conv_bias[j] : 0;
 #pragma unroll
-                    for (uint32_t k = 0; k < (FULL ? FULL_TAPS : s.taps); k++) {
-                        const bool known = FULL && t == 0 && k < FULL_TAPS - 1;
-                        const float in = known ? tail[i][FULL && k < FULL_TAPS - 1 ? k : 0]
+                    for (uint32_t k = 0; k < (V ? TAPS : s.taps); k++) {
+                        const bool known = V && t == 0 && k < TAPS - 1;
+                        const float in = known ? tail[i][V && k < TAPS - 1 ? k : 0]
                                                : past(s, at, projected, j, t, s.taps - 1 - k);
                         sum = fmaf(cuda_float(w.conv[(size_t)j * s.taps + k]), in, sum);
                     }
                     columns[c] = cuda_silu(sum);
                 }
-                if (FULL)
+                if (V)
                     break;
             }
         __syncthreads();
@@ -145,15 +152,14 @@ static __global__ void __launch_bounds__(STEP_THREADS)
                 break;
             const float u = columns[warp * WARP_ROWS + r], add = time * u;
             float sum = 0;
-            if (FULL) {
-                const float4 b4 = *reinterpret_cast<const float4 *>(b + 4 * lane);
-                const float4 c4 = *reinterpret_cast<const float4 *>(c + 4 * lane);
-                state[r].x = fmaf(decay, state[r].x, add * b4.x);
-                state[r].y = fmaf(decay, state[r].y, add * b4.y);
-                state[r].z = fmaf(decay, state[r].z, add * b4.z);
-                state[r].w = fmaf(decay, state[r].w, add * b4.w);
-                sum = fmaf(state[r].w, c4.w,
-                           fmaf(state[r].z, c4.z, fmaf(state[r].y, c4.y, state[r].x * c4.x)));
+            if (V) {
+                const floats<width> bs = *reinterpret_cast<const floats<width> *>(b + width * lane);
+                const floats<width> cs = *reinterpret_cast<const floats<width> *>(c + width * lane);
+#pragma unroll
+                for (int i = 0; i < width; i++) {
+                    state[r].v[i] = fmaf(decay, state[r].v[i], add * bs.v[i]);
+                    sum = fmaf(state[r].v[i], cs.v[i], sum);
+                }
             } else {
                 for (uint32_t i = lane; i < s.n; i += CUDA_WARP) {
                     float *element = rows + (size_t)r * s.n + i;
@@ -169,11 +175,12 @@ static __global__ void __launch_bounds__(STEP_THREADS)
         if (t + 1 < at.segment.count)
             __syncthreads();
     }
-    if (FULL) {
+    if (V) {
 #pragma unroll
         for (uint32_t r = 0; r < WARP_ROWS; r++)
             if (r < row_count)
-                *reinterpret_cast<float4 *>(rows + (size_t)r * s.n + 4 * lane) = state[r];
+                *reinterpret_cast<floats<width> *>(rows + (size_t)r * s.n + width * lane) =
+                    state[r];
     }
     /* Columns of x belong to this block alone; those of B and C to whoever read them last. */
     if (threadIdx.x < BLOCK_ROWS && column_of(s, at, threadIdx.x) < s.conv)
@@ -202,11 +209,14 @@ static void launch_step(struct ops_context *x, const struct ops_mamba_weights *w
     const dim3 grid(s.heads * cuda_ceil(s.width, BLOCK_ROWS), segment_count), block(STEP_THREADS);
     const size_t shared = sizeof(float) * (BLOCK_ROWS + 2 * (size_t)s.n);
     const bool early = x->early && x->recording;
-    if (s.n == FULL_N && s.taps == FULL_TAPS)
-        CUDA_LAUNCH_EARLY(x, (step<T, true>), grid, block, shared, s, w, segments, ssm, conv,
+    if (s.taps == TAPS && s.n == 4 * CUDA_WARP)
+        CUDA_LAUNCH_EARLY(x, (step<T, 4>), grid, block, shared, s, w, segments, ssm, conv,
+                          x->projected, x->scanned, x->arrived, early);
+    else if (s.taps == TAPS && s.n == 2 * CUDA_WARP)
+        CUDA_LAUNCH_EARLY(x, (step<T, 2>), grid, block, shared, s, w, segments, ssm, conv,
                           x->projected, x->scanned, x->arrived, early);
     else
-        CUDA_LAUNCH_EARLY(x, (step<T, false>), grid, block, shared, s, w, segments, ssm, conv,
+        CUDA_LAUNCH_EARLY(x, (step<T, 0>), grid, block, shared, s, w, segments, ssm, conv,
                           x->projected, x->scanned, x->arrived, early);
 }
 
