@@ -20,6 +20,7 @@
                                    */
 #define LINGER_MS 2000            /* for a client to take its last answer while it still sends */
 #define PING_MS 15000             /* below what proxies take for a dead stream */
+#define KEEPALIVE_S 60            /* of silence, before a peer is asked whether it is still there */
 #define PAUSE_LOOK_MS 1000        /* how often a client that we keep waiting is looked after */
 #define NOWHERE_BYTES (64u << 10) /* a body that is read although nothing takes it */
 
@@ -56,6 +57,7 @@ struct write {
 };
 
 static void process(struct conn *conn, const char *data, size_t size);
+static void process_pending(struct conn *conn);
 static void finish_request(struct conn *conn);
 static void start_reading(struct conn *conn);
 static void arm(struct conn *conn, uint64_t ms);
@@ -155,7 +157,13 @@ static void close_if_flushed(struct conn *conn)
     }
 }
 
-/* More to write, or the end, once nothing waits any more. */
+/* A client that asks and asks, and takes no answer, is not read from until it does. */
+static bool is_backed_up(const struct conn *conn)
+{
+    return conn->state == CONN_HEAD && conn->out.size + conn->writing > LIMITS_OUTPUT_BYTES;
+}
+
+/* More to write, or the end, once nothing waits any more; or to read on. */
 static void drained(struct conn *conn)
 {
     struct request *r = &conn->request;
@@ -163,6 +171,10 @@ static void drained(struct conn *conn)
         r->drained_cb(r);
     else
         close_if_flushed(conn);
+    if (conn->state == CONN_HEAD && !conn->reading && !is_backed_up(conn)) {
+        process_pending(conn);
+        start_reading(conn);
+    }
 }
 
 static void written(uv_write_t *uv, int status)
@@ -359,7 +371,8 @@ static void read_cb(uv_stream_t *stream, ssize_t size, const uv_buf_t *data)
 
 static void start_reading(struct conn *conn)
 {
-    if (conn->reading || conn->paused || conn->ended || conn->state == CONN_CLOSING)
+    if (conn->reading || conn->paused || conn->ended || conn->state == CONN_CLOSING ||
+        is_backed_up(conn))
         return;
     conn->reading = uv_read_start((uv_stream_t *)&conn->tcp, alloc_cb, read_cb) == 0;
     if (!conn->reading)
@@ -370,7 +383,7 @@ static void process(struct conn *conn, const char *data, size_t size)
 {
     struct error err = {0};
     conn->in_process = true;
-    while (size && (conn->state == CONN_HEAD || conn->state == CONN_BODY)) {
+    while (size && (conn->state == CONN_HEAD || conn->state == CONN_BODY) && !is_backed_up(conn)) {
         size_t consumed = 0;
         if (conn->waiting) { /* once: bytes that come drop by drop win no time */
             conn->waiting = false;
@@ -394,6 +407,10 @@ static void process(struct conn *conn, const char *data, size_t size)
         finish_request(conn);
     if (size && conn->state != CONN_CLOSING && conn->state != CONN_LINGERING)
         buf_append(&conn->in, data, size);
+    if (conn->reading && is_backed_up(conn)) {
+        uv_read_stop((uv_stream_t *)&conn->tcp);
+        conn->reading = false;
+    }
 }
 
 /* What came behind the request that is over now. */
@@ -920,6 +937,7 @@ void conn_accept(struct server *server)
         return;
     }
     uv_tcp_nodelay(&conn->tcp, 1);
+    uv_tcp_keepalive(&conn->tcp, 1, KEEPALIVE_S);
     if (server->connection_count > server->config->connections) {
         struct error err;
         error_set(&err, STATUS_UNAVAILABLE, "too many connections");

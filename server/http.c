@@ -17,13 +17,14 @@ enum kept {
     KEPT_HOST,
     KEPT_ORIGIN,
     KEPT_ACCESS_CONTROL_REQUEST_METHOD,
+    KEPT_TRANSFER_ENCODING,
     KEPT_EXPECT,
     KEPT_COUNT
 };
 static const char *const kept_names[] = {
-    "content-type",    "accept", "x-request-id", "authorization",
-    "idempotency-key", "host",   "origin",       "access-control-request-method",
-    "expect"};
+    "content-type",      "accept", "x-request-id", "authorization",
+    "idempotency-key",   "host",   "origin",       "access-control-request-method",
+    "transfer-encoding", "expect"};
 
 struct http_parser {
     llhttp_t llhttp;
@@ -148,7 +149,7 @@ static int on_head(llhttp_t *llhttp)
         &h->content_type,    &h->accept, &h->request_id, &h->authorization,
         &h->idempotency_key, &h->host,   &h->origin,     &h->access_control_request_method};
     static char none[1]; /* a connection keeps no buffers for fields that never come */
-    for (int i = 0; i < KEPT_EXPECT; i++) {
+    for (int i = 0; i < KEPT_TRANSFER_ENCODING; i++) {
         *texts[i] = none;
         if (p->kept[i].size) {
             buf_text(&p->kept[i]);
@@ -159,7 +160,13 @@ static int on_head(llhttp_t *llhttp)
                          strncasecmp(p->kept[KEPT_EXPECT].data, "100-continue", 12) == 0;
     h->keep_alive = llhttp_should_keep_alive(llhttp) != 0;
     h->chunked = (llhttp->flags & F_CHUNKED) != 0;
-    h->http_1_0 = llhttp->http_major < 1 || (llhttp->http_major == 1 && llhttp->http_minor == 0);
+    h->http_1_0 = llhttp->http_major == 1 && llhttp->http_minor == 0;
+    /* What one server takes for the end of a body, another on the way might not: a coding that is
+     * not known here, and any before HTTP/1.1, is refused. */
+    const struct buf *coding = &p->kept[KEPT_TRANSFER_ENCODING];
+    const bool is_chunked = coding->size == 7 && !strncasecmp(coding->data, "chunked", 7);
+    if (llhttp->http_major < 1 || (coding->size && (h->http_1_0 || !is_chunked)))
+        return stop(p, STATUS_INVALID);
     llhttp->upgrade = 0; /* an offer of another protocol may be passed over, and is */
     if (llhttp->flags & F_CONTENT_LENGTH)
         h->content_length =
@@ -173,6 +180,20 @@ static int on_body(llhttp_t *llhttp, const char *at, size_t size)
     struct http_parser *p = llhttp->data;
     const enum status status = p->callbacks.body_cb(p->context, at, size);
     return status ? stop(p, status) : 0;
+}
+
+/* Nobody reads them, and they have no end of their own. */
+static int on_extension(llhttp_t *llhttp, const char *at, size_t size)
+{
+    (void)at;
+    return count(llhttp->data, size);
+}
+
+static int on_chunk(llhttp_t *llhttp)
+{
+    struct http_parser *p = llhttp->data;
+    p->header_bytes = 0;
+    return 0;
 }
 
 static int on_complete(llhttp_t *llhttp)
@@ -199,6 +220,9 @@ enum status http_parser_create(const struct http_callbacks *callbacks, void *con
     p->settings.on_header_value_complete = on_value_complete;
     p->settings.on_headers_complete = on_head;
     p->settings.on_body = on_body;
+    p->settings.on_chunk_extension_name = on_extension;
+    p->settings.on_chunk_extension_value = on_extension;
+    p->settings.on_chunk_complete = on_chunk;
     p->settings.on_message_complete = on_complete;
     llhttp_init(&p->llhttp, HTTP_REQUEST, &p->settings);
     p->llhttp.data = p;

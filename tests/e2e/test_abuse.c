@@ -1,0 +1,287 @@
+/* Clients that mean harm: heads without an end, floods of requests whose answers nobody reads,
+ * bodies that another server on the way could read otherwise, connections cut at any moment. The
+ * daemon answers what it documents, keeps its memory, and goes on. RAMBAD_LONG=1: a gigabyte. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <arpa/inet.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "tests/lib/daemon.h"
+#include "tests/lib/wire.h"
+
+#define MODEL "tests/golden/wide-stickbreaking-topk8"
+#define GROWTH_BYTES (8e6) /* of a daemon that keeps to its bounds, noise of the heap included */
+
+static struct daemon server;
+static char *folder;
+
+static int setup(void **state)
+{
+    static const char *const flags[] = {"--threads", "1", "--header-timeout", "5", NULL};
+    (void)state;
+    folder = daemon_begin(&server, MODEL, flags);
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    daemon_end(&server, folder);
+    return 0;
+}
+
+/* The daemon's memory, in bytes. */
+static double resident(void)
+{
+    char path[64], line[256];
+    double kib = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", (int)server.pid);
+    FILE *file = fopen(path, "r");
+    assert_non_null(file);
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, "VmRSS:", 6) == 0)
+            kib = strtod(line + 6, NULL);
+    fclose(file);
+    assert_true(kib > 0);
+    return kib * 1024;
+}
+
+/* ---- heads without an end ---- */
+
+static void test_endless_head(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *begin, *more;
+    } shapes[] = {{"GET /", "xxxxxxxxxxxxxxxx"},
+                  {"GET / HTTP/1.1\r\nA: ", "yyyyyyyyyyyyyyyy"},
+                  {"GET / HTTP/1.1\r\n", "A: b\r\nLonger: 12\r\n"},
+                  {"GET / HTTP/1.1\r\n", "NameOfOneField"},
+                  {"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2;",
+                   "extensionextension"},
+                  {"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+                   "2\r\n{}\r\n0\r\n",
+                   "Trailer: of many\r\n"}};
+    const char *much = getenv("RAMBAD_LONG");
+    const size_t most = much && much[0] == '1' ? (size_t)1 << 30 : (size_t)64 << 20;
+    const double before = resident();
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        struct wire wire;
+        struct wire_answer answer;
+        struct buf block;
+        ssize_t got = 0;
+        buf_init(&block);
+        while (block.size < 1 << 18)
+            buf_append_text(&block, shapes[i].more);
+        wire_open(&wire, &server);
+        wire_send(&wire, shapes[i].begin, strlen(shapes[i].begin));
+        /* It goes on although the answer is there; that is read and dropped, for a while. */
+        for (size_t sent = 0; sent < most && got >= 0; sent += block.size)
+            for (size_t at = 0; at < block.size && got >= 0; at += (size_t)(got > 0 ? got : 0))
+                got = send(wire.fd, block.data + at, block.size - at, MSG_NOSIGNAL);
+        if (got >= 0) {
+            if (wire_answer(&wire, &answer, false) != 431)
+                fail_msg("shape %zu: %d", i, answer.status);
+            wire_check_error(&answer, 431, "headers_too_large", NULL);
+            assert_true(wire_ends(&wire, NULL));
+            wire_answer_close(&answer);
+        }
+        wire_close(&wire);
+        buf_close(&block);
+    }
+    if (resident() - before > GROWTH_BYTES)
+        fail_msg("the daemon has grown by %.0f bytes", resident() - before);
+}
+
+/* ---- floods ---- */
+
+/* Requests without end, and nobody takes the answers, which are far longer: the daemon stops
+ * reading. Whoever then takes them gets every one. */
+static void test_flood(void **state)
+{
+    (void)state;
+    static const char request[] = "GET /metrics HTTP/1.1\r\nHost: t\r\n\r\n";
+    const size_t size = sizeof request - 1;
+    const double before = resident();
+    struct wire wire;
+    struct wire_answer answer;
+    struct buf block;
+    size_t sent = 0, answers = 0;
+    buf_init(&block);
+    while (block.size < 1 << 16)
+        buf_append(&block, request, size);
+    wire_open(&wire, &server);
+    for (double moved = daemon_now(); daemon_now() - moved < 1;) {
+        const size_t at = sent % block.size;
+        const ssize_t got =
+            send(wire.fd, block.data + at, block.size - at, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (got > 0) {
+            sent += (size_t)got;
+            moved = daemon_now();
+        } else {
+            usleep(10000);
+        }
+        if (resident() - before > 4 * GROWTH_BYTES)
+            fail_msg("after %zu bytes of requests the daemon has grown by %.0f bytes", sent,
+                     resident() - before);
+    }
+    assert_true(sent > 1 << 16);
+    if (resident() - before > GROWTH_BYTES)
+        fail_msg("the daemon has grown by %.0f bytes", resident() - before);
+    shutdown(wire.fd, SHUT_WR);
+    for (; answers < sent / size; answers++) {
+        if (wire_answer(&wire, &answer, false) != 200)
+            fail_msg("%d instead of answer %zu of %zu", answer.status, answers, sent / size);
+        wire_answer_close(&answer);
+    }
+    wire_close(&wire);
+    buf_close(&block);
+}
+
+/* ---- what two servers could read as different requests ---- */
+
+static void test_smuggling(void **state)
+{
+    (void)state;
+#define POST "POST /v1/memories HTTP/1.1\r\nHost: t\r\n"
+#define CHUNKED "Transfer-Encoding: chunked\r\n"
+#define WITHIN "GET /v1/models HTTP/1.1\r\nHost: t\r\n\r\n"
+    static const char *const shapes[] = {
+        POST "Content-Length: 5\r\n" CHUNKED "\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "Content-Length: 5\r\n\r\n0\r\n\r\n" WITHIN,
+        POST "Content-Length: 0\r\nContent-Length: 44\r\n\r\n" WITHIN,
+        POST "Content-Length: 2, 44\r\n\r\n{}" WITHIN,
+        POST "Content-Length: +2\r\n\r\n{}" WITHIN,
+        POST "Content-Length: 0x2\r\n\r\n{}" WITHIN,
+        POST "Content-Length: 2 2\r\n\r\n{}" WITHIN,
+        POST "Content-Length:\r\n\r\n" WITHIN,
+        POST "Content-Length : 2\r\n\r\n{}" WITHIN,
+        POST "Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" WITHIN,
+        POST "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" WITHIN,
+        POST "Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" WITHIN,
+        POST "Transfer-Encoding: identity\r\n\r\n" WITHIN,
+        POST "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED CHUNKED "\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "Transfer-Encoding: identity\r\n\r\n0\r\n\r\n" WITHIN,
+        POST "Transfer-Encoding: \x0b"
+             "chunked\r\n\r\n0\r\n\r\n" WITHIN,
+        POST "X: y\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" WITHIN,
+        POST "X: y\rTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "\r\n2 \r\n{}\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "\r\n-2\r\n{}\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "\r\n0x2\r\n{}\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "\r\n2\n{}\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "\r\n2\r\n{}\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "\r\n2\r\n{}x\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "\r\n2;a=\n\r\n{}\r\n0\r\n\r\n" WITHIN,
+        POST CHUNKED "\r\n10000000000000002\r\n{}\r\n0\r\n\r\n" WITHIN,
+        "POST /v1/memories HTTP/1.0\r\nHost: t\r\n" CHUNKED "\r\n0\r\n\r\n" WITHIN,
+        "POST /v1/memories HTTP/1.1 \r\nHost: t\r\nContent-Length: 0\r\n\r\n" WITHIN,
+        "POST /v1/memories\r\nHost: t\r\nContent-Length: 0\r\n\r\n" WITHIN,
+        "GET /v1/models HTTP/1.1\r\n Host: t\r\n\r\n" WITHIN,
+    };
+    int both = 0;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        struct wire wire;
+        struct wire_answer answer;
+        wire_open(&wire, &server);
+        wire_send(&wire, shapes[i], strlen(shapes[i]));
+        const int first = wire_answer(&wire, &answer, false);
+        wire_answer_close(&answer);
+        if (first != 400 || !wire_ends(&wire, NULL)) {
+            print_message("shape %zu: %d: %s\n", i, first, shapes[i]);
+            both++;
+        }
+        wire_close(&wire);
+    }
+    assert_int_equal(both, 0);
+}
+
+/* ---- connections that are cut ---- */
+
+static void cut(struct wire *wire)
+{
+    const struct linger reset = {.l_onoff = 1};
+    setsockopt(wire->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
+    wire_close(wire);
+}
+
+static void test_resets(void **state)
+{
+    (void)state;
+#define COMPLETION(size) \
+    "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: " size "\r\n\r\n"
+    static const char *const beginnings[] = {
+        "",
+        "GET /v1/mod",
+        COMPLETION("100") "{\"prompt\":",
+        "POST /v1/memories/import HTTP/1.1\r\nHost: t\r\nContent-Length: 10000\r\n\r\nRAMBA",
+        "GET /v1/models HTTP/1.1\r\nHost: t\r\n\r\n",
+        COMPLETION("33") "{\"prompt\":\"x\", \"max_tokens\":2000}",
+        COMPLETION(
+            "68") "{\"prompt\":\"x\", \"max_tokens\":1000000,\"ignore_eos\":true,\"stream\":true}"};
+    const double connections = wire_metric(&server, "rambad_connections");
+    double before = 0;
+    for (int round = 0; round < 30; round++) {
+        if (round == 10) /* what a first round leaves in the heap stays there */
+            before = resident();
+        for (size_t i = 0; i < sizeof beginnings / sizeof *beginnings; i++) {
+            struct wire wire;
+            wire_open(&wire, &server);
+            wire_send(&wire, beginnings[i], strlen(beginnings[i]));
+            if (round % 3 == 1)
+                usleep(2000);
+            else if (round % 3 == 2 && i >= 4)
+                assert_true(wire_wait_for(&wire, "HTTP/1.1 200"));
+            cut(&wire);
+        }
+        wire_wait_metric(&server, "rambad_jobs_running", 0);
+    }
+    wire_wait_metric(&server, "rambad_connections", connections);
+    if (resident() - before > GROWTH_BYTES)
+        fail_msg("the daemon has grown by %.0f bytes", resident() - before);
+}
+
+/* A client whose machine is gone says nothing at all: the kernel asks whether it is there. */
+static void test_keepalive(void **state)
+{
+    (void)state;
+    struct wire wire;
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    char line[256];
+    bool asks = false;
+    wire_open(&wire, &server);
+    wire_say(&wire, "GET /health/live HTTP/1.1\r\nHost: t\r\n\r\n");
+    assert_true(wire_wait_for(&wire, "live"));
+    assert_int_equal(getsockname(wire.fd, (struct sockaddr *)&address, &size), 0);
+    FILE *file = fopen("/proc/net/tcp", "r");
+    assert_non_null(file);
+    while (fgets(line, sizeof line, file)) {
+        unsigned local, remote, timer;
+        if (sscanf(line, " %*d: %*x:%x %*x:%x %*x %*x:%*x %x:", &local, &remote, &timer) == 3 &&
+            (int)local == server.port && remote == ntohs(address.sin_port))
+            asks = timer == 2; /* of keep-alive */
+    }
+    fclose(file);
+    assert_true(asks);
+    wire_close(&wire);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_endless_head), cmocka_unit_test(test_flood),
+        cmocka_unit_test(test_smuggling),    cmocka_unit_test(test_resets),
+        cmocka_unit_test(test_keepalive),
+    };
+    cmocka_set_test_filter(getenv("RAMBAD_TEST")); /* such as test_flood; NULL: all */
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
