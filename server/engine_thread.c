@@ -376,6 +376,18 @@ static double seconds_between(uint64_t from, uint64_t to)
     return from && to > from ? (double)(to - from) * 1e-9 : 0;
 }
 
+static void observe(struct engine_thread *thread, const struct job *job, const struct event *event)
+{
+    struct engine_thread_stats *s = &thread->counted;
+    metrics_observe(&s->queue, event->queue_seconds);
+    if (job->is_append || !job->prefilled_ns)
+        return;
+    metrics_observe(&s->prefill, event->prefill_seconds);
+    if (event->completion_tokens > 1)
+        metrics_observe(&s->per_token,
+                        event->decode_seconds / (double)(event->completion_tokens - 1));
+}
+
 void job_finish(struct job *job)
 {
     struct engine_thread *thread = job->thread;
@@ -401,6 +413,7 @@ void job_finish(struct job *job)
         job_append_close(job);
     else
         job_generate_close(job);
+    observe(thread, job, &event);
     list_remove(&job->node);
     sched_remove(&thread->sched, &job->entry);
     pthread_mutex_lock(&thread->lock);
@@ -509,8 +522,13 @@ static void admit(struct engine_thread *thread)
 
 static void check_deadline(struct job *job, uint64_t now)
 {
-    if (!job->deadline_ns || now < job->deadline_ns || job->state == JOB_COMMITTING)
+    if (!job->deadline_ns || now < job->deadline_ns || job->state == JOB_COMMITTING ||
+        job->state == JOB_ABORTING)
         return;
+    if (job->state == JOB_QUEUED)
+        job->thread->counted.timeouts_queued++;
+    else
+        job->thread->counted.timeouts_running++;
     const double waited = seconds_between(job->submitted_ns, now);
     if (job->state == JOB_QUEUED)
         job_fail(job, STATUS_TIMEOUT,
@@ -581,6 +599,8 @@ static void build(struct engine_thread *thread, struct step_builder *builder)
     }
 }
 
+_Static_assert(JOB_DONE == ENGINE_THREAD_STATES, "what /metrics tells apart");
+
 static void publish_stats(struct engine_thread *thread)
 {
     struct engine_thread_stats *s = &thread->counted;
@@ -588,10 +608,17 @@ static void publish_stats(struct engine_thread *thread)
     s->prefix_entries = thread->prefix ? prefix_entries(thread->prefix) : 0;
     s->prefix_bytes = thread->prefix ? prefix_bytes(thread->prefix) : 0;
     s->running = 0;
+    memset(s->states, 0, sizeof s->states);
+    s->running_bytes = thread->sched.bytes;
+    LIST_EACH(node, &thread->queue)
+    {
+        s->states[LIST_ENTRY(node, struct job, node)->state]++;
+    }
     s->sessions_idle = s->sessions_idle_bytes = 0;
     LIST_EACH(node, &thread->running)
     {
         s->running++;
+        s->states[LIST_ENTRY(node, struct job, node)->state]++;
     }
     LIST_EACH(node, &thread->memories)
     {
@@ -763,6 +790,8 @@ static void open_sched(struct engine_thread *thread)
                                           .memory_bytes = o->running_bytes,
                                           .max_stall = o->max_stall,
                                           .shared = o->shared};
+    thread->counted.max_stall = o->max_stall;
+    thread->counted.running_bytes_max = o->running_bytes;
     sched_init(&thread->sched, &options);
     sched_gate_init(&thread->gate, o->queue_max, o->queue_tokens, o->running_max);
 }

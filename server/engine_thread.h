@@ -8,6 +8,7 @@
 #include <uv.h>
 
 #include "engine/engine.h"
+#include "server/metrics_histogram.h"
 #include "server/job.h"
 #include "storage/storage.h"
 
@@ -50,11 +51,20 @@ void engine_thread_release_memory(struct engine_thread *engine_thread, const cha
                                   void (*released_cb)(void *context, enum status status),
                                   void *context);
 
+/* What a job may be about: queued, opening, prefill, forking, decode, committing, aborting. */
+#define ENGINE_THREAD_STATES 7
+
 /* A consistent enough copy for /metrics. Any thread. */
 struct engine_thread_stats {
     struct engine_stats engine;
     uint64_t running, waiting, waiting_tokens;
     uint64_t refused_requests, refused_tokens; /* sent away: too many of these waited */
+    uint64_t timeouts_queued, timeouts_running;
+    uint64_t states[ENGINE_THREAD_STATES]; /* jobs */
+    uint64_t running_bytes, running_bytes_max;
+    struct metrics_histogram queue, prefill, per_token, token_gap;
+    double max_stall;
+    uint64_t stalls; /* gaps that were longer */
     uint64_t sessions_idle, sessions_idle_bytes;
     uint64_t resumes_ram, resumes_disk, resumes_empty;
     uint64_t prefix_hits, prefix_misses, prefix_tokens; /* tokens: that hits saved */

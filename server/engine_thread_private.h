@@ -51,6 +51,7 @@ struct sequence {
     struct tokenizer_decoder decoder;
     int32_t token; /* sampled, not consumed yet */
     uint32_t generated;
+    uint64_t token_ns; /* when it was sampled */
     double logprob_sum;
     bool finished; /* nothing more to sample */
     bool settled;  /* the last token is consumed, or need not be */
@@ -164,8 +165,9 @@ struct engine_thread {
     struct list queue;   /* jobs waiting */
     struct list running; /* jobs admitted, oldest first */
     struct list memories;
-    size_t outstanding;       /* storage answers to come */
-    struct buf decoded, text; /* of the token under way */
+    uint64_t evicted[1024], evictions; /* hashes of the ids of memories that had to leave RAM */
+    size_t outstanding;                /* storage answers to come */
+    struct buf decoded, text;          /* of the token under way */
     struct sched sched;
     struct step_builder builder;
     struct engine_thread_stats counted;
@@ -219,10 +221,13 @@ void live_memory_release(struct engine_thread *thread, struct live_memory *memor
 /* Destroys the session and forgets the memory. */
 void live_memory_drop(struct engine_thread *thread, struct live_memory *memory);
 void live_memory_drop_all(struct engine_thread *thread);
-/* A session over what storage holds of `id`. */
-STATUS_CHECKED enum status live_memory_load(struct engine_thread *thread, const char *id,
-                                            uint64_t *position, struct engine_session **out,
-                                            struct error *err);
+/* Why a memory that is not in RAM is not: "evicted" (see --session-memory), or "first_use". */
+const char *live_memory_miss(const struct engine_thread *thread, const char *id);
+/* A session over what storage holds of `id`; the log says for whom, and the `reason` that it was
+ * not in RAM. */
+STATUS_CHECKED enum status live_memory_load(const struct job *job, const char *id,
+                                            const char *reason, uint64_t *position,
+                                            struct engine_session **out, struct error *err);
 /* `prefix` and 24 hexadecimal digits. */
 void live_memory_new_id(const char *prefix, char id[LIMITS_ID_BYTES]);
 /* Deletes an ephemeral memory, when storage gets to it. */

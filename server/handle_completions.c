@@ -423,14 +423,8 @@ static void finish(struct completion *c)
 static void part_done(struct part *part, const struct event *event)
 {
     struct completion *c = part->completion;
-    struct metrics *m = &c->server->metrics;
     part->job = NULL;
     c->open--;
-    metrics_observe(&m->queue, event->queue_seconds);
-    metrics_observe(&m->prefill, event->prefill_seconds);
-    if (event->completion_tokens > 1)
-        metrics_observe(&m->per_token,
-                        event->decode_seconds / (double)(event->completion_tokens - 1));
     if (event->status && !c->status) {
         if (event->error)
             c->err = *event->error;

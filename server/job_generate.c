@@ -58,7 +58,11 @@ static enum status open_ephemeral(struct job *job, struct sequence *s, struct er
         else
             thread->counted.resumes_ram++;
     } else {
-        status = live_memory_load(thread, s->id, &position, &s->session, err);
+        const char *reason = !job->generate.memory[0] ? "prefix"
+                             : !live      ? live_memory_miss(thread, job->generate.memory)
+                             : live->user ? "in_use"
+                                          : "other_position";
+        status = live_memory_load(job, s->id, reason, &position, &s->session, err);
     }
     storage_memory_close(&record);
     return status;
@@ -354,11 +358,24 @@ static bool keep_written(struct job *job, int32_t token)
     return true;
 }
 
+/* How long the sequence has waited for this token since its last one. */
+static void note_gap(struct engine_thread *thread, struct sequence *s)
+{
+    const uint64_t now = engine_thread_now_ns();
+    if (s->token_ns) {
+        const double gap = (double)(now - s->token_ns) * 1e-9;
+        metrics_observe(&thread->counted.token_gap, gap);
+        thread->counted.stalls += gap > thread->options.max_stall;
+    }
+    s->token_ns = now;
+}
+
 /* A token was sampled for `s`: its text goes out as far as no stop string can hold it. */
 static void take_token(struct job *job, struct sequence *s, const struct sampler_result *result,
                        const struct engine_pick *picks, uint32_t pick_count)
 {
     const struct job_generate *g = &job->generate;
+    note_gap(job->thread, s);
     s->token = result->token;
     s->generated++;
     s->logprob_sum += (double)result->logprob;

@@ -5,6 +5,8 @@
 #include <sys/random.h>
 
 #include "proto/base/assert.h"
+#include "proto/base/hash.h"
+#include "proto/base/log.h"
 #include "server/engine_thread_private.h"
 
 struct live_memory *live_memory_find(struct engine_thread *thread, const char *id)
@@ -23,9 +25,38 @@ bool live_memory_is_current(const struct live_memory *memory, const struct stora
     return memory->branch == record->branch && memory->position == record->token_count;
 }
 
-enum status live_memory_load(struct engine_thread *thread, const char *id, uint64_t *position,
-                             struct engine_session **out, struct error *err)
+const char *live_memory_miss(const struct engine_thread *thread, const char *id)
 {
+    const uint64_t hash = hash64(id, strlen(id), 0);
+    for (size_t i = 0; i < sizeof thread->evicted / sizeof *thread->evicted; i++)
+        if (thread->evicted[i] == hash)
+            return "evicted";
+    return "first_use";
+}
+
+static void note_eviction(struct engine_thread *thread, const char *id)
+{
+    const size_t room = sizeof thread->evicted / sizeof *thread->evicted;
+    thread->evicted[thread->evictions++ % room] = hash64(id, strlen(id), 0);
+}
+
+/* A memory was read from disk because it was not in RAM as it was wanted. */
+static void log_miss(const struct job *job, const char *id, const char *reason, uint64_t position,
+                     uint64_t begin_ns)
+{
+    const char *named = job->is_append ? job->append.memory : job->generate.memory;
+    log_event(LOG_INFO, "cache_miss", "request", LOG_STR,
+              job->is_append ? job->append.request_id : job->generate.request_id, "memory", LOG_STR,
+              *named ? named : id, "reason", LOG_STR, reason, "position", LOG_INT,
+              (int64_t)position, "seconds", LOG_NUM,
+              (double)(engine_thread_now_ns() - begin_ns) * 1e-9, NULL);
+}
+
+enum status live_memory_load(const struct job *job, const char *id, const char *reason,
+                             uint64_t *position, struct engine_session **out, struct error *err)
+{
+    struct engine_thread *thread = job->thread;
+    const uint64_t begin_ns = engine_thread_now_ns();
     struct storage_range *ranges = NULL;
     struct chunk_range *chunks = NULL;
     size_t count = 0, size = 0;
@@ -59,6 +90,8 @@ enum status live_memory_load(struct engine_thread *thread, const char *id, uint6
         thread->counted.resumes_empty++;
     else if (!status)
         thread->counted.resumes_disk++;
+    if (!status && !empty)
+        log_miss(job, id, reason, *position, begin_ns);
 out:
     free(ranges);
     free(chunks);
@@ -88,6 +121,8 @@ enum status live_memory_open(struct engine_thread *thread, const char *id, struc
         *out = memory;
         return STATUS_OK;
     }
+    /* It stands elsewhere now: it was rewound, or written by a request that had no session. */
+    const char *reason = memory ? "other_position" : live_memory_miss(thread, id);
     if (memory)
         live_memory_drop(thread, memory);
     memory = calloc(1, sizeof *memory);
@@ -95,7 +130,7 @@ enum status live_memory_open(struct engine_thread *thread, const char *id, struc
         snprintf(memory->id, sizeof memory->id, "%s", id);
         memory->branch = record.branch;
         memory->text_bytes = record.text_bytes;
-        status = live_memory_load(thread, id, &memory->position, &memory->session, err);
+        status = live_memory_load(job, id, reason, &memory->position, &memory->session, err);
     } else {
         status = error_set(err, STATUS_NO_MEMORY, "out of memory");
     }
@@ -138,6 +173,7 @@ void live_memory_release(struct engine_thread *thread, struct live_memory *memor
         if (other->user)
             continue;
         idle -= engine_session_bytes(other->session);
+        note_eviction(thread, other->id);
         live_memory_drop(thread, other);
     }
 }

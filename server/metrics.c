@@ -24,22 +24,11 @@ void metrics_request(struct metrics *metrics, const char *handler, int status)
     metrics->requests[i].count++;
 }
 
-void metrics_observe(struct metrics_histogram *histogram, double seconds)
-{
-    double limit = 0.001;
-    size_t i = 0;
-    for (; i + 1 < METRICS_BUCKETS && seconds > limit; i++)
-        limit *= 2;
-    histogram->buckets[i]++;
-    histogram->count++;
-    histogram->sum += seconds;
-}
-
 static void write_histogram(struct buf *out, const char *name, const char *help,
                             const struct metrics_histogram *h)
 {
     uint64_t total = 0;
-    double limit = 0.001;
+    double limit = METRICS_LEAST_S;
     buf_append_format(out, "# HELP rambad_%s %s\n# TYPE rambad_%s histogram\n", name, help, name);
     for (size_t i = 0; i < METRICS_BUCKETS; i++, limit *= 2) {
         total += h->buckets[i];
@@ -60,11 +49,53 @@ static void write_one(struct buf *out, const char *type, const char *name, const
                       help, name, type, name, value);
 }
 
+/* What waits and what is at work, how long that took, and what it did to the others. */
+static void write_jobs(struct buf *out, const struct engine_thread_stats *s)
+{
+    static const char *const states[ENGINE_THREAD_STATES] = {
+        "queued", "opening", "prefill", "forking", "decode", "committing", "aborting"};
+    write_one(out, "gauge", "jobs_running", "Requests on the engine now.", (double)s->running);
+    write_one(out, "gauge", "jobs_waiting", "Requests in the queue.", (double)s->waiting);
+    buf_append_text(out, "# HELP rambad_jobs Requests with the engine, by what they do.\n"
+                         "# TYPE rambad_jobs gauge\n");
+    for (size_t i = 0; i < ENGINE_THREAD_STATES; i++)
+        buf_append_format(out, "rambad_jobs{state=\"%s\"} %llu\n", states[i],
+                          (unsigned long long)s->states[i]);
+    write_one(out, "gauge", "queue_tokens", "Tokens of prompts in the queue.",
+              (double)s->waiting_tokens);
+    buf_append_format(out,
+                      "# HELP rambad_refused_total Requests sent away with 429, by what there was "
+                      "too much of in the queue.\n"
+                      "# TYPE rambad_refused_total counter\n"
+                      "rambad_refused_total{reason=\"requests\"} %llu\n"
+                      "rambad_refused_total{reason=\"tokens\"} %llu\n"
+                      "# HELP rambad_timeouts_total Requests whose timeout passed, by where.\n"
+                      "# TYPE rambad_timeouts_total counter\n"
+                      "rambad_timeouts_total{where=\"queue\"} %llu\n"
+                      "rambad_timeouts_total{where=\"engine\"} %llu\n",
+                      (unsigned long long)s->refused_requests,
+                      (unsigned long long)s->refused_tokens, (unsigned long long)s->timeouts_queued,
+                      (unsigned long long)s->timeouts_running);
+    write_one(out, "gauge", "running_memory_bytes", "Of the sessions at work.",
+              (double)s->running_bytes);
+    write_one(out, "gauge", "running_memory_max_bytes", "What they may take.",
+              (double)s->running_bytes_max);
+    write_histogram(out, "queue_seconds", "Time in the queue.", &s->queue);
+    write_histogram(out, "prefill_seconds", "Time for the prompt.", &s->prefill);
+    write_histogram(out, "per_token_seconds", "Between tokens of a request, its mean.",
+                    &s->per_token);
+    write_histogram(out, "token_gap_seconds", "Between two tokens of a sequence, each.",
+                    &s->token_gap);
+    write_one(out, "gauge", "max_stall_seconds", "What token_gap_seconds shall not exceed.",
+              s->max_stall);
+    write_one(out, "counter", "stalls_total", "Tokens that came later than that.",
+              (double)s->stalls);
+}
+
 static void write_engine(struct buf *out, const struct engine_thread_stats *s)
 {
     const struct engine_stats *e = &s->engine;
-    write_one(out, "gauge", "jobs_running", "Requests on the engine now.", (double)s->running);
-    write_one(out, "gauge", "jobs_waiting", "Requests in the queue.", (double)s->waiting);
+    write_jobs(out, s);
     write_one(out, "gauge", "sessions_idle", "Memories kept in RAM between turns.",
               (double)s->sessions_idle);
     write_one(out, "gauge", "sessions_idle_bytes", "What they take.",
@@ -162,12 +193,8 @@ void metrics_write(const struct metrics *m, const struct engine_thread_stats *en
               (double)m->quota_refusals);
     write_one(out, "counter", "disconnects_total",
               "Requests whose client went away before the answer.", (double)m->disconnects);
-    write_histogram(out, "queue_seconds", "Time in the queue.", &m->queue);
-    write_histogram(out, "prefill_seconds", "Time for the prompt.", &m->prefill);
     write_histogram(out, "first_token_seconds", "From the request to its first token.",
                     &m->first_token);
-    write_histogram(out, "per_token_seconds", "Between tokens of a choice, mean of a request.",
-                    &m->per_token);
     write_histogram(out, "request_seconds", "From the request to its last byte.", &m->whole);
     write_engine(out, engine);
     write_storage(out, storage, engine->prefix_entries);

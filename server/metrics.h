@@ -8,16 +8,10 @@
 
 #include "proto/base/buf.h"
 #include "server/engine_thread.h"
+#include "server/metrics_histogram.h"
 #include "storage/storage.h"
 
-#define METRICS_BUCKETS 16
 #define METRICS_ROUTES 256
-
-/* Seconds; bucket i counts what is at most 0.001 * 2^i, the last one everything. */
-struct metrics_histogram {
-    uint64_t buckets[METRICS_BUCKETS], count;
-    double sum;
-};
 
 struct metrics {
     struct {
@@ -28,13 +22,12 @@ struct metrics {
     size_t request_kinds;
     uint64_t prompt_tokens, cached_tokens, completion_tokens, appended_tokens, appended_bytes;
     uint64_t forks, disconnects, expired, quota_refusals;
-    struct metrics_histogram queue, prefill, first_token, per_token, whole;
+    struct metrics_histogram first_token, whole;
 };
 
 void metrics_init(struct metrics *metrics);
 /* `handler` lives for ever. */
 void metrics_request(struct metrics *metrics, const char *handler, int status);
-void metrics_observe(struct metrics_histogram *histogram, double seconds);
 /* Prometheus text, version 0.0.4. */
 void metrics_write(const struct metrics *metrics, const struct engine_thread_stats *engine,
                    const struct storage_stats *storage, size_t connections, struct buf *out);

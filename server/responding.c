@@ -383,16 +383,8 @@ static void take_token(struct responding *r, const struct event *event)
 
 static void job_done(struct responding *r, const struct event *event)
 {
-    struct metrics *m = &r->server->metrics;
     const enum status status = r->status ? r->status : event->status;
     r->job = NULL;
-    if (!r->keeping) {
-        metrics_observe(&m->queue, event->queue_seconds);
-        metrics_observe(&m->prefill, event->prefill_seconds);
-        if (event->completion_tokens > 1)
-            metrics_observe(&m->per_token,
-                            event->decode_seconds / (double)(event->completion_tokens - 1));
-    }
     if (status == STATUS_CONFLICT && r->goes_on && !r->place.is_fork) {
         fork_place(r); /* its memory went on meanwhile */
     } else if (status) {

@@ -175,14 +175,14 @@ static void test_histogram(void **state)
 {
     (void)state;
     struct metrics m;
-    const struct engine_thread_stats engine = {.running = 3};
+    struct engine_thread_stats engine = {.running = 3, .states = {[2] = 4}, .timeouts_queued = 6};
     const struct storage_stats storage = {.memories = 5};
     struct buf out;
     metrics_init(&m);
-    metrics_observe(&m.queue, 0);
-    metrics_observe(&m.queue, 0.001); /* its limit belongs to a bucket */
-    metrics_observe(&m.queue, 0.0011);
-    metrics_observe(&m.queue, 1e9);
+    metrics_observe(&engine.queue, 0);
+    metrics_observe(&engine.queue, 0.001); /* its limit belongs to a bucket */
+    metrics_observe(&engine.queue, 0.0011);
+    metrics_observe(&engine.queue, 1e9);
     metrics_request(&m, "append", 200);
     metrics_request(&m, "append", 409);
     metrics_request(&m, "append", 200);
@@ -198,6 +198,8 @@ static void test_histogram(void **state)
         "\nrambad_requests_total{handler=\"append\",status=\"200\"} 2\n",
         "\nrambad_requests_total{handler=\"append\",status=\"409\"} 1\n",
         "\nrambad_jobs_running 3\n",
+        "\nrambad_jobs{state=\"prefill\"} 4\n",
+        "\nrambad_timeouts_total{where=\"queue\"} 6\n",
         "\nrambad_memories 5\n",
         "\nrambad_connections 2\n",
         "\n# TYPE rambad_queue_seconds histogram\n"};
