@@ -309,6 +309,12 @@ static void plan_decodes(struct sched *sched)
     sched->step_decodes = sched->options.running_max - seats;
 }
 
+/* Whether it has something to do beside bulk, or would have if it could start. */
+static bool wants_other(const struct sched_share *share)
+{
+    return share->has_other || share->waiting > share->waiting_bulk;
+}
+
 /* What each share has to do in this step, and how bulk and the rest divide the time. */
 static void look_at_shares(struct sched *sched)
 {
@@ -329,9 +335,12 @@ static void look_at_shares(struct sched *sched)
         share->has_other |= !entry->bulk && (entry->rows || entry->decodes);
     }
     for (uint32_t i = 0; i < sched->share_count; i++) {
-        look_at_share(sched, &sched->shares[i]);
-        bulk += sched->shares[i].has_bulk ? sched->shares[i].weight : 0;
-        other += sched->shares[i].has_other ? sched->shares[i].weight : 0;
+        struct sched_share *share = &sched->shares[i];
+        look_at_share(sched, share);
+        if (!share->has_bulk || !wants_other(share)) /* there is nothing to balance */
+            share->balance = 0;
+        bulk += share->has_bulk ? share->weight : 0;
+        other += share->has_other ? share->weight : 0;
     }
     sched->bulk_part = other > 0 ? bulk / other : 0;
     if (!(other > 0) || !(bulk > 0))
@@ -353,8 +362,7 @@ static bool is_ahead(const struct sched *sched, const struct sched_share *share)
 /* Whether bulk has had its part, of the engine or of its share. */
 static bool bulk_waits(const struct sched *sched, const struct sched_share *share)
 {
-    const bool others = share->has_other || share->waiting > share->waiting_bulk;
-    return (sched->bulk_part > 0 && sched->bulk_credit < 0) || (others && share->balance < 0);
+    return (sched->bulk_part > 0 && sched->bulk_credit < 0) || share->balance < 0;
 }
 
 /* Of two prefills: the share that has had less, then what is no bulk, then by turns. */

@@ -23,8 +23,8 @@ static struct daemon daemon_;
 static char *folder;
 static char keys[1100];
 static const char *const flags[] = {
-    "--threads",      "1",  "--running",        "1",   "--queue", "3",
-    "--queue-tokens", "64", "--running-memory", "64M", NULL};
+    "--threads",        "1",   "--running",        "1", "--queue", "3", "--queue-tokens", "64",
+    "--running-memory", "64M", "--session-memory", "1", NULL};
 
 static void ask(struct wire *wire, const char *headers, const char *body)
 {
@@ -107,6 +107,8 @@ static void test_timeout_in_queue(void **state)
     wire_answer_close(&answer);
     wire_close(&second);
     assert_int_equal(wire_metric(&daemon_, "rambad_jobs_waiting"), 0);
+    assert_int_equal(wire_metric(&daemon_, "rambad_timeouts_total{where=\"queue\"}"), 1);
+    assert_int_equal(wire_metric(&daemon_, "rambad_jobs{state=\"decode\"}"), 1);
     wire_close(&first);
     wire_wait_metric(&daemon_, "rambad_jobs_running", 0);
 }
@@ -173,6 +175,8 @@ static void test_full(void **state)
     }
     ask(&refuse, "", "{\"prompt\":\"y\",\"max_tokens\":1}");
     const double once = retry_after(&refuse);
+    assert_int_equal(wire_metric(&daemon_, "rambad_refused_total{reason=\"tokens\"}"), 1);
+    assert_int_equal(wire_metric(&daemon_, "rambad_refused_total{reason=\"requests\"}"), 1);
     wire_close(&refuse);
     ask(&refuse, "", "{\"prompt\":\"y\",\"max_tokens\":1}");
     assert_true(retry_after(&refuse) >= once); /* behind the one before */
@@ -191,6 +195,48 @@ static void test_too_large(void **state)
 {
     (void)state;
     refused("{" ANSWER "\"max_tokens\":16000000,\"n\":128}", 413, "too_large", NULL);
+}
+
+/* ---- what is told of it ---- */
+
+static bool log_says(const char *text)
+{
+    FILE *file = fopen(daemon_.log, "re");
+    char line[4096];
+    bool found = false;
+    assert_non_null(file);
+    while (!found && fgets(line, sizeof line, file))
+        found = strstr(line, "\"cache_miss\"") && strstr(line, text);
+    fclose(file);
+    return found;
+}
+
+static void write_turn(const char *id)
+{
+    char body[256];
+    struct wire_answer answer;
+    snprintf(body, sizeof body, "{" ANSWER "\"max_tokens\":2,\"memory\":\"%s\"}", id);
+    assert_int_equal(wire_call(&daemon_, "POST", "/v1/completions", body, &answer), 200);
+    wire_answer_close(&answer);
+}
+
+/* A memory that is not in RAM when it is asked for: the log says why. */
+static void test_miss(void **state)
+{
+    (void)state;
+    char id[LIMITS_ID_BYTES], evicted[128], first_use[128];
+    daemon_create_memory(&daemon_, NULL, id);
+    write_turn(id); /* and out of RAM again: there is room for none */
+    snprintf(evicted, sizeof evicted, "\"memory\":\"%s\",\"reason\":\"evicted\"", id);
+    snprintf(first_use, sizeof first_use, "\"memory\":\"%s\",\"reason\":\"first_use\"", id);
+    assert_false(log_says(id));
+    write_turn(id);
+    assert_true(log_says(evicted));
+    assert_false(log_says(first_use));
+    daemon_stop(&daemon_);
+    daemon_start(&daemon_);
+    write_turn(id);
+    assert_true(log_says(first_use));
 }
 
 /* ---- weights ---- */
@@ -306,6 +352,7 @@ int main(void)
         cmocka_unit_test(test_timeout_at_work),
         cmocka_unit_test(test_full),
         cmocka_unit_test(test_too_large),
+        cmocka_unit_test(test_miss),
         cmocka_unit_test(test_weights),
     };
     return cmocka_run_group_tests_name("sched", tests, setup, teardown);

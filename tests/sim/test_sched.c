@@ -463,6 +463,37 @@ static void bulk_leaves_room(void **unused)
     assert_ptr_equal(sched_start(&sched), &chat);
 }
 
+/* What bulk takes while nobody else is there it does not owe to those who come; beside them it has
+ * half of the time. */
+static void bulk_owes_nothing(void **unused)
+{
+    (void)unused;
+    static struct sched_entry upload, chat;
+    double bulk = 0, other = 0;
+    open_sched();
+    add(&upload, "one", 0, 0)->bulk = true;
+    assert_ptr_equal(sched_start(&sched), &upload);
+    for (int i = 0; i < 2000; i++) {
+        const bool is_chat = i >= 1000;
+        if (i == 1000) {
+            add(&chat, "one", 1, 0);
+            assert_ptr_equal(sched_start(&sched), &chat);
+        }
+        upload.rows = 256;
+        chat.decodes = is_chat;
+        sched_plan(&sched);
+        assert_true(sched.step_rows > 0 || is_chat);
+        const double decoding = sched.step_decodes ? 0.02 : 0;
+        const double reading = sched.step_rows * 0.0005;
+        sched_done(&sched, decoding + reading);
+        bulk += is_chat ? reading : 0;
+        other += decoding;
+        if (i == 1020) /* at once, not when it has made up for the time before */
+            assert_true(bulk > 0.3 * other);
+    }
+    assert_true(bulk > 0.9 * other && bulk < 1.1 * other);
+}
+
 static void says_when(void **unused)
 {
     (void)unused;
@@ -507,8 +538,12 @@ int main(void)
     state = seed;
     print_message("RAMBAD_SEED=%llu\n", (unsigned long long)seed);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(cuts),      cmocka_unit_test(orders), cmocka_unit_test(bulk_leaves_room),
-        cmocka_unit_test(says_when), cmocka_unit_test(a_day),
+        cmocka_unit_test(cuts),
+        cmocka_unit_test(orders),
+        cmocka_unit_test(bulk_leaves_room),
+        cmocka_unit_test(bulk_owes_nothing),
+        cmocka_unit_test(says_when),
+        cmocka_unit_test(a_day),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
