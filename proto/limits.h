@@ -75,6 +75,7 @@
 #define LIMITS_RECEIPT_KEY_BYTES 255       /* of an Idempotency-Key */
 #define LIMITS_RECEIPT_TOKENS 65536        /* of an answer that is kept whole for it */
 #define LIMITS_BOOKMARK_BYTES 64           /* a name a person gives */
+#define LIMITS_EXPORT_TURNS 65536          /* newest ones that an exported memory takes along */
 #define LIMITS_EXPIRES_S 3153600000.0      /* a hundred years, of an expires_after */
 #define LIMITS_EXPIRY_SWEEP_MS 5000        /* between two looks for memories that are over */
 

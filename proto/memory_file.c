@@ -31,8 +31,8 @@ void memory_file_write_manifest(struct buf *out, const struct memory_file_manife
         m->fingerprint, m->chunk_tokens, m->kv_bytes, m->landmark_bytes, m->token_count);
     buf_append_format(out,
                       ",\"text_bytes\":%" PRIu64 ",\"snapshot_bytes\":%" PRIu64
-                      ",\"created_at\":%" PRId64 ",\"metadata\":%s}",
-                      m->text_bytes, m->snapshot_bytes, m->created_at, m->metadata);
+                      ",\"turn_count\":%" PRIu64 ",\"created_at\":%" PRId64 ",\"metadata\":%s}",
+                      m->text_bytes, m->snapshot_bytes, m->turn_count, m->created_at, m->metadata);
 }
 
 static uint64_t read_count(struct json_fields *f, const char *name, uint64_t max)
@@ -62,6 +62,7 @@ static void read_fields(struct json_fields *f, struct memory_file_manifest *m)
     m->token_count = read_count(f, "token_count", COUNT_MAX);
     m->text_bytes = read_count(f, "text_bytes", COUNT_MAX);
     m->snapshot_bytes = read_count(f, "snapshot_bytes", COUNT_MAX);
+    m->turn_count = m->format < 2 ? 0 : read_count(f, "turn_count", COUNT_MAX);
     m->created_at = (int64_t)read_count(f, "created_at", COUNT_MAX);
     json_read_text(f, "model", m->model, sizeof m->model);
     json_read_text(f, "fingerprint", fingerprint, sizeof fingerprint);
@@ -123,6 +124,29 @@ static uint64_t read_u64(const unsigned char *p)
     return x;
 }
 
+void memory_file_write_turn(unsigned char out[MEMORY_FILE_TURN_BYTES],
+                            const struct memory_file_turn *turn)
+{
+    write_u64(out, turn->position);
+    write_u64(out + 8, turn->text_bytes);
+    write_u64(out + 16, (uint64_t)turn->created_at);
+    memcpy(out + 24, turn->bookmark, sizeof turn->bookmark);
+}
+
+enum status memory_file_read_turn(const unsigned char *bytes, struct memory_file_turn *turn)
+{
+    turn->position = read_u64(bytes);
+    turn->text_bytes = read_u64(bytes + 8);
+    turn->created_at = (int64_t)read_u64(bytes + 16);
+    memcpy(turn->bookmark, bytes + 24, sizeof turn->bookmark);
+    const size_t length = strnlen(turn->bookmark, sizeof turn->bookmark);
+    for (size_t i = length; i < sizeof turn->bookmark; i++) /* one text has one encoding */
+        if (turn->bookmark[i])
+            return STATUS_CORRUPT;
+    return length < sizeof turn->bookmark && json_is_utf8(turn->bookmark, length) ? STATUS_OK
+                                                                                  : STATUS_CORRUPT;
+}
+
 static void write_fields(unsigned char *out, const struct memory_file_part *part)
 {
     write_u64(out, MAGIC | (uint64_t)part->kind << 32);
@@ -150,7 +174,7 @@ enum status memory_file_read_header(const unsigned char *bytes, struct memory_fi
 {
     const uint64_t first = read_u64(bytes);
     if ((uint32_t)first != MAGIC || first >> 32 < MEMORY_FILE_MANIFEST ||
-        first >> 32 > MEMORY_FILE_END)
+        first >> 32 > MEMORY_FILE_TURNS)
         return STATUS_CORRUPT;
     *part = (struct memory_file_part){.kind = (enum memory_file_kind)(first >> 32),
                                       .number = read_u64(bytes + 8),
@@ -175,7 +199,8 @@ void memory_file_name_part(const struct memory_file_part *part, char *out, size_
     static const char *const names[] = {
         [MEMORY_FILE_MANIFEST] = "manifest",   [MEMORY_FILE_CHUNKS] = "chunks",
         [MEMORY_FILE_LANDMARKS] = "landmarks", [MEMORY_FILE_TOKENS] = "tokens",
-        [MEMORY_FILE_SNAPSHOT] = "snapshot",   [MEMORY_FILE_END] = "end"};
+        [MEMORY_FILE_SNAPSHOT] = "snapshot",   [MEMORY_FILE_END] = "end",
+        [MEMORY_FILE_TURNS] = "turns"};
     if (part->count == 0)
         snprintf(out, room, "part %" PRIu64 " (%s)", part->number, names[part->kind]);
     else

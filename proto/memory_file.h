@@ -7,6 +7,7 @@
  *   CHUNKS, LANDMARKS, TOKENS   of consecutive chunks, over and over; then the tokens of the last,
  *              unfinished chunk
  *   SNAPSHOT   the snapshot's bytes, in as many parts as it takes; none for an empty memory
+ *   TURNS      the places of its past, newest first: MEMORY_FILE_TURN_BYTES each (from format 2 on)
  *   END        no payload
  * Every checksum is seeded with the manifest's, so parts of two files never pass for one. */
 #ifndef PROTO_MEMORY_FILE_H
@@ -16,9 +17,10 @@
 #include <stdint.h>
 
 #include "proto/base/buf.h"
+#include "proto/limits.h"
 #include "proto/status.h"
 
-#define MEMORY_FILE_FORMAT 1
+#define MEMORY_FILE_FORMAT 2
 #define MEMORY_FILE_HEADER_BYTES 48
 #define MEMORY_FILE_PART_BYTES                                         \
     ((size_t)1 << 20) /* of a payload, or one chunk where that is more \
@@ -31,7 +33,8 @@ enum memory_file_kind {
     MEMORY_FILE_LANDMARKS,
     MEMORY_FILE_TOKENS,
     MEMORY_FILE_SNAPSHOT,
-    MEMORY_FILE_END
+    MEMORY_FILE_END,
+    MEMORY_FILE_TURNS
 };
 
 struct memory_file_manifest {
@@ -39,7 +42,7 @@ struct memory_file_manifest {
     uint64_t fingerprint;
     char model[384]; /* a record's 127 bytes; those that are no UTF-8 come back as three */
     uint64_t kv_bytes, landmark_bytes; /* of one chunk */
-    uint64_t token_count, text_bytes, snapshot_bytes;
+    uint64_t token_count, text_bytes, snapshot_bytes, turn_count;
     int64_t created_at;
     char *metadata; /* JSON text; free with memory_file_manifest_close */
 };
@@ -52,10 +55,24 @@ STATUS_CHECKED enum status memory_file_read_manifest(const char *json, size_t si
 uint64_t memory_file_batch(const struct memory_file_manifest *manifest);
 void memory_file_manifest_close(struct memory_file_manifest *manifest);
 
+/* A place of the memory's past. */
+#define MEMORY_FILE_TURN_BYTES (24 + LIMITS_BOOKMARK_BYTES)
+#define MEMORY_FILE_PART_TURNS (MEMORY_FILE_PART_BYTES / MEMORY_FILE_TURN_BYTES)
+struct memory_file_turn {
+    uint64_t position, text_bytes;
+    int64_t created_at;
+    char bookmark[LIMITS_BOOKMARK_BYTES]; /* "" for none */
+};
+void memory_file_write_turn(unsigned char out[MEMORY_FILE_TURN_BYTES],
+                            const struct memory_file_turn *turn);
+/* STATUS_CORRUPT when its bookmark is no text. */
+STATUS_CHECKED enum status memory_file_read_turn(const unsigned char *bytes,
+                                                 struct memory_file_turn *turn);
+
 struct memory_file_part {
     enum memory_file_kind kind;
     uint64_t number; /* from 0, the manifest */
-    uint64_t first;  /* chunk, token or byte of the snapshot */
+    uint64_t first;  /* chunk, token, byte of the snapshot, or turn from the newest */
     uint64_t count;  /* of those; 0 for MANIFEST and END */
     uint64_t bytes;  /* of the payload */
     uint64_t checksum;

@@ -9,6 +9,7 @@
 /* A memory's bytes are near random: more effort would find little more. */
 #define ZSTD_LEVEL 1
 #define WINDOW_LOG 20
+#define TURNS_AT_ONCE 256
 
 struct storage_export {
     struct storage *storage;
@@ -25,7 +26,31 @@ struct storage_export {
     uint64_t chunk, batch, batch_chunks; /* next chunk; most chunks of a part; of this batch */
     void *snapshot;
     uint64_t snapshot_done;
+    struct storage_turn *turns; /* newest first, as they were when it was opened */
+    uint64_t turns_done;
 };
+
+/* The newest of the memory's turns; what becomes of them later does not show. */
+static enum status read_turns(struct storage_export *file)
+{
+    uint64_t *count = &file->manifest.turn_count, from = UINT64_MAX;
+    enum status status = STATUS_OK;
+    for (bool more = true; more && !status && *count < LIMITS_EXPORT_TURNS;) {
+        size_t got = 0;
+        struct storage_turn *turns =
+            realloc(file->turns, ((size_t)*count + TURNS_AT_ONCE) * sizeof *turns);
+        if (!turns)
+            return STATUS_NO_MEMORY;
+        file->turns = turns;
+        status = storage_turn_list(file->storage, file->fork, from, TURNS_AT_ONCE, turns + *count,
+                                   &got, &more);
+        *count += status ? 0 : got;
+        more = more && got > 0;
+        if (more)
+            from = turns[*count - 1].position - 1;
+    }
+    return status;
+}
 
 static enum status open_fork(struct storage_export *file, const char *id)
 {
@@ -48,7 +73,9 @@ static enum status open_fork(struct storage_export *file, const char *id)
     file->manifest.token_count = fork.token_count;
     file->manifest.text_bytes = fork.text_bytes;
     file->manifest.snapshot_bytes = fork.snapshot_bytes;
-    return storage_lineage(file->storage, file->fork, &file->ranges, &file->range_count);
+    status = read_turns(file);
+    return status ? status
+                  : storage_lineage(file->storage, file->fork, &file->ranges, &file->range_count);
 }
 
 enum status storage_export_open(struct storage *storage, const char *id,
@@ -91,6 +118,7 @@ void storage_export_close(struct storage_export *file)
     buf_close(&file->part);
     free(file->ranges);
     free(file->snapshot);
+    free(file->turns);
     gather_close(&file->gather);
     free(file);
 }
@@ -203,8 +231,26 @@ static enum status next_snapshot(struct storage_export *file, struct memory_file
            (size_t)part->count);
     file->snapshot_done += part->count;
     if (file->snapshot_done == bytes)
-        file->next = MEMORY_FILE_END;
+        file->next = file->manifest.turn_count ? MEMORY_FILE_TURNS : MEMORY_FILE_END;
     return STATUS_OK;
+}
+
+static void next_turns(struct storage_export *file, struct memory_file_part *part)
+{
+    const uint64_t left = file->manifest.turn_count - file->turns_done;
+    part->kind = MEMORY_FILE_TURNS;
+    part->first = file->turns_done;
+    part->count = left < MEMORY_FILE_PART_TURNS ? left : MEMORY_FILE_PART_TURNS;
+    char *out = payload(file, (size_t)part->count * MEMORY_FILE_TURN_BYTES);
+    for (uint64_t i = 0; i < part->count; i++) {
+        const struct storage_turn *turn = &file->turns[file->turns_done + i];
+        struct memory_file_turn written = {turn->position, turn->text_bytes, turn->created_at, ""};
+        memcpy(written.bookmark, turn->bookmark, sizeof written.bookmark);
+        memory_file_write_turn((unsigned char *)out + i * MEMORY_FILE_TURN_BYTES, &written);
+    }
+    file->turns_done += part->count;
+    if (file->turns_done == file->manifest.turn_count)
+        file->next = MEMORY_FILE_END;
 }
 
 static enum status next_part(struct storage_export *file, struct memory_file_part *part)
@@ -229,6 +275,9 @@ static enum status next_part(struct storage_export *file, struct memory_file_par
         return next_stretch(file, part);
     case MEMORY_FILE_SNAPSHOT:
         return next_snapshot(file, part);
+    case MEMORY_FILE_TURNS:
+        next_turns(file, part);
+        return STATUS_OK;
     case MEMORY_FILE_END:
         payload(file, 0);
         part->kind = MEMORY_FILE_END;

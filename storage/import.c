@@ -5,6 +5,7 @@
 #include "proto/memory_file.h"
 #include "storage/gather.h"
 #include "storage/store.h"
+#include "storage/writer.h"
 
 #define WINDOW_LOG_MOST 21 /* bounds what unpacking takes; an export uses less */
 #define UNPACK_BYTES ((size_t)128 << 10)
@@ -31,6 +32,7 @@ struct storage_import {
     struct buf kv, rest;    /* K/V that wait for their landmarks; the last tokens */
     char *snapshot;
     uint64_t snapshot_done;
+    uint64_t turns_done, turn_before; /* the next lies before it */
 };
 
 /* ---- messages ---- */
@@ -80,7 +82,8 @@ static enum status take_manifest(struct storage_import *file, const char *payloa
                          "server runs %s (%016llx)",
                          m->model, (unsigned long long)m->fingerprint, ours->model,
                          (unsigned long long)ours->fingerprint);
-    if ((m->token_count > 0) != (m->snapshot_bytes > 0) || m->snapshot_bytes > SNAPSHOT_BYTES_MOST)
+    if ((m->token_count > 0) != (m->snapshot_bytes > 0) || m->turn_count > LIMITS_EXPORT_TURNS ||
+        m->turn_count > m->token_count || m->snapshot_bytes > SNAPSHOT_BYTES_MOST)
         return damaged(file, "has sizes that do not fit", err);
     struct storage_memory_options options = {
         .id = file->memory, .metadata = m->metadata, .tenant = file->tenant, .ephemeral = true};
@@ -175,9 +178,46 @@ static enum status take_snapshot(struct storage_import *file, const char *payloa
     file->snapshot_done += file->header.bytes;
     if (file->snapshot_done < m->snapshot_bytes)
         return STATUS_OK;
-    file->next = MEMORY_FILE_END;
+    file->next = m->turn_count ? MEMORY_FILE_TURNS : MEMORY_FILE_END;
+    file->turn_before = m->token_count + 1;
     return commit(file, file->rest.data, file->rest.size / sizeof(int32_t), file->snapshot,
                   (size_t)m->snapshot_bytes, err);
+}
+
+/* The places of its past, from the last to the first. */
+static enum status take_turns(struct storage_import *file, const char *payload, struct error *err)
+{
+    const size_t count = (size_t)file->header.count;
+    struct storage_turn *turns = calloc(count, sizeof *turns);
+    enum status status = turns ? STATUS_OK : STATUS_NO_MEMORY;
+    for (size_t i = 0; i < count && !status; i++) {
+        struct memory_file_turn turn;
+        status = memory_file_read_turn((const unsigned char *)payload + i * MEMORY_FILE_TURN_BYTES,
+                                       &turn);
+        if (status || turn.position == 0 || turn.position >= file->turn_before ||
+            turn.text_bytes > file->manifest.text_bytes) {
+            free(turns);
+            return damaged(file, "has turns that cannot be", err);
+        }
+        turns[i] = (struct storage_turn){.position = turn.position,
+                                         .text_bytes = turn.text_bytes,
+                                         .created_at = turn.created_at};
+        memcpy(turns[i].bookmark, turn.bookmark, sizeof turns[i].bookmark);
+        file->turn_before = turn.position;
+    }
+    if (!status)
+        do {
+            gather_expect(&file->gather);
+            status = writer_put_turns(file->storage, file->memory, turns, count, gather_cb,
+                                      &file->gather);
+        } while (status && gather_refused(&file->gather, status));
+    free(turns);
+    const enum status waited = gather_wait(&file->gather);
+    status = status ? status : waited;
+    file->turns_done += count;
+    if (file->turns_done == file->manifest.turn_count)
+        file->next = MEMORY_FILE_END;
+    return status ? failed(status, err) : STATUS_OK;
 }
 
 /* Whether the header announces what must come next, in a size that can be. */
@@ -205,6 +245,10 @@ static bool is_expected(const struct storage_import *file)
         return p->first == file->snapshot_done && p->count > 0 && p->bytes == p->count &&
                p->bytes <= MEMORY_FILE_PART_BYTES &&
                p->bytes <= m->snapshot_bytes - file->snapshot_done;
+    case MEMORY_FILE_TURNS:
+        return p->first == file->turns_done && p->count > 0 && p->count <= MEMORY_FILE_PART_TURNS &&
+               p->count <= m->turn_count - file->turns_done &&
+               p->bytes == p->count * MEMORY_FILE_TURN_BYTES;
     case MEMORY_FILE_END:
         return p->first == 0 && p->count == 0 && p->bytes == 0;
     }
@@ -236,6 +280,9 @@ static enum status take_part(struct storage_import *file, struct error *err)
         break;
     case MEMORY_FILE_SNAPSHOT:
         status = take_snapshot(file, payload, err);
+        break;
+    case MEMORY_FILE_TURNS:
+        status = take_turns(file, payload, err);
         break;
     case MEMORY_FILE_END:
         file->ended = true;

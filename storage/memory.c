@@ -275,9 +275,17 @@ static enum status settle_turn(struct store_write *write, const char *id,
     struct record_turn turn = {.snapshot = memory->snapshot,
                                .text_bytes = memory->text_bytes,
                                .created_at = (int64_t)time(NULL)};
+    struct record_turn imported;
     if (!memory->snapshot || memory->position <= fork_position)
         return STATUS_OK;
-    enum status status = snapshot_reference(write, memory->snapshot);
+    enum status status =
+        turn_get(write->storage, write->txn, memory->branch, memory->position, &imported);
+    if (!status) { /* it was this turn where it comes from, too */
+        turn.created_at = imported.created_at;
+        memcpy(turn.bookmark, imported.bookmark, sizeof turn.bookmark);
+    }
+    if (!status || status == STATUS_NOT_FOUND)
+        status = snapshot_reference(write, memory->snapshot);
     if (!status)
         status = turn_put(write, memory->branch, memory->position, &turn);
     return status ? status : turn_retain(write, id, memory->branch, memory->position, false);
@@ -388,6 +396,28 @@ enum status memory_delete_turn(struct store_write *write, const char *id, uint64
     if (!status && position == memory.position)
         status = STATUS_CONFLICT;
     return status ? status : turn_remove(write, branch, position);
+}
+
+enum status memory_put_turns(struct store_write *write, const char *id,
+                             const struct storage_turn *turns, size_t count)
+{
+    struct record_memory memory;
+    struct record_branch branch;
+    enum status status = get_both(write, id, &memory, &branch);
+    if (status)
+        return status;
+    if (!memory.ephemeral)
+        return STATUS_INVALID;
+    for (size_t i = 0; i < count; i++)
+        if (turns[i].position <= branch.fork_position || turns[i].position > memory.position)
+            return STATUS_INVALID;
+    for (size_t i = 0; i < count && !status; i++) {
+        struct record_turn turn = {.text_bytes = turns[i].text_bytes,
+                                   .created_at = turns[i].created_at};
+        memcpy(turn.bookmark, turns[i].bookmark, sizeof turn.bookmark);
+        status = turn_put(write, memory.branch, turns[i].position, &turn);
+    }
+    return status;
 }
 
 /* ---- recovery ---- */

@@ -37,6 +37,7 @@ enum item_kind {
     ITEM_SETTLE,
     ITEM_BOOKMARK,
     ITEM_DELETE_TURN,
+    ITEM_TURNS,
     ITEM_PUT,
     ITEM_DELETE_OBJECT,
     ITEM_DELETE_OBJECT_AND_MEMORY,
@@ -57,7 +58,8 @@ struct item {
     char from[LIMITS_ID_BYTES];   /* create: "" for none; settle: the ephemeral memory; delete item:
                                      the list's owner */
     char tenant[LIMITS_ID_BYTES]; /* create */
-    uint64_t at;                  /* create; bookmark, delete turn: the turn's position */
+    uint64_t
+        at; /* turns: how many in `payload`; create; bookmark, delete turn: the turn's position */
     char bookmark[LIMITS_BOOKMARK_BYTES];
     bool ephemeral;
     size_t keep_at, keep_size;      /* commit, put: in `payload` */
@@ -273,6 +275,8 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
         return memory_bookmark(write, item->id, item->at, item->bookmark);
     case ITEM_DELETE_TURN:
         return memory_delete_turn(write, item->id, item->at);
+    case ITEM_TURNS:
+        return memory_put_turns(write, item->id, (const void *)item->payload, (size_t)item->at);
     case ITEM_PUT:
         return keep_put(write, item->payload + item->keep_at, item->keep_size, 0, 0);
     case ITEM_DELETE_OBJECT:
@@ -833,6 +837,22 @@ enum status storage_item_delete(struct storage *storage, const char *owner, cons
                                 storage_done_cb done_cb, void *context)
 {
     return queue_id(storage, ITEM_DELETE_ITEM, id, owner, done_cb, context);
+}
+
+enum status writer_put_turns(struct storage *storage, const char *id,
+                             const struct storage_turn *turns, size_t count,
+                             storage_done_cb done_cb, void *context)
+{
+    struct item *item = new_item(ITEM_TURNS, count * sizeof *turns, done_cb, context);
+    if (!item)
+        return STATUS_NO_MEMORY;
+    item->at = count;
+    memcpy(item->payload, turns, count * sizeof *turns);
+    if (set_id(item->id, id)) {
+        free(item);
+        return STATUS_INVALID;
+    }
+    return enqueue(storage, item);
 }
 
 enum status storage_append(struct storage *storage, uint64_t branch, uint64_t index, const void *kv,

@@ -9,6 +9,11 @@
 STATUS_CHECKED enum status writer_start(struct storage *storage, struct error *err);
 /* Carries out what is queued, runs the callbacks, ends the thread. */
 void writer_stop(struct storage *storage);
+/* Turns without snapshots for an ephemeral memory that is being imported: places of its own at or
+ * before its position, else STATUS_INVALID. Copied. Queued as the writes of storage.h are. */
+STATUS_CHECKED enum status writer_put_turns(struct storage *storage, const char *id,
+                                            const struct storage_turn *turns, size_t count,
+                                            storage_done_cb done_cb, void *context);
 void writer_get_stats(const struct storage *storage, struct storage_stats *stats);
 
 #endif

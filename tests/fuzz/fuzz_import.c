@@ -128,6 +128,28 @@ static void add_part(struct maker *m, struct memory_file_part part, char *payloa
     buf_close(&bytes);
 }
 
+/* Turns of a memory of so many tokens: its last few positions. */
+static uint64_t turns_of(uint64_t tokens)
+{
+    return tokens < 3 ? tokens : 3;
+}
+
+static void add_turns(struct maker *m, uint64_t tokens)
+{
+    char payload[3 * MEMORY_FILE_TURN_BYTES + 1];
+    const uint64_t count = turns_of(tokens);
+    for (uint64_t i = 0; i < count; i++) {
+        const struct memory_file_turn turn = {tokens - i, 5 - i, 1, "b"};
+        memory_file_write_turn((unsigned char *)payload + i * MEMORY_FILE_TURN_BYTES, &turn);
+    }
+    if (count)
+        add_part(m,
+                 (struct memory_file_part){.kind = MEMORY_FILE_TURNS,
+                                           .count = count,
+                                           .bytes = count * MEMORY_FILE_TURN_BYTES},
+                 payload);
+}
+
 static void add_manifest(struct maker *m, uint64_t tokens, uint64_t snapshot)
 {
     struct buf json;
@@ -141,17 +163,19 @@ static void add_manifest(struct maker *m, uint64_t tokens, uint64_t snapshot)
                                             .token_count = tokens,
                                             .text_bytes = 5,
                                             .snapshot_bytes = snapshot,
+                                            .turn_count = turns_of(tokens),
                                             .created_at = 1,
                                             .metadata = metadata};
     const uint8_t how = draw(m);
     uint64_t *const fields[] = {&manifest.fingerprint,    &manifest.kv_bytes,
                                 &manifest.landmark_bytes, &manifest.token_count,
-                                &manifest.snapshot_bytes, &manifest.text_bytes};
-    if (how && how < 7)
+                                &manifest.snapshot_bytes, &manifest.text_bytes,
+                                &manifest.turn_count};
+    if (how && how < 8)
         *fields[how - 1] = odd_number(m) % ((uint64_t)1 << 53);
-    else if (how == 7)
+    else if (how == 8)
         manifest.format = draw(m);
-    m->changed = m->changed || (how && how < 8);
+    m->changed = m->changed || (how && how < 9);
     buf_init(&json);
     memory_file_write_manifest(&json, &manifest);
     buf_append(&json, "", 1);
@@ -209,6 +233,7 @@ static void add_body(struct maker *m, uint64_t tokens, uint64_t snapshot)
                  payload);
         at += n;
     }
+    add_turns(m, tokens);
     add_part(m, (struct memory_file_part){.kind = MEMORY_FILE_END}, payload);
 }
 

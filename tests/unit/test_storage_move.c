@@ -349,6 +349,156 @@ static void test_foreign(void **state)
     free(past);
 }
 
+/* The file as a program of format 1 wrote it: the same without turns. */
+static void make_old(struct frames *frames)
+{
+    struct memory_file_manifest manifest;
+    struct memory_file_part header;
+    struct error err = {0};
+    struct buf json;
+    uint64_t seed = 0;
+    size_t kept = 0;
+    buf_init(&json);
+    assert_int_equal(memory_file_read_manifest(frames->parts[0].data + MEMORY_FILE_HEADER_BYTES,
+                                               frames->parts[0].size - MEMORY_FILE_HEADER_BYTES,
+                                               &manifest, &err),
+                     STATUS_OK);
+    assert_int_equal(manifest.format, 2);
+    manifest.format = 1;
+    memory_file_write_manifest(&json, &manifest);
+    char *count = strstr(json.data, ",\"turn_count\":4"); /* it is not read, were it there */
+    assert_non_null(count);
+    memset(count, ' ', 15);
+    seal(&frames->parts[0], json.data, json.size, 0);
+    for (size_t i = 0; i < frames->count; i++) {
+        struct buf part = frames->parts[i];
+        assert_int_equal(memory_file_read_header((unsigned char *)part.data, &header), STATUS_OK);
+        if (header.kind == MEMORY_FILE_TURNS) {
+            buf_close(&part);
+            continue;
+        }
+        header.number = kept;
+        memory_file_write_header((unsigned char *)part.data, &header,
+                                 part.data + MEMORY_FILE_HEADER_BYTES, seed);
+        seed = kept ? seed : header.checksum;
+        frames->parts[kept++] = part;
+    }
+    assert_int_equal(kept, frames->count - 1);
+    frames->count = kept;
+    memory_file_manifest_close(&manifest);
+    buf_close(&json);
+}
+
+/* The places of its past go along, with their names; snapshots but the last do not. */
+static void test_turns(void **state)
+{
+    struct storage *storage = store_past_open(*state);
+    struct store_past *past = make(storage);
+    struct storage_turn *turns = calloc(2 * STORE_PAST_TOKENS, sizeof *turns);
+    struct storage_turn *imported = turns + STORE_PAST_TOKENS;
+    struct frames frames = {0};
+    struct error err = {0};
+    struct store_wait wait;
+    struct buf file;
+    buf_init(&file);
+    store_wait_init(&wait);
+    assert_int_equal(store_wait_finish(&wait, storage_turn_bookmark(storage, "a", 133, "here",
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    store_wait_init(&wait);
+    assert_int_equal(store_wait_finish(&wait, storage_turn_bookmark(storage, "a", 143, "last",
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    export_to(storage, "a", &file);
+    assert_int_equal(import_from(storage, "b", file.data, file.size, 4096, &err), STATUS_OK);
+    const size_t count = store_past_turns(storage, "a", turns);
+    assert_int_equal(count, 4);
+    assert_int_equal(store_past_turns(storage, "b", imported), count);
+    for (size_t i = 0; i < count; i++) {
+        assert_int_equal(imported[i].position, turns[i].position);
+        assert_int_equal(imported[i].text_bytes, turns[i].text_bytes);
+        assert_int_equal(imported[i].created_at, turns[i].created_at);
+        assert_string_equal(imported[i].bookmark, turns[i].bookmark);
+        assert_int_equal(imported[i].has_snapshot, i == 0);
+    }
+    assert_string_equal(imported[0].bookmark, "last");
+    assert_string_equal(imported[1].bookmark, "here");
+    /* They can be gone back to, from the beginning at worst; and go along once more. */
+    struct storage_memory_options options = {.id = "f", .from = "b", .at = 133};
+    store_wait_init(&wait);
+    assert_int_equal(
+        store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait)),
+        STATUS_OK);
+    assert_int_equal(store_past_get(storage, "f").token_count, 0);
+    struct buf again;
+    buf_init(&again);
+    export_to(storage, "b", &again);
+    assert_int_equal(import_from(storage, "c", again.data, again.size, 4096, &err), STATUS_OK);
+    assert_int_equal(store_past_turns(storage, "c", imported), count);
+    assert_string_equal(imported[1].bookmark, "here");
+    /* What an older program exported is a memory with one turn. */
+    take_apart(&file, &frames);
+    make_old(&frames);
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "d", file.data, file.size, 4096, &err), STATUS_OK);
+    assert_int_equal(store_past_turns(storage, "d", imported), 1);
+    strcpy(past->id, "d");
+    store_past_assert(storage, past);
+    for (size_t i = 0; i < frames.count; i++)
+        buf_close(&frames.parts[i]);
+    buf_close(&file);
+    buf_close(&again);
+    storage_close(storage);
+    store_past_check(*state);
+    free(turns);
+    free(past);
+}
+
+/* Turns that cannot be, under a right checksum. */
+static void test_bad_turns(void **state)
+{
+    struct storage *storage = store_past_open(*state);
+    struct store_past *past = make(storage);
+    struct error err = {0};
+    struct buf file;
+    buf_init(&file);
+    export_to(storage, "a", &file);
+    for (unsigned what = 0; what < 5; what++) {
+        struct frames frames = {0};
+        struct memory_file_part header;
+        struct memory_file_turn turn;
+        take_apart(&file, &frames);
+        assert_int_equal(memory_file_read_header((unsigned char *)frames.parts[0].data, &header),
+                         STATUS_OK);
+        struct buf *part = &frames.parts[frames.count - 2];
+        unsigned char *payload = (unsigned char *)part->data + MEMORY_FILE_HEADER_BYTES;
+        const size_t size = part->size - MEMORY_FILE_HEADER_BYTES;
+        char *copy = malloc(size);
+        assert_int_equal(memory_file_read_turn(payload, &turn), STATUS_OK);
+        assert_int_equal(turn.position, 143);
+        turn.position = what == 0 ? 144 : what == 1 ? 0 : what == 2 ? 93 : 143;
+        turn.text_bytes += what == 3;
+        memory_file_write_turn(payload, &turn);
+        if (what == 4)
+            memset(payload + 24, 'x', LIMITS_BOOKMARK_BYTES);
+        memcpy(copy, payload, size);
+        seal(part, copy, size, header.checksum);
+        free(copy);
+        struct buf bad;
+        buf_init(&bad);
+        put_together(&frames, &bad);
+        assert_int_equal(import_from(storage, "b", bad.data, bad.size, 999, &err), STATUS_CORRUPT);
+        assert_non_null(strstr(err.message, "turns"));
+        buf_close(&bad);
+        for (size_t i = 0; i < frames.count; i++)
+            buf_close(&frames.parts[i]);
+    }
+    buf_close(&file);
+    storage_close(storage);
+    store_past_check(*state);
+    free(past);
+}
+
 static int setup(void **state)
 {
     *state = store_helper_folder();
@@ -368,6 +518,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_view, setup, teardown),
         cmocka_unit_test_setup_teardown(test_damage, setup, teardown),
         cmocka_unit_test_setup_teardown(test_foreign, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_turns, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_bad_turns, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
