@@ -8,6 +8,8 @@
 #include "proto/base/assert.h"
 
 #define LOGIT_ROWS 32 /* rows whose logits are computed, and come to the host, together */
+#define PIN_ROWS 1024 /* rows whose pages are pinned together, at most */
+#define RECENT_PAGES 4096
 
 struct model {
     uint32_t max_rows, max_chunks;
@@ -19,11 +21,16 @@ struct model {
     /* Memory of ops->alloc_host, which a device copies to without a detour. */
     struct ops_picks picks; /* [max_rows, Hr, K] */
     float *host_logits;     /* [LOGIT_ROWS, V] */
+    char *host_landmarks;   /* [max_chunks] */
     /* Host memory. */
     int32_t *tokens;
     const void **pages;                    /* [max_rows, Hr, K] */
     struct memory_page **held, **row_page; /* pinned by this block; page of each pick */
-    void *host_landmark;
+    struct recent {
+        uint64_t stamp, chunk;
+        uint32_t item;
+        struct memory_page *page;
+    } recent[RECENT_PAGES]; /* of this block, by chunk: neighbouring rows read the same */
     struct ops_segment *segments, *single;
     struct ops_mamba_state *states;
     struct ops_landmarks *landmarks;
@@ -74,7 +81,8 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->picks.weights = ops->alloc_host(engine->context, picks * sizeof *m->picks.weights);
     m->host_logits =
         ops->alloc_host(engine->context, (size_t)LOGIT_ROWS * c->vocab_size * sizeof(float));
-    m->host_landmark = calloc(1, engine->info.landmark_bytes);
+    m->host_landmarks =
+        ops->alloc_host(engine->context, m->max_chunks * engine->info.landmark_bytes);
     m->tokens = calloc(max_rows, sizeof *m->tokens);
     m->pages = calloc(picks, sizeof *m->pages);
     m->held = calloc(picks, sizeof *m->held);
@@ -89,7 +97,7 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->chunk_items = calloc(m->max_chunks, sizeof *m->chunk_items);
     m->chunk_index = calloc(m->max_chunks, sizeof *m->chunk_index);
     if (!m->x || !m->q || !m->o || !m->last || !m->chunks || !m->logits || !m->host_logits ||
-        !m->host_landmark || !m->tokens || !m->picks.chunks || !m->picks.weights || !m->pages ||
+        !m->host_landmarks || !m->tokens || !m->picks.chunks || !m->picks.weights || !m->pages ||
         !m->held || !m->row_page || !m->segments || !m->single || !m->states || !m->landmarks ||
         !m->chunk_rows || !m->chunk_kv || !m->chunk_landmarks || !m->chunk_items ||
         !m->chunk_index) {
@@ -110,11 +118,10 @@ void model_destroy(struct engine *engine, struct model *m)
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i])
             engine->ops->release(engine->context, device[i]);
-    void *host[] = {m->picks.chunks, m->picks.weights, m->host_logits};
+    void *host[] = {m->picks.chunks, m->picks.weights, m->host_logits, m->host_landmarks};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++)
         if (host[i])
             engine->ops->release_host(engine->context, host[i]);
-    free(m->host_landmark);
     free(m->tokens);
     free(m->pages);
     free(m->held);
@@ -210,6 +217,21 @@ static uint32_t whole_chunks(struct pass *p)
     return n;
 }
 
+/* Landmarks of the `n` collected chunks to the host, those that lie together in one copy. */
+static void copy_landmarks(struct pass *p, uint32_t n)
+{
+    struct model *m = p->m;
+    const size_t bytes = p->engine->info.landmark_bytes;
+    for (uint32_t first = 0, end; first < n; first = end) {
+        const char *from = m->chunk_landmarks[first];
+        for (end = first + 1; end < n; end++)
+            if (m->chunk_landmarks[end] != from + (end - first) * bytes)
+                break;
+        p->engine->ops->copy(p->engine->context, m->host_landmarks + first * bytes, from,
+                             (end - first) * bytes);
+    }
+}
+
 /* Encodes and keeps the `n` chunks that were collected. */
 static void append_chunks(struct pass *p, const struct weights_layer *layer, uint32_t n)
 {
@@ -220,14 +242,14 @@ static void append_chunks(struct pass *p, const struct weights_layer *layer, uin
     engine->ops->encode_chunks(engine->context, &layer->chunking, n, m->chunk_rows, m->chunk_kv,
                                m->chunk_landmarks);
     engine->counted.chunks_encoded += n;
+    copy_landmarks(p, n);
+    engine_must_work(engine);
     for (uint32_t i = 0; i < n; i++) {
         const struct engine_session *s = m->chunk_items[i]->session;
         const struct chunk_key key = {s->ranges[s->range_count - 1].branch, m->chunk_index[i]};
-        engine->ops->copy(engine->context, m->host_landmark, m->chunk_landmarks[i],
-                          engine->info.landmark_bytes);
-        engine_must_work(engine);
         const enum status status =
-            engine->io.append(engine->io.context, key, m->chunk_kv[i], m->host_landmark);
+            engine->io.append(engine->io.context, key, m->chunk_kv[i],
+                              m->host_landmarks + i * engine->info.landmark_bytes);
         if (status) { /* room was asked for before the step, so this is not a full queue */
             item_failed(m->chunk_items[i], status);
             memory_durable(&engine->memory, key, true);
@@ -306,28 +328,40 @@ struct block {
     size_t held;
 };
 
-/* Pins the pages of as many rows from `first` on as there is room for, at least one. */
+/* The page of a chunk, pinned; NULL: no room. */
+static struct memory_page *pin_chunk(struct pass *p, struct block *b, uint32_t item, uint64_t chunk)
+{
+    struct model *m = p->m;
+    struct recent *recent = &m->recent[chunk % RECENT_PAGES];
+    if (recent->stamp == m->stamp && recent->chunk == chunk && recent->item == item)
+        return recent->page;
+    const struct chunk_key key = {session_branch_of(p->items[item].session, chunk), chunk};
+    bool added;
+    struct memory_page *page = memory_page_pin(&p->engine->memory, key, m->stamp, &added);
+    if (added)
+        m->held[b->held++] = page;
+    if (page)
+        *recent = (struct recent){m->stamp, chunk, item, page};
+    return page;
+}
+
+/* Pins the pages of as many rows from `first` on as there is room for, at least one, and of no more
+ * than PIN_ROWS: a device works on them while the next are pinned. */
 static void pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t item)
 {
     struct model *m = p->m;
     const uint32_t per_row = picks_per_row(p->engine);
     m->stamp++;
     b->held = b->count = 0;
-    for (uint32_t row = b->first; row < end; row++) {
+    for (uint32_t row = b->first; row < end && b->count < PIN_ROWS; row++) {
         while (row >= p->items[item].segment.row + p->items[item].segment.count)
             item++;
-        const struct engine_session *s = p->items[item].session;
         for (uint32_t j = 0; j < per_row; j++) {
             const size_t at = (size_t)row * per_row + j;
             m->row_page[at] = NULL;
             if (!(m->picks.weights[at] > 0) || p->items[item].status)
                 continue;
-            const uint64_t chunk = m->picks.chunks[at];
-            const struct chunk_key key = {session_branch_of(s, chunk), chunk};
-            bool added;
-            m->row_page[at] = memory_page_pin(&p->engine->memory, key, m->stamp, &added);
-            if (added)
-                m->held[b->held++] = m->row_page[at];
+            m->row_page[at] = pin_chunk(p, b, item, m->picks.chunks[at]);
             if (!m->row_page[at]) {
                 ASSERT(b->count); /* one row always fits: checked before the step */
                 return;

@@ -13,7 +13,7 @@ extern "C" {
 #include "proto/base/log.h"
 }
 
-#define STAGE_BYTES ((size_t)1 << 20)
+#define STAGE_BYTES ((size_t)4 << 20) /* several slices' pages: each refill waits */
 
 /* ---- failures ---- */
 
@@ -211,25 +211,6 @@ struct cuda_segment *cuda_segments(struct ops_context *x, const struct ops_rows 
         segments[i].position = rows->segments[i].position;
     }
     return segments;
-}
-
-bool cuda_stage_rows(struct ops_context *x, const struct ops_rows *rows,
-                     struct cuda_segment *segments, const struct cuda_segment **device_segments,
-                     const uint32_t **row_segment)
-{
-    uint32_t *map = (uint32_t *)malloc(sizeof *map * (rows->row_count ? rows->row_count : 1));
-    if (!map) {
-        cuda_fail(x, STATUS_NO_MEMORY, "out of memory for a step's rows");
-        return false;
-    }
-    for (uint32_t i = 0; i < rows->segment_count; i++)
-        for (uint32_t j = 0; j < segments[i].count; j++)
-            map[segments[i].row + j] = i;
-    *device_segments = (const struct cuda_segment *)cuda_stage(
-        x, segments, sizeof *segments * rows->segment_count);
-    *row_segment = (const uint32_t *)cuda_stage(x, map, sizeof *map * rows->row_count);
-    free(map);
-    return !x->failed;
 }
 
 /* ---- weights ---- */

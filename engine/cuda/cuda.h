@@ -2,9 +2,10 @@
  * Thread: the engine's; all device work goes to one stream, in order. Owns the device's memory.
  * Private to cuda/.
  *
- * Two precisions, by the memory's dtype: with BF16 memory, weights and the inputs of products are
- * bf16 and every sum is fp32; with FP32 memory ("wide") everything is fp32. Activations between
- * ops, recurrent states and logits are fp32 in both.
+ * Two precisions, by the memory's dtype: with BF16 memory, weights, the inputs of products and what
+ * lies between the products of an op on many rows are bf16, and every sum is fp32; with FP32 memory
+ * ("wide") everything is fp32. Activations between ops, recurrent states and logits are fp32 in
+ * both.
  *
  * A failure of the device is remembered in the context: the first one is logged, everything after
  * it does nothing, and the table's `check` tells the engine before it uses a result. */
@@ -123,10 +124,6 @@ void cuda_begin(struct ops_context *context);
  * after a failure. What equals an array that still lies there is not sent again: tables of rows,
  * states, pages and blocks are the same from layer to layer, most of them from step to step. */
 void *cuda_stage(struct ops_context *context, const void *data, size_t bytes);
-/* Segments of the call and the segment of each row, staged; false after a failure. */
-bool cuda_stage_rows(struct ops_context *context, const struct ops_rows *rows,
-                     struct cuda_segment *segments, const struct cuda_segment **device_segments,
-                     const uint32_t **row_segment);
 /* Segment structs to be filled in and staged; freed by the caller. NULL after a failure. */
 struct cuda_segment *cuda_segments(struct ops_context *context, const struct ops_rows *rows);
 void cuda_copy_out(struct ops_context *context, void *host, const void *device, size_t bytes);
@@ -153,10 +150,9 @@ bool cuda_product(struct ops_context *context, const void *w, uint32_t n, uint32
 void cuda_linear(struct ops_context *context, const struct ops_tensor *weight,
                  const struct ops_tensor *bias, const struct ops_rows *rows, const void *x,
                  float *out, bool add);
-/* The same of one long segment alone, as inputs of products. */
+/* x W^T of one long segment alone, as inputs of products. */
 void cuda_linear_narrow(struct ops_context *context, const struct ops_tensor *weight,
-                        const struct ops_tensor *bias, const struct ops_segment *segment,
-                        const void *x, void *out);
+                        const struct ops_segment *segment, const void *x, void *out);
 /* The input of a product: rows of floats, which a norm may stand before. */
 struct cuda_input {
     const float *x;                /* [rows, k] */

@@ -314,6 +314,25 @@ static __device__ __forceinline__ const bf16 *cuda_matrix_row(const bf16 *corner
     return corner + row * stride + (by_rows ? third : second);
 }
 
+/* Where element `column` of row `row` lies in a tile of rows of W elements: units of 16 bytes
+ * change places by the row, so that eight rows fall on all banks. */
+template <int W>
+static __device__ __forceinline__ uint32_t cuda_swizzled(uint32_t row, uint32_t column)
+{
+    return row * W + ((column / 8) ^ (row % 8)) * 8 + column % 8;
+}
+
+/* cuda_matrix_row in such a tile, for the matrices at (row, column). */
+template <int W>
+static __device__ __forceinline__ const bf16 *cuda_swizzled_row(const bf16 *tile, uint32_t row,
+                                                                uint32_t column, bool by_rows)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, inner = lane % 8;
+    const uint32_t second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+    return tile + cuda_swizzled<W>(row + inner + (by_rows ? second : third),
+                                   column + (by_rows ? third : second));
+}
+
 /* A block may use `bytes` of dynamic shared memory, 48 KiB and more included. */
 #define CUDA_ALLOW_SHARED(context, kernel, bytes)                                                \
     cuda_check(                                                                                  \

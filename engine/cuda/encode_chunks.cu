@@ -3,8 +3,8 @@
  * came with it: cuBLASLt chooses its kernels by the row count. */
 #include <stdlib.h>
 
-#include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
+#include "engine/cuda/encode.cuh"
 
 #define ATTENTION_WARPS 8
 #define HEAD_WARPS 8
@@ -49,16 +49,12 @@ static __global__ void norm_rotate(float *x, const float *weight, uint32_t heads
     }
 }
 
-struct attention {
-    uint32_t heads, kv_heads, width, positions;
-    float scale;
-};
-
 /* out = softmax(Q K^T / sqrt(hd)) V, every position of a chunk seeing every other. A warp a query.
  * Grid: chunks x heads x queries / ATTENTION_WARPS. */
 template <typename T>
 static __global__ void __launch_bounds__(ATTENTION_WARPS *CUDA_WARP)
-    attend_chunk(struct attention s, const float *q, const float *k, const float *v, T *out)
+    attend_chunk(struct encoder_heads s, float scale, const float *q, const float *k,
+                 const float *v, T *out)
 {
     CUDA_SHARED(float, shared);
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
@@ -75,7 +71,7 @@ static __global__ void __launch_bounds__(ATTENTION_WARPS *CUDA_WARP)
         float score = 0;
         for (uint32_t i = 0; i < s.width; i++)
             score = fmaf(q[at + i], keys[(size_t)u * kv + i], score);
-        scores[u] = score * s.scale;
+        scores[u] = score * scale;
         top = fmaxf(top, scores[u]);
     }
     top = cuda_warp_max(top);
@@ -122,11 +118,12 @@ static __global__ void gather_summaries(const T *y, uint32_t tokens, uint32_t d,
         out[(size_t)blockIdx.x * d + i] = y[((size_t)blockIdx.x * (tokens + 1) + tokens) * d + i];
 }
 
-/* One head of one token's key and value into the chunk's page; keys through `norm`, if any. A warp
- * a head. Grid: chunks x tokens * kv heads / HEAD_WARPS. */
+/* One head of one token's key and value into the chunk's page, the device's copy and the host's;
+ * keys through `norm`, if any. A warp a head. Grid: chunks x tokens * kv heads / HEAD_WARPS. */
 template <typename T>
 static __global__ void write_pages(const float *k, const float *v, const float *norm,
-                                   uint32_t tokens, uint32_t heads, uint32_t width, T *const *pages)
+                                   uint32_t tokens, uint32_t heads, uint32_t width, T *const *pages,
+                                   T *const *host_pages)
 {
     const uint32_t head = blockIdx.y * HEAD_WARPS + threadIdx.x / CUDA_WARP;
     const uint32_t lane = threadIdx.x % CUDA_WARP;
@@ -134,7 +131,8 @@ static __global__ void write_pages(const float *k, const float *v, const float *
         return;
     const size_t row = (size_t)blockIdx.x * (tokens + 1) + head / heads;
     const size_t from = (row * heads + head % heads) * width, to = (size_t)head * width;
-    T *keys = pages[blockIdx.x], *values = keys + (size_t)tokens * heads * width;
+    const size_t values = (size_t)tokens * heads * width;
+    T *page = pages[blockIdx.x], *host_page = host_pages[blockIdx.x];
     float scale = 1;
     if (norm) {
         float sum = 0;
@@ -143,8 +141,11 @@ static __global__ void write_pages(const float *k, const float *v, const float *
         scale = 1 / sqrtf(cuda_warp_sum(sum) / (float)width + MODEL_MEMORY_EPSILON);
     }
     for (uint32_t i = lane; i < width; i += CUDA_WARP) {
-        cuda_store(keys + to + i, norm ? k[from + i] * scale * norm[i] : k[from + i]);
-        cuda_store(values + to + i, v[from + i]);
+        const float key = norm ? k[from + i] * scale * norm[i] : k[from + i];
+        cuda_store(page + to + i, key);
+        cuda_store(host_page + to + i, key);
+        cuda_store(page + values + to + i, v[from + i]);
+        cuda_store(host_page + values + to + i, v[from + i]);
     }
 }
 
@@ -176,27 +177,39 @@ static void product(struct ops_context *x, const struct ops_tensor *weight,
     cuda_linear(x, weight, bias, &rows, in, out, add);
 }
 
+/* encoder_y from encoder_q, _k and _v. */
+template <typename T>
+static void attend(struct ops_context *x, const struct ops_encoder_layer *w, uint32_t count)
+{
+    const struct model_config *c = &x->config;
+    const uint32_t n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
+    const struct encoder_heads s = {c->heads, c->encoder_kv_heads, c->head_dim, n};
+    const float *q_norm = (const float *)w->q_norm.data, *k_norm = (const float *)w->k_norm.data;
+    if (cuda_encode_attention(x, s, count, q_norm, k_norm))
+        return;
+    const size_t q_heads = (size_t)rows * c->heads, k_heads = (size_t)rows * c->encoder_kv_heads;
+    const dim3 head_block(HEAD_WARPS * CUDA_WARP);
+    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(q_heads, HEAD_WARPS)), head_block, 0, x->encoder_q,
+                q_norm, c->heads, c->head_dim, n, q_heads);
+    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(k_heads, HEAD_WARPS)), head_block, 0, x->encoder_k,
+                k_norm, c->encoder_kv_heads, c->head_dim, n, k_heads);
+    CUDA_LAUNCH(x, attend_chunk<T>, dim3(count, c->heads, cuda_ceil(n, ATTENTION_WARPS)),
+                dim3(ATTENTION_WARPS * CUDA_WARP), ATTENTION_WARPS * n * sizeof(float), s,
+                1 / sqrtf((float)c->head_dim), x->encoder_q, x->encoder_k, x->encoder_v,
+                (T *)x->encoder_y);
+}
+
 template <typename T>
 static void encoder_layer(struct ops_context *x, const struct ops_encoder_layer *w, uint32_t count)
 {
     const struct model_config *c = &x->config;
     const uint32_t d = c->hidden_size, n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
-    const struct attention s = {c->heads, c->encoder_kv_heads, c->head_dim, n,
-                                1 / sqrtf((float)c->head_dim)};
     T *y = (T *)x->encoder_y;
     cuda_norm(x, x->encoder_x, &w->input_norm, d, MODEL_MEMORY_EPSILON, rows, y);
     product(x, &w->q, &w->q_bias, y, x->encoder_q, false);
     product(x, &w->k, &w->k_bias, y, x->encoder_k, false);
     product(x, &w->v, &w->v_bias, y, x->encoder_v, false);
-    const size_t q_heads = (size_t)rows * c->heads, k_heads = (size_t)rows * c->encoder_kv_heads;
-    const dim3 head_block(HEAD_WARPS * CUDA_WARP);
-    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(q_heads, HEAD_WARPS)), head_block, 0, x->encoder_q,
-                (const float *)w->q_norm.data, c->heads, c->head_dim, n, q_heads);
-    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(k_heads, HEAD_WARPS)), head_block, 0, x->encoder_k,
-                (const float *)w->k_norm.data, c->encoder_kv_heads, c->head_dim, n, k_heads);
-    CUDA_LAUNCH(x, attend_chunk<T>, dim3(count, c->heads, cuda_ceil(n, ATTENTION_WARPS)),
-                dim3(ATTENTION_WARPS * CUDA_WARP), ATTENTION_WARPS * n * sizeof(float), s,
-                x->encoder_q, x->encoder_k, x->encoder_v, y);
+    attend<T>(x, w, count);
     product(x, &w->o, NULL, y, x->encoder_x, true);
     cuda_norm(x, x->encoder_x, &w->post_norm, d, MODEL_MEMORY_EPSILON, rows, y);
     product(x, &w->gate, NULL, y, x->encoder_q, false);
@@ -227,8 +240,7 @@ static void encode(struct ops_context *x, const struct ops_chunking_weights *w, 
     cuda_norm(x, x->encoder_x, &w->encoder_norm, d, MODEL_MEMORY_EPSILON, rows, x->encoder_y);
 }
 
-/* Keys, values and landmarks of the encoded chunks into device pages and landmark blocks, and the
- * pages to the host. */
+/* Keys, values and landmarks of the encoded chunks into pages and landmark blocks. */
 template <typename T>
 static void write_memory(struct ops_context *x, const struct ops_chunking_weights *w,
                          uint32_t count, void *const *kv, void *const *landmarks)
@@ -240,13 +252,14 @@ static void write_memory(struct ops_context *x, const struct ops_chunking_weight
     for (uint32_t i = 0; i < count; i++)
         pages[i] = cuda_pages_create(x, kv[i]);
     T *const *staged_pages = (T *const *)cuda_stage(x, pages, sizeof *pages * count);
+    T *const *staged_host = (T *const *)cuda_stage(x, kv, sizeof *kv * count);
     T *const *staged_landmarks = (T *const *)cuda_stage(x, landmarks, sizeof *landmarks * count);
     product(x, &w->proj_k, NULL, x->encoder_y, x->encoder_k, false);
     product(x, &w->proj_v, NULL, x->encoder_y, x->encoder_v, false);
     CUDA_LAUNCH(x, write_pages<T>, dim3(count, cuda_ceil((uint64_t)s * c->kv_heads, HEAD_WARPS)),
                 dim3(HEAD_WARPS * CUDA_WARP), 0, x->encoder_k, x->encoder_v,
                 c->qk_norm ? (const float *)w->k_norm.data : NULL, s, c->kv_heads, c->head_dim,
-                staged_pages);
+                staged_pages, staged_host);
     T *summaries = (T *)x->encoder_summary;
     CUDA_LAUNCH(x, gather_summaries<T>, dim3(CUDA_CHUNKS), dim3(256), 0, (const T *)x->encoder_y, s,
                 c->hidden_size, summaries);
@@ -257,8 +270,6 @@ static void write_memory(struct ops_context *x, const struct ops_chunking_weight
     cuda_linear(x, &w->landmark, NULL, &rows, summaries, x->encoder_q, false);
     CUDA_LAUNCH(x, write_landmarks<T>, dim3(count, c->retrieval_heads), dim3(CUDA_WARP), 0,
                 x->encoder_q, c->landmark_norm, width, staged_landmarks);
-    for (uint32_t i = 0; i < count && !x->failed; i++)
-        cuda_copy_out(x, kv[i], pages[i], x->page_bytes);
 }
 
 extern "C" void cuda_encode_chunks(struct ops_context *x,

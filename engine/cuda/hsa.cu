@@ -1,16 +1,10 @@
 /* hsa.cu - hierarchical sparse attention: each picked chunk its own softmax, then their mix. */
 #include <stdlib.h>
 
-#include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
+#include "engine/cuda/hsa.cuh"
 
 #define ATTEND_WARPS 4
-
-struct hsa_shape {
-    uint32_t heads, kv_heads, retrieval_heads, topk, tokens, width;
-    float scale;
-    bool softmax1;
-};
 
 /* Heads of `width` elements, each divided by its root mean square and scaled. A warp a head. */
 static __global__ void norm_heads(float *x, const float *weight, uint32_t width, size_t count)
@@ -104,6 +98,8 @@ static void launch_attend(struct ops_context *x, uint32_t row_count, const float
     s.width = c->head_dim;
     s.scale = 1 / sqrtf((float)c->head_dim);
     s.softmax1 = c->softmax1;
+    if (cuda_attend_pages(x, s, row_count, q, weights, pages, o))
+        return;
     const dim3 grid(row_count, c->kv_heads), block(ATTEND_WARPS * CUDA_WARP);
     const size_t shared = (size_t)ATTEND_WARPS * c->chunk_tokens * sizeof(float);
     if (x->wide)

@@ -58,12 +58,11 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP)
     }
 }
 
-template <typename O>
-static __global__ void add_bias(O *out, const float *bias, uint32_t n, size_t count)
+static __global__ void add_bias(float *out, const float *bias, uint32_t n, size_t count)
 {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count)
-        cuda_store(out + i, cuda_float(out[i]) + bias[i % n]);
+        out[i] += bias[i % n];
 }
 
 template <typename T, typename O>
@@ -79,19 +78,17 @@ static void launch_few(struct ops_context *x, const T *w, const T *in, const flo
                     0, w, in, bias, out, n, k, m, add);
 }
 
-/* `m` rows from `in` on: as one product, unless they are few. */
+/* `m` rows from `in` on: as one product, unless they are few; then, `bias` is added. */
 template <typename T, typename O>
-static void linear_rows(struct ops_context *x, const struct ops_tensor *weight, const float *bias,
-                        const void *in, uint32_t m, bool few, O *out, enum cuda_sum how)
+static bool as_product(struct ops_context *x, const struct ops_tensor *weight, const float *bias,
+                       const void *in, uint32_t m, bool few, O *out, enum cuda_sum how)
 {
     const uint32_t n = weight->rows, k = weight->cols;
-    if (few || !cuda_product(x, weight->data, n, k, in, m, out, how)) {
-        launch_few<T, O>(x, (const T *)weight->data, (const T *)in, bias, out, n, k, m,
-                         how == CUDA_ADD);
-    } else if (bias) {
-        const size_t count = (size_t)m * n;
-        CUDA_LAUNCH(x, add_bias<O>, dim3(cuda_ceil(count, 256)), dim3(256), 0, out, bias, n, count);
-    }
+    if (!few && cuda_product(x, weight->data, n, k, in, m, out, how))
+        return true;
+    launch_few<T, O>(x, (const T *)weight->data, (const T *)in, bias, out, n, k, m,
+                     how == CUDA_ADD);
+    return false;
 }
 
 void cuda_linear(struct ops_context *x, const struct ops_tensor *weight,
@@ -110,26 +107,26 @@ void cuda_linear(struct ops_context *x, const struct ops_tensor *weight,
             m += rows->segments[i++].count;
         const char *from = (const char *)in + (size_t)segment->row * weight->cols * element;
         float *to = out + (size_t)segment->row * weight->rows;
-        if (x->wide)
-            linear_rows<float>(x, weight, b, from, m, few, to, how);
-        else
-            linear_rows<bf16>(x, weight, b, from, m, few, to, how);
+        const bool bare = x->wide ? as_product<float>(x, weight, b, from, m, few, to, how)
+                                  : as_product<bf16>(x, weight, b, from, m, few, to, how);
+        const size_t count = (size_t)m * weight->rows;
+        if (bare && b)
+            CUDA_LAUNCH(x, add_bias, dim3(cuda_ceil(count, 256)), dim3(256), 0, to, b, weight->rows,
+                        count);
     }
 }
 
 void cuda_linear_narrow(struct ops_context *x, const struct ops_tensor *weight,
-                        const struct ops_tensor *bias, const struct ops_segment *segment,
-                        const void *in, void *out)
+                        const struct ops_segment *segment, const void *in, void *out)
 {
-    const float *b = bias ? (const float *)bias->data : NULL;
     const size_t from = (size_t)segment->row * weight->cols,
                  to = (size_t)segment->row * weight->rows;
     if (x->wide)
-        linear_rows<float>(x, weight, b, (const float *)in + from, segment->count, false,
-                           (float *)out + to, CUDA_NARROW);
+        as_product<float>(x, weight, NULL, (const float *)in + from, segment->count, false,
+                          (float *)out + to, CUDA_NARROW);
     else
-        linear_rows<bf16>(x, weight, b, (const bf16 *)in + from, segment->count, false,
-                          (bf16 *)out + to, CUDA_NARROW);
+        as_product<bf16>(x, weight, NULL, (const bf16 *)in + from, segment->count, false,
+                         (bf16 *)out + to, CUDA_NARROW);
 }
 
 /* ---- norms ---- */

@@ -60,7 +60,7 @@ template <int V, typename T> static __device__ __forceinline__ void store(T *to,
 template <typename T, int V>
 static __global__ void __launch_bounds__(CONV_THREADS)
     convolve(struct mamba_shape s, const struct block *blocks, const struct cuda_segment *segments,
-             const T *projected, const T *weight, const float *bias, T *conv)
+             const T *projected, const float *in_bias, const T *weight, const float *bias, T *conv)
 {
     const struct block block = blocks[blockIdx.x];
     const uint32_t j = (blockIdx.y * CONV_THREADS + threadIdx.x) * V;
@@ -76,9 +76,12 @@ static __global__ void __launch_bounds__(CONV_THREADS)
             sum[v] = bias ? bias[j + v] : 0;
         for (uint32_t i = 0; i < s.taps; i++) {
             const uint32_t back = s.taps - 1 - i;
-            if (back <= at)
+            if (back <= at) {
                 load<V>(projected + (size_t)(row - back) * s.proj + s.inner + j, in);
-            else
+#pragma unroll
+                for (int v = 0; v < V; v++)
+                    in[v] += in_bias ? in_bias[s.inner + j + v] : 0;
+            } else
 #pragma unroll
                 for (int v = 0; v < V; v++)
                     in[v] = segment->conv[(size_t)(s.taps - 1 + at - back) * s.conv + j + v];
@@ -96,7 +99,8 @@ static __global__ void __launch_bounds__(CONV_THREADS)
 /* The last columns of xBC become the tail of a long segment. Grid: tiles of columns x runs. */
 template <typename T>
 static __global__ void keep_tails(struct mamba_shape s, const struct run *runs,
-                                  const struct cuda_segment *segments, const T *projected)
+                                  const struct cuda_segment *segments, const T *projected,
+                                  const float *in_bias)
 {
     const uint32_t j = blockIdx.x * blockDim.x + threadIdx.x, keep = s.taps - 1;
     const struct cuda_segment *segment = &segments[runs[blockIdx.y].segment];
@@ -107,8 +111,10 @@ static __global__ void keep_tails(struct mamba_shape s, const struct run *runs,
     for (uint32_t i = 0; i + fresh < keep; i++)
         tail[(size_t)i * s.conv] = tail[(size_t)(i + fresh) * s.conv];
     for (uint32_t i = keep - fresh; i < keep; i++)
-        tail[(size_t)i * s.conv] = cuda_float(
-            projected[(size_t)(segment->row + segment->count - keep + i) * s.proj + s.inner + j]);
+        tail[(size_t)i * s.conv] =
+            cuda_float(projected[(size_t)(segment->row + segment->count - keep + i) * s.proj +
+                                 s.inner + j]) +
+            (in_bias ? in_bias[s.inner + j] : 0);
 }
 
 #define TIME_WARPS 8
@@ -118,8 +124,8 @@ static __global__ void keep_tails(struct mamba_shape s, const struct run *runs,
 template <typename T>
 static __global__ void __launch_bounds__(TIME_WARPS *CUDA_WARP)
     time_steps(struct mamba_shape s, const struct block *blocks, uint32_t block_count,
-               uint32_t tokens, const T *projected, const float *dt_bias, const float *a_log,
-               float *dt, float *decay)
+               uint32_t tokens, const T *projected, const float *in_bias, const float *dt_bias,
+               const float *a_log, float *dt, float *decay)
 {
     const uint32_t i = blockIdx.x * TIME_WARPS + threadIdx.x / CUDA_WARP;
     const uint32_t lane = threadIdx.x % CUDA_WARP, each = tokens / CUDA_WARP;
@@ -127,7 +133,8 @@ static __global__ void __launch_bounds__(TIME_WARPS *CUDA_WARP)
         return;
     const struct block block = blocks[i / s.heads];
     const uint32_t h = i % s.heads;
-    const float rate = -expf(a_log[h]), bias = dt_bias[h];
+    const float rate = -expf(a_log[h]);
+    const float bias = dt_bias[h] + (in_bias ? in_bias[s.inner + s.conv + h] : 0);
     const T *in = projected + s.inner + s.conv + h;
     float steps[CUDA_BLOCK_TOKENS / CUDA_WARP], sum = 0;
 #pragma unroll
@@ -553,8 +560,8 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
 /* out = RMSNorm(y * SiLU(z)), V neighbours a thread. Grid: rows. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(GATE_THREADS)
-    gate_norm(struct mamba_shape s, const T *projected, const T *y, const float *weight,
-              float epsilon, T *out)
+    gate_norm(struct mamba_shape s, const T *projected, const float *in_bias, const T *y,
+              const float *weight, float epsilon, T *out)
 {
     CUDA_SHARED(float, gated);
     const T *z = projected + (size_t)blockIdx.x * s.proj;
@@ -566,7 +573,7 @@ static __global__ void __launch_bounds__(GATE_THREADS)
         load<V>(z + i, gate);
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            const float value = own[v] * cuda_silu(gate[v]);
+            const float value = own[v] * cuda_silu(gate[v] + (in_bias ? in_bias[i + v] : 0));
             gated[i + v] = value; /* read by this thread alone */
             sum = fmaf(value, value, sum);
         }
@@ -663,17 +670,18 @@ static void run_group(struct ops_context *x, const struct work *w, bool mma)
     const struct mamba_shape s = w->shape;
     const T *projected = (const T *)(const void *)x->projected;
     const float *dt_bias = (const float *)w->weights->dt_bias.data;
+    const float *in_bias = (const float *)w->weights->in_proj_bias.data;
     CUDA_LAUNCH(
         x, (convolve<T, V>),
         dim3(w->block_count, cuda_ceil(s.conv, CONV_THREADS * V), cuda_ceil(w->tokens, CONV_ROWS)),
-        dim3(CONV_THREADS), 0, s, w->blocks, w->segments, projected,
+        dim3(CONV_THREADS), 0, s, w->blocks, w->segments, projected, in_bias,
         (const T *)w->weights->conv_weight.data, (const float *)w->weights->conv_bias.data,
         (T *)(void *)x->conv);
     CUDA_LAUNCH(x, keep_tails<T>, dim3(cuda_ceil(s.conv, 256), w->run_count), dim3(256), 0, s,
-                w->runs, w->segments, projected);
+                w->runs, w->segments, projected, in_bias);
     CUDA_LAUNCH(x, time_steps<T>, dim3(cuda_ceil((uint64_t)w->block_count * s.heads, TIME_WARPS)),
                 dim3(TIME_WARPS * CUDA_WARP), 0, s, w->blocks, w->block_count, w->tokens, projected,
-                dt_bias, (const float *)w->weights->a_log.data, x->dt, x->decay);
+                in_bias, dt_bias, (const float *)w->weights->a_log.data, x->dt, x->decay);
     if (mma && s.n == 128)
         scan_mma<128>(x, w);
     else if (mma)
@@ -705,6 +713,7 @@ static void run_segments(struct ops_context *x, struct work *w, const struct ops
                 CUDA_LAUNCH(x, (gate_norm<T, G>), dim3(segment->count), dim3(GATE_THREADS),
                             s.inner * sizeof(float), s,
                             (const T *)(const void *)x->projected + row * s.proj,
+                            (const float *)w->weights->in_proj_bias.data,
                             (const T *)(const void *)x->scanned + row * s.inner,
                             (const float *)w->weights->gate_norm.data, x->config.norm_epsilon,
                             (T *)x->mixed + row * s.inner);
@@ -727,8 +736,7 @@ void cuda_mamba_blocks(struct ops_context *x, const struct ops_mamba_weights *we
     w.tokens = mma ? CUDA_BLOCK_TOKENS : TILE;
     for (uint32_t i = 0; i < rows->segment_count; i++)
         if (rows->segments[i].count > CUDA_FEW_ROWS)
-            cuda_linear_narrow(x, &weights->in_proj, &weights->in_proj_bias, &rows->segments[i],
-                               x->normed, x->projected);
+            cuda_linear_narrow(x, &weights->in_proj, &rows->segments[i], x->normed, x->projected);
     if (x->wide)
         run_segments<float, 1, 1>(x, &w, rows, false);
     else if (aligned)

@@ -1,5 +1,6 @@
 /* retrieve.cu - retrieval's entry, and long segments: the scan over the landmarks with a running
- * top-k: scores live in registers and never reach memory. Short ones: retrieve_step.cu. Every
+ * top-k: scores live in registers and never reach memory, on tensor cores where these can
+ * (retrieve_scan.cu). Short ones: retrieve_step.cu. Every
  * scanner keeps its own best; a second kernel merges them, orders the picks and weighs them. Scores
  * are compared with their chunks (equal scores: the lower chunk), a total order, so the picks do
  * not depend on who scanned what. */
@@ -102,15 +103,14 @@ static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
 /* The best of one row and head among `count` candidates, newest first, with their weights. A warp.
  * Each round finds the best of those behind the one before it. */
 static __global__ void __launch_bounds__(MERGE_WARPS *CUDA_WARP)
-    merge(uint32_t topk, uint32_t count, const struct cuda_segment *segments,
-          const uint32_t *row_segment, uint32_t heads, size_t rows, struct weighing w,
+    merge(uint32_t topk, uint32_t count, size_t rows, struct weighing w,
           const struct cuda_candidate *candidates, uint64_t *chunks, float *weights)
 {
     __shared__ struct cuda_candidate shared[MERGE_WARPS][LIMITS_TOPK];
     __shared__ struct cuda_candidate ordered[MERGE_WARPS][LIMITS_TOPK];
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     const size_t row = (size_t)blockIdx.x * MERGE_WARPS + warp;
-    if (row >= rows || segments[row_segment[row / heads]].count <= CUDA_FEW_ROWS)
+    if (row >= rows)
         return;
     const struct cuda_candidate *from = candidates + row * count;
     struct cuda_candidate last;
@@ -201,28 +201,51 @@ static const struct group *stage_groups(struct ops_context *x, const struct ops_
     return staged;
 }
 
-static void scan_long(struct ops_context *x, const struct ops_retrieval_weights *w,
-                      const struct ops_rows *rows, const struct ops_landmarks *landmarks,
-                      const struct cuda_segment *segments, const uint32_t *row_segment)
+void cuda_merge_rows(struct ops_context *x, const struct ops_retrieval_weights *w,
+                     const struct cuda_candidate *candidates, size_t row, uint32_t row_count,
+                     uint32_t count)
+{
+    const struct model_config *c = &x->config;
+    const size_t heads = (size_t)row_count * c->retrieval_heads;
+    const size_t first = row * c->retrieval_heads * c->topk;
+    const struct weighing weighing = {c->softmax_weights, w->pos_decay};
+    CUDA_LAUNCH(x, merge, dim3(cuda_ceil(heads, MERGE_WARPS)), dim3(MERGE_WARPS * CUDA_WARP), 0,
+                c->topk, count, heads, weighing, candidates, x->pick_chunks + first,
+                x->pick_weights + first);
+}
+
+/* Long segments on tensor cores. */
+static void scan_segments(struct ops_context *x, const struct ops_retrieval_weights *w,
+                          const struct ops_rows *rows, const struct ops_landmarks *landmarks,
+                          const struct cuda_segment *segments)
 {
     const struct scan_shape s = scan_shape_of(&x->config);
-    const float *q_norm = x->config.landmark_norm ? (const float *)w->q_norm.data : NULL;
-    const float *k_norm = x->config.landmark_norm ? (const float *)w->k_norm.data : NULL;
-    uint32_t group_count = 0;
-    uint64_t longest = 0;
-    const struct group *groups = stage_groups(x, rows, landmarks, &group_count, &longest);
-    if (x->failed || !group_count)
-        return;
+    for (uint32_t i = 0; i < rows->segment_count; i++) {
+        const struct ops_segment *host = &rows->segments[i];
+        if (host->count <= CUDA_FEW_ROWS)
+            continue;
+        const uint64_t seen = visible(s, host->position + host->count - 1, landmarks[i].count);
+        const uint32_t lists = cuda_scan_lists(x, host->count, seen);
+        if (!reserve(x, (size_t)host->count * s.heads * lists * CUDA_SCAN_LIST))
+            return;
+        cuda_scan_rows(x, segments + i, host, lists, x->candidates);
+        cuda_merge_rows(x, w, x->candidates, host->row, host->count, lists * CUDA_SCAN_LIST);
+    }
+}
+
+/* Long segments plainly. */
+static void scan_groups(struct ops_context *x, const struct ops_retrieval_weights *w,
+                        const struct ops_rows *rows, const struct group *groups,
+                        uint32_t group_count, uint64_t longest, const struct cuda_segment *segments)
+{
+    const struct scan_shape s = scan_shape_of(&x->config);
     /* As many scanners as fill the device, but none with less than a few landmarks. */
     uint32_t blocks = cuda_ceil(SCANNERS / SCAN_WARPS, (uint64_t)group_count * s.heads);
     const uint32_t useful = cuda_ceil(longest ? longest : 1, SCAN_WARPS * 4);
     blocks = blocks < useful ? blocks : useful;
-    const uint32_t scanners = blocks * SCAN_WARPS;
-    const size_t row_heads = (size_t)rows->row_count * s.heads;
-    if (!reserve(x, row_heads * scanners * s.topk))
+    const uint32_t each = blocks * SCAN_WARPS * s.topk;
+    if (!reserve(x, (size_t)rows->row_count * s.heads * each))
         return;
-    CUDA_LAUNCH(x, prepare_queries, dim3(cuda_ceil(row_heads, 8)), dim3(8 * CUDA_WARP), 0, x->query,
-                (bf16 *)x->query_narrow, q_norm, k_norm, s.width, row_heads);
     const dim3 grid(blocks, group_count, s.heads), block(SCAN_WARPS * CUDA_WARP);
     const size_t shared = sizeof(struct cuda_candidate) * SCAN_WARPS * SCAN_ROWS * s.topk;
     if (x->wide)
@@ -231,10 +254,33 @@ static void scan_long(struct ops_context *x, const struct ops_retrieval_weights 
     else
         CUDA_LAUNCH(x, scan<bf16>, grid, block, shared, s, segments, groups, x->query,
                     x->candidates);
-    const struct weighing weighing = {x->config.softmax_weights, w->pos_decay};
-    CUDA_LAUNCH(x, merge, dim3(cuda_ceil(row_heads, MERGE_WARPS)), dim3(MERGE_WARPS * CUDA_WARP), 0,
-                s.topk, scanners * s.topk, segments, row_segment, s.heads, row_heads, weighing,
-                x->candidates, x->pick_chunks, x->pick_weights);
+    for (uint32_t i = 0; i < rows->segment_count; i++) {
+        const struct ops_segment *host = &rows->segments[i];
+        if (host->count > CUDA_FEW_ROWS)
+            cuda_merge_rows(x, w, x->candidates + (size_t)host->row * s.heads * each, host->row,
+                            host->count, each);
+    }
+}
+
+static void scan_long(struct ops_context *x, const struct ops_retrieval_weights *w,
+                      const struct ops_rows *rows, const struct ops_landmarks *landmarks,
+                      const struct cuda_segment *segments)
+{
+    const struct scan_shape s = scan_shape_of(&x->config);
+    const float *q_norm = x->config.landmark_norm ? (const float *)w->q_norm.data : NULL;
+    const float *k_norm = x->config.landmark_norm ? (const float *)w->k_norm.data : NULL;
+    const size_t row_heads = (size_t)rows->row_count * s.heads;
+    uint32_t group_count = 0;
+    uint64_t longest = 0;
+    const struct group *groups = stage_groups(x, rows, landmarks, &group_count, &longest);
+    if (x->failed || !group_count)
+        return;
+    CUDA_LAUNCH(x, prepare_queries, dim3(cuda_ceil(row_heads, 8)), dim3(8 * CUDA_WARP), 0, x->query,
+                (bf16 *)x->query_narrow, q_norm, k_norm, s.width, row_heads);
+    if (cuda_scans_rows(x))
+        scan_segments(x, w, rows, landmarks, segments);
+    else
+        scan_groups(x, w, rows, groups, group_count, longest, segments);
 }
 
 /* Rows of short segments, each by itself. */
@@ -260,17 +306,18 @@ static void scan_short(struct ops_context *x, const struct ops_retrieval_weights
     free(own);
 }
 
-/* The call's segments with their landmarks on the device, and the segment of each row. */
-static bool stage_segments(struct ops_context *x, const struct ops_rows *rows,
-                           const struct ops_landmarks *landmarks,
-                           const struct cuda_segment **segments, const uint32_t **row_segment)
+/* The call's segments with their landmarks on the device; NULL after a failure. */
+static const struct cuda_segment *stage_segments(struct ops_context *x, const struct ops_rows *rows,
+                                                 const struct ops_landmarks *landmarks)
 {
     struct cuda_segment *own = cuda_segments(x, rows);
     for (uint32_t i = 0; own && i < rows->segment_count; i++) {
         own[i].chunk_count = landmarks[i].count;
         own[i].blocks = cuda_stage_blocks(x, &landmarks[i]);
     }
-    const bool staged = own && cuda_stage_rows(x, rows, own, segments, row_segment);
+    const struct cuda_segment *staged =
+        own ? (const struct cuda_segment *)cuda_stage(x, own, sizeof *own * rows->segment_count)
+            : NULL;
     free(own);
     return staged;
 }
@@ -282,8 +329,6 @@ extern "C" void cuda_retrieve(struct ops_context *x, const struct ops_retrieval_
     const struct model_config *c = &x->config;
     const size_t count = (size_t)rows->row_count * c->retrieval_heads * c->topk;
     const struct cuda_input in = {hidden, &w->pre_norm, MODEL_MEMORY_EPSILON, NULL, false};
-    const struct cuda_segment *segments;
-    const uint32_t *row_segment;
     if (x->recording) {
         cuda_norm_linear(x, &in, &w->query, NULL, rows, x->query, false);
         cuda_step_retrieve(x, w, picks);
@@ -291,9 +336,10 @@ extern "C" void cuda_retrieve(struct ops_context *x, const struct ops_retrieval_
     }
     cuda_begin(x);
     cuda_norm_linear(x, &in, &w->query, NULL, rows, x->query, false);
-    if (stage_segments(x, rows, landmarks, &segments, &row_segment)) {
+    const struct cuda_segment *segments = stage_segments(x, rows, landmarks);
+    if (segments) {
         scan_short(x, w, rows, segments);
-        scan_long(x, w, rows, landmarks, segments, row_segment);
+        scan_long(x, w, rows, landmarks, segments);
     }
     cuda_copy_out(x, picks->chunks, x->pick_chunks, count * sizeof *picks->chunks);
     cuda_copy_out(x, picks->weights, x->pick_weights, count * sizeof *picks->weights);

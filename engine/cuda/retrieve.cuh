@@ -105,4 +105,27 @@ void cuda_retrieve_rows(struct ops_context *context, const struct ops_retrieval_
 /* How many candidates that takes room for. */
 size_t cuda_retrieve_room(const struct ops_context *context, uint32_t row_count);
 
+/* ---- retrieve.cu ---- */
+
+/* The best of each row's and head's `count` candidates become the picks of the rows from `row` on.
+ */
+void cuda_merge_rows(struct ops_context *context, const struct ops_retrieval_weights *weights,
+                     const struct cuda_candidate *candidates, size_t row, uint32_t row_count,
+                     uint32_t count);
+
+/* ---- retrieve_scan.cu ---- */
+
+#define CUDA_SCAN_LIST 8
+/* The scan of long segments on tensor cores covers this form. */
+bool cuda_scans_rows(const struct ops_context *context);
+/* How many lists of CUDA_SCAN_LIST candidates each row and head of a long segment gets, whose rows
+ * see at most `seen` chunks. */
+uint32_t cuda_scan_lists(const struct ops_context *context, uint32_t row_count, uint64_t seen);
+/* The best of every list, for each row of one segment (on the device, as `host` says), from
+ * x->query_narrow to candidates [rows, Hr, lists, CUDA_SCAN_LIST], the segment's first row first.
+ */
+void cuda_scan_rows(struct ops_context *context, const struct cuda_segment *segment,
+                    const struct ops_segment *host, uint32_t lists,
+                    struct cuda_candidate *candidates);
+
 #endif

@@ -611,11 +611,12 @@ static void time_all(struct engine *engine)
         time_decode(engine, batches[i], 4096);
     time_prefill(engine, 256, 0, 8);
     time_prefill(engine, 1024, 0, 4);
-    time_prefill(engine, 4096, 0, 2);
+    time_prefill(engine, 4096, 0, 4);
     const uint64_t contexts[] = {65536, 1 << 20, 16 << 20, 64 << 20};
     for (size_t i = 0; i < sizeof contexts / sizeof *contexts; i++)
         time_decode(engine, 1, contexts[i]);
-    time_prefill(engine, 4096, 1 << 20, 1);
+    for (uint64_t context = 16384; context <= 1 << 20; context *= 4)
+        time_prefill(engine, 4096, context, 4);
 }
 
 int main(int argc, char **argv)

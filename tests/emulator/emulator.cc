@@ -200,56 +200,101 @@ void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_byte
 
 /* ---- tensor cores, asynchronous copies ---- */
 
+/* Every lane gives its arguments; the last to come does the work of all, then all go on. */
+template <typename A> static void together(A *own, void (*work)(A *const *all))
+{
+    fiber *f = &e.fibers[e.current];
+    warp *w = &e.warps[e.current / 32];
+    const unsigned phase = f->phase, generation = w->generation;
+    if (e.count % 32) {
+        fprintf(stderr, "emulator: %s: a warp that is not full\n", e.name);
+        abort();
+    }
+    f->phase ^= 1;
+    w->words[phase][e.current % 32] = (uint64_t)(uintptr_t)own;
+    e.progress++;
+    if (++w->arrived == 32) {
+        A *all[32];
+        for (unsigned i = 0; i < 32; i++)
+            all[i] = (A *)(uintptr_t)w->words[phase][i];
+        work(all);
+        w->arrived = 0;
+        w->generation++;
+    }
+    while (w->generation == generation)
+        yield();
+}
+
 static float half_of(uint32_t word, unsigned which)
 {
     return __uint_as_float(which ? word & 0xffff0000u : word << 16);
 }
 
+struct mma {
+    float *d;
+    const uint32_t *a, *b;
+};
+
+static void multiply(mma *const *lanes)
+{
+    float a[16][16], b[16][8];
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const unsigned group = lane / 4, pair = lane % 4 * 2;
+        for (unsigned i = 0; i < 8;
+             i++) /* register i / 2: 8 rows further if odd, columns if 2, 3 */
+            a[group + i / 2 % 2 * 8][pair + i / 4 * 8 + i % 2] =
+                half_of(lanes[lane]->a[i / 2], i % 2);
+        for (unsigned i = 0; i < 4; i++)
+            b[pair + i / 2 * 8 + i % 2][group] = half_of(lanes[lane]->b[i / 2], i % 2);
+    }
+    float d[16][8] = {};
+    for (unsigned row = 0; row < 16; row++)
+        for (unsigned k = 0; k < 16; k++)
+            for (unsigned column = 0; column < 8; column++)
+                d[row][column] += a[row][k] * b[k][column];
+    for (unsigned lane = 0; lane < 32; lane++)
+        for (unsigned i = 0; i < 4; i++)
+            lanes[lane]->d[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
 void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
 {
-    uint64_t words[3][32];
-    const uint64_t mine[3] = {a[0] | (uint64_t)a[1] << 32, a[2] | (uint64_t)a[3] << 32,
-                              b[0] | (uint64_t)b[1] << 32};
-    for (int i = 0; i < 3; i++)
-        memcpy(words[i], emulator_exchange(mine[i]), sizeof words[i]);
-    const unsigned lane = threadIdx.x % 32;
-    for (unsigned i = 0; i < 4; i++) {
-        const unsigned row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-        for (unsigned k = 0; k < 16; k++) {
-            /* a[row][k]: register (row >= 8) + 2 (k >= 8) of lane 4 (row % 8) + k % 8 / 2. */
-            const uint64_t aw = words[k >= 8][row % 8 * 4 + k % 8 / 2];
-            const uint64_t bw = words[2][column * 4 + k % 8 / 2];
-            d[i] += half_of((uint32_t)(row >= 8 ? aw >> 32 : aw), k % 2) *
-                    half_of((uint32_t)(k >= 8 ? bw >> 32 : bw), k % 2);
+    mma own = {d, a, b};
+    together(&own, multiply);
+}
+
+struct matrices {
+    uint32_t *out;
+    const bf16 *row;
+};
+
+template <bool transposed> static void load(matrices *const *lanes)
+{
+    for (unsigned lane = 0; lane < 32; lane++)
+        if ((uintptr_t)lanes[lane]->row % 16)
+            fprintf(stderr, "emulator: %s: a matrix row is not aligned\n", e.name), abort();
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const unsigned across = lane / 4, along = lane % 4 * 2;
+        for (unsigned i = 0; i < 4; i++) {
+            const auto at = [&](unsigned r, unsigned c) -> uint32_t {
+                return lanes[i * 8 + r]->row[c].bits;
+            };
+            lanes[lane]->out[i] = transposed ? at(along, across) | at(along + 1, across) << 16
+                                             : at(across, along) | at(across, along + 1) << 16;
         }
     }
 }
 
-static void load_matrices(uint32_t out[4], const bf16 *row, bool transposed)
-{
-    if ((uintptr_t)row % 16)
-        fprintf(stderr, "emulator: %s: a matrix row is not aligned\n", e.name), abort();
-    uint64_t rows[32];
-    memcpy(rows, emulator_exchange((uint64_t)(uintptr_t)row), sizeof rows);
-    const unsigned across = threadIdx.x % 32 / 4, along = threadIdx.x % 4 * 2;
-    for (unsigned i = 0; i < 4; i++) {
-        const auto at = [&](unsigned r, unsigned c) {
-            return ((const uint16_t *)(uintptr_t)rows[i * 8 + r])[c];
-        };
-        out[i] = transposed ? at(along, across) | (uint32_t)at(along + 1, across) << 16
-                            : at(across, along) | (uint32_t)at(across, along + 1) << 16;
-    }
-    emulator_exchange(0); /* nobody writes on before all have read */
-}
-
 void cuda_load_matrices(uint32_t out[4], const bf16 *row)
 {
-    load_matrices(out, row, false);
+    matrices own = {out, row};
+    together(&own, load<false>);
 }
 
 void cuda_load_transposed(uint32_t out[4], const bf16 *row)
 {
-    load_matrices(out, row, true);
+    matrices own = {out, row};
+    together(&own, load<true>);
 }
 
 static void carry_out(const copy &c)

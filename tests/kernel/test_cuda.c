@@ -811,9 +811,9 @@ static void run_job(const struct job *job, bool wide, uint64_t seed)
     check_mamba(&b, few, 5);
     check_mamba(&b, large ? many + 1 : many, large ? 3 : 9);
     check_encode(&b, large ? 2 : 18);
-    const uint32_t rows[] = {1, 37, 1, 8, 3, 1};
-    const uint64_t chunks[] = {300, 700, 0, 1, c->topk, 2049};
-    check_retrieve(&b, rows, chunks, large ? 3 : 6);
+    const uint32_t rows[] = {1, 37, 10, 9, 150, 1, 3};
+    const uint64_t chunks[] = {300, 700, 0, 1, 520, 2049, c->topk};
+    check_retrieve(&b, rows, chunks, large ? 3 : 7);
     check_hsa(&b, large ? 5 : 33);
     check_hsa(&b, 1);
     bed_close(&b);
@@ -872,6 +872,7 @@ static void make_jobs(void)
     c->dt_max = 0.2f;
     c = add_job("d256, one head picks, k 64", make_config(256, 4, 2, 128, 1, 64, 64), false);
     c->retrieval_heads = 1;
+    add_job("d512, heads of 128, 2 kv", make_config(512, 4, 2, 64, 1, 64, 8), false);
     add_job("370M", make_config(1024, 16, 1, 128, 1, 64, 8), false);
 }
 

@@ -1,0 +1,20 @@
+/* hsa.cuh - what the two forms of sparse attention share.
+ * Thread: the engine's. Owns nothing. Private to cuda/. */
+#ifndef ENGINE_CUDA_HSA_CUH
+#define ENGINE_CUDA_HSA_CUH
+
+#include "engine/cuda/cuda.h"
+
+struct hsa_shape {
+    uint32_t heads, kv_heads, retrieval_heads, topk, tokens, width;
+    float scale;
+    bool softmax1;
+};
+
+/* Rows through tensor cores; `weights` and `pages` on the device. False: the form is not covered,
+ * nothing was done; the answer does not depend on the rows. */
+bool cuda_attend_pages(struct ops_context *context, const struct hsa_shape &shape,
+                       uint32_t row_count, const float *q, const float *weights,
+                       const void *const *pages, float *o);
+
+#endif
