@@ -54,40 +54,90 @@ template <int V, typename T> static __device__ __forceinline__ void store(T *to,
 
 #define CONV_ROWS 16
 #define CONV_THREADS 128
+#define CONV_WARPS (CONV_THREADS / CUDA_WARP)
 
-/* conv[j] = SiLU(sum_i w[j][i] xBC[t - taps + 1 + i][j] + bias), columns before the segment from
- * its tail; V neighbours a thread. Grid: blocks x tiles of columns x slices of CONV_ROWS rows. */
-template <typename T, int V>
-static __global__ void __launch_bounds__(CONV_THREADS)
-    convolve(struct mamba_shape s, const struct block *blocks, const struct cuda_segment *segments,
-             const T *projected, const float *in_bias, const T *weight, const float *bias, T *conv)
+/* What comes in, and what goes with it. */
+template <typename T> struct inputs {
+    const T *projected;   /* without in_proj's bias: */
+    const float *in_bias; /* or NULL */
+    const T *weight;      /* [conv, taps] */
+    const float *bias;    /* or NULL */
+    const float *dt_bias, *a_log;
+};
+
+/* V neighbours from column `j` of xBC on, `back` rows before row `row` of its segment. */
+template <int V, typename T>
+static __device__ __forceinline__ void
+load_column(const struct mamba_shape &s, const struct inputs<T> &in,
+            const struct cuda_segment *segment, uint32_t row, uint32_t back, uint32_t j, float *out)
 {
-    const struct block block = blocks[blockIdx.x];
-    const uint32_t j = (blockIdx.y * CONV_THREADS + threadIdx.x) * V;
-    const struct cuda_segment *segment = &segments[block.segment];
-    if (j >= s.conv)
-        return;
-    const uint32_t end = min((blockIdx.z + 1) * CONV_ROWS, block.count);
-    for (uint32_t t = blockIdx.z * CONV_ROWS; t < end; t++) {
-        const uint32_t row = block.row + t, at = row - segment->row;
-        float sum[V], in[V];
+    const uint32_t at = row - segment->row;
+    if (back <= at) {
+        load<V>(in.projected + (size_t)(row - back) * s.proj + s.inner + j, out);
 #pragma unroll
         for (int v = 0; v < V; v++)
-            sum[v] = bias ? bias[j + v] : 0;
+            out[v] += in.in_bias ? in.in_bias[s.inner + j + v] : 0;
+    } else {
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            out[v] = segment->conv[(size_t)(s.taps - 1 + at - back) * s.conv + j + v];
+    }
+}
+
+/* Rows [row, end) with TAPS taps, which are read once, as is each row. */
+template <int TAPS, int V, typename T>
+static __device__ __forceinline__ void
+convolve_fixed(const struct mamba_shape &s, const struct inputs<T> &in,
+               const struct cuda_segment *segment, uint32_t row, uint32_t end, uint32_t j,
+               T *__restrict__ conv)
+{
+    float weight[TAPS][V], bias[V], window[TAPS][V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        bias[v] = in.bias ? in.bias[j + v] : 0;
+#pragma unroll
+        for (int i = 0; i < TAPS; i++)
+            weight[i][v] = cuda_float(in.weight[(size_t)(j + v) * TAPS + i]);
+    }
+#pragma unroll
+    for (int i = 0; i < TAPS - 1; i++)
+        load_column<V>(s, in, segment, row, TAPS - 1 - i, j, window[i]);
+#pragma unroll 4
+    for (; row < end; row++) {
+        float sum[V];
+        load_column<V>(s, in, segment, row, 0, j, window[TAPS - 1]);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            sum[v] = bias[v];
+#pragma unroll
+            for (int i = 0; i < TAPS; i++)
+                sum[v] = fmaf(weight[i][v], window[i][v], sum[v]);
+            sum[v] = cuda_silu(sum[v]);
+#pragma unroll
+            for (int i = 0; i < TAPS - 1; i++)
+                window[i][v] = window[i + 1][v];
+        }
+        store<V>(conv + (size_t)row * s.conv + j, sum);
+    }
+}
+
+/* The same with any number of taps. */
+template <int V, typename T>
+static __device__ __forceinline__ void
+convolve_any(const struct mamba_shape &s, const struct inputs<T> &in,
+             const struct cuda_segment *segment, uint32_t row, uint32_t end, uint32_t j, T *conv)
+{
+    for (; row < end; row++) {
+        float sum[V], column[V];
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            sum[v] = in.bias ? in.bias[j + v] : 0;
         for (uint32_t i = 0; i < s.taps; i++) {
-            const uint32_t back = s.taps - 1 - i;
-            if (back <= at) {
-                load<V>(projected + (size_t)(row - back) * s.proj + s.inner + j, in);
-#pragma unroll
-                for (int v = 0; v < V; v++)
-                    in[v] += in_bias ? in_bias[s.inner + j + v] : 0;
-            } else
-#pragma unroll
-                for (int v = 0; v < V; v++)
-                    in[v] = segment->conv[(size_t)(s.taps - 1 + at - back) * s.conv + j + v];
+            load_column<V>(s, in, segment, row, s.taps - 1 - i, j, column);
 #pragma unroll
             for (int v = 0; v < V; v++)
-                sum[v] = fmaf(cuda_float(weight[(size_t)(j + v) * s.taps + i]), in[v], sum[v]);
+                sum[v] =
+                    fmaf(cuda_float(in.weight[(size_t)(j + v) * s.taps + i]), column[v], sum[v]);
         }
 #pragma unroll
         for (int v = 0; v < V; v++)
@@ -96,53 +146,25 @@ static __global__ void __launch_bounds__(CONV_THREADS)
     }
 }
 
-/* The last columns of xBC become the tail of a long segment. Grid: tiles of columns x runs. */
+/* dt and decay [tokens] of one block and head: time steps, zeros behind the block's rows; log decay
+ * from the block's start, the row's own included. A warp, neighbouring rows a lane. */
 template <typename T>
-static __global__ void keep_tails(struct mamba_shape s, const struct run *runs,
-                                  const struct cuda_segment *segments, const T *projected,
-                                  const float *in_bias)
+static __device__ __forceinline__ void
+time_steps(const struct mamba_shape &s, const struct inputs<T> &in, const struct block &block,
+           uint32_t tokens, uint32_t h, float *dt, float *decay)
 {
-    const uint32_t j = blockIdx.x * blockDim.x + threadIdx.x, keep = s.taps - 1;
-    const struct cuda_segment *segment = &segments[runs[blockIdx.y].segment];
-    if (j >= s.conv)
-        return;
-    float *tail = segment->conv + j;
-    const uint32_t fresh = segment->count < keep ? segment->count : keep;
-    for (uint32_t i = 0; i + fresh < keep; i++)
-        tail[(size_t)i * s.conv] = tail[(size_t)(i + fresh) * s.conv];
-    for (uint32_t i = keep - fresh; i < keep; i++)
-        tail[(size_t)i * s.conv] =
-            cuda_float(projected[(size_t)(segment->row + segment->count - keep + i) * s.proj +
-                                 s.inner + j]) +
-            (in_bias ? in_bias[s.inner + j] : 0);
-}
-
-#define TIME_WARPS 8
-
-/* dt and decay [blocks, Hm, tokens]: time steps, zeros behind the block's rows; log decay from the
- * block's start, the row's own included. A warp a block and head, neighbouring rows a lane. */
-template <typename T>
-static __global__ void __launch_bounds__(TIME_WARPS *CUDA_WARP)
-    time_steps(struct mamba_shape s, const struct block *blocks, uint32_t block_count,
-               uint32_t tokens, const T *projected, const float *in_bias, const float *dt_bias,
-               const float *a_log, float *dt, float *decay)
-{
-    const uint32_t i = blockIdx.x * TIME_WARPS + threadIdx.x / CUDA_WARP;
+    constexpr uint32_t most = CUDA_BLOCK_TOKENS / CUDA_WARP;
     const uint32_t lane = threadIdx.x % CUDA_WARP, each = tokens / CUDA_WARP;
-    if (i >= block_count * s.heads)
-        return;
-    const struct block block = blocks[i / s.heads];
-    const uint32_t h = i % s.heads;
-    const float rate = -expf(a_log[h]);
-    const float bias = dt_bias[h] + (in_bias ? in_bias[s.inner + s.conv + h] : 0);
-    const T *in = projected + s.inner + s.conv + h;
-    float steps[CUDA_BLOCK_TOKENS / CUDA_WARP], sum = 0;
+    const float rate = -expf(in.a_log[h]);
+    const float bias = in.dt_bias[h] + (in.in_bias ? in.in_bias[s.inner + s.conv + h] : 0);
+    const T *from = in.projected + s.inner + s.conv + h;
+    float steps[most], sum = 0;
 #pragma unroll
-    for (uint32_t k = 0; k < CUDA_BLOCK_TOKENS / CUDA_WARP; k++) {
+    for (uint32_t k = 0; k < most; k++) {
         const uint32_t t = lane * each + k;
         const bool there = k < each && t < block.count;
         const float step =
-            there ? cuda_softplus(cuda_float(in[(size_t)(block.row + t) * s.proj]) + bias) : 0;
+            there ? cuda_softplus(cuda_float(from[(size_t)(block.row + t) * s.proj]) + bias) : 0;
         steps[k] = there ? fminf(fmaxf(step, s.dt_min), s.dt_max) : 0;
         sum += steps[k];
     }
@@ -153,13 +175,43 @@ static __global__ void __launch_bounds__(TIME_WARPS *CUDA_WARP)
     }
     before -= sum;
 #pragma unroll
-    for (uint32_t k = 0; k < CUDA_BLOCK_TOKENS / CUDA_WARP; k++)
+    for (uint32_t k = 0; k < most; k++)
         if (k < each) {
-            const size_t at = (size_t)i * tokens + lane * each + k;
             before += steps[k];
-            dt[at] = steps[k];
-            decay[at] = before * rate;
+            dt[lane * each + k] = steps[k];
+            decay[lane * each + k] = before * rate;
         }
+}
+
+/* conv[j] = SiLU(sum_i w[j][i] xBC[t - taps + 1 + i][j] + bias), columns before the segment from
+ * its tail, V neighbours a thread; and, by the blocks behind `tiles`, dt and decay [blocks, Hm,
+ * tokens]. Grid: blocks x tiles of columns, then of heads x slices of CONV_ROWS rows. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(CONV_THREADS)
+    convolve(struct mamba_shape s, struct inputs<T> in, const struct block *blocks,
+             const struct cuda_segment *segments, uint32_t tiles, uint32_t tokens, T *conv,
+             float *dt, float *decay)
+{
+    cuda_depend_release();
+    cuda_depend_wait();
+    const struct block block = blocks[blockIdx.x];
+    const struct cuda_segment *segment = &segments[block.segment];
+    if (blockIdx.y >= tiles) {
+        const uint32_t h = (blockIdx.y - tiles) * CONV_WARPS + threadIdx.x / CUDA_WARP;
+        const size_t at = ((size_t)blockIdx.x * s.heads + h) * tokens;
+        if (blockIdx.z == 0 && h < s.heads)
+            time_steps(s, in, block, tokens, h, dt + at, decay + at);
+        return;
+    }
+    const uint32_t j = (blockIdx.y * CONV_THREADS + threadIdx.x) * V;
+    const uint32_t row = block.row + blockIdx.z * CONV_ROWS;
+    const uint32_t end = block.row + min((blockIdx.z + 1) * CONV_ROWS, block.count);
+    if (j >= s.conv || row >= end)
+        return;
+    if (s.taps == 4)
+        convolve_fixed<4, V>(s, in, segment, row, end, j, conv);
+    else
+        convolve_any<V>(s, in, segment, row, end, j, conv);
 }
 
 /* ---- plain tiles ---- */
@@ -308,6 +360,8 @@ static __global__ void __launch_bounds__(TILE_THREADS)
 
 /* ---- from block to block ---- */
 
+#define CARRY_AHEAD 8
+
 /* Turns what each block adds into the state before it, and leaves the state behind the last one; V
  * neighbours a thread. Grid: tiles of a state x runs. */
 template <typename S, int V>
@@ -315,6 +369,8 @@ static __global__ void carry_states(struct mamba_shape s, const struct run *runs
                                     const struct cuda_segment *segments, const float *decay,
                                     S *states)
 {
+    cuda_depend_release();
+    cuda_depend_wait();
     const size_t elements = (size_t)s.heads * s.width * s.n;
     const size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (e >= elements)
@@ -323,16 +379,24 @@ static __global__ void carry_states(struct mamba_shape s, const struct run *runs
     const uint32_t h = (uint32_t)(e / ((size_t)s.width * s.n));
     float *kept = segments[run.segment].ssm + e, state[V];
     load<V>(kept, state);
-#pragma unroll 4
-    for (uint32_t i = run.first; i < run.first + run.count; i++) {
-        S *own = states + (size_t)i * elements + e;
-        float added[V];
-        load<V>(own, added);
-        store<V>(own, state);
-        const float left = expf(decay[((size_t)i * s.heads + h) * tokens + tokens - 1]);
+    for (uint32_t first = run.first; first < run.first + run.count; first += CARRY_AHEAD) {
+        float added[CARRY_AHEAD][V], left[CARRY_AHEAD];
 #pragma unroll
-        for (int v = 0; v < V; v++)
-            state[v] = fmaf(left, state[v], added[v]);
+        for (uint32_t k = 0; k < CARRY_AHEAD;
+             k++) { /* all on their way before the first is needed */
+            const uint32_t i = min(first + k, run.first + run.count - 1);
+            load<V>(states + (size_t)i * elements + e, added[k]);
+            left[k] = decay[((size_t)i * s.heads + h) * tokens + tokens - 1];
+        }
+#pragma unroll
+        for (uint32_t k = 0; k < CARRY_AHEAD; k++) {
+            if (first + k >= run.first + run.count)
+                break;
+            store<V>(states + (size_t)(first + k) * elements + e, state);
+#pragma unroll
+            for (int v = 0; v < V; v++)
+                state[v] = fmaf(expf(left[k]), state[v], added[k][v]);
+        }
     }
     store<V>(kept, state);
 }
@@ -365,6 +429,8 @@ static __global__ void __launch_bounds__(STATE_THREADS)
                      const float *dt, const float *decay, bf16 *states)
 {
     CUDA_SHARED(bf16, bs);
+    cuda_depend_release();
+    cuda_depend_wait();
     bf16 *xs = bs + CUDA_BLOCK_TOKENS * (N + PAD);
     const struct block block = blocks[blockIdx.x];
     const uint32_t h = blockIdx.y, group = h / (s.heads / s.groups);
@@ -461,6 +527,8 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
                       bf16 *y)
 {
     CUDA_SHARED(bf16, cs);
+    cuda_depend_release();
+    cuda_depend_wait();
     bf16 *bs = cs + CUDA_BLOCK_TOKENS * (N + PAD), *ss = bs + CUDA_BLOCK_TOKENS * (N + PAD);
     bf16 *xs = ss + WIDTH * (N + PAD);
     float *decays = reinterpret_cast<float *>(xs + CUDA_BLOCK_TOKENS * (WIDTH + PAD));
@@ -557,13 +625,37 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
 
 #define GATE_THREADS 256
 
-/* out = RMSNorm(y * SiLU(z)), V neighbours a thread. Grid: rows. */
+/* The last columns of xBC become the tail; `projected`: the segment's first row. */
+template <typename T>
+static __device__ __forceinline__ void keep_tail(const struct mamba_shape &s,
+                                                 const struct cuda_segment *segment,
+                                                 const T *projected, const float *in_bias)
+{
+    const uint32_t keep = s.taps - 1;
+    const uint32_t fresh = segment->count < keep ? segment->count : keep;
+    for (uint32_t j = threadIdx.x; j < s.conv; j += GATE_THREADS) {
+        float *tail = segment->conv + j;
+        for (uint32_t i = 0; i + fresh < keep; i++)
+            tail[(size_t)i * s.conv] = tail[(size_t)(i + fresh) * s.conv];
+        for (uint32_t i = keep - fresh; i < keep; i++)
+            tail[(size_t)i * s.conv] =
+                cuda_float(projected[(size_t)(segment->count - keep + i) * s.proj + s.inner + j]) +
+                (in_bias ? in_bias[s.inner + j] : 0);
+    }
+}
+
+/* out = RMSNorm(y * SiLU(z)) of one segment, V neighbours a thread; and its tail, by the first
+ * block. Grid: rows. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(GATE_THREADS)
-    gate_norm(struct mamba_shape s, const T *projected, const float *in_bias, const T *y,
-              const float *weight, float epsilon, T *out)
+    gate_norm(struct mamba_shape s, const struct cuda_segment *segment, const T *projected,
+              const float *in_bias, const T *y, const float *weight, float epsilon, T *out)
 {
     CUDA_SHARED(float, gated);
+    cuda_depend_release();
+    cuda_depend_wait();
+    if (blockIdx.x == 0)
+        keep_tail(s, segment, projected, in_bias);
     const T *z = projected + (size_t)blockIdx.x * s.proj;
     const T *row = y + (size_t)blockIdx.x * s.inner;
     float sum = 0;
@@ -638,14 +730,14 @@ template <int N> static void scan_mma(struct ops_context *x, const struct work *
     const uint32_t parts = cuda_ceil(s.heads / s.groups, OUTPUT_HEADS) * s.groups;
     CUDA_ALLOW_SHARED(x, block_states_mma<N>, state_bytes);
     CUDA_ALLOW_SHARED(x, block_outputs_mma<N>, output_bytes);
-    CUDA_LAUNCH(x, block_states_mma<N>, dim3(w->block_count, s.heads), dim3(STATE_THREADS),
-                state_bytes, s, w->blocks, conv, x->dt, x->decay, states);
-    CUDA_LAUNCH(x, (carry_states<bf16, 4>),
-                dim3(cuda_ceil((uint64_t)s.heads * WIDTH * N / 4, 256), w->run_count), dim3(256), 0,
-                s, w->runs, w->tokens, w->segments, x->decay, states);
-    CUDA_LAUNCH(x, block_outputs_mma<N>, dim3(w->block_count, parts), dim3(OUTPUT_THREADS),
-                output_bytes, s, w->blocks, conv, x->dt, x->decay, states,
-                (const float *)w->weights->d.data, (bf16 *)(void *)x->scanned);
+    CUDA_LAUNCH_EARLY(x, block_states_mma<N>, dim3(w->block_count, s.heads), dim3(STATE_THREADS),
+                      state_bytes, s, w->blocks, conv, x->dt, x->decay, states);
+    CUDA_LAUNCH_EARLY(x, (carry_states<bf16, 4>),
+                      dim3(cuda_ceil((uint64_t)s.heads * WIDTH * N / 4, 256), w->run_count),
+                      dim3(256), 0, s, w->runs, w->tokens, w->segments, x->decay, states);
+    CUDA_LAUNCH_EARLY(x, block_outputs_mma<N>, dim3(w->block_count, parts), dim3(OUTPUT_THREADS),
+                      output_bytes, s, w->blocks, conv, x->dt, x->decay, states,
+                      (const float *)w->weights->d.data, (bf16 *)(void *)x->scanned);
 }
 
 template <typename T> static void scan_tiles(struct ops_context *x, const struct work *w)
@@ -655,9 +747,9 @@ template <typename T> static void scan_tiles(struct ops_context *x, const struct
     const uint32_t p_tiles = cuda_ceil(s.width, TILE), n_tiles = cuda_ceil(s.n, TILE);
     CUDA_LAUNCH(x, block_states<T>, dim3(w->block_count, s.heads, p_tiles * n_tiles),
                 dim3(TILE_THREADS), 0, s, w->blocks, conv, x->dt, x->decay, x->states);
-    CUDA_LAUNCH(x, (carry_states<float, 1>),
-                dim3(cuda_ceil((uint64_t)s.heads * s.width * s.n, 256), w->run_count), dim3(256), 0,
-                s, w->runs, w->tokens, w->segments, x->decay, x->states);
+    CUDA_LAUNCH_EARLY(x, (carry_states<float, 1>),
+                      dim3(cuda_ceil((uint64_t)s.heads * s.width * s.n, 256), w->run_count),
+                      dim3(256), 0, s, w->runs, w->tokens, w->segments, x->decay, x->states);
     CUDA_LAUNCH(x, block_outputs<T>, dim3(w->block_count, s.heads, p_tiles), dim3(TILE_THREADS), 0,
                 s, w->blocks, conv, x->dt, x->decay, x->states, (const float *)w->weights->d.data,
                 (T *)(void *)x->scanned);
@@ -668,20 +760,18 @@ template <typename T, int V>
 static void run_group(struct ops_context *x, const struct work *w, bool mma)
 {
     const struct mamba_shape s = w->shape;
-    const T *projected = (const T *)(const void *)x->projected;
-    const float *dt_bias = (const float *)w->weights->dt_bias.data;
-    const float *in_bias = (const float *)w->weights->in_proj_bias.data;
-    CUDA_LAUNCH(
-        x, (convolve<T, V>),
-        dim3(w->block_count, cuda_ceil(s.conv, CONV_THREADS * V), cuda_ceil(w->tokens, CONV_ROWS)),
-        dim3(CONV_THREADS), 0, s, w->blocks, w->segments, projected, in_bias,
-        (const T *)w->weights->conv_weight.data, (const float *)w->weights->conv_bias.data,
-        (T *)(void *)x->conv);
-    CUDA_LAUNCH(x, keep_tails<T>, dim3(cuda_ceil(s.conv, 256), w->run_count), dim3(256), 0, s,
-                w->runs, w->segments, projected, in_bias);
-    CUDA_LAUNCH(x, time_steps<T>, dim3(cuda_ceil((uint64_t)w->block_count * s.heads, TIME_WARPS)),
-                dim3(TIME_WARPS * CUDA_WARP), 0, s, w->blocks, w->block_count, w->tokens, projected,
-                in_bias, dt_bias, (const float *)w->weights->a_log.data, x->dt, x->decay);
+    const struct ops_mamba_weights *weights = w->weights;
+    const struct inputs<T> in = {
+        (const T *)(const void *)x->projected, (const float *)weights->in_proj_bias.data,
+            (const T *)weights->conv_weight.data, (const float *)weights->conv_bias.data,
+            (const float *)weights->dt_bias.data, (const float *)weights->a_log.data
+    };
+    const uint32_t tiles = cuda_ceil(s.conv, CONV_THREADS * V);
+    CUDA_LAUNCH_EARLY(x, (convolve<T, V>),
+                      dim3(w->block_count, tiles + cuda_ceil(s.heads, CONV_WARPS),
+                           cuda_ceil(w->tokens, CONV_ROWS)),
+                      dim3(CONV_THREADS), 0, s, in, w->blocks, w->segments, tiles, w->tokens,
+                      (T *)(void *)x->conv, x->dt, x->decay);
     if (mma && s.n == 128)
         scan_mma<128>(x, w);
     else if (mma)
@@ -710,13 +800,13 @@ static void run_segments(struct ops_context *x, struct work *w, const struct ops
             const struct ops_segment *segment = &rows->segments[i];
             const size_t row = segment->row;
             if (segment->count > CUDA_FEW_ROWS)
-                CUDA_LAUNCH(x, (gate_norm<T, G>), dim3(segment->count), dim3(GATE_THREADS),
-                            s.inner * sizeof(float), s,
-                            (const T *)(const void *)x->projected + row * s.proj,
-                            (const float *)w->weights->in_proj_bias.data,
-                            (const T *)(const void *)x->scanned + row * s.inner,
-                            (const float *)w->weights->gate_norm.data, x->config.norm_epsilon,
-                            (T *)x->mixed + row * s.inner);
+                CUDA_LAUNCH_EARLY(x, (gate_norm<T, G>), dim3(segment->count), dim3(GATE_THREADS),
+                                  s.inner * sizeof(float), s, w->segments + i,
+                                  (const T *)(const void *)x->projected + row * s.proj,
+                                  (const float *)w->weights->in_proj_bias.data,
+                                  (const T *)(const void *)x->scanned + row * s.inner,
+                                  (const float *)w->weights->gate_norm.data, x->config.norm_epsilon,
+                                  (T *)x->mixed + row * s.inner);
         }
     }
     free(blocks);
