@@ -579,7 +579,7 @@ static int run(struct bench *b, const char *lengths)
 
 int bench_main(int argc, char **argv)
 {
-    const char *model = "engine/models/ramba-6m", *lengths = "4096,16384,65536,262144,1048576";
+    const char *model = "engine/models/ramba-20m", *lengths = "4096,16384,65536,262144,1048576";
     const char *csv = NULL;
     for (int i = 1; i < argc; i++)
         if (strcmp(argv[i], "--url") == 0)

@@ -33,7 +33,7 @@ static const struct setting settings[] = {
     {"cors-origin", "ORIGIN", "", "web pages that may call: origins with commas between, or *",
      TEXT, FIELD(cors_origin)},
     {"data", "DIR", "data", "folder of the memories; one daemon at a time", TEXT, FIELD(data)},
-    {"model", "DIR", "engine/models/ramba-6m",
+    {"model", "DIR", "engine/models/ramba-20m",
      "folder with config.json, model.safetensors, tokenizer.json", TEXT, FIELD(model)},
     {"chat-template", "NAME", "",
      "chatml, llama-2, llama-3, mistral, mistral-v1, gemma, phi-3, zephyr or none; without it the "

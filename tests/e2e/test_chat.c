@@ -15,7 +15,7 @@
 #include "tests/lib/daemon.h"
 #include "tests/lib/wire.h"
 
-#define MODEL_NAME "ramba-6m"
+#define MODEL_NAME "ramba-20m"
 #define QUESTION "Who lives in the tower?"
 #define MESSAGES                                                     \
     "\"messages\":[{\"role\":\"system\",\"content\":\"Be brief.\"}," \

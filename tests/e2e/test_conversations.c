@@ -87,7 +87,7 @@ static void delete_conversation(const char *id)
 static int setup(void **state)
 {
     (void)state;
-    folder = daemon_begin(&daemon_, "engine/models/ramba-6m", flags);
+    folder = daemon_begin(&daemon_, "engine/models/ramba-20m", flags);
     return 0;
 }
 

@@ -17,7 +17,7 @@
 #include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
 
-#define MODEL "engine/models/ramba-6m"
+#define MODEL "engine/models/ramba-20m"
 #define IN_ENVIRONMENT "a key of many letters"
 
 static struct daemon daemon_;

@@ -373,7 +373,7 @@ static void test_talk(void **state)
     char response[LIMITS_ID_BYTES], slow[LIMITS_ID_BYTES], conversation[LIMITS_ID_BYTES];
     char body[256], item[2 * LIMITS_ID_BYTES];
     const struct daemon golden = daemon_;
-    char *other = daemon_begin(&daemon_, "engine/models/ramba-6m", flags);
+    char *other = daemon_begin(&daemon_, "engine/models/ramba-20m", flags);
     make("/v1/responses", "{\"input\":\"a\",\"max_output_tokens\":2}", response);
     ask("POST", "/v1/responses", "", "", "{\"input\":\"a\",\"max_output_tokens\":2}", 200);
     ask("POST", "/v1/responses", "", "", "{}", 400);

@@ -17,7 +17,7 @@
 #include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
 
-#define MODEL "engine/models/ramba-6m"
+#define MODEL "engine/models/ramba-20m"
 #define SYSTEM                                                                                   \
     "You keep the lighthouse of Marrow. You answer in few words, in plain English, and you say " \
     "nothing that nobody told you. The village lies on the other side of the bay, where the "    \

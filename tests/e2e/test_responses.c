@@ -14,7 +14,7 @@
 #include "tests/lib/daemon.h"
 #include "tests/lib/wire.h"
 
-#define MODEL_NAME "ramba-6m"
+#define MODEL_NAME "ramba-20m"
 #define GREEDY "\"temperature\":0,\"max_output_tokens\":12"
 #define PATH_BYTES 192
 

@@ -234,7 +234,7 @@ static int setup(void **unused)
     else if (getenv("RAMBAD_LONG"))
         kills = 50 * KILLS;
     print_message("RAMBAD_SEED=%llu RAMBAD_CRASH_KILLS=%lu\n", (unsigned long long)seed, kills);
-    folder = daemon_begin(&daemon_, "engine/models/ramba-6m", flags);
+    folder = daemon_begin(&daemon_, "engine/models/ramba-20m", flags);
     return 0;
 }
 

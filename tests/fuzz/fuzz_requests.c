@@ -164,7 +164,7 @@ static void make_word(struct maker *m)
         "disabled",
         "memory.retrieval",
         "user",
-        "ramba-6m",
+        "ramba-20m",
         "",
         "text",
         "a name that is longer than any that the server has ever given to anything it keeps"};

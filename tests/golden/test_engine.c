@@ -320,7 +320,7 @@ static void check_own(enum engine_backend backend, enum engine_dtype dtype)
         check_folder(folder, folder, backend, dtype);
     }
     if (!small)
-        check_folder("engine/models/ramba-6m", "tests/golden/shipped", backend, dtype);
+        check_folder("engine/models/ramba-20m", "tests/golden/shipped", backend, dtype);
 }
 
 static void check_published(enum engine_backend backend)

@@ -11,7 +11,7 @@
 #include "proto/base/buf.h"
 #include "server/chat.h"
 
-#define MODEL "engine/models/ramba-6m"
+#define MODEL "engine/models/ramba-20m"
 #define HELLO "\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}]"
 
 static struct error err;
