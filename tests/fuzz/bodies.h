@@ -85,11 +85,17 @@ static inline void parse_memory(const char *json, size_t size)
 {
     struct memory_request request, again;
     struct error err = {0};
-    const enum status status = memory_request_parse(json, size, &request, &err);
+    enum status status = memory_update_parse(json, size, &request, &err);
+    check_refusal(status, &err);
+    if (!status)
+        memory_request_close(&request);
+    err = (struct error){0};
+    status = memory_request_parse(json, size, &request, &err);
     check_refusal(status, &err);
     if (status)
         return;
     ASSERT(strlen(request.from) < sizeof request.from);
+    ASSERT((double)request.expires.seconds <= (double)LIMITS_EXPIRES_S);
     if (request.metadata) { /* what is stored can be read as what was asked */
         struct buf body;
         buf_init(&body);

@@ -24,6 +24,7 @@ enum sort {
     SORT_PAIRS,
     SORT_OPTIONS,
     SORT_INCLUDE,
+    SORT_EXPIRES,
     SORT_ANY
 };
 
@@ -40,9 +41,7 @@ struct field {
         {"frequency_penalty", SORT_NUMBER}, {"logit_bias", SORT_BIAS},                       \
         {"stream_options", SORT_OPTIONS}, {"user", SORT_TEXT}, {"memory", SORT_ID},          \
         {"memory_write", SORT_BOOL}, {"retrieval", SORT_BOOL}, {"include", SORT_INCLUDE},    \
-    {                                                                                        \
-        "ignore_eos", SORT_BOOL                                                              \
-    }
+        {"priority", SORT_NUMBER}, {"timeout", SORT_NUMBER}, {"ignore_eos", SORT_BOOL}
 
 static const struct field completion[] = {{"prompt", SORT_PROMPT},  SAMPLING,
                                           {"best_of", SORT_COUNT},  {"echo", SORT_BOOL},
@@ -74,7 +73,8 @@ static const struct field conversation[] = {
     {"metadata", SORT_PAIRS}, {"items", SORT_MESSAGES}, {NULL, SORT_ANY}};
 static const struct field items[] = {{"items", SORT_MESSAGES}, {NULL, SORT_ANY}};
 static const struct field memory[] = {
-    {"from", SORT_ID}, {"at", SORT_COUNT}, {"metadata", SORT_PAIRS}, {NULL, SORT_ANY}};
+    {"from", SORT_ID}, {"at", SORT_COUNT}, {"metadata", SORT_PAIRS}, {"expires_after", SORT_EXPIRES},
+    {NULL, SORT_ANY}};
 static const struct field bookmark[] = {
     {"position", SORT_COUNT}, {"bookmark", SORT_TEXT}, {NULL, SORT_ANY}};
 static const struct field rewind_to[] = {{"to", SORT_COUNT}, {NULL, SORT_ANY}};
@@ -272,6 +272,17 @@ static void make_prompt(struct maker *m)
         make_any(m);
 }
 
+static void make_expires(struct maker *m)
+{
+    static const char *const anchors[] = {"last_active_at", "created_at", "now"};
+    buf_append_format(&m->json, "{\"anchor\":\"%s\",\"%s\":", anchors[draw(m) % 3],
+                      draw(m) & 1 ? "days" : "seconds");
+    make_number(m);
+    if (draw(m) > 240)
+        buf_append_text(&m->json, ",\"seconds\":1");
+    buf_append_text(&m->json, "}");
+}
+
 static void make_value(struct maker *m, enum sort sort)
 {
     if (draw(m) > 235) {
@@ -315,6 +326,9 @@ static void make_value(struct maker *m, enum sort sort)
         break;
     case SORT_INCLUDE:
         make_list(m, make_word, false, 3);
+        break;
+    case SORT_EXPIRES:
+        make_expires(m);
         break;
     case SORT_ANY:
         make_any(m);
