@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -246,7 +247,7 @@ static void test_miss(void **state)
 struct crowd {
     char key[128];
     pthread_t threads[STREAMS];
-    volatile bool *over;
+    atomic_bool *over;
     int answers;
     pthread_mutex_t lock;
 };
@@ -258,7 +259,7 @@ static void *go_on_asking(void *context)
     snprintf(headers, sizeof headers, "Authorization: Bearer %s\r\n", crowd->key);
     struct wire wire;
     wire_open(&wire, &daemon_);
-    while (!*crowd->over) {
+    while (!atomic_load(crowd->over)) {
         struct wire_answer answer;
         const char *body = "{\"max_tokens\":60," ANSWER "\"n\":1}";
         wire_ask(&wire, "POST", "/v1/completions", headers, body, strlen(body));
@@ -290,7 +291,7 @@ static void test_weights(void **state)
 {
     (void)state;
     static struct crowd light, heavy;
-    volatile bool over = false;
+    atomic_bool over = false;
     const char *const *before = daemon_.flags;
     struct crowd *crowds[] = {&light, &heavy};
     new_key("light", "", light.key);
