@@ -341,3 +341,23 @@ enum status chat_encode(const struct chat *chat, const struct chat_message *mess
     *text_bytes += w.bytes;
     return w.status;
 }
+
+enum status chat_encode_items(const struct chat *chat, const struct chat_message *messages,
+                              size_t count, bool goes_on, struct tokenizer_tokens *tokens,
+                              size_t *text_bytes, struct error *err)
+{
+    char nothing[] = "";
+    struct chat_message *with_next = calloc(count + 1, sizeof *with_next);
+    if (!with_next)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory");
+    if (count)
+        memcpy(with_next, messages, count * sizeof *messages);
+    with_next[count] = (struct chat_message){"user", nothing, 0};
+    const enum status status = chat_check(chat, with_next, count + 1, err);
+    free(with_next);
+    if (status) {
+        snprintf(err->param, sizeof err->param, "items");
+        return status;
+    }
+    return chat_encode(chat, messages, count, goes_on, false, tokens, text_bytes);
+}

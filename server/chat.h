@@ -27,12 +27,19 @@ STATUS_CHECKED enum status chat_open(const char *model, const char *name,
 STATUS_CHECKED enum status chat_check(const struct chat *chat, const struct chat_message *messages,
                                       size_t count, struct error *err);
 /* Appends the messages, which chat_check has passed, and, with `answers`, the beginning of the
- * assistant's; without, they end as an answer does. `goes_on`: behind the end of an answer. What a message says never becomes one of the
- * template's own tokens. Adds to `*text_bytes` the bytes of it all. STATUS_NO_MEMORY. */
-STATUS_CHECKED enum status chat_encode(const struct chat *chat,
-                                       const struct chat_message *messages, size_t count,
-                                       bool goes_on, bool answers,
-                                       struct tokenizer_tokens *tokens,
-                                       size_t *text_bytes);
+ * assistant's; without, they end as an answer does. `goes_on`: behind the end of an answer. What a
+ * message says never becomes one of the template's own tokens. Adds to `*text_bytes` the bytes of
+ * it all. STATUS_NO_MEMORY. */
+STATUS_CHECKED enum status chat_encode(const struct chat *chat, const struct chat_message *messages,
+                                       size_t count, bool goes_on, bool answers,
+                                       struct tokenizer_tokens *tokens, size_t *text_bytes);
+
+/* Appends messages that end as an answer does, if the user may speak after them: where the template
+ * has them take turns, the last is the assistant's. STATUS_INVALID, STATUS_UNSUPPORTED name
+ * "items". */
+STATUS_CHECKED enum status chat_encode_items(const struct chat *chat,
+                                             const struct chat_message *messages, size_t count,
+                                             bool goes_on, struct tokenizer_tokens *tokens,
+                                             size_t *text_bytes, struct error *err);
 
 #endif

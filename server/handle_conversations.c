@@ -9,6 +9,7 @@
 #include "proto/base/assert.h"
 #include "proto/response_request.h"
 #include "server/chat.h"
+#include "server/forget.h"
 #include "server/generate.h"
 #include "server/place.h"
 #include "server/receipt.h"
@@ -258,26 +259,14 @@ static bool begin_once(struct addition *a)
 static enum status prepare_items(struct addition *a)
 {
     const struct response_items *asked = &a->asked.items;
-    /* They must leave the user to speak next, where the template has them take turns. */
-    struct chat_message *messages = calloc(asked->count + 1, sizeof *messages);
-    if (!messages)
-        return STATUS_NO_MEMORY;
-    memcpy(messages, asked->messages, asked->count * sizeof *messages);
-    messages[asked->count] = (struct chat_message){"user", (char[]){""}, 0};
-    enum status status = chat_check(&a->server->chat, messages, asked->count + 1, &a->err);
-    free(messages);
-    if (status) {
-        snprintf(a->err.param, sizeof a->err.param, "items");
-        return status;
-    }
     for (size_t i = 0; i < asked->count; i++) {
         server_new_id(a->server, "msg_", a->items[i].id);
         response_items_append(asked, i, a->items[i].id, &a->texts[i]);
         a->items[i].bytes = a->texts[i].data;
         a->items[i].size = a->texts[i].size;
     }
-    return chat_encode(&a->server->chat, asked->messages, asked->count, a->place.position > 0,
-                       false, &a->tokens, &a->text_bytes);
+    return chat_encode_items(&a->server->chat, asked->messages, asked->count, a->place.position > 0,
+                             &a->tokens, &a->text_bytes, &a->err);
 }
 
 /* On the pool: items may be long. */
@@ -466,25 +455,10 @@ static void get_item(struct request *request)
     storage_items_close(&item, 1);
 }
 
-static void item_deleted(struct wait *wait)
-{
-    if (wait->status)
-        fail_item(wait->request, wait->status);
-    else
-        answer(wait->request, wait->request->argument);
-    wait_end(wait);
-}
-
 static void delete_item(struct request *request)
 {
-    struct wait *wait = exists(request) ? wait_create(request) : NULL;
-    if (!wait)
-        return;
-    wait_for_write(wait, item_deleted);
-    const enum status status = storage_item_delete(request->server->storage, request->argument,
-                                                   request->item, wait_stored_cb, wait);
-    if (status)
-        wait_refused(wait, status);
+    if (exists(request))
+        forget_item(request, answer);
 }
 
 const struct request_handler handle_conversations_create = {

@@ -285,7 +285,7 @@ enum status keep_cut(struct store_write *write, const char *owner, uint64_t posi
     return status;
 }
 
-enum status keep_delete_item(struct store_write *write, const char *owner, const char *id)
+static enum status delete_item(struct store_write *write, const char *owner, const char *id)
 {
     unsigned char key[RECORD_ITEM_KEY_BYTES];
     uint64_t number;
@@ -306,7 +306,7 @@ enum status keep_delete_object(struct store_write *write, const char *id, bool w
         status = store_delete(write, STORE_OBJECT, id, strlen(id));
     if (status || !object.made_memory)
         return status;
-    status = keep_delete_item(write, object.memory, id);
+    status = delete_item(write, object.memory, id);
     if (status == STATUS_NOT_FOUND) /* the memory is gone, or went back to before it */
         status = STATUS_OK;
     if (!status)
@@ -405,6 +405,7 @@ static enum status take_item(const struct list_walk *walk, struct storage_item *
     memcpy(out->id, item.id, sizeof out->id);
     out->bytes = bytes;
     out->size = item.size;
+    out->position = item.position;
     return STATUS_OK;
 }
 

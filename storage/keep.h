@@ -15,8 +15,6 @@ STATUS_CHECKED enum status keep_put(struct store_write *write, const void *packe
  * kind is left. */
 STATUS_CHECKED enum status keep_delete_object(struct store_write *write, const char *id,
                                               bool with_memory);
-STATUS_CHECKED enum status keep_delete_item(struct store_write *write, const char *owner,
-                                            const char *id);
 /* The items of the list that lie behind `position` go, and the objects that the memory was made
  * for: it went back to there, or, at 0, is gone. */
 STATUS_CHECKED enum status keep_cut(struct store_write *write, const char *owner,

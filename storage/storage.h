@@ -96,6 +96,7 @@ struct storage_item {
     char id[LIMITS_ID_BYTES]; /* unique in its list */
     const void *bytes;
     size_t size;
+    uint64_t position; /* read alone: behind the turn that it was written with; 0: with none */
 };
 /* Items are appended to the list of `owner`: an object's id, or a memory's, whose list goes with it
  * and is cut when the memory goes back to before an item. The objects that a memory was made for go
@@ -194,6 +195,12 @@ STATUS_CHECKED enum status storage_truncate(struct storage *storage, const char 
 STATUS_CHECKED enum status storage_memory_settle(struct storage *storage, const char *ephemeral,
                                                  const char *id, storage_done_cb done_cb,
                                                  void *context);
+/* The same, and of the list of `id` goes what lies behind `position`, and what `keep` holds comes in
+ * its place: all at once. How a part of a memory's past is told anew. */
+STATUS_CHECKED enum status storage_memory_replace(struct storage *storage, const char *ephemeral,
+                                                  const char *id, uint64_t position,
+                                                  const struct storage_keep *keep,
+                                                  storage_done_cb done_cb, void *context);
 /* Names a turn, so that its snapshot stays; NULL takes the name back. The callback gets
  * STATUS_NOT_FOUND (no such memory or turn), STATUS_CONFLICT (another memory's turn, or its snapshot
  * is gone). STATUS_INVALID: LIMITS_BOOKMARK_BYTES or longer. */
@@ -214,11 +221,6 @@ STATUS_CHECKED enum status storage_put(struct storage *storage, const struct sto
 STATUS_CHECKED enum status storage_object_delete(struct storage *storage, const char *id,
                                                  bool with_memory, storage_done_cb done_cb,
                                                  void *context);
-/* Takes an item off a list. STATUS_NOT_FOUND. */
-STATUS_CHECKED enum status storage_item_delete(struct storage *storage, const char *owner,
-                                               const char *id, storage_done_cb done_cb,
-                                               void *context);
-
 /* ---- quotas ---- */
 
 struct storage_quota {

@@ -40,8 +40,7 @@ enum item_kind {
     ITEM_TURNS,
     ITEM_PUT,
     ITEM_DELETE_OBJECT,
-    ITEM_DELETE_OBJECT_AND_MEMORY,
-    ITEM_DELETE_ITEM
+    ITEM_DELETE_OBJECT_AND_MEMORY
 };
 
 struct item {
@@ -235,6 +234,18 @@ static enum status carry_out_commit(struct writer *writer, struct store_write *w
     return status;
 }
 
+/* What the list of the memory that was settled says of its new past. */
+static enum status replace_list(struct store_write *write, const struct item *item)
+{
+    struct record_memory memory;
+    enum status status = keep_cut(write, item->id, item->at);
+    if (!status)
+        status = memory_get(write->storage, write->txn, item->id, &memory);
+    return status ? status
+                  : keep_put(write, item->payload + item->keep_at, item->keep_size, memory.branch,
+                             memory.position);
+}
+
 static enum status carry_out(struct writer *writer, struct store_write *write, struct item *item)
 {
     const char *metadata = (const char *)item->payload;
@@ -270,7 +281,8 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
         status = memory_get(write->storage, write->txn, item->id, &memory);
         if (!status)
             set_remove(&writer->failed, memory.branch);
-        return memory_settle(write, item->from, item->id);
+        status = memory_settle(write, item->from, item->id);
+        return status || !item->keep_size ? status : replace_list(write, item);
     case ITEM_BOOKMARK:
         return memory_bookmark(write, item->id, item->at, item->bookmark);
     case ITEM_DELETE_TURN:
@@ -282,8 +294,6 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
     case ITEM_DELETE_OBJECT:
     case ITEM_DELETE_OBJECT_AND_MEMORY:
         return keep_delete_object(write, item->id, item->kind == ITEM_DELETE_OBJECT_AND_MEMORY);
-    case ITEM_DELETE_ITEM:
-        return keep_delete_item(write, item->from, item->id);
     case ITEM_APPEND:
         break;
     }
@@ -384,8 +394,7 @@ static bool item_frees(const struct item *item)
 {
     return item->kind == ITEM_DELETE || item->kind == ITEM_EXPIRE || item->kind == ITEM_TRUNCATE ||
            item->kind == ITEM_SETTLE || item->kind == ITEM_DELETE_TURN ||
-           item->kind == ITEM_DELETE_OBJECT || item->kind == ITEM_DELETE_OBJECT_AND_MEMORY ||
-           item->kind == ITEM_DELETE_ITEM;
+           item->kind == ITEM_DELETE_OBJECT || item->kind == ITEM_DELETE_OBJECT_AND_MEMORY;
 }
 
 /* One item in a transaction of its own, after the group with it in had failed. */
@@ -742,13 +751,10 @@ enum status storage_memory_update(struct storage *storage, const char *id, const
     return queue_metadata(storage, ITEM_UPDATE, &options, expires, done_cb, context);
 }
 
-/* `from`: NULL for none. */
-static enum status queue_id(struct storage *storage, enum item_kind kind, const char *id,
-                            const char *from, storage_done_cb done_cb, void *context)
+/* `from`: NULL for none. Frees the item when it is not taken. */
+static enum status queue_named(struct storage *storage, struct item *item, const char *id,
+                               const char *from)
 {
-    if (!storage->writer)
-        return STATUS_CLOSED;
-    struct item *item = new_item(kind, 0, done_cb, context);
     if (!item)
         return STATUS_NO_MEMORY;
     if (set_id(item->id, id) ||
@@ -757,6 +763,14 @@ static enum status queue_id(struct storage *storage, enum item_kind kind, const 
         return STATUS_INVALID;
     }
     return enqueue(storage, item);
+}
+
+static enum status queue_id(struct storage *storage, enum item_kind kind, const char *id,
+                            const char *from, storage_done_cb done_cb, void *context)
+{
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    return queue_named(storage, new_item(kind, 0, done_cb, context), id, from);
 }
 
 enum status storage_memory_delete(struct storage *storage, const char *id, storage_done_cb done_cb,
@@ -781,6 +795,18 @@ enum status storage_memory_settle(struct storage *storage, const char *ephemeral
                                   storage_done_cb done_cb, void *context)
 {
     return queue_id(storage, ITEM_SETTLE, id, ephemeral, done_cb, context);
+}
+
+enum status storage_memory_replace(struct storage *storage, const char *ephemeral, const char *id,
+                                   uint64_t position, const struct storage_keep *keep,
+                                   storage_done_cb done_cb, void *context)
+{
+    if (!storage->writer)
+        return STATUS_CLOSED;
+    struct item *item = new_keep_item(ITEM_SETTLE, 0, keep, done_cb, context);
+    if (item)
+        item->at = position;
+    return queue_named(storage, item, id, ephemeral);
 }
 
 static enum status queue_turn(struct storage *storage, enum item_kind kind, const char *id,
@@ -831,12 +857,6 @@ enum status storage_object_delete(struct storage *storage, const char *id, bool 
 {
     return queue_id(storage, with_memory ? ITEM_DELETE_OBJECT_AND_MEMORY : ITEM_DELETE_OBJECT, id,
                     NULL, done_cb, context);
-}
-
-enum status storage_item_delete(struct storage *storage, const char *owner, const char *id,
-                                storage_done_cb done_cb, void *context)
-{
-    return queue_id(storage, ITEM_DELETE_ITEM, id, owner, done_cb, context);
 }
 
 enum status writer_put_turns(struct storage *storage, const char *id,

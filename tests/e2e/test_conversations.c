@@ -232,22 +232,14 @@ static void test_turns(void **state)
     snprintf(count, sizeof count, "{\"input\":\"x\",\"conversation\":\"%s\"}", id);
     cJSON *all = call("POST", "/v1/responses/input_tokens", count, 200);
     assert_true(answer_number(all, "input_tokens") > answer_number(ended, "usage.total_tokens"));
-    /* An item that is taken off the list. */
-    cJSON *list = of("GET", id, "/items?order=asc", NULL, 200);
-    char rest[128];
-    snprintf(rest, sizeof rest, "/items/%s", answer_text(list, "data.1.id"));
-    cJSON *left = of("DELETE", id, rest, NULL, 200);
-    assert_string_equal(answer_text(left, "id"), id);
-    cJSON_Delete(of("GET", id, rest, NULL, 404));
-    snprintf(texts, sizeof texts, "The key is under the mat.|Where is it?|%s|", text_of(ended));
-    assert_items(id, texts);
     /* Back to before the second turn: its items go, too. */
     char body[64], memory[128];
     snprintf(memory, sizeof memory, "/v1/memories/%s/rewind", id);
     snprintf(body, sizeof body, "{\"to\":%.0f}",
              answer_number(ended, "usage.input_tokens_details.cached_tokens"));
     cJSON_Delete(call("POST", memory, body, 200));
-    assert_items(id, "The key is under the mat.|");
+    snprintf(texts, sizeof texts, "The key is under the mat.|%s|", text_of(one));
+    assert_items(id, texts);
     cJSON_Delete(call("DELETE", path, NULL, 200));
     delete_conversation(id);
     cJSON_Delete(one);
@@ -255,8 +247,88 @@ static void test_turns(void **state)
     cJSON_Delete(ended);
     cJSON_Delete(plain);
     cJSON_Delete(all);
+}
+
+/* What the model would say next in the conversation, which stays as it is. */
+static void assert_same_next(const char *id, const char *other)
+{
+    char body[BODY_BYTES];
+    cJSON *said[2];
+    for (int i = 0; i < 2; i++) {
+        snprintf(body, sizeof body,
+                 "{\"memory\":\"%s\",\"memory_write\":false,\"store\":false,\"input\":\"Where is "
+                 "it?\"," GREEDY "}",
+                 i ? other : id);
+        said[i] = call("POST", "/v1/responses", body, 200);
+    }
+    assert_string_equal(text_of(said[0]), text_of(said[1]));
+    assert_true(cJSON_Compare(answer_at(said[0], "usage"), answer_at(said[1], "usage"), true));
+    cJSON_Delete(said[0]);
+    cJSON_Delete(said[1]);
+}
+
+static void delete_item(const char *id, int index, int status)
+{
+    char rest[128];
+    cJSON *list = of("GET", id, "/items?order=asc", NULL, 200);
+    const cJSON *item = cJSON_GetArrayItem(answer_at(list, "data"), index);
+    snprintf(rest, sizeof rest, "/items/%s", answer_text(item, "id"));
+    cJSON *left = of("DELETE", id, rest, NULL, status);
+    if (status == 200)
+        assert_string_equal(answer_text(left, "id"), id);
+    cJSON_Delete(of("GET", id, rest, NULL, status == 200 ? 404 : 200));
     cJSON_Delete(list);
     cJSON_Delete(left);
+}
+
+/* An item that is deleted was never said: the conversation is as if it had been without it. */
+static void test_forget(void **state)
+{
+    (void)state;
+    char id[LIMITS_ID_BYTES], other[LIMITS_ID_BYTES], body[BODY_BYTES];
+    new_conversation(
+        "{\"items\":[" USER("A raven lives in the tower.") "," ASSISTANT("I see.") "]}", id);
+    cJSON_Delete(of("POST", id, "/items",
+                    "{\"items\":[" USER("The key is under the mat.") "," ASSISTANT("Yes.") "]}",
+                    200));
+    cJSON *response = respond(id, "And then?", "");
+    delete_item(id, 2, 200);
+    restart();
+    snprintf(body, sizeof body,
+             "{\"items\":[" USER("A raven lives in the tower.") "," ASSISTANT(
+                 "I see.") "," ASSISTANT("Yes.") "," USER("And then?") "," ASSISTANT("%s") "]}",
+             text_of(response));
+    new_conversation(body, other);
+    snprintf(body, sizeof body, "A raven lives in the tower.|I see.|Yes.|And then?|%s|",
+             text_of(response));
+    assert_items(id, body);
+    assert_true(daemon_get_memory(&daemon_, id).token_count ==
+                daemon_get_memory(&daemon_, other).token_count);
+    assert_int_equal(daemon_get_memory(&daemon_, id).text_bytes,
+                     daemon_get_memory(&daemon_, other).text_bytes);
+    assert_same_next(id, other);
+    delete_conversation(other);
+    /* The newest, then all the others. */
+    delete_item(id, 4, 200);
+    new_conversation("{\"items\":[" USER("A raven lives in the tower.") "," ASSISTANT(
+                         "I see.") "," ASSISTANT("Yes.") "," USER("And then?") "]}",
+                     other);
+    assert_same_next(id, other);
+    delete_conversation(other);
+    for (int i = 0; i < 4; i++)
+        delete_item(id, i % 2 ? 0 : 3 - i, 200);
+    assert_items(id, "");
+    assert_true(daemon_get_memory(&daemon_, id).token_count == 0);
+    /* Words that are no items would be lost with it. */
+    cJSON_Delete(of("POST", id, "/items", "{\"items\":[" USER("a") "]}", 200));
+    snprintf(body, sizeof body, "/v1/memories/%s/append", id);
+    cJSON_Delete(call("POST", body, "A raven lives in the tower.", 200));
+    delete_item(id, 0, 409);
+    assert_items(id, "a|");
+    delete_conversation(id);
+    snprintf(body, sizeof body, "/v1/responses/%s", answer_text(response, "id"));
+    cJSON_Delete(call("DELETE", body, NULL, 200));
+    cJSON_Delete(response);
 }
 
 static cJSON *once(const char *key, const char *path, const char *body)
@@ -327,8 +399,9 @@ static void test_refusals(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_same), cmocka_unit_test(test_metadata),
-                                       cmocka_unit_test(test_turns), cmocka_unit_test(test_once),
-                                       cmocka_unit_test(test_refusals)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_same),  cmocka_unit_test(test_metadata),
+        cmocka_unit_test(test_turns), cmocka_unit_test(test_forget),
+        cmocka_unit_test(test_once),  cmocka_unit_test(test_refusals)};
     return cmocka_run_group_tests_name("conversations", tests, setup, teardown);
 }

@@ -84,13 +84,6 @@ static enum status delete_object(struct storage *storage, const char *id, bool w
                              storage_object_delete(storage, id, with_memory, store_wait_cb, &wait));
 }
 
-static enum status delete_item(struct storage *storage, const char *owner, const char *id)
-{
-    struct store_wait wait;
-    store_wait_init(&wait);
-    return store_wait_finish(&wait, storage_item_delete(storage, owner, id, store_wait_cb, &wait));
-}
-
 static void assert_object(struct storage *storage, const char *id, uint64_t position,
                           bool reachable)
 {
@@ -184,9 +177,6 @@ static void test_lists(void **state)
     assert_list(storage, "none", NULL, true, 8, "", false);
     assert_int_equal(storage_item_list(storage, "a", "i-none", true, 1, &one, &count, &has_more),
                      STATUS_NOT_FOUND);
-    assert_int_equal(delete_item(storage, "a", "i-3"), STATUS_OK);
-    assert_int_equal(delete_item(storage, "a", "i-3"), STATUS_NOT_FOUND);
-    assert_list(storage, "a", NULL, false, 8, "1 2 4 5 ", false);
     assert_int_equal(storage_item_get(storage, "a", "i-4", &one), STATUS_OK);
     assert_string_equal(one.bytes, "4");
     storage_items_close(&one, 1);
@@ -275,12 +265,65 @@ static void test_rewind(void **state)
     store_past_check(*state);
 }
 
+/* A past that is told anew, with its list: all of it, or nothing. */
+static void test_replace(void **state)
+{
+    struct storage *storage = store_past_open(*state);
+    struct store_wait wait;
+    struct storage_item got[8];
+    size_t count;
+    bool more;
+    const struct storage_item first[] = {item_of("1"), item_of("2")}, second[] = {item_of("3")};
+    const struct storage_item anew[] = {item_of("1"), item_of("3")};
+    struct storage_keep keep = {.lists = {{"a", first, 2}}};
+    assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
+    assert_int_equal(commit(storage, 2, 2, false, NULL), STATUS_OK);
+    assert_int_equal(commit(storage, 4, 2, false, &keep), STATUS_OK);
+    keep = (struct storage_keep){.lists = {{"a", second, 1}}};
+    assert_int_equal(commit(storage, 6, 2, false, &keep), STATUS_OK);
+    for (int i = 0; i < 2; i++) { /* the first is another's name, and refused */
+        const struct storage_memory_options options = {
+            .id = "e", .from = "a", .at = 2, .ephemeral = true};
+        store_wait_init(&wait);
+        assert_int_equal(store_wait_finish(
+                             &wait, storage_memory_create(storage, &options, store_wait_cb, &wait)),
+                         STATUS_OK);
+        static const int32_t tokens[] = {5, 6, 7};
+        const struct storage_commit write = {.id = "e",
+                                             .position = 5,
+                                             .tokens = tokens,
+                                             .token_count = 3,
+                                             .text_bytes = 5,
+                                             .snapshot = "anew",
+                                             .snapshot_bytes = 4};
+        assert_int_equal(store_commit(storage, &write), STATUS_OK);
+        keep = (struct storage_keep){.lists = {{"a", anew, 2}}};
+        store_wait_init(&wait);
+        const enum status status =
+            store_wait_finish(&wait, storage_memory_replace(storage, i ? "e" : "none", "a", 2,
+                                                            &keep, store_wait_cb, &wait));
+        assert_int_equal(status, i ? STATUS_OK : STATUS_NOT_FOUND);
+        assert_list(storage, "a", NULL, false, 8, i ? "1 3 " : "1 2 3 ", false);
+        assert_int_equal(store_past_get(storage, "a").token_count, i ? 5 : 6);
+        if (!i)
+            assert_int_equal(store_remove(storage, "e"), STATUS_OK);
+    }
+    assert_int_equal(storage_item_list(storage, "a", NULL, false, 8, got, &count, &more),
+                     STATUS_OK);
+    for (size_t i = 0; i < count; i++)
+        assert_int_equal(got[i].position, 5);
+    storage_items_close(got, count);
+    storage_close(storage);
+    store_past_check(*state);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_with_its_turn, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lists, setup, teardown),
         cmocka_unit_test_setup_teardown(test_deletes, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_rewind, setup, teardown)};
+        cmocka_unit_test_setup_teardown(test_rewind, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_replace, setup, teardown)};
     return cmocka_run_group_tests_name("storage_keep", tests, NULL, NULL);
 }
