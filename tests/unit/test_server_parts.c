@@ -8,6 +8,7 @@
 #include <cmocka.h>
 
 #include "proto/limits.h"
+#include "server/citation.h"
 #include "server/http.h"
 #include "server/metrics.h"
 #include "server/route.h"
@@ -221,12 +222,46 @@ static void test_many_kinds(void **state)
         assert_int_equal(m.requests[i].count, 1);
 }
 
+/* ---- citations ---- */
+
+/* Neighbouring tokens with the same most-read chunk are one span; a token that read nothing, or
+ * another chunk, ends it. */
+static void test_citations(void **state)
+{
+    (void)state;
+    struct citations citations = {0};
+    /* Two heads: together they read chunk 7 most, though one reads 5 more than anything. */
+    const struct engine_pick both[] = {{0, 0, 5, 0.6F}, {0, 0, 7, 0.4F}, {0, 1, 7, 0.5F}};
+    const struct engine_pick alone[] = {{0, 0, 7, 0.5F}, {0, 1, 7, 0.5F}};
+    const struct engine_pick other[] = {{0, 0, 5, 1.0F}, {0, 1, 7, 0.1F}};
+    const struct engine_pick nothing[] = {{0, 0, 7, 0.0F}, {0, 1, 5, 0.0F}};
+    citations_add(&citations, both, 3, 0, 3);
+    citations_add(&citations, alone, 2, 3, 5);
+    citations_add(&citations, other, 2, 5, 6);
+    citations_add(&citations, nothing, 2, 6, 7);
+    citations_add(&citations, other, 2, 7, 9);
+    citations_add(&citations, NULL, 0, 9, 9);
+    assert_int_equal(citations.count, 3);
+    const struct citation *spans = citations.spans;
+    assert_int_equal(spans[0].chunk, 7);
+    assert_int_equal(spans[0].begin, 0);
+    assert_int_equal(spans[0].end, 5);
+    assert_int_equal(spans[0].tokens, 2);
+    assert_float_equal(spans[0].weight, 0.45 + 0.5, 1e-6);
+    assert_int_equal(spans[1].chunk, 5);
+    assert_int_equal(spans[1].end, 6);
+    assert_float_equal(spans[1].weight, 0.5, 1e-6);
+    assert_int_equal(spans[2].begin, 7);
+    citations_close(&citations);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_limits),    cmocka_unit_test(test_refusal_stops),
-        cmocka_unit_test(test_query),     cmocka_unit_test(test_routes),
-        cmocka_unit_test(test_histogram), cmocka_unit_test(test_many_kinds),
+        cmocka_unit_test(test_citations),     cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_refusal_stops), cmocka_unit_test(test_query),
+        cmocka_unit_test(test_routes),        cmocka_unit_test(test_histogram),
+        cmocka_unit_test(test_many_kinds),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
