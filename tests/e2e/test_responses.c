@@ -533,6 +533,42 @@ static void test_cut_off(void **state)
     cJSON_Delete(kept);
 }
 
+/* One that the queue has no room for is refused at once, in the background too, and leaves nothing.
+ */
+static void test_busy(void **state)
+{
+    (void)state;
+    static const char *const narrow[] = {"--threads", "1", "--running", "1", "--queue", "1", NULL};
+    const char *body = "{\"input\":\"Tell me.\",\"background\":true,\"ignore_eos\":true,"
+                       "\"max_output_tokens\":1000000}";
+    const struct daemon wide = daemon_;
+    char *other = daemon_begin(&daemon_, "engine/models/" MODEL_NAME, narrow);
+    char ids[4][LIMITS_ID_BYTES], path[PATH_BYTES];
+    int count = 0, status = 200;
+    while (count < 4 && status == 200) {
+        struct wire_answer answer;
+        status = wire_call(&daemon_, "POST", "/v1/responses", body, &answer);
+        if (status == 200) {
+            cJSON *response = wire_json(&answer);
+            snprintf(ids[count++], LIMITS_ID_BYTES, "%s", id_of(response));
+            cJSON_Delete(response);
+        } else {
+            wire_check_error(&answer, 429, "busy", NULL);
+        }
+        wire_answer_close(&answer);
+    }
+    assert_int_equal(status, 429);
+    assert_true(count >= 1 && count <= 3);
+    for (int i = count - 1; i >= 0; i--) { /* the waiting ones first */
+        snprintf(path, sizeof path, "/v1/responses/%s/cancel", ids[i]);
+        cJSON_Delete(call("POST", path, "", 200));
+        delete_response(ids[i], 200);
+    }
+    assert_int_equal(memory_count(), 0);
+    daemon_end(&daemon_, other);
+    daemon_ = wide;
+}
+
 static void test_items(void **state)
 {
     (void)state;
@@ -738,8 +774,9 @@ int main(void)
         cmocka_unit_test(test_whole),   cmocka_unit_test(test_chain),
         cmocka_unit_test(test_stream),  cmocka_unit_test(test_instructions),
         cmocka_unit_test(test_include), cmocka_unit_test(test_background),
-        cmocka_unit_test(test_cut_off), cmocka_unit_test(test_items),
-        cmocka_unit_test(test_memory),  cmocka_unit_test(test_at_once),
-        cmocka_unit_test(test_once),    cmocka_unit_test(test_refusals)};
+        cmocka_unit_test(test_cut_off), cmocka_unit_test(test_busy),
+        cmocka_unit_test(test_items),   cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_at_once), cmocka_unit_test(test_once),
+        cmocka_unit_test(test_refusals)};
     return cmocka_run_group_tests_name("responses", tests, setup, teardown);
 }
