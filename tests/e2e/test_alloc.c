@@ -18,7 +18,7 @@
 #include "tests/lib/daemon.h"
 #include "tests/lib/wire.h"
 
-#define MODEL "engine/models/ramba-6m"
+#define MODEL "engine/models/ramba-20m"
 #define CHUNK 64
 #define FEW 6u
 #define MANY 40u /* with the prompt still in the first chunk */
