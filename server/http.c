@@ -36,6 +36,7 @@ struct http_parser {
     size_t header_bytes;
     bool inside, complete;
     enum status status; /* why a callback stopped the parser */
+    const char *why;    /* the same in words; NULL: the status tells */
 };
 
 static int hex(char c)
@@ -70,6 +71,12 @@ static int stop(struct http_parser *p, enum status status)
 {
     p->status = status;
     return HPE_USER;
+}
+
+static int malformed(struct http_parser *p, const char *why)
+{
+    p->why = why;
+    return stop(p, STATUS_INVALID);
 }
 
 static int count(struct http_parser *p, size_t size)
@@ -144,7 +151,8 @@ static int on_head(llhttp_t *llhttp)
     else
         h->query = h->path + strlen(h->path);
     if (!decode(h->path) || h->path[0] != '/')
-        return stop(p, STATUS_INVALID);
+        return malformed(p, "malformed HTTP request: the path begins with a slash, and its %XX are "
+                            "hexadecimal and not NUL");
     char **const texts[] = {
         &h->content_type,    &h->accept, &h->request_id, &h->authorization,
         &h->idempotency_key, &h->host,   &h->origin,     &h->access_control_request_method};
@@ -165,8 +173,10 @@ static int on_head(llhttp_t *llhttp)
      * not known here, and any before HTTP/1.1, is refused. */
     const struct buf *coding = &p->kept[KEPT_TRANSFER_ENCODING];
     const bool is_chunked = coding->size == 7 && !strncasecmp(coding->data, "chunked", 7);
-    if (llhttp->http_major < 1 || (coding->size && (h->http_1_0 || !is_chunked)))
-        return stop(p, STATUS_INVALID);
+    if (llhttp->http_major < 1)
+        return malformed(p, "malformed HTTP request: it names no version");
+    if (coding->size && (h->http_1_0 || !is_chunked))
+        return malformed(p, "of transfer codings, \"chunked\" alone is taken, from HTTP/1.1 on");
     llhttp->upgrade = 0; /* an offer of another protocol may be passed over, and is */
     if (llhttp->flags & F_CONTENT_LENGTH)
         h->content_length =
@@ -254,7 +264,7 @@ enum status http_parser_feed(struct http_parser *p, const char *data, size_t siz
         return STATUS_OK;
     }
     if (p->status)
-        return error_set(err, p->status, "%s", status_text(p->status));
+        return error_set(err, p->status, "%s", p->why ? p->why : status_text(p->status));
     return error_set(err, STATUS_INVALID, "malformed HTTP request: %s",
                      llhttp_get_error_reason(&p->llhttp));
 }
