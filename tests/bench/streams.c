@@ -111,6 +111,7 @@ int main(int argc, char **argv)
     o.prompt_tokens = 8;
     o.seconds = 3600;
     o.requests = o.clients;
+    o.rate = o.clients; /* within a second, so that they do not all want their tokens at once */
     check.max_tokens = o.max_tokens;
     check.next = calloc(o.clients, sizeof *check.next);
     const double cpu = cpu_seconds(argv[2]);

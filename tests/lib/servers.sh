@@ -43,12 +43,12 @@ stop() {
     pids=("${left[@]}")
 }
 
-# start_rambad NAME PROGRAM FLAGS...: on a port of its own, which is $port.
+# start_rambad NAME COMMAND...: with settings beside those that the command has, on a port of its own,
+# which is $port.
 start_rambad() {
-    local name=$1 program=$2
-    shift 2
+    local name=$1
+    shift
     port=$(free_port)
     mkdir -p "$folder/$name"
-    start "$name" "$port" /health/ready "$program" serve --port "$port" --data "$folder/$name" \
-        --log-level warn "$@"
+    start "$name" "$port" /health/ready "$@" --port "$port" --data "$folder/$name" --log-level warn
 }
