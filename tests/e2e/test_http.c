@@ -687,7 +687,7 @@ static void test_metrics(void **state)
         samples++;
     }
     assert_true(samples > 60);
-    assert_int_equal(histograms, 5);
+    assert_int_equal(histograms, 6);
     wire_answer_close(&answer);
     /* What this file has done so far is counted. */
     assert_true(wire_metric(&f->daemon, "rambad_requests_total{handler=\"none\",status=\"404\"}") >=

@@ -39,7 +39,7 @@ static void bed_open(struct bed *bed, enum engine_backend backend, enum engine_d
 {
     struct error err = {0};
     chunk_ram_init(&bed->ram);
-    const struct engine_options options = {.model_path = "engine/models/ramba-6m",
+    const struct engine_options options = {.model_path = "engine/models/ramba-20m",
                                            .backend = backend,
                                            .host_memory_bytes = (size_t)256 << 20,
                                            .memory_dtype = dtype,
