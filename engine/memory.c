@@ -8,8 +8,9 @@
 #include "proto/base/assert.h"
 #include "proto/base/hash.h"
 
-#define SLAB_PAGES 64  /* pages taken from the system at a time */
-#define SLAB_BLOCKS 16 /* landmark blocks taken from the backend at a time */
+#define SLAB_PAGES 64       /* pages taken from the system at a time: as many as there are, */
+#define SLAB_PAGES_MOST 512 /* between these; pinned memory is slow to get */
+#define SLAB_BLOCKS 16      /* landmark blocks taken from the backend at a time */
 
 struct memory_slab {
     struct list node;
@@ -80,11 +81,13 @@ void memory_close(struct memory *memory)
 /* More pages from the system, within the capacity. A slab is page memory and page structs. */
 static bool grow(struct memory *memory)
 {
-    size_t count = memory->capacity - memory->allocated;
+    const size_t left = memory->capacity - memory->allocated;
+    size_t count = memory->allocated < SLAB_PAGES        ? SLAB_PAGES
+                   : memory->allocated > SLAB_PAGES_MOST ? SLAB_PAGES_MOST
+                                                         : memory->allocated;
+    count = count < left ? count : left;
     if (!count)
         return false;
-    if (count > SLAB_PAGES)
-        count = SLAB_PAGES;
     void **slabs = realloc(memory->slabs, (memory->slab_count + 2) * sizeof *slabs);
     if (!slabs)
         return false;

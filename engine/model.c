@@ -16,7 +16,7 @@ struct model {
     uint64_t stamp; /* counts blocks of rows that pin pages */
     /* Memory of ops->alloc. */
     float *x, *q, *o, *last;
-    float *chunks; /* [max_chunks, S, d]: whole chunks, gathered */
+    float *chunks; /* [max_chunks, S, d]: of chunks that began in an earlier step */
     float *logits; /* [LOGIT_ROWS, V], or of all rows of a step in parts */
     /* Memory of ops->alloc_host, which a device copies to without a detour. */
     struct ops_picks picks; /* [max_rows, Hr, K] */
@@ -166,7 +166,7 @@ static void place_chunk(struct pass *p, struct model_item *item, uint32_t n)
     m->chunk_index[n] = index;
 }
 
-/* Collects the rows of the chunks that this step completes; returns how many. */
+/* Finds the rows of the chunks that this step completes; returns how many. */
 static uint32_t gather_chunks(struct pass *p)
 {
     struct model *m = p->m;
@@ -179,17 +179,18 @@ static uint32_t gather_chunks(struct pass *p)
         size_t left = item->segment.count;
         while (left) {
             const size_t take = left < s - filled ? left : s - filled;
-            float *slot = m->chunks + n * s * d;
             const bool whole = filled + take == s;
+            float *slot = m->chunks + n * s * d, *to = whole ? slot : item->session->partial;
+            const float *from = m->x + row * d;
             if (whole && filled)
                 p->engine->ops->copy(p->engine->context, slot, item->session->partial,
                                      filled * d * sizeof(float));
-            float *to = whole ? slot : item->session->partial;
-            p->engine->ops->copy(p->engine->context, to + filled * d, m->x + row * d,
-                                 take * d * sizeof(float));
+            if (take < s) /* others are read where they lie */
+                p->engine->ops->copy(p->engine->context, to + filled * d, from,
+                                     take * d * sizeof(float));
             if (whole) {
                 ASSERT(n < m->max_chunks);
-                m->chunk_rows[n] = slot;
+                m->chunk_rows[n] = take < s ? slot : from;
                 place_chunk(p, item, n);
                 n += m->chunk_items[n] != NULL;
             }

@@ -10,7 +10,8 @@ extern "C" {
 #include "proto/base/list.h"
 }
 
-#define SLAB_PAGES 64
+#define SLAB_PAGES 64 /* taken from the device at a time: as many as there are, between these */
+#define SLAB_PAGES_MOST 1024
 #define COPY_THREADS 256
 #define RECENT_PAGES 4096
 
@@ -65,11 +66,13 @@ static size_t least_pages(const struct model_config *c)
 static bool grow(struct ops_context *x)
 {
     struct cuda_pages *p = x->pages;
-    size_t count = p->capacity - p->count;
+    const size_t left = p->capacity - p->count;
+    size_t count = p->count < SLAB_PAGES        ? SLAB_PAGES
+                   : p->count > SLAB_PAGES_MOST ? SLAB_PAGES_MOST
+                                                : p->count;
+    count = count < left ? count : left;
     if (!count)
         return false;
-    if (count > SLAB_PAGES)
-        count = SLAB_PAGES;
     void **slabs = (void **)realloc(p->slabs, (p->slab_count + 2) * sizeof *slabs);
     if (!slabs)
         return false;

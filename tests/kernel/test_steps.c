@@ -226,7 +226,7 @@ int main(void)
 {
     /* Launches of the prompts, of a part as it is recorded, of a replay; allocations of all. */
     static const char *const faults[] = {"launch:1",   "launch:30", "launch:120", "launch:220",
-                                         "launch:300", "alloc:2",   "alloc:20",   "alloc:60"};
+                                         "launch:240", "alloc:2",   "alloc:20",   "alloc:60"};
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
         check_fault(faults[i]);
     compare("tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, 256);
