@@ -108,8 +108,8 @@ static void test_timeout_in_queue(void **state)
     wire_answer_close(&answer);
     wire_close(&second);
     assert_int_equal(wire_metric(&daemon_, "rambad_jobs_waiting"), 0);
-    assert_int_equal(wire_metric(&daemon_, "rambad_timeouts_total{where=\"queue\"}"), 1);
-    assert_int_equal(wire_metric(&daemon_, "rambad_jobs{state=\"decode\"}"), 1);
+    wire_wait_metric(&daemon_, "rambad_timeouts_total{where=\"queue\"}", 1);
+    wire_wait_metric(&daemon_, "rambad_jobs{state=\"decode\"}", 1);
     wire_close(&first);
     wire_wait_metric(&daemon_, "rambad_jobs_running", 0);
 }
