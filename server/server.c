@@ -104,15 +104,18 @@ void server_close(struct server *server)
 void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES])
 {
     static const char digits[] = "0123456789abcdef";
-    if (server->random_left < ID_RANDOM_BYTES) { /* a system call for many */
-        ASSERT(getrandom(server->random, sizeof server->random, 0) == sizeof server->random);
-        server->random_left = sizeof server->random;
+    static _Thread_local unsigned char random[768]; /* its first random_left bytes are unused */
+    static _Thread_local size_t random_left;
+    (void)server;
+    if (random_left < ID_RANDOM_BYTES) { /* a system call for many */
+        ASSERT(getrandom(random, sizeof random, 0) == sizeof random);
+        random_left = sizeof random;
     }
     size_t size = strlen(prefix);
     memcpy(out, prefix, size);
     ASSERT(size + 2 * ID_RANDOM_BYTES < LIMITS_ID_BYTES);
     for (int i = 0; i < ID_RANDOM_BYTES; i++) {
-        const unsigned char byte = server->random[--server->random_left];
+        const unsigned char byte = random[--random_left];
         out[size++] = digits[byte >> 4];
         out[size++] = digits[byte & 15];
     }

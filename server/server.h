@@ -37,8 +37,6 @@ struct server {
     bool draining, engine_drained;
     void (*drained_cb)(void *context);
     void *drained_context;
-    unsigned char random[768]; /* for ids; its first random_left bytes are unused */
-    size_t random_left;
     int64_t started_at; /* seconds since 1970 */
 };
 
@@ -52,7 +50,7 @@ void server_drain(struct server *server, uint64_t deadline_ms, void (*drained_cb
                   void *context);
 /* Closes what is left of the connections and the handles. */
 void server_close(struct server *server);
-/* `prefix` and 24 hexadecimal digits nobody can guess. */
+/* `prefix` and 24 hexadecimal digits nobody can guess. Any thread. */
 void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES]);
 
 #endif
