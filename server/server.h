@@ -31,9 +31,9 @@ struct server {
     struct list connections;
     struct list unsent; /* of them, those with something to write */
     size_t connection_count;
-    struct list receipts; /* requests under way that have an Idempotency-Key */
+    struct list receipts;   /* requests under way that have an Idempotency-Key */
     struct buf json, event; /* a stream's next part, so that a token allocates nothing here */
-    struct list responses; /* under way: struct responding */
+    struct list responses;  /* under way: struct responding */
     bool draining, engine_drained;
     void (*drained_cb)(void *context);
     void *drained_context;

@@ -1,6 +1,6 @@
 // What the checks of the clients share: where the server is, and a loud end.
-//   node FILE URL FAKE_URL METRICS_URL: the server, one with the fake engine (tests/bench/fake), both
-// maybe behind a proxy; and the server itself, for its metrics. The key is in RAMBAD_API_KEY.
+//   node FILE URL FAKE_URL METRICS_URL: the server, one with the fake engine (tests/bench/fake),
+// both maybe behind a proxy; and the server itself, for its metrics. The key is in RAMBAD_API_KEY.
 import assert from 'node:assert/strict';
 
 export const [url, fakeUrl, metricsUrl] = process.argv.slice(2);
@@ -28,7 +28,9 @@ export async function run() {
 
 // A sample of /metrics; 0 when it is not there.
 export async function metric(name) {
-    const answer = await fetch(`${metricsUrl}/metrics`, { headers: { authorization: `Bearer ${key}` } });
+    const answer = await fetch(`${metricsUrl}/metrics`, {
+        headers: { authorization: `Bearer ${key}` },
+    });
     const text = await answer.text();
     const line = text.split('\n').find((l) => l.startsWith(`${name} `));
     return line ? Number(line.slice(name.length + 1)) : 0;

@@ -28,8 +28,9 @@ check('invoke and stream', async () => {
 
 check('a chain', async () => {
     const chain = ChatPromptTemplate.fromMessages([['human', 'What is {thing}?']])
-        .pipe(chat).pipe(new StringOutputParser());
-    assert.equal(typeof await chain.invoke({ thing: 'a raven' }), 'string');
+        .pipe(chat)
+        .pipe(new StringOutputParser());
+    assert.equal(typeof (await chain.invoke({ thing: 'a raven' })), 'string');
     const both = await chain.batch([{ thing: 'one' }, { thing: 'two' }], { maxConcurrency: 2 });
     assert.equal(both.length, 2);
 });
@@ -52,19 +53,28 @@ check('tokens come one by one', async () => {
 check('abort', async () => {
     const before = await metric('rambad_disconnects_total');
     const controller = new AbortController();
-    const endless = new ChatOpenAI({ ...at(url), model, maxTokens: 1000000,
-        modelKwargs: { ignore_eos: true } });
+    const endless = new ChatOpenAI({
+        ...at(url),
+        model,
+        maxTokens: 1000000,
+        modelKwargs: { ignore_eos: true },
+    });
     await assert.rejects(async () => {
         for await (const chunk of await endless.stream('x', { signal: controller.signal }))
             if (chunk.content) controller.abort();
     });
-    await until('it is over', async () => await metric('rambad_jobs_running') === 0);
+    await until('it is over', async () => (await metric('rambad_jobs_running')) === 0);
     assert.equal(await metric('rambad_disconnects_total'), before + 1);
 });
 
 check('responses', async () => {
-    const responses = new ChatOpenAI({ ...at(url), model, temperature: 0, maxTokens: 12,
-        useResponsesApi: true });
+    const responses = new ChatOpenAI({
+        ...at(url),
+        model,
+        temperature: 0,
+        maxTokens: 12,
+        useResponsesApi: true,
+    });
     const first = await responses.invoke("The secret code of Ada's locker is 7318042.");
     const id = first.response_metadata.id;
     assert.match(id, /^resp_/);

@@ -14,9 +14,10 @@ HEADERS = {"authorization": "Bearer " + os.environ["RAMBAD_API_KEY"]}
 NETLOC = urllib.parse.urlsplit(sys.argv[1]).netloc
 # What the API's description promises to operators; each a family, or a part of its name.
 PROMISED = """requests prompt_tokens completion_tokens jobs_running jobs_waiting queue_seconds
-    prefill_seconds first_token_seconds per_token_seconds token_gap_seconds request_seconds pages_resident
-    page_read_bytes page_read_seconds commit_seconds resumes forks page_evictions map_used_bytes
-    device_pages sessions_idle_bytes connections disconnects""".split()
+    prefill_seconds first_token_seconds per_token_seconds token_gap_seconds request_seconds
+    pages_resident page_read_bytes page_read_seconds commit_seconds resumes forks
+    page_evictions map_used_bytes device_pages sessions_idle_bytes connections
+    disconnects""".split()
 
 
 def call(method, path, body=None, kind="application/json"):

@@ -13,7 +13,10 @@ trap finish EXIT
 
 # The kernel does not give it out again at once.
 free_port() {
-    /usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+    /usr/bin/python3 -c 'import socket
+s = socket.socket()
+s.bind(("127.0.0.1", 0))
+print(s.getsockname()[1])'
 }
 
 # start NAME PORT PATH COMMAND...: in the background, until PATH is answered. Its process is $pid.
@@ -43,8 +46,8 @@ stop() {
     pids=("${left[@]}")
 }
 
-# start_rambad NAME COMMAND...: with settings beside those that the command has, on a port of its own,
-# which is $port.
+# start_rambad NAME COMMAND...: with settings beside those that the command has, on a port of its
+# own, which is $port.
 start_rambad() {
     local name=$1
     shift
