@@ -518,6 +518,83 @@ static __device__ __forceinline__ uint32_t decayed(uint32_t scores, uint32_t row
     return cuda_pack(first, second);
 }
 
+/* acc += exp(decay) C S^T: what a warp's rows have of the state before the block. */
+template <int N>
+static __device__ __forceinline__ void add_before(const bf16 *cs, const bf16 *ss, uint32_t warp,
+                                                  float upper_left, float lower_left,
+                                                  float acc[WIDTH / 8][4])
+{
+#pragma unroll
+    for (int n = 0; n < N; n += 16) {
+        uint32_t a[4], k[4];
+        cuda_load_matrices(a, cuda_matrix_row(cs + warp * 16 * (N + PAD) + n, N + PAD, true));
+#pragma unroll
+        for (int p = 0; p < WIDTH / 16; p++) {
+            cuda_load_matrices(k, cuda_matrix_row(ss + p * 16 * (N + PAD) + n, N + PAD, false));
+            cuda_mma(acc[2 * p], a, k);
+            cuda_mma(acc[2 * p + 1], a, k + 2);
+        }
+    }
+#pragma unroll
+    for (int p = 0; p < WIDTH / 8; p++) {
+        acc[p][0] *= upper_left;
+        acc[p][1] *= upper_left;
+        acc[p][2] *= lower_left;
+        acc[p][3] *= lower_left;
+    }
+}
+
+/* acc += the decayed scores times x: what they have of the block's own rows. */
+static __device__ __forceinline__ void add_own(const uint32_t scores[CUDA_BLOCK_TOKENS / 16][4],
+                                               const bf16 *xs, const float *decays,
+                                               const float *times, float acc[WIDTH / 8][4])
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t top = warp * 16 + lane / 4;
+    const float upper = decays[top], lower = decays[top + 8];
+#pragma unroll
+    for (int j = 0; j < CUDA_BLOCK_TOKENS / 16; j++) {
+        if (j > (int)warp)
+            continue;
+        const uint32_t column = j * 16 + lane % 4 * 2;
+        uint32_t k[4];
+        const uint32_t a[4] = {decayed(scores[j][0], top, upper, column, decays, times),
+                               decayed(scores[j][1], top + 8, lower, column, decays, times),
+                               decayed(scores[j][2], top, upper, column + 8, decays, times),
+                               decayed(scores[j][3], top + 8, lower, column + 8, decays, times)};
+#pragma unroll
+        for (int p = 0; p < WIDTH / 16; p++) {
+            cuda_load_transposed(
+                k, cuda_matrix_row(xs + j * 16 * (WIDTH + PAD) + p * 16, WIDTH + PAD, true));
+            cuda_mma(acc[2 * p], a, k);
+            cuda_mma(acc[2 * p + 1], a, k + 2);
+        }
+    }
+}
+
+/* y = acc + D x of a warp's rows, as far as there are `count`; `y`: the block's first row. */
+static __device__ __forceinline__ void write_rows(const float acc[WIDTH / 8][4], const bf16 *xs,
+                                                  float through, uint32_t count, uint32_t stride,
+                                                  bf16 *y)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t row = warp * 16 + lane / 4 + half * 8;
+        if (row >= count)
+            continue;
+        const bf16 *x = xs + row * (WIDTH + PAD) + lane % 4 * 2;
+        bf16 *to = y + (size_t)row * stride + lane % 4 * 2;
+#pragma unroll
+        for (int p = 0; p < WIDTH / 8; p++) {
+            const uint32_t own = *reinterpret_cast<const uint32_t *>(x + p * 8);
+            *reinterpret_cast<uint32_t *>(to + p * 8) =
+                cuda_pack(fmaf(through, cuda_first(own), acc[p][2 * half]),
+                          fmaf(through, cuda_second(own), acc[p][2 * half + 1]));
+        }
+    }
+}
+
 /* y of a block's rows, OUTPUT_HEADS heads of one group: what came before the block, what it holds
  * itself, and D x. A warp has 16 rows. Grid: blocks x parts of groups. */
 template <int N>
@@ -559,63 +636,10 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
             block_scores<N>(cs, bs, warp, scores);
         if (busy) {
             float acc[WIDTH / 8][4] = {};
-#pragma unroll
-            for (int n = 0; n < N; n += 16) {
-                uint32_t a[4], k[4];
-                cuda_load_matrices(a,
-                                   cuda_matrix_row(cs + warp * 16 * (N + PAD) + n, N + PAD, true));
-#pragma unroll
-                for (int p = 0; p < WIDTH / 16; p++) {
-                    cuda_load_matrices(
-                        k, cuda_matrix_row(ss + p * 16 * (N + PAD) + n, N + PAD, false));
-                    cuda_mma(acc[2 * p], a, k);
-                    cuda_mma(acc[2 * p + 1], a, k + 2);
-                }
-            }
-            const float upper = decays[top], lower = decays[top + 8];
-            const float upper_left = cuda_exp2(upper), lower_left = cuda_exp2(lower);
-#pragma unroll
-            for (int p = 0; p < WIDTH / 8; p++) {
-                acc[p][0] *= upper_left;
-                acc[p][1] *= upper_left;
-                acc[p][2] *= lower_left;
-                acc[p][3] *= lower_left;
-            }
-#pragma unroll
-            for (int j = 0; j < CUDA_BLOCK_TOKENS / 16; j++) {
-                if (j > (int)warp)
-                    continue;
-                const uint32_t column = j * 16 + lane % 4 * 2;
-                uint32_t k[4];
-                const uint32_t a[4] = {
-                    decayed(scores[j][0], top, upper, column, decays, times),
-                    decayed(scores[j][1], top + 8, lower, column, decays, times),
-                    decayed(scores[j][2], top, upper, column + 8, decays, times),
-                    decayed(scores[j][3], top + 8, lower, column + 8, decays, times)};
-#pragma unroll
-                for (int p = 0; p < WIDTH / 16; p++) {
-                    cuda_load_transposed(k, cuda_matrix_row(xs + j * 16 * (WIDTH + PAD) + p * 16,
-                                                            WIDTH + PAD, true));
-                    cuda_mma(acc[2 * p], a, k);
-                    cuda_mma(acc[2 * p + 1], a, k + 2);
-                }
-            }
-            const float through = skip[h];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const uint32_t row = top + half * 8;
-                if (row >= block.count)
-                    continue;
-                const bf16 *x = xs + row * (WIDTH + PAD) + lane % 4 * 2;
-                bf16 *to = y + (size_t)(block.row + row) * s.inner + h * WIDTH + lane % 4 * 2;
-#pragma unroll
-                for (int p = 0; p < WIDTH / 8; p++) {
-                    const uint32_t own = *reinterpret_cast<const uint32_t *>(x + p * 8);
-                    *reinterpret_cast<uint32_t *>(to + p * 8) =
-                        cuda_pack(fmaf(through, cuda_first(own), acc[p][2 * half]),
-                                  fmaf(through, cuda_second(own), acc[p][2 * half + 1]));
-                }
-            }
+            add_before<N>(cs, ss, warp, cuda_exp2(decays[top]), cuda_exp2(decays[top + 8]), acc);
+            add_own(scores, xs, decays, times, acc);
+            write_rows(acc, xs, skip[h], block.count, s.inner,
+                       y + (size_t)block.row * s.inner + h * WIDTH);
         }
         __syncthreads();
     }
