@@ -193,6 +193,7 @@ void cuda_narrow(struct ops_context *x, const float *in, size_t count, void *out
 #define TILE_OUT 8    /* weight rows of a tile */
 #define TILE_DEPTH 32 /* what a lane's 16 bytes reach to */
 #define FUSED_ROWS 8  /* up to here each block prepares the rows by itself */
+#define NORM_AHEAD 2  /* 16 bytes of a norm's weight that a thread has fetched before the rows */
 #define SHARED_PAD 32 /* elements behind a row in shared memory: off the banks */
 
 struct few {
@@ -207,17 +208,19 @@ struct few {
     bool add;
 };
 
-/* Prepares four elements of a row; returns the sum of their squares. */
-static __device__ __forceinline__ float prepare4(const float4 v, const float *norm, uint32_t i,
-                                                 bf16 *to)
+static __device__ __forceinline__ float4 load4(const float *from, uint32_t i)
 {
-    float4 w = {1, 1, 1, 1};
-    if (norm)
-        w = *reinterpret_cast<const float4 *>(norm + i);
+    const float4 ones = {1, 1, 1, 1};
+    return from ? *reinterpret_cast<const float4 *>(from + i) : ones;
+}
+
+/* Prepares four elements of a row; returns the sum of their squares. */
+static __device__ __forceinline__ float prepare4(const float4 v, const float4 w, bf16 *to)
+{
     uint2 packed;
     packed.x = cuda_pack(v.x * w.x, v.y * w.y);
     packed.y = cuda_pack(v.z * w.z, v.w * w.w);
-    *reinterpret_cast<uint2 *>(to + i) = packed;
+    *reinterpret_cast<uint2 *>(to) = packed;
     return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x)));
 }
 
@@ -238,8 +241,7 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP) prepare_rows(stru
     const float *row = f.x + (size_t)blockIdx.x * f.k;
     float sum = 0;
     for (uint32_t i = 4 * threadIdx.x; i < f.k; i += 4 * FEW_WARPS * CUDA_WARP)
-        sum += prepare4(*reinterpret_cast<const float4 *>(row + i), f.norm, i,
-                        f.ready + (size_t)blockIdx.x * f.k);
+        sum += prepare4(load4(row, i), load4(f.norm, i), f.ready + (size_t)blockIdx.x * f.k + i);
     sum = cuda_warp_sum(sum);
     if (threadIdx.x % CUDA_WARP == 0)
         parts[threadIdx.x / CUDA_WARP] = sum;
@@ -248,24 +250,39 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP) prepare_rows(stru
         f.scales[blockIdx.x] = scale_of(parts, f);
 }
 
-/* The block's rows into shared memory; parts[row] [FEW_WARPS]: their squares. */
-static __device__ __forceinline__ void prepare_shared(const struct few &f, bf16 *rows,
+/* The block's rows, R at most, into shared memory; parts[row] [FEW_WARPS]: their squares. */
+template <int R>
+static __device__ __forceinline__ void prepare_shared(const struct few &f,
+                                                      const float4 norm[NORM_AHEAD], bf16 *rows,
                                                       float (*parts)[FEW_WARPS])
 {
-    float sums[FUSED_ROWS] = {};
-    for (uint32_t i = 4 * threadIdx.x; i < f.k; i += 4 * FEW_WARPS * CUDA_WARP) {
-        float4 v[FUSED_ROWS];
+    constexpr uint32_t stride = 4 * FEW_WARPS * CUDA_WARP;
+    float sums[R] = {};
+    for (uint32_t from = 4 * threadIdx.x; from < f.k; from += NORM_AHEAD * stride) {
 #pragma unroll
-        for (uint32_t r = 0; r < FUSED_ROWS; r++)
-            if (r < f.row_count)
-                v[r] = *reinterpret_cast<const float4 *>(f.x + (size_t)r * f.k + i);
+        for (uint32_t a = 0; a < NORM_AHEAD; a++) {
+            const uint32_t i = from + a * stride;
+            if (i >= f.k)
+                break;
+            const float4 w = i < NORM_AHEAD * stride ? norm[a] : load4(f.norm, i);
+            constexpr uint32_t together = R < 4 ? R : 4; /* rows on their way */
 #pragma unroll
-        for (uint32_t r = 0; r < FUSED_ROWS; r++)
-            if (r < f.row_count)
-                sums[r] += prepare4(v[r], f.norm, i, rows + r * (f.k + SHARED_PAD));
+            for (uint32_t first = 0; first < R; first += together) {
+                float4 v[together];
+#pragma unroll
+                for (uint32_t r = 0; r < together; r++)
+                    if (first + r < f.row_count)
+                        v[r] = load4(f.x + (size_t)(first + r) * f.k, i);
+#pragma unroll
+                for (uint32_t r = 0; r < together; r++)
+                    if (first + r < f.row_count)
+                        sums[first + r] +=
+                            prepare4(v[r], w, rows + (first + r) * (f.k + SHARED_PAD) + i);
+            }
+        }
     }
 #pragma unroll
-    for (uint32_t r = 0; r < FUSED_ROWS; r++) {
+    for (uint32_t r = 0; r < R; r++) {
         if (r >= f.row_count)
             break;
         const float sum = cuda_warp_sum(sums[r]);
@@ -274,22 +291,61 @@ static __device__ __forceinline__ void prepare_shared(const struct few &f, bf16 
     }
 }
 
-/* N tiles of weight rows, M tiles of rows, AHEAD steps of depth on their way. Grid: weight rows x
- * tiles of rows. */
-template <int N, int M, int AHEAD, bool FUSED>
-static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP) product_of_few(struct few f)
+/* What a lane takes of a tile of rows at a step of depth: of the upper eight rows, and the lower.
+ */
+template <bool FUSED>
+static __device__ __forceinline__ void load_rows(const struct few &f, const bf16 *shared,
+                                                 uint32_t top, uint32_t column, uint4 out[2])
 {
-    CUDA_SHARED(float, sums); /* [FEW_WARPS][M * N * 4][CUDA_WARP]; behind them rows, when FUSED */
-    __shared__ float parts[FUSED_ROWS][FEW_WARPS];
+    const uint32_t group = threadIdx.x % CUDA_WARP / 4;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        const uint32_t row = top + half * 8 + group, there = row < f.row_count ? row : top;
+        out[half] = uint4{0, 0, 0, 0};
+        if (!FUSED)
+            out[half] = *reinterpret_cast<const uint4 *>(f.ready + (size_t)there * f.k + column);
+        else if (half == 0) /* there are no lower ones */
+            out[half] =
+                *reinterpret_cast<const uint4 *>(shared + there * (f.k + SHARED_PAD) + column);
+    }
+}
+
+/* A thread's `j`-th result of a tile: where it lies in shared memory, its row and weight row. */
+template <int N> struct result {
+    uint32_t at, row, o;
+
+    __device__ __forceinline__ result(uint32_t j, uint32_t top, uint32_t first)
+    {
+        at = threadIdx.x + j * FEW_WARPS * CUDA_WARP;
+        const uint32_t e = at / CUDA_WARP % 4, n = at / CUDA_WARP / 4, lane = at % CUDA_WARP;
+        row = top + e / 2 * 8 + lane / 4;
+        o = first + n * TILE_OUT + lane % 4 * 2 + e % 2;
+    }
+    __device__ __forceinline__ bool exists(const struct few &f) const
+    {
+        return at < N * 4 * CUDA_WARP && row < f.row_count && o < f.n;
+    }
+};
+
+/* N tiles of weight rows, AHEAD steps of depth on their way; FUSED: how many rows the block
+ * prepares by itself at most, or 0. Weights that fit AHEAD steps stay in registers while tile after
+ * tile of rows passes by. What nobody writes is fetched before the kernel in front has ended, what
+ * is added to, before the products. Grid: weight rows. */
+template <int N, int AHEAD, int FUSED>
+static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few(struct few f)
+{
+    CUDA_SHARED(float, sums); /* [FEW_WARPS][N * 4][CUDA_WARP]; behind them rows, when FUSED */
+    __shared__ float parts[FUSED ? FUSED : 1][FEW_WARPS];
+    constexpr uint32_t threads = FEW_WARPS * CUDA_WARP, results = N * 4 * CUDA_WARP,
+                       own = (results + threads - 1) / threads;
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const uint32_t group = lane / 4, pair = lane % 4, first = blockIdx.x * N * TILE_OUT;
-    const uint32_t top = blockIdx.y * M * TILE_ROWS, depth = f.k / TILE_DEPTH;
-    bf16 *rows = reinterpret_cast<bf16 *>(sums + FEW_WARPS * M * N * 4 * CUDA_WARP);
+    const uint32_t first = blockIdx.x * N * TILE_OUT, depth = f.k / TILE_DEPTH;
+    bf16 *rows = reinterpret_cast<bf16 *>(sums + FEW_WARPS * results);
     const bf16 *weight[N];
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        const uint32_t o = first + n * TILE_OUT + group;
-        weight[n] = f.weight + (size_t)(o < f.n ? o : f.n - 1) * f.k + 8 * pair;
+        const uint32_t o = first + n * TILE_OUT + lane / 4;
+        weight[n] = f.weight + (size_t)(o < f.n ? o : f.n - 1) * f.k + 8 * (lane % 4);
     }
     uint4 ahead[AHEAD][N];
 #pragma unroll
@@ -298,112 +354,108 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP) product_of_few(st
         for (int n = 0; n < N; n++)
             if (warp + i * FEW_WARPS < depth)
                 ahead[i][n] = cuda_stream16(weight[n] + (warp + i * FEW_WARPS) * TILE_DEPTH);
+    float4 norm[NORM_AHEAD];
+#pragma unroll
+    for (uint32_t a = 0; a < NORM_AHEAD; a++)
+        if (FUSED && 4 * (threadIdx.x + a * threads) < f.k)
+            norm[a] = load4(f.norm, 4 * (threadIdx.x + a * threads));
     cuda_depend_release();
     cuda_depend_wait();
     if (FUSED) {
-        prepare_shared(f, rows, parts);
+        prepare_shared<FUSED ? FUSED : 1>(f, norm, rows, parts);
         __syncthreads();
     }
-    float acc[M][N][4] = {};
-    for (uint32_t from = warp; from < depth; from += AHEAD * FEW_WARPS) {
+    for (uint32_t top = 0; top < f.row_count; top += TILE_ROWS) {
+        float base[own]; /* what the thread's results are added to */
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const uint32_t at = from + i * FEW_WARPS;
-            if (at >= depth)
-                break;
-            uint4 a[M][2];
+        for (uint32_t j = 0; j < own; j++) {
+            const result<N> r(j, top, first);
+            base[j] = 0;
+            if (r.exists(f))
+                base[j] =
+                    (f.bias ? f.bias[r.o] : 0) + (f.add ? f.out[(size_t)r.row * f.n + r.o] : 0);
+        }
+        float acc[N][4] = {};
+        for (uint32_t from = warp; from < depth; from += AHEAD * FEW_WARPS) {
 #pragma unroll
-            for (int m = 0; m < M; m++) {
+            for (int i = 0; i < AHEAD; i++) {
+                const uint32_t at = from + i * FEW_WARPS;
+                if (at >= depth)
+                    break;
+                uint4 x[2];
+                load_rows<FUSED != 0>(f, rows, top, at * TILE_DEPTH + 8 * (lane % 4), x);
+                const uint32_t left[4] = {x[0].x, x[1].x, x[0].y, x[1].y},
+                               right[4] = {x[0].z, x[1].z, x[0].w, x[1].w};
+                /* Behind the last step the first one of the next tile. */
+                const uint32_t next =
+                    at + AHEAD * FEW_WARPS < depth ? at + AHEAD * FEW_WARPS : warp + i * FEW_WARPS;
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const uint32_t row = top + m * TILE_ROWS + half * 8 + group;
-                    const bf16 *source =
-                        FUSED ? rows + (row < f.row_count ? row : 0) * (f.k + SHARED_PAD)
-                              : f.ready + (size_t)(row < f.row_count ? row : 0) * f.k;
-                    a[m][half] = uint4{0, 0, 0, 0};
-                    if (!FUSED || half == 0) /* FUSED: there is no second half */
-                        a[m][half] =
-                            *reinterpret_cast<const uint4 *>(source + at * TILE_DEPTH + 8 * pair);
+                for (int n = 0; n < N; n++) {
+                    const uint32_t low[2] = {ahead[i][n].x, ahead[i][n].y},
+                                   high[2] = {ahead[i][n].z, ahead[i][n].w};
+                    cuda_mma(acc[n], left, low);
+                    cuda_mma(acc[n], right, high);
+                    if (next != at)
+                        ahead[i][n] = cuda_stream16(weight[n] + next * TILE_DEPTH);
                 }
-            }
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                const uint32_t low[2] = {ahead[i][n].x, ahead[i][n].y},
-                               high[2] = {ahead[i][n].z, ahead[i][n].w};
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    const uint32_t left[4] = {a[m][0].x, a[m][1].x, a[m][0].y, a[m][1].y},
-                                   right[4] = {a[m][0].z, a[m][1].z, a[m][0].w, a[m][1].w};
-                    cuda_mma(acc[m][n], left, low);
-                    cuda_mma(acc[m][n], right, high);
-                }
-                if (at + AHEAD * FEW_WARPS < depth)
-                    ahead[i][n] = cuda_stream16(weight[n] + (at + AHEAD * FEW_WARPS) * TILE_DEPTH);
             }
         }
-    }
-#pragma unroll
-    for (int m = 0; m < M; m++)
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int e = 0; e < (FUSED ? 2 : 4); e++)
-                sums[((warp * M * N + m * N + n) * 4 + e) * CUDA_WARP + lane] = acc[m][n][e];
-    __syncthreads();
-    constexpr uint32_t results = M * N * 4 * CUDA_WARP;
-    for (uint32_t i = threadIdx.x; i < results; i += FEW_WARPS * CUDA_WARP) {
-        const uint32_t e = i / CUDA_WARP % 4, tile = i / CUDA_WARP / 4, from = i % CUDA_WARP;
-        const uint32_t row = top + tile / N * TILE_ROWS + e / 2 * 8 + from / 4;
-        const uint32_t o = first + tile % N * TILE_OUT + from % 4 * 2 + e % 2;
-        if (row >= f.row_count || o >= f.n)
-            continue;
-        float sum = 0;
-        for (uint32_t w = 0; w < FEW_WARPS; w++)
-            sum += sums[w * results + i];
-        sum *= FUSED ? scale_of(parts[row], f) : f.scales[row];
-        if (f.bias)
-            sum += f.bias[o];
-        float *to = f.out + (size_t)row * f.n + o;
-        *to = f.add ? *to + sum : sum;
+                sums[(warp * N * 4 + n * 4 + e) * CUDA_WARP + lane] = acc[n][e];
+        __syncthreads();
+#pragma unroll
+        for (uint32_t j = 0; j < own; j++) {
+            const result<N> r(j, top, first);
+            if (!r.exists(f))
+                continue;
+            float sum = 0;
+            for (uint32_t w = 0; w < FEW_WARPS; w++)
+                sum += sums[w * results + r.at];
+            /* One rounding, in every form of this kernel: rows do not differ by who is beside. */
+            f.out[(size_t)r.row * f.n + r.o] =
+                fmaf(sum, FUSED ? scale_of(parts[r.row], f) : f.scales[r.row], base[j]);
+        }
+        if (!FUSED)
+            __syncthreads(); /* the sums are read */
     }
 }
 
-template <int N, int M, int AHEAD, bool FUSED>
+template <int N, int AHEAD, int FUSED>
 static void launch_product(struct ops_context *x, const struct few &f)
 {
-    const size_t shared = (size_t)FEW_WARPS * M * N * 4 * CUDA_WARP * sizeof(float) +
+    const size_t shared = (size_t)FEW_WARPS * N * 4 * CUDA_WARP * sizeof(float) +
                           (FUSED ? (size_t)f.row_count * (f.k + SHARED_PAD) * sizeof(bf16) : 0);
     if (shared > SHARED_PLAIN)
-        CUDA_ALLOW_SHARED(x, (product_of_few<N, M, AHEAD, FUSED>), shared);
-    CUDA_LAUNCH_EARLY(x, (product_of_few<N, M, AHEAD, FUSED>),
-                      dim3(cuda_ceil(f.n, N * TILE_OUT), cuda_ceil(f.row_count, M * TILE_ROWS)),
+        CUDA_ALLOW_SHARED(x, (product_of_few<N, AHEAD, FUSED>), shared);
+    CUDA_LAUNCH_EARLY(x, (product_of_few<N, AHEAD, FUSED>), dim3(cuda_ceil(f.n, N * TILE_OUT)),
                       dim3(FEW_WARPS * CUDA_WARP), shared, f);
 }
 
-template <int N> static void choose_rows(struct ops_context *x, const struct few &f)
+template <int N, int AHEAD> static void choose_rows(struct ops_context *x, const struct few &f)
 {
-    constexpr int ahead = N == 1 ? 8 : 4;
-    if (f.row_count <= FUSED_ROWS)
-        launch_product<N, 1, ahead, true>(x, f);
-    else if (f.row_count <= TILE_ROWS)
-        launch_product<N, 1, ahead, false>(x, f);
-    else if (f.row_count <= 2 * TILE_ROWS)
-        launch_product<N, 2, 4, false>(x, f);
+    if (f.row_count == 1)
+        launch_product<N, AHEAD, 1>(x, f);
+    else if (f.row_count <= FUSED_ROWS)
+        launch_product<N, AHEAD, FUSED_ROWS>(x, f);
     else
-        launch_product<N, 4, 2, false>(x, f);
+        launch_product<N, AHEAD, 0>(x, f);
 }
 
-/* Wide outputs have enough weight rows for every multiprocessor to take several tiles. */
+/* Wide outputs have enough weight rows for every multiprocessor to take several tiles; and many
+ * rows are read again by every block, so that fewer blocks are better. */
 static void multiply_few(struct ops_context *x, const struct few &f)
 {
     if (f.row_count > FUSED_ROWS)
         CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0, f);
     if (f.n >= 128 * 4 * TILE_OUT)
-        choose_rows<4>(x, f);
-    else if (f.n >= 128 * 2 * TILE_OUT)
-        choose_rows<2>(x, f);
+        choose_rows<4, 4>(x, f);
+    else if (f.n >= 128 * 2 * TILE_OUT || f.row_count > TILE_ROWS)
+        choose_rows<2, 8>(x, f);
     else
-        choose_rows<1>(x, f);
+        choose_rows<1, 8>(x, f);
 }
 
 /* Segments that the tensor cores' kernel above does not take. */

@@ -71,10 +71,54 @@ template <int V> struct alignas(4 * V) floats {
     float v[V];
 };
 
+/* The weights of a column, as they are stored. */
+template <typename T> struct alignas(TAPS * sizeof(T)) taps {
+    T v[TAPS];
+};
+
+/* A column of xBC that a thread convolves: what it needs beside the rows. */
+template <typename T> struct column {
+    uint32_t j; /* s.conv: none */
+    taps<T> weights;
+    float bias, tail[TAPS - 1];
+};
+
+template <typename T>
+static __device__ __forceinline__ struct column<T> load_column(const struct mamba_shape &s,
+                                                               const struct step_weights<T> &w,
+                                                               const struct place &at, uint32_t i) {
+    struct column<T> c = {
+    };
+    c.j = column_of(s, at, i);
+    if (c.j == s.conv)
+        return c;
+    c.weights = *reinterpret_cast<const taps<T> *>(w.conv + (size_t)c.j * TAPS);
+    c.bias = w.conv_bias ? w.conv_bias[c.j] : 0;
+#pragma unroll
+    for (int k = 0; k < TAPS - 1; k++)
+        c.tail[k] = at.segment.conv[(size_t)k * s.conv + c.j];
+    return c;
+}
+
+/* The next value of a column; its tail moves on. */
+template <typename T>
+static __device__ __forceinline__ float convolve(struct column<T> *c, float value)
+{
+    float sum = c->bias;
+#pragma unroll
+    for (int k = 0; k < TAPS - 1; k++)
+        sum = fmaf(cuda_float(c->weights.v[k]), c->tail[k], sum);
+#pragma unroll
+    for (int k = 0; k + 1 < TAPS - 1; k++)
+        c->tail[k] = c->tail[k + 1];
+    c->tail[TAPS - 2] = value;
+    return cuda_silu(fmaf(cuda_float(c->weights.v[TAPS - 1]), value, sum));
+}
+
 /* N is 32 V and the convolution has TAPS taps: the state is read and written once and lies in
  * registers, a lane has V neighbours of each row. V 0: whatever they are. */
 template <typename T, int V>
-static __global__ void __launch_bounds__(STEP_THREADS)
+static __global__ void __launch_bounds__(STEP_THREADS, 3)
     step(struct mamba_shape s, struct step_weights<T> w, const struct cuda_segment *segments,
          size_t ssm, size_t conv, const float *projected, float *y, uint32_t *arrived, bool early)
 {
@@ -92,7 +136,7 @@ static __global__ void __launch_bounds__(STEP_THREADS)
         return;
     }
     floats<width> state[WARP_ROWS];
-    float tail[own][TAPS - 1];
+    struct column<T> mine[own];
     float *rows = at.segment.ssm + ((size_t)at.head * s.width + at.first + warp * WARP_ROWS) * s.n;
     const uint32_t row_count =
         at.first + warp * WARP_ROWS < s.width ? s.width - at.first - warp * WARP_ROWS : 0;
@@ -103,12 +147,8 @@ static __global__ void __launch_bounds__(STEP_THREADS)
                 state[r] =
                     *reinterpret_cast<const floats<width> *>(rows + (size_t)r * s.n + width * lane);
 #pragma unroll
-        for (int i = 0; i < own; i++) {
-            const uint32_t j = column_of(s, at, threadIdx.x + i * STEP_THREADS);
-#pragma unroll
-            for (int k = 0; k < TAPS - 1; k++)
-                tail[i][k] = j < s.conv ? at.segment.conv[(size_t)k * s.conv + j] : 0;
-        }
+        for (int i = 0; i < own; i++)
+            mine[i] = load_column(s, w, at, threadIdx.x + i * STEP_THREADS);
     }
     const float rate = -expf(w.a_log[at.head]), through = w.skip[at.head],
                 dt_bias = w.dt_bias[at.head];
@@ -120,32 +160,29 @@ static __global__ void __launch_bounds__(STEP_THREADS)
         const uint32_t p = at.head * s.width + at.first + warp * WARP_ROWS + lane;
         const bool writes = lane < WARP_ROWS && lane < row_count;
         const float z = writes ? projected[row * s.proj + p] : 0;
+        if (V) {
 #pragma unroll
-        for (int i = 0; i < (V ? own : 1); i++)
-            for (uint32_t c = threadIdx.x + i * STEP_THREADS; c < BLOCK_ROWS + 2 * s.n;
-                 c += STEP_THREADS) {
+            for (int i = 0; i < own; i++)
+                if (mine[i].j < s.conv)
+                    columns[threadIdx.x + i * STEP_THREADS] =
+                        convolve(&mine[i], projected[row * s.proj + s.inner + mine[i].j]);
+        } else {
+            for (uint32_t c = threadIdx.x; c < BLOCK_ROWS + 2 * s.n; c += STEP_THREADS) {
                 const uint32_t j = column_of(s, at, c);
-                if (j < s.conv) {
-                    float sum = w.conv_bias ? w.conv_bias[j] : 0;
-#pragma unroll
-                    for (uint32_t k = 0; k < (V ? TAPS : s.taps); k++) {
-                        const bool known = V && t == 0 && k < TAPS - 1;
-                        const float in = known ? tail[i][V && k < TAPS - 1 ? k : 0]
-                                               : past(s, at, projected, j, t, s.taps - 1 - k);
-                        sum = fmaf(cuda_float(w.conv[(size_t)j * s.taps + k]), in, sum);
-                    }
-                    columns[c] = cuda_silu(sum);
-                }
-                if (V)
-                    break;
+                float sum = j < s.conv && w.conv_bias ? w.conv_bias[j] : 0;
+                for (uint32_t k = 0; j < s.conv && k < s.taps; k++)
+                    sum = fmaf(cuda_float(w.conv[(size_t)j * s.taps + k]),
+                               past(s, at, projected, j, t, s.taps - 1 - k), sum);
+                columns[c] = cuda_silu(sum);
             }
+        }
         __syncthreads();
         if (threadIdx.x == 0 && t + 1 == at.segment.count) /* B and C were read here */
             last = atomicAdd(&arrived[blockIdx.y], 1u) + 1 == gridDim.x;
         const float time = fminf(fmaxf(cuda_softplus(raw + dt_bias), s.dt_min), s.dt_max);
         const float decay = expf(time * rate);
         const float *b = columns + BLOCK_ROWS, *c = b + s.n;
-        float mine = 0;
+        float own_y = 0;
 #pragma unroll
         for (uint32_t r = 0; r < WARP_ROWS; r++) {
             if (r >= row_count)
@@ -168,10 +205,10 @@ static __global__ void __launch_bounds__(STEP_THREADS)
                 }
             }
             sum = fmaf(through, u, cuda_warp_sum(sum));
-            mine = lane == r ? sum : mine;
+            own_y = lane == r ? sum : own_y;
         }
         if (writes)
-            y[row * s.inner + p] = mine * cuda_silu(z);
+            y[row * s.inner + p] = own_y * cuda_silu(z);
         if (t + 1 < at.segment.count)
             __syncthreads();
     }
@@ -183,8 +220,13 @@ static __global__ void __launch_bounds__(STEP_THREADS)
                     state[r];
     }
     /* Columns of x belong to this block alone; those of B and C to whoever read them last. */
-    if (threadIdx.x < BLOCK_ROWS && column_of(s, at, threadIdx.x) < s.conv)
+    if (V && threadIdx.x < BLOCK_ROWS && mine[0].j < s.conv) {
+#pragma unroll
+        for (int k = 0; k < TAPS - 1; k++)
+            at.segment.conv[(size_t)k * s.conv + mine[0].j] = mine[0].tail[k];
+    } else if (!V && threadIdx.x < BLOCK_ROWS && column_of(s, at, threadIdx.x) < s.conv) {
         keep_tail(s, at, projected, column_of(s, at, threadIdx.x));
+    }
     __syncthreads();
     if (!last)
         return;

@@ -134,6 +134,11 @@ static __device__ __forceinline__ void merge_warps(const struct cuda_candidate *
         at += best.chunk == own.chunk;
         if (lane == 0)
             out[i] = best;
+        if (best.chunk == CUDA_NO_CHUNK) { /* nothing but these */
+            for (i += 1 + lane; i < topk; i += CUDA_WARP)
+                out[i] = best;
+            break;
+        }
     }
 }
 
