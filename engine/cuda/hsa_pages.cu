@@ -105,6 +105,8 @@ static __global__ void __launch_bounds__(W *CUDA_WARP)
 {
     CUDA_SHARED(bf16, shared);
     constexpr uint32_t half = TOKENS * HD;
+    cuda_depend_release();
+    cuda_depend_wait();
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     const uint32_t g = blockIdx.y, heads = s.heads / s.kv_heads, stride = s.kv_heads * HD;
     const uint32_t r = s.retrieval_heads == 1 ? 0 : g;
@@ -185,8 +187,8 @@ static void launch(struct ops_context *x, const struct hsa_shape &s, uint32_t ro
 {
     const size_t bytes = (size_t)W * U * TOKENS * HD * sizeof(bf16);
     CUDA_ALLOW_SHARED(x, (attend_pages<HD, W, U>), bytes);
-    CUDA_LAUNCH(x, (attend_pages<HD, W, U>), dim3(row_count, s.kv_heads), dim3(W * CUDA_WARP),
-                bytes, s, q, weights, (const bf16 *const *)pages, o);
+    CUDA_LAUNCH_EARLY(x, (attend_pages<HD, W, U>), dim3(row_count, s.kv_heads), dim3(W * CUDA_WARP),
+                      bytes, s, q, weights, (const bf16 *const *)pages, o);
 }
 
 bool cuda_attend_pages(struct ops_context *x, const struct hsa_shape &s, uint32_t row_count,
