@@ -488,12 +488,53 @@ static enum status check_meta(struct storage *storage, const struct storage_opti
     return STATUS_OK;
 }
 
+static void name_marker(const struct storage *storage, uint32_t format, char *out, size_t size)
+{
+    char name[32];
+    snprintf(name, sizeof name, "MIGRATED-FROM-%u", format);
+    path_in(storage, name, out, size);
+}
+
+/* Says in the folder itself what is about to be done to it: which copies of it are of use to an
+ * older program is told by their age. On disk before the migration is. */
+static enum status put_marker(const struct storage *storage, uint32_t old)
+{
+    char path[4096], text[512], when[32];
+    const time_t now = (time_t)storage->clock_cb(storage->clock_context, false);
+    struct tm utc;
+    strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
+    const int size =
+        snprintf(text, sizeof text,
+                 "At %s rambad %s brought this store from format %u to format %d, in place.\n"
+                 "Programs that know format %u alone refuse it from then on. To go back to one of "
+                 "them, put a copy\nof this folder in its place that was made before that time. "
+                 "This file may be deleted.\n",
+                 when, RAMBAD_VERSION, old, RECORD_FORMAT, old);
+    name_marker(storage, old, path, sizeof path);
+    int fd = open(path, O_CREAT | O_WRONLY | O_TRUNC | O_CLOEXEC, 0600);
+    bool good = fd >= 0 && write(fd, text, (size_t)size) == size && fsync(fd) == 0;
+    const int error = errno;
+    if (fd >= 0)
+        close(fd);
+    return good ? sync_folder(storage->path) : store_status(error);
+}
+
+static void drop_marker(const struct storage *storage, bool is_there, uint32_t old)
+{
+    char path[4096];
+    name_marker(storage, old, path, sizeof path);
+    if (is_there)
+        (void)unlink(path);
+}
+
 /* Brings a store of an older format to ours, in the transaction that opened it. */
 static enum status migrate(struct store_write *write, struct record_meta *meta)
 {
     uint32_t old = meta->format;
     struct buf buf;
-    enum status status = memory_migrate(write, old); /* all else reads as it is */
+    enum status status = put_marker(write->storage, old);
+    if (!status)
+        status = memory_migrate(write, old); /* all else reads as it is */
     if (status)
         return status;
     meta->format = RECORD_FORMAT;
@@ -600,7 +641,8 @@ static enum status open_databases(struct storage *storage, const struct storage_
         return error_set(err, status, "cannot open the tables of the store in %s: %s",
                          storage->path, mdb_strerror(rc));
     }
-    bool old = !status && meta.format < RECORD_FORMAT;
+    const uint32_t format = meta.format;
+    bool old = !status && format < RECORD_FORMAT;
     if (old) {
         status = migrate(&write, &meta);
         if (status)
@@ -609,10 +651,12 @@ static enum status open_databases(struct storage *storage, const struct storage_
     }
     if (status) {
         store_write_abort(&write);
+        drop_marker(storage, old, format);
         return status;
     }
     /* Handles opened in a read transaction stay only when it is committed. */
     status = store_write_commit(&write);
+    drop_marker(storage, old && status, format);
     return status ? error_set(err, status, "cannot write to the store in %s: %s", storage->path,
                               status_text(status))
                   : STATUS_OK;

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 
@@ -226,7 +228,22 @@ static void test_migration(void **state)
     assert_int_equal(system(command), 0);
     assert_int_equal(storage_check(*state, NULL, NULL, &report, &err), STATUS_UNSUPPORTED);
     assert_non_null(strstr(err.message, "rambad serve"));
-    struct storage *storage = store_past_open(*state);
+    /* One that cannot say so is left as it is. */
+    snprintf(command, sizeof command, "%s/MIGRATED-FROM-1", (const char *)*state);
+    assert_int_equal(mkdir(command, 0700), 0);
+    struct storage_options options = store_past_options(*state);
+    struct storage *storage;
+    assert_int_equal(storage_open(&options, &storage, &err), STATUS_IO);
+    assert_non_null(strstr(err.message, "it is as it was"));
+    assert_int_equal(storage_check(*state, NULL, NULL, &report, &err), STATUS_UNSUPPORTED);
+    assert_int_equal(rmdir(command), 0);
+    storage = store_past_open(*state);
+    char marker[512] = "";
+    FILE *file = fopen(command, "re");
+    assert_non_null(file);
+    assert_true(fread(marker, 1, sizeof marker - 1, file) > 0);
+    fclose(file);
+    assert_non_null(strstr(marker, "from format 1 to format"));
     struct store_past *a = calloc(1, sizeof *a);
     for (uint64_t i = 0; i < 130; i++)
         a->tokens[i] = store_token(1, i);
