@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -197,6 +198,53 @@ int posix_fallocate(int fd, off_t offset, off_t size)
 int posix_fallocate64(int fd, off_t offset, off_t size)
 {
     return posix_fallocate(fd, offset, size);
+}
+
+/* The same for calls that take a path. */
+static bool refuse_path(const char *name, const char *path)
+{
+    bool fault = false;
+    if (strstr(path, IO_SHIM_FOLDER)) {
+        pthread_mutex_lock(&lock);
+        fault = is_fault(name);
+        if (fault)
+            errno = fail_fault == IO_SHIM_SHORT ? EIO : fail_error;
+        pthread_mutex_unlock(&lock);
+    }
+    return fault;
+}
+
+int open(const char *path, int flags, ...)
+{
+    va_list rest;
+    va_start(rest, flags);
+    const mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;
+    va_end(rest);
+    return refuse_path("open", path) ? -1 : (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
+}
+
+int open64(const char *path, int flags, ...)
+{
+    va_list rest;
+    va_start(rest, flags);
+    const mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;
+    va_end(rest);
+    return open(path, flags, mode);
+}
+
+int rename(const char *from, const char *to)
+{
+    return refuse_path("rename", to) ? -1 : (int)syscall(SYS_rename, from, to);
+}
+
+int mkdir(const char *path, mode_t mode)
+{
+    return refuse_path("mkdir", path) ? -1 : (int)syscall(SYS_mkdir, path, mode);
+}
+
+int unlink(const char *path)
+{
+    return refuse_path("unlink", path) ? -1 : (int)syscall(SYS_unlink, path);
 }
 
 /* ---- the table ---- */
