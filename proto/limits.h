@@ -64,7 +64,7 @@
 #define LIMITS_WRITER_QUEUE_BYTES (256 * LIMITS_MIB) /* then STATUS_BUSY: back-pressure */
 #define LIMITS_WRITER_QUEUE_ITEMS 65536
 #define LIMITS_MAP_BYTES ((size_t)1 << 40) /* address space; the file grows as it is filled */
-#define LIMITS_LINGER_MS 50                /* a chunk waits so long for others, or for its commit */
+#define LIMITS_LINGER_MS 250               /* a chunk waits so long for others, or for its commit */
 #define LIMITS_LINEAGE 4096                /* forks of forks along one memory */
 #define LIMITS_KEEP_SNAPSHOTS 4            /* of a memory's last turns; MiBs each */
 #define LIMITS_PREFIX_SNAPSHOTS 16         /* of a conversation without a memory; it can be edited
