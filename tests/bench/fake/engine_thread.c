@@ -76,6 +76,7 @@ static void take_list(struct list *from, struct list *to)
 
 static void post(struct job *job, const struct event *event)
 {
+    struct engine_thread *thread = job->thread; /* who hears of the job's end may free it */
     struct message *message = malloc(sizeof *message);
     ASSERT(message);
     message->job = job;
@@ -84,10 +85,10 @@ static void post(struct job *job, const struct event *event)
         memcpy(message->text, event->text, event->text_size);
         message->event.text = message->text;
     }
-    pthread_mutex_lock(&job->thread->lock);
-    list_push_back(&job->thread->outbox, &message->node);
-    pthread_mutex_unlock(&job->thread->lock);
-    uv_async_send(&job->thread->async);
+    pthread_mutex_lock(&thread->lock);
+    list_push_back(&thread->outbox, &message->node);
+    pthread_mutex_unlock(&thread->lock);
+    uv_async_send(&thread->async);
 }
 
 static void post_done(struct job *job, enum status status)
