@@ -325,7 +325,8 @@ def plot(rows, names, title, path):
     axes.set_ylabel("right answers, %")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", ncols=3, fontsize=8)
+    if axes.lines:
+        axes.legend(loc="lower left", ncols=3, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
