@@ -7,7 +7,11 @@
  * The work is a function of the seed alone: each client writes memories one behind the other, every
  * second of them a fork of the one before; the operations of a memory are taken in order. A round
  * is one operation of every client, side by side, with at most one kill; one that comes after the
- * round is over does not happen and is not counted. */
+ * round is over does not happen and is not counted.
+ *
+ * RAMBAD_CRASH_KILLS=2000 asks for the long form; RAMBAD_CRASH_STORES=16 shares the kills out to so
+ * many stores side by side, each with a seed of its own: the first has RAMBAD_SEED, the next the
+ * number behind it. A store that failed is repeated alone with its seed and its kills. */
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -15,8 +19,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -29,6 +36,7 @@
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
 #define CLIENTS 3
 #define MEMORIES_MAX 1024
+#define STORES_MAX 256
 #define OPERATIONS 12 /* of one memory, its creation included */
 #define APPEND_MAX 24000
 #define KILLS_MAX 4 /* of one operation: those that are aimed too early must not use up all */
@@ -533,18 +541,10 @@ static int teardown(void **state)
     return 0;
 }
 
-int main(void)
+/* One store's run, from an empty folder. Returns whether it failed; then the folder stays. */
+static bool run_store(struct crash *crash)
 {
-    struct crash *crash = calloc(1, sizeof *crash);
     char path[1024];
-    const char *seed = getenv("RAMBAD_SEED"), *kills = getenv("RAMBAD_CRASH_KILLS");
-    if (!crash)
-        return 1;
-    if (seed)
-        crash->seed = strtoull(seed, NULL, 10);
-    else if (getrandom(&crash->seed, sizeof crash->seed, 0) != sizeof crash->seed)
-        return 1;
-    crash->kills_wanted = kills ? strtoul(kills, NULL, 10) : 60;
     crash->random = crash->seed + 1;
     memcpy(crash->likely, (double[KINDS]){0.01, 2e-5, 0.05, 0.3, 0.02}, sizeof crash->likely);
     for (unsigned c = 0; c < CLIENTS; c++) {
@@ -563,8 +563,11 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_crash, NULL, teardown, crash),
     };
-    int failed = cmocka_run_group_tests(tests, NULL, NULL);
-    store_helper_remove(crash->folder);
+    const bool failed = cmocka_run_group_tests(tests, NULL, NULL) != 0;
+    if (failed)
+        print_message("what it left is in %s\n", crash->folder);
+    else
+        store_helper_remove(crash->folder);
     for (unsigned m = 0; m < MEMORIES_MAX; m++)
         for (int run = 0; run < 2; run++) {
             struct memory *memory = run ? &crash->without[m] : &crash->with_kills[m];
@@ -575,6 +578,98 @@ int main(void)
         buf_close(&crash->clients[c].answer);
         buf_close(&crash->clients[c].operation.text);
     }
-    free(crash);
     return failed;
+}
+
+/* ---- several stores side by side, a process each ---- */
+
+static pid_t start_store(struct crash *crash, FILE *output)
+{
+    const pid_t parent = getpid();
+    fflush(NULL);
+    const pid_t pid = fork();
+    if (pid)
+        return pid;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent || dup2(fileno(output), STDOUT_FILENO) < 0 ||
+        dup2(fileno(output), STDERR_FILENO) < 0)
+        _exit(126);
+    exit(run_store(crash));
+}
+
+static void print_output(FILE *output)
+{
+    char line[1024];
+    rewind(output);
+    while (fgets(line, sizeof line, output))
+        print_message("  %s", line);
+}
+
+/* What all of them did, counted by themselves in the memory that is shared. Returns how many
+ * failed. */
+static unsigned run_stores(struct crash *crashes, unsigned count)
+{
+    FILE *outputs[STORES_MAX];
+    pid_t pids[STORES_MAX];
+    struct crash sum = {.seed = crashes[0].seed};
+    unsigned failed = 0;
+    const double start = daemon_now();
+    setenv("RAMBAD_THREADS", "1", 0); /* the stores share the machine, not each sequence's work */
+    for (unsigned i = 0; i < count; i++) {
+        outputs[i] = tmpfile();
+        pids[i] = outputs[i] ? start_store(&crashes[i], outputs[i]) : -1;
+    }
+    for (unsigned i = 0; i < count; i++) {
+        int how = 1;
+        const bool ran = pids[i] > 0 && waitpid(pids[i], &how, 0) == pids[i];
+        const bool is_good = ran && WIFEXITED(how) && WEXITSTATUS(how) == 0;
+        print_message("store %u of %u, seed %llu: %s\n", i + 1, count,
+                      (unsigned long long)crashes[i].seed, is_good ? "passed" : "FAILED");
+        if (outputs[i])
+            print_output(outputs[i]);
+        failed += !is_good;
+        sum.kills += crashes[i].kills;
+        sum.kills_start += crashes[i].kills_start;
+        sum.lost_answers += crashes[i].lost_answers;
+        for (int kind = 0; kind < KINDS; kind++) {
+            sum.cut[kind] += crashes[i].cut[kind];
+            sum.done[kind] += crashes[i].done[kind];
+        }
+    }
+    report(&sum);
+    print_message("%u stores side by side, %u failed; %.0f s\n", count, failed,
+                  daemon_now() - start);
+    return failed;
+}
+
+static unsigned long setting(const char *name, unsigned long otherwise)
+{
+    const char *text = getenv(name);
+    return text ? strtoul(text, NULL, 10) : otherwise;
+}
+
+int main(void)
+{
+    const unsigned long kills = setting("RAMBAD_CRASH_KILLS", 60);
+    const unsigned long stores = setting("RAMBAD_CRASH_STORES", 1);
+    const char *text = getenv("RAMBAD_SEED");
+    uint64_t seed = text ? strtoull(text, NULL, 10) : 0;
+    if (!text && getrandom(&seed, sizeof seed, 0) != sizeof seed)
+        return 1;
+    if (stores < 1 || stores > STORES_MAX) {
+        print_message("RAMBAD_CRASH_STORES: 1 to %u\n", STORES_MAX);
+        return 1;
+    }
+    struct crash *crashes = mmap(NULL, stores * sizeof *crashes, PROT_READ | PROT_WRITE,
+                                 MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (crashes == MAP_FAILED)
+        return 1;
+    for (unsigned long i = 0; i < stores; i++) {
+        crashes[i].seed = seed + i;
+        crashes[i].kills_wanted = kills / stores + (i < kills % stores);
+    }
+    if (stores > 1)
+        print_message("RAMBAD_SEED=%llu RAMBAD_CRASH_KILLS=%lu RAMBAD_CRASH_STORES=%lu\n",
+                      (unsigned long long)seed, kills, stores);
+    return stores > 1 ? run_stores(crashes, (unsigned)stores) != 0 : run_store(crashes);
 }

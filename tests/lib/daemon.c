@@ -36,16 +36,18 @@ static const char *program(const char *name, const char *otherwise)
     return path && path[0] ? path : otherwise;
 }
 
-/* A port that was free a moment ago. The kernel does not give it out again at once. */
+/* A port for a daemon to listen at. It stays bound, with SO_REUSEADDR and no listener, for as long
+ * as the test runs: the daemon may have it, as often as it is started, and nobody else is given it.
+ */
 static int free_port(void)
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    const int yes = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert_true(fd >= 0);
+    assert_int_equal(setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes), 0);
     assert_int_equal(bind(fd, (struct sockaddr *)&address, size), 0);
     assert_int_equal(getsockname(fd, (struct sockaddr *)&address, &size), 0);
-    close(fd);
     return ntohs(address.sin_port);
 }
 
