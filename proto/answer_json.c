@@ -129,11 +129,18 @@ static void append_head(struct buf *out, const struct answer_head *head, bool wh
     const char *object = !head->chat ? "text_completion"
                          : whole     ? "chat.completion"
                                      : "chat.completion.chunk";
-    buf_append_format(out, "{\"id\":\"%s\",\"object\":\"%s\",\"created\":%lld,\"model\":", head->id,
-                      object, (long long)head->created);
+    /* Of each event of a stream, so without formats. */
+    buf_append_text(out, "{\"id\":\"");
+    buf_append_text(out, head->id);
+    buf_append_text(out, "\",\"object\":\"");
+    buf_append_text(out, object);
+    buf_append_text(out, "\",\"created\":");
+    buf_append_number(out, (uint64_t)head->created, 10, 1);
+    buf_append_text(out, ",\"model\":");
     append_text(out, head->model);
-    buf_append_format(out, ",\"system_fingerprint\":\"fp_%016llx\",\"choices\":[",
-                      (unsigned long long)head->fingerprint);
+    buf_append_text(out, ",\"system_fingerprint\":\"fp_");
+    buf_append_number(out, head->fingerprint, 16, 16);
+    buf_append_text(out, "\",\"choices\":[");
 }
 
 static void append_logprobs(struct buf *out, const struct answer_logprobs *logprobs, bool chat)
@@ -176,7 +183,9 @@ static void append_said(struct buf *out, const struct answer_head *head,
 static void append_choice(struct buf *out, const struct answer_head *head,
                           const struct answer_choice *choice, bool whole)
 {
-    buf_append_format(out, "{\"index\":%u,", choice->index);
+    buf_append_text(out, "{\"index\":");
+    buf_append_number(out, choice->index, 10, 1);
+    buf_append_text(out, ",");
     append_said(out, head, choice, whole);
     buf_append_text(out, ",\"logprobs\":");
     if (choice->logprobs)

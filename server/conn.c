@@ -857,8 +857,10 @@ void request_stream_write(struct request *request, const char *data, size_t size
     if (request->gone || !size)
         return;
     const size_t unsent = conn->out.size + conn->writing;
-    if (request->chunked)
-        buf_append_format(output(conn), "%zx\r\n", size);
+    if (request->chunked) {
+        buf_append_number(output(conn), size, 16, 1);
+        buf_append_text(output(conn), "\r\n");
+    }
     buf_append(output(conn), data, size);
     if (request->chunked)
         buf_append_text(output(conn), "\r\n");

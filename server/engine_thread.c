@@ -36,16 +36,6 @@ static void wake_cb(void *context)
     wake(context);
 }
 
-static void take_list(struct list *from, struct list *to)
-{
-    list_init(to);
-    while (!list_empty(from)) {
-        struct list *node = from->next;
-        list_remove(node);
-        list_push_back(to, node);
-    }
-}
-
 /* ---- replies ---- */
 
 struct reply *reply_create(struct engine_thread *thread,
@@ -124,22 +114,27 @@ static void event_free(struct event_node *node)
     free(node);
 }
 
-/* It was delivered. */
-static void event_return(struct engine_thread *thread, struct event_node *node)
+static void events_free(struct list *events)
 {
-    for (size_t i = 0; i < sizeof node->taken / sizeof *node->taken; i++) {
-        free(node->taken[i]);
-        node->taken[i] = NULL;
+    while (!list_empty(events)) {
+        struct event_node *node = LIST_ENTRY(events->next, struct event_node, node);
+        list_remove(&node->node);
+        event_free(node);
     }
+}
+
+/* They were delivered. One lock for all: the engine's thread wants it for each event. */
+static void events_return(struct engine_thread *thread, struct list *events)
+{
     pthread_mutex_lock(&thread->lock);
-    const bool keep = thread->spare_count < SPARE_EVENTS;
-    if (keep) {
-        list_push_front(&thread->spare, &node->node);
+    while (!list_empty(events) && thread->spare_count < SPARE_EVENTS) {
+        struct list *node = events->next;
+        list_remove(node);
+        list_push_front(&thread->spare, node);
         thread->spare_count++;
     }
     pthread_mutex_unlock(&thread->lock);
-    if (!keep)
-        event_free(node);
+    events_free(events);
 }
 
 static const void *copy_in(struct buf *copy, const void *from, size_t bytes)
@@ -229,7 +224,10 @@ static void deliver(struct engine_thread *thread, struct event_node *node)
         thread->job_count--;
     }
     job->event_cb(job->context, &node->event);
-    event_return(thread, node);
+    for (size_t i = 0; i < sizeof node->taken / sizeof *node->taken; i++) {
+        free(node->taken[i]);
+        node->taken[i] = NULL;
+    }
     if (done)
         free_job(job);
 }
@@ -237,9 +235,10 @@ static void deliver(struct engine_thread *thread, struct event_node *node)
 static void async_cb(uv_async_t *async)
 {
     struct engine_thread *thread = async->data;
-    struct list events, answered;
+    struct list events, delivered, answered;
+    list_init(&delivered);
     pthread_mutex_lock(&thread->lock);
-    take_list(&thread->outbox, &events);
+    list_take_all(&thread->outbox, &events);
     list_init(&answered);
     LIST_EACH_SAFE(node, &thread->releases)
     {
@@ -253,7 +252,9 @@ static void async_cb(uv_async_t *async)
         struct event_node *node = LIST_ENTRY(events.next, struct event_node, node);
         list_remove(&node->node);
         deliver(thread, node);
+        list_push_back(&delivered, &node->node);
     }
+    events_return(thread, &delivered);
     while (!list_empty(&answered)) {
         struct release *release = LIST_ENTRY(answered.next, struct release, node);
         list_remove(&release->node);
@@ -708,8 +709,8 @@ static bool receive(struct engine_thread *thread)
 {
     struct list replies, jobs;
     pthread_mutex_lock(&thread->lock);
-    take_list(&thread->inbox, &jobs);
-    take_list(&thread->replies, &replies);
+    list_take_all(&thread->inbox, &jobs);
+    list_take_all(&thread->replies, &replies);
     const bool closing = thread->closing;
     pthread_mutex_unlock(&thread->lock);
     while (!list_empty(&jobs)) {
@@ -874,11 +875,7 @@ static void handle_closed(uv_handle_t *handle)
     void *context = thread->closed_context;
     session_store_destroy(thread->store);
     engine_close(thread->engine);
-    while (!list_empty(&thread->spare)) {
-        struct event_node *node = LIST_ENTRY(thread->spare.next, struct event_node, node);
-        list_remove(&node->node);
-        event_free(node);
-    }
+    events_free(&thread->spare);
     buf_close(&thread->decoded);
     buf_close(&thread->text);
     pthread_mutex_destroy(&thread->lock);

@@ -64,6 +64,17 @@ void buf_append_format(struct buf *buf, const char *format, ...)
     buf->size += (size_t)length;
 }
 
+void buf_append_number(struct buf *buf, uint64_t value, unsigned base, unsigned digits)
+{
+    char text[64];
+    size_t at = sizeof text;
+    ASSERT(base >= 2 && base <= 16 && digits <= sizeof text);
+    do
+        text[--at] = "0123456789abcdef"[value % base];
+    while ((value /= base) || sizeof text - at < digits);
+    buf_append(buf, text + at, sizeof text - at);
+}
+
 void buf_consume(struct buf *buf, size_t size)
 {
     ASSERT(size <= buf->size);

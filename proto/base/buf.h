@@ -5,6 +5,7 @@
 #define PROTO_BASE_BUF_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 struct buf {
     char *data; /* NULL while nothing was ever reserved */
@@ -21,6 +22,9 @@ void buf_append(struct buf *buf, const void *bytes, size_t size);
 void buf_append_text(struct buf *buf, const char *text);
 void buf_append_format(struct buf *buf, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
+/* A number in digits of this base, 2 to 16, at least `digits` of them: what a token costs has no
+ * room for formats. */
+void buf_append_number(struct buf *buf, uint64_t value, unsigned base, unsigned digits);
 /* Drops the first `size` bytes; size <= buf->size. */
 void buf_consume(struct buf *buf, size_t size);
 /* A terminating NUL behind data[size - 1], not counted in size; returns data. */

@@ -49,4 +49,23 @@ static inline void list_remove(struct list *node)
     list_init(node);
 }
 
+/* All of `from` goes behind what is in `list`, in its order and in constant time. */
+static inline void list_append_all(struct list *list, struct list *from)
+{
+    if (list_empty(from))
+        return;
+    from->next->prev = list->prev;
+    from->prev->next = list;
+    list->prev->next = from->next;
+    list->prev = from->prev;
+    list_init(from);
+}
+
+/* All of `from` moves to `to`, which need not be initialised. */
+static inline void list_take_all(struct list *from, struct list *to)
+{
+    list_init(to);
+    list_append_all(to, from);
+}
+
 #endif

@@ -41,10 +41,13 @@ struct engine_thread {
 
     pthread_mutex_t lock; /* of what follows, up to the next comment */
     pthread_cond_t wake;
-    struct list inbox, outbox;
+    struct list inbox, outbox, spare; /* spare: messages to use again */
     bool closing;
 
-    struct list running; /* the thread alone; the next token is the first one's */
+    /* The thread alone. */
+    struct list running; /* the next token is the first one's */
+    struct list posted;  /* messages that the outbox gets at the end of this turn */
+    struct list unused;  /* messages */
 
     uv_async_t async; /* the loop alone, with all below */
     size_t job_count;
@@ -62,31 +65,41 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-static void take_list(struct list *from, struct list *to)
-{
-    list_init(to);
-    while (!list_empty(from)) {
-        struct list *node = from->next;
-        list_remove(node);
-        list_push_back(to, node);
-    }
-}
-
 /* ---- the thread ---- */
 
+/* Makes an event known to the loop with the next send_posted. */
 static void post(struct job *job, const struct event *event)
 {
     struct engine_thread *thread = job->thread; /* who hears of the job's end may free it */
-    struct message *message = malloc(sizeof *message);
-    ASSERT(message);
+    struct message *message = NULL;
+    if (list_empty(&thread->unused)) {
+        pthread_mutex_lock(&thread->lock);
+        list_take_all(&thread->spare, &thread->unused);
+        pthread_mutex_unlock(&thread->lock);
+    }
+    if (!list_empty(&thread->unused)) {
+        message = LIST_ENTRY(thread->unused.next, struct message, node);
+        list_remove(&message->node);
+    } else {
+        message = malloc(sizeof *message);
+        ASSERT(message);
+    }
     message->job = job;
     message->event = *event;
     if (event->text) {
         memcpy(message->text, event->text, event->text_size);
         message->event.text = message->text;
     }
+    list_push_back(&thread->posted, &message->node);
+}
+
+/* One lock and one wake-up for all that a turn of the thread has posted. */
+static void send_posted(struct engine_thread *thread)
+{
+    if (list_empty(&thread->posted))
+        return;
     pthread_mutex_lock(&thread->lock);
-    list_push_back(&thread->outbox, &message->node);
+    list_append_all(&thread->outbox, &thread->posted);
     pthread_mutex_unlock(&thread->lock);
     uv_async_send(&thread->async);
 }
@@ -156,6 +169,7 @@ static void *thread_main(void *context)
     for (;;) {
         struct list jobs;
         const uint64_t due = run_due(thread);
+        send_posted(thread);
         const struct timespec until = {.tv_sec = (time_t)(due / 1000000000u),
                                        .tv_nsec = (long)(due % 1000000000u)};
         pthread_mutex_lock(&thread->lock);
@@ -166,13 +180,14 @@ static void *thread_main(void *context)
                 pthread_cond_wait(&thread->wake, &thread->lock);
         }
         const bool closing = thread->closing;
-        take_list(&thread->inbox, &jobs);
+        list_take_all(&thread->inbox, &jobs);
         pthread_mutex_unlock(&thread->lock);
         while (!list_empty(&jobs)) {
             struct job *job = LIST_ENTRY(jobs.next, struct job, node);
             list_remove(&job->node);
             begin(thread, job);
         }
+        send_posted(thread);
         if (closing)
             return NULL;
     }
@@ -187,7 +202,6 @@ static void deliver(struct engine_thread *thread, struct message *message)
     if (done)
         thread->job_count--;
     job->event_cb(job->context, &message->event);
-    free(message);
     if (!done)
         return;
     free(job->generate.tokens);
@@ -202,13 +216,15 @@ static void async_cb(uv_async_t *async)
     struct engine_thread *thread = async->data;
     struct list messages;
     pthread_mutex_lock(&thread->lock);
-    take_list(&thread->outbox, &messages);
+    list_take_all(&thread->outbox, &messages);
     pthread_mutex_unlock(&thread->lock);
-    while (!list_empty(&messages)) {
-        struct message *message = LIST_ENTRY(messages.next, struct message, node);
-        list_remove(&message->node);
-        deliver(thread, message);
+    LIST_EACH(node, &messages)
+    {
+        deliver(thread, LIST_ENTRY(node, struct message, node));
     }
+    pthread_mutex_lock(&thread->lock);
+    list_append_all(&thread->spare, &messages);
+    pthread_mutex_unlock(&thread->lock);
     if (thread->draining && !thread->job_count && thread->drained_cb) {
         void (*drained_cb)(void *context) = thread->drained_cb;
         thread->drained_cb = NULL;
@@ -309,7 +325,10 @@ enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_optio
     thread->period_ns = per_second > 0 ? (uint64_t)(1e9 / per_second) : 0;
     list_init(&thread->inbox);
     list_init(&thread->outbox);
+    list_init(&thread->spare);
     list_init(&thread->running);
+    list_init(&thread->posted);
+    list_init(&thread->unused);
     pthread_mutex_init(&thread->lock, NULL);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -339,6 +358,12 @@ static void handle_closed(uv_handle_t *handle)
     void (*closed_cb)(void *context) = thread->closed_cb;
     void *context = thread->closed_context;
     engine_close(thread->engine);
+    list_append_all(&thread->spare, &thread->unused);
+    while (!list_empty(&thread->spare)) {
+        struct message *message = LIST_ENTRY(thread->spare.next, struct message, node);
+        list_remove(&message->node);
+        free(message);
+    }
     free(thread);
     closed_cb(context);
 }
