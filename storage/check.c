@@ -69,11 +69,13 @@ static void check_expiry(struct check *check, const MDB_val *key, const MDB_val 
 {
     struct record_memory memory;
     char id[LIMITS_ID_BYTES] = "";
-    if (key->mv_size <= 8 || key->mv_size >= EXPIRY_KEY_BYTES || value->mv_size) {
+    if (key->mv_size <= 8 || key->mv_size >= EXPIRY_KEY_BYTES) {
         problem(check, "an entry of the table of ends is damaged");
         return;
     }
     memcpy(id, (const char *)key->mv_data + 8, key->mv_size - 8);
+    if (value->mv_size)
+        problem(check, "memory %s: its entry in the table of ends is damaged", id);
     if (memory_get(check->storage, check->txn, id, &memory) ||
         (uint64_t)expiry_end(&memory) != record_key_read(key->mv_data))
         problem(check, "memory %s: its entry in the table of ends is another's", id);
@@ -372,11 +374,14 @@ static void check_item(struct check *check, const MDB_val *key, const MDB_val *v
     struct record_item item;
     struct record_memory memory;
     MDB_val owner;
+    const char *id = key->mv_data; /* once decoded, a NUL ends it */
     if (record_item_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &item)) {
-        problem(check, "an item of a list is damaged");
+        problem(check, "the item %" PRIu64 " of the list of %.*s is damaged",
+                key->mv_size > 8 ? record_key_read((const unsigned char *)id + key->mv_size - 8)
+                                 : 0,
+                key->mv_size > 8 ? (int)key->mv_size - 8 : 0, id);
         return;
     }
-    const char *id = key->mv_data; /* a NUL ends it */
     if (store_get(check->storage, check->txn, STORE_OBJECT, id, strlen(id), &owner) ==
             STATUS_NOT_FOUND &&
         memory_get(check->storage, check->txn, id, &memory) == STATUS_NOT_FOUND)
@@ -385,20 +390,26 @@ static void check_item(struct check *check, const MDB_val *key, const MDB_val *v
 
 static void check_receipt(struct check *check, const MDB_val *key, const MDB_val *value)
 {
+    const unsigned char *name = key->mv_data;
     struct record_receipt receipt;
     if (record_receipt_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &receipt))
-        problem(check, "a receipt is damaged");
+        problem(check, "the receipt %02x%02x%02x%02x... is damaged", name[0],
+                key->mv_size > 1 ? name[1] : 0, key->mv_size > 2 ? name[2] : 0,
+                key->mv_size > 3 ? name[3] : 0);
 }
 
 static void check_collect(struct check *check, const MDB_val *key, const MDB_val *value)
 {
     struct record_branch record;
-    if (key->mv_size != 8 || value->mv_size != 0)
+    if (key->mv_size != 8 || value->mv_size != 0) {
         problem(check, "an entry of the table of branches to collect is damaged");
-    else if (branch_get(check->storage, check->txn, record_key_read(key->mv_data), &record) ==
-             STATUS_NOT_FOUND)
-        problem(check, "branch %" PRIu64 ": to be collected, but missing",
-                record_key_read(key->mv_data));
+        return;
+    }
+    const uint64_t branch = record_key_read(key->mv_data);
+    enum status status = branch_get(check->storage, check->txn, branch, &record);
+    if (status == STATUS_NOT_FOUND || (!status && record.owner[0]))
+        problem(check, "branch %" PRIu64 ": to be collected, but %s", branch,
+                status ? "missing" : "a memory's");
 }
 
 /* Runs whose branch does not exist: nothing would ever free them. */

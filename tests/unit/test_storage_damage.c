@@ -1,5 +1,5 @@
-/* Damage on disk: every byte of every record flipped, every record taken away; `check` must notice
- * each time, and a read must never hand out what is wrong. */
+/* Damage on disk: every byte of every record and of its key flipped, every record taken away;
+ * `check` must notice each time and name the part, and a read must never hand out what is wrong. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -17,11 +17,25 @@
 #define LANDMARK 8u
 #define SNAPSHOT 33u
 
-static const char *const db_names[] = {"meta",   "memory",   "branch", "child",    "collect",
-                                       "kv",     "landmark", "token",  "snapshot", "turn",
-                                       "object", "receipt",  "item"};
-#define DB_COUNT (sizeof db_names / sizeof db_names[0])
-#define DB_TOLD (DB_COUNT - 2) /* nothing tells of a receipt or an item that is gone */
+/* What a problem that `check` tells of must begin with and hold, to name a record of the table. */
+static const struct {
+    const char *name, *part, *kind;
+} dbs[] = {{"meta", "the ", "record"},
+           {"memory", "memory ", ""},
+           {"branch", "branch ", ""},
+           {"child", "branch ", "child"},
+           {"kv", "branch ", "chunk"},
+           {"landmark", "branch ", "landmark"},
+           {"token", "branch ", "token"},
+           {"snapshot", "snapshot ", ""},
+           {"turn", "branch ", "turn"},
+           {"object", "the object ", ""},
+           {"expiry", "memory ", "table of ends"},
+           {"receipt", "the receipt ", ""},
+           {"item", "the item ", "of the list of "},
+           {"collect", "branch ", "to be collected"}};
+#define DB_COUNT (sizeof dbs / sizeof dbs[0])
+#define DB_TOLD (DB_COUNT - 3) /* nothing tells of a receipt, an item or a mark that is gone */
 
 static struct storage *open_at(const char *path)
 {
@@ -72,33 +86,6 @@ static void write_to(struct storage *storage, const char *id, uint64_t position)
     assert_int_equal(store_commit(storage, &commit), STATUS_OK);
 }
 
-/* A memory, a fork that went on, a fork of it that shares its snapshot, and a branch whose memory
- * is deleted but which others stand on. */
-static int setup(void **state)
-{
-    char *path = store_helper_folder();
-    struct storage *storage = open_at(path);
-    assert_int_equal(store_create(storage, "gone", NULL), STATUS_OK);
-    write_to(storage, "gone", 9);
-    assert_int_equal(store_create(storage, "a", "gone"), STATUS_OK);
-    assert_int_equal(store_remove(storage, "gone"), STATUS_OK);
-    write_to(storage, "a", 18);
-    assert_int_equal(store_create(storage, "b", "a"), STATUS_OK);
-    struct storage_stats stats;
-    do
-        storage_get_stats(storage, &stats);
-    while (stats.branches_to_collect > 0);
-    storage_close(storage);
-    *state = path;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    store_helper_remove(*state);
-    return 0;
-}
-
 /* ---- raw access, between openings ---- */
 
 struct raw {
@@ -114,7 +101,7 @@ static struct raw raw_open(const char *path, size_t db)
     assert_int_equal(mdb_env_set_maxdbs(raw.env, DB_COUNT), 0);
     assert_int_equal(mdb_env_open(raw.env, path, MDB_NOSYNC, 0600), 0);
     assert_int_equal(mdb_txn_begin(raw.env, NULL, 0, &raw.txn), 0);
-    assert_int_equal(mdb_dbi_open(raw.txn, db_names[db], 0, &raw.dbi), 0);
+    assert_int_equal(mdb_dbi_open(raw.txn, dbs[db].name, 0, &raw.dbi), 0);
     return raw;
 }
 
@@ -168,11 +155,85 @@ static void raw_delete(const char *path, size_t db, const struct record *record)
     raw_close(&raw);
 }
 
+/* The branch of the deleted memory is to be looked at again, as after a kill. */
+static void mark_for_collection(const char *path)
+{
+    struct record record = {.key = {0, 0, 0, 0, 0, 0, 0, 1}, .key_size = 8};
+    raw_put(path, DB_COUNT - 1, &record);
+}
+
+/* A memory, a fork that went on, a fork of it that shares its snapshot, and a branch whose memory
+ * is deleted but which others stand on. */
+static int setup(void **state)
+{
+    char *path = store_helper_folder();
+    struct storage *storage = open_at(path);
+    assert_int_equal(store_create(storage, "gone", NULL), STATUS_OK);
+    write_to(storage, "gone", 9);
+    assert_int_equal(store_create(storage, "a", "gone"), STATUS_OK);
+    assert_int_equal(store_remove(storage, "gone"), STATUS_OK);
+    write_to(storage, "a", 18);
+    assert_int_equal(store_create(storage, "b", "a"), STATUS_OK);
+    struct store_wait wait;
+    store_wait_init(&wait);
+    const struct storage_expires expires = {.seconds = 86400};
+    assert_int_equal(store_wait_finish(&wait, storage_memory_update(storage, "b", NULL, &expires,
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    struct storage_stats stats;
+    do
+        storage_get_stats(storage, &stats);
+    while (stats.branches_to_collect > 0);
+    storage_close(storage);
+    mark_for_collection(path);
+    *state = path;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    store_helper_remove(*state);
+    return 0;
+}
+
 static bool is_noticed(const char *path)
 {
     struct storage_check_report report;
     struct error err;
     return storage_check(path, NULL, NULL, &report, &err) != STATUS_OK || report.problems > 0;
+}
+
+/* What a problem must say to name the part that is damaged. */
+struct wanted {
+    size_t db;
+    bool is_named;
+    struct buf told;
+};
+
+static void compare_problem(void *context, const char *message)
+{
+    struct wanted *wanted = context;
+    const char *part = dbs[wanted->db].part;
+    wanted->is_named |= strncmp(message, part, strlen(part)) == 0 &&
+                        strstr(message + strlen(part), dbs[wanted->db].kind) != NULL;
+    buf_append_format(&wanted->told, "  %s\n", message);
+}
+
+/* `check` must tell of damage to a record of that table, by name. */
+static void assert_named(const char *path, size_t db, size_t number, const char *what, size_t byte)
+{
+    struct storage_check_report report = {0};
+    struct error err = {0};
+    struct wanted wanted = {.db = db};
+    buf_init(&wanted.told);
+    if (storage_check(path, compare_problem, &wanted, &report, &err)) {
+        compare_problem(&wanted, err.message);
+        report.problems = 1;
+    }
+    if (!report.problems || !wanted.is_named)
+        fail_msg("%s record %zu, byte %zu of its %s: %s\n%s", dbs[db].name, number, byte, what,
+                 report.problems ? "not named" : "unnoticed", buf_text(&wanted.told));
+    buf_close(&wanted.told);
 }
 
 /* ---- tests ---- */
@@ -188,9 +249,7 @@ static void test_every_byte(void **state)
                 unsigned char before = record.value[i];
                 record.value[i] ^= (unsigned char)(1u << (flips % 8));
                 raw_put(*state, db, &record);
-                if (!is_noticed(*state))
-                    fail_msg("%s record %zu: byte %zu of %zu changed from %02x to %02x unnoticed",
-                             db_names[db], n, i, record.size, before, record.value[i]);
+                assert_named(*state, db, n, "value", i);
                 record.value[i] = before;
             }
             raw_put(*state, db, &record);
@@ -201,6 +260,33 @@ static void test_every_byte(void **state)
     assert_false(is_noticed(*state));
 }
 
+static void test_every_byte_of_keys(void **state)
+{
+    struct record record;
+    size_t flips = 0;
+    for (size_t db = 0; db < DB_COUNT; db++) {
+        size_t n = 0;
+        for (; raw_get(*state, db, n, &record); n++) {
+            for (size_t i = 0; i < record.key_size; i++, flips++) {
+                const unsigned char bit = (unsigned char)(1u << (flips % 8));
+                raw_delete(*state, db, &record);
+                record.key[i] ^= bit;
+                raw_put(*state, db, &record);
+                if (!is_noticed(*state))
+                    fail_msg("%s record %zu: byte %zu of its key changed unnoticed", dbs[db].name,
+                             n, i);
+                raw_delete(*state, db, &record);
+                record.key[i] ^= bit;
+                raw_put(*state, db, &record);
+            }
+        }
+        if (!n)
+            fail_msg("there is no %s record to damage", dbs[db].name);
+    }
+    print_message("%zu bytes of keys\n", flips);
+    assert_false(is_noticed(*state));
+}
+
 static void test_every_record_missing(void **state)
 {
     struct record record;
@@ -208,7 +294,7 @@ static void test_every_record_missing(void **state)
         for (size_t n = 0; raw_get(*state, db, n, &record); n++) {
             raw_delete(*state, db, &record);
             if (!is_noticed(*state))
-                fail_msg("%s record %zu taken away unnoticed", db_names[db], n);
+                fail_msg("%s record %zu taken away unnoticed", dbs[db].name, n);
             raw_put(*state, db, &record);
         }
     }
@@ -226,7 +312,7 @@ static void test_every_length(void **state)
                 memset(record.value + size, 0, 16);
                 raw_put(*state, db, &record);
                 if (record.size != size && !is_noticed(*state))
-                    fail_msg("%s record %zu: %zu bytes for %zu unnoticed", db_names[db], n,
+                    fail_msg("%s record %zu: %zu bytes for %zu unnoticed", dbs[db].name, n,
                              record.size, size);
             }
             record.size = size;
@@ -240,11 +326,11 @@ static void test_every_length(void **state)
  * and a store with one damaged memory still opens. */
 static void test_reads_of_damage(void **state)
 {
-    static const size_t dbs[] = {5, 6, 7, 8};
+    static const size_t read_dbs[] = {4, 5, 6, 7};
     size_t refused = 0;
     for (size_t d = 0; d < 4; d++) {
         struct record record;
-        for (size_t n = 0; raw_get(*state, dbs[d], n, &record); n++) {
+        for (size_t n = 0; raw_get(*state, read_dbs[d], n, &record); n++) {
             for (size_t i = 0; i < record.size; i += 3) {
                 struct storage_range *ranges;
                 size_t count, size;
@@ -252,7 +338,7 @@ static void test_reads_of_damage(void **state)
                 int32_t tokens[18];
                 void *snapshot;
                 record.value[i] ^= 0x10;
-                raw_put(*state, dbs[d], &record);
+                raw_put(*state, read_dbs[d], &record);
                 struct storage *storage = open_at(*state);
                 assert_int_equal(storage_lineage(storage, "a", &ranges, &count), STATUS_OK);
                 for (uint64_t c = 0, r = 0; c < 18 / S; c++) {
@@ -290,7 +376,7 @@ static void test_reads_of_damage(void **state)
                 storage_close(storage);
                 record.value[i] ^= 0x10;
             }
-            raw_put(*state, dbs[d], &record);
+            raw_put(*state, read_dbs[d], &record);
         }
     }
     assert_true(refused > 100);
@@ -408,19 +494,27 @@ static void test_repair(void **state)
             for (size_t i = n % 5; i < size; i += 5) {
                 record.value[i] ^= (unsigned char)(1u << (i % 8));
                 raw_put(*state, db, &record);
-                repair_damage(*state, db_names[db], n, &outcomes);
+                repair_damage(*state, dbs[db].name, n, &outcomes);
                 record.value[i] ^= (unsigned char)(1u << (i % 8));
                 copy_file(*state, "whole", "data.mdb");
             }
             memset(record.value + size, 0, 16);
             for (record.size = 0; record.size <= size + 8; record.size += 13) {
                 raw_put(*state, db, &record);
-                repair_damage(*state, db_names[db], n, &outcomes);
+                repair_damage(*state, dbs[db].name, n, &outcomes);
                 copy_file(*state, "whole", "data.mdb");
             }
             record.size = size;
+            for (size_t i = n % 3; i < record.key_size; i += 3) {
+                raw_delete(*state, db, &record);
+                record.key[i] ^= (unsigned char)(1u << (i % 8));
+                raw_put(*state, db, &record);
+                repair_damage(*state, dbs[db].name, n, &outcomes);
+                record.key[i] ^= (unsigned char)(1u << (i % 8));
+                copy_file(*state, "whole", "data.mdb");
+            }
             raw_delete(*state, db, &record);
-            repair_damage(*state, db_names[db], n, &outcomes);
+            repair_damage(*state, dbs[db].name, n, &outcomes);
             copy_file(*state, "whole", "data.mdb");
         }
     }
@@ -437,9 +531,8 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_every_byte),   TEST(test_every_record_missing),
-        TEST(test_every_length), TEST(test_reads_of_damage),
-        TEST(test_repair),
+        TEST(test_every_byte),   TEST(test_every_byte_of_keys), TEST(test_every_record_missing),
+        TEST(test_every_length), TEST(test_reads_of_damage),    TEST(test_repair),
     };
     return cmocka_run_group_tests_name("storage_damage", tests, NULL, NULL);
 }
