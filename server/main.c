@@ -9,6 +9,7 @@
 #include "server/bench.h"
 #include "server/config.h"
 #include "server/server.h"
+#include "server/unreadable.h"
 #include "storage/storage.h"
 
 struct process {
@@ -42,6 +43,7 @@ static int check_main(int argc, char **argv)
     }
     struct storage_check_report report;
     struct error err = {0};
+    unreadable_watch(argv[1]);
     if (storage_check(argv[1], print_problem, NULL, &report, &err))
         return fail("check", &err);
     printf(
@@ -68,6 +70,7 @@ static int repair_main(int argc, char **argv)
     }
     struct error err = {0};
     uint64_t changes;
+    unreadable_watch(argv[1]);
     if (storage_repair(argv[1], carry_out, print_problem, NULL, &changes, &err))
         return fail("repair", &err);
     if (!changes)
@@ -230,6 +233,7 @@ static int serve(struct process *process)
     log_set_level(level);
     signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes is a full disk, answered as such */
     raise_file_limit();
+    unreadable_watch(config->data);
     if (open_keys(config, &server->auth, &err))
         return fail("", &err);
     if (open_engine(config, &engine, &err)) {

@@ -1,5 +1,6 @@
 /* A store that is full: what does not fit is refused with 507 and a word on what to do, what was
- * acknowledged stays, and a delete makes room again. And a folder that another daemon has. */
+ * acknowledged stays, and a delete makes room again. A folder that another daemon has. A file that
+ * was cut short, or is while it is served. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -7,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -14,6 +17,8 @@
 #include "tests/lib/store_helper.h"
 
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
+#define SERVE "serve --port 0 --model \"$1\" --data" /* and the folder */
+#define UNREADABLE "data.mdb"
 
 struct full {
     char *folder;
@@ -49,6 +54,23 @@ static struct client_memory fill(const struct full *full, const char *id)
     return memory;
 }
 
+/* Runs `rambad` with these words in front of the folder; its output must name the folder. Returns
+ * the exit code. */
+static int run_on_folder(const struct full *full, const char *words, const char *expected)
+{
+    char command[200];
+    struct buf output;
+    buf_init(&output);
+    snprintf(command, sizeof command, "\"$RAMBAD_BIN\" %s \"$0\" 2>&1", words);
+    const char *const argv[] = {"/bin/sh",          "-c", command, full->daemon.data,
+                                full->daemon.model, NULL};
+    const int code = daemon_run(&full->daemon, argv, &output);
+    if (!strstr(buf_text(&output), expected) || !strstr(buf_text(&output), full->daemon.data))
+        fail_msg("%s: exit code %d: %s", words, code, buf_text(&output));
+    buf_close(&output);
+    return code;
+}
+
 static void test_full(void **state)
 {
     struct full *full = *state;
@@ -80,23 +102,55 @@ static void test_full(void **state)
     assert_int_equal(daemon_get_memory(&full->daemon, second).text_bytes, 41000);
 
     /* The folder is taken: a second daemon says by whom, and leaves it alone. */
-    struct buf output;
-    buf_init(&output);
-    const char *const again[] = {"/bin/sh",
-                                 "-c",
-                                 "\"$RAMBAD_BIN\" serve --port 0 --data \"$0\" "
-                                 "--model \"$1\" 2>&1",
-                                 full->daemon.data,
-                                 full->daemon.model,
-                                 NULL};
-    assert_int_equal(daemon_run(&full->daemon, again, &output), 1);
     snprintf(path, sizeof path, "in use by process %d", (int)full->daemon.pid);
-    assert_non_null(strstr(buf_text(&output), path));
+    assert_int_equal(run_on_folder(full, SERVE, path), 1);
     assert_int_equal(append(full, second, 41000, 100, &answer), 200);
     daemon_stop(&full->daemon);
     daemon_check(&full->daemon);
     buf_close(&answer);
-    buf_close(&output);
+}
+
+static void cut(const struct full *full, off_t size)
+{
+    char path[1100];
+    snprintf(path, sizeof path, "%s/data.mdb", full->daemon.data);
+    assert_int_equal(truncate(path, size), 0);
+}
+
+/* Half of the file is gone: whoever needs the rest ends with a message, not with a crash. */
+static void test_cut(void **state)
+{
+    struct full *full = *state;
+    char id[LIMITS_ID_BYTES], path[160], line[8192];
+    struct buf answer;
+    int how;
+    buf_init(&answer);
+    daemon_start(&full->daemon);
+    daemon_create_memory(&full->daemon, NULL, id);
+    assert_int_equal(append(full, id, 0, 3000, &answer), 200);
+    daemon_kill(&full->daemon); /* what it had in RAM is gone */
+    daemon_start(&full->daemon);
+    cut(full, 8192);
+    snprintf(path, sizeof path, "/v1/memories/%s/chunks?from=0&limit=100", id);
+    assert_int_equal(daemon_call(&full->daemon, "GET", path, NULL, NULL, 0, &answer), 0);
+    assert_int_equal(waitpid(full->daemon.pid, &how, 0), full->daemon.pid);
+    full->daemon.pid = 0;
+    assert_true(WIFEXITED(how));
+    assert_int_equal(WEXITSTATUS(how), 1);
+    FILE *log = fopen(full->daemon.log, "r");
+    bool told = false;
+    assert_non_null(log);
+    while (fgets(line, sizeof line, log))
+        told |= strstr(line, UNREADABLE) && strstr(line, full->daemon.data);
+    fclose(log);
+    assert_true(told);
+    assert_int_equal(run_on_folder(full, "check", UNREADABLE), 1);
+    assert_int_equal(run_on_folder(full, "repair", UNREADABLE), 1);
+    assert_int_equal(run_on_folder(full, SERVE, UNREADABLE), 1);
+    cut(full, 1000); /* not even the first page */
+    assert_int_equal(run_on_folder(full, "check", "cannot open the store"), 1);
+    assert_int_equal(run_on_folder(full, SERVE, "cannot open the store"), 1);
+    buf_close(&answer);
 }
 
 static int teardown(void **state)
@@ -123,6 +177,7 @@ int main(void)
         buf_append_format(&full->text, "%u. ", i * i % 977);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_full, NULL, teardown, full),
+        cmocka_unit_test_prestate_setup_teardown(test_cut, NULL, teardown, full),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     store_helper_remove(full->folder);
