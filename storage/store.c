@@ -306,8 +306,12 @@ static void resize_map(struct storage *storage, size_t bytes)
     pthread_rwlock_wrlock(&storage->map_lock);
     int rc = mdb_env_set_mapsize(storage->env, bytes);
     pthread_rwlock_unlock(&storage->map_lock);
-    if (rc)
-        log_event(LOG_ERROR, "storage_map_resize", "error", LOG_STR, mdb_strerror(rc), NULL);
+    if (!rc)
+        return;
+    /* LMDB has let go of the old map, and has no other: nothing can be read any more. */
+    log_event(LOG_ERROR, "storage_map_resize", "folder", LOG_STR, storage->path, "error", LOG_STR,
+              mdb_strerror(rc), NULL);
+    _exit(1);
 }
 
 void store_reserve_release(struct storage *storage)

@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -350,6 +351,8 @@ static void faulty_run(const char *path, int report)
     _exit(0);
 }
 
+static const int crashes[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL}; /* cmocka catches them */
+
 static void one_fault(const char *folder, long at, int error, enum io_shim_fault fault, int stays,
                       bool *over)
 {
@@ -366,6 +369,9 @@ static void one_fault(const char *folder, long at, int error, enum io_shim_fault
     if (pid == 0) {
         int null = open("/dev/null", O_WRONLY);
         dup2(null, STDERR_FILENO); /* a log line for every fault */
+        /* A crash or a failed assertion is the end of this process, for the other one to tell. */
+        for (size_t i = 0; i < sizeof crashes / sizeof *crashes; i++)
+            signal(crashes[i], SIG_DFL);
         shim->break_at(at, error, fault, stays);
         faulty_run(path, report);
     }

@@ -8,6 +8,8 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -131,6 +133,39 @@ ssize_t pwritev(int fd, const struct iovec *parts, int count, off_t offset)
     return write_at("pwritev", fd, parts, count, offset, false);
 }
 
+/* A short read is one half of what was asked for. */
+static ssize_t read_at(const char *name, int fd, void *bytes, size_t size, off_t offset, bool moves)
+{
+    bool data = false, fault = false;
+    if (is_store(fd, &data)) {
+        pthread_mutex_lock(&lock);
+        fault = is_fault(name);
+        pthread_mutex_unlock(&lock);
+    }
+    if (fault && fail_fault == IO_SHIM_ERROR) {
+        errno = fail_error;
+        return -1;
+    }
+    size = fault ? size / 2 : size;
+    return moves ? syscall(SYS_read, fd, bytes, size)
+                 : syscall(SYS_pread64, fd, bytes, size, offset);
+}
+
+ssize_t read(int fd, void *bytes, size_t size)
+{
+    return read_at("read", fd, bytes, size, 0, true);
+}
+
+ssize_t pread(int fd, void *bytes, size_t size, off_t offset)
+{
+    return read_at("pread", fd, bytes, size, offset, false);
+}
+
+ssize_t pread64(int fd, void *bytes, size_t size, off_t offset)
+{
+    return pread(fd, bytes, size, offset);
+}
+
 static int sync_with(const char *name, long number, int fd)
 {
     bool data = false;
@@ -171,6 +206,29 @@ static int refuse(const char *name, int fd)
         pthread_mutex_unlock(&lock);
     }
     return fault ? (fail_fault == IO_SHIM_SHORT ? EIO : fail_error) : 0;
+}
+
+int flock(int fd, int operation)
+{
+    int error = refuse("flock", fd);
+    if (!error)
+        return (int)syscall(SYS_flock, fd, operation);
+    errno = error;
+    return -1;
+}
+
+void *mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset)
+{
+    int error = fd < 0 ? 0 : refuse("mmap", fd);
+    if (!error)
+        return (void *)syscall(SYS_mmap, at, size, protection, flags, fd, offset);
+    errno = error;
+    return MAP_FAILED;
+}
+
+void *mmap64(void *at, size_t size, int protection, int flags, int fd, off_t offset)
+{
+    return mmap(at, size, protection, flags, fd, offset);
 }
 
 int ftruncate(int fd, off_t size)
