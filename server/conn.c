@@ -2,10 +2,12 @@
 #include "server/conn.h"
 
 #include <ctype.h>
+#include <linux/sockios.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 
 #include "proto/answer_json.h"
 #include "proto/base/assert.h"
@@ -18,6 +20,7 @@
 #define PENDING_BYTES                                                                            \
     (64u << 10)                   /* pipelined behind a request under way; then the socket waits \
                                    */
+#define DRAIN_STALL_MS 5000       /* of a client that takes nothing, while we want to end */
 #define LINGER_MS 2000            /* for a client to take its last answer while it still sends */
 #define PING_MS 15000             /* below what proxies take for a dead stream */
 #define KEEPALIVE_S 60            /* of silence, before a peer is asked whether it is still there */
@@ -249,10 +252,15 @@ static void arm(struct conn *conn, uint64_t ms)
 
 static void refuse(struct conn *conn, enum status status, const struct error *err);
 
-/* Whether bytes wait for the client and it has taken some since the last look. */
+/* Whether bytes wait for the client and it has taken some since the last look. What the kernel
+ * holds counts: it asks for more only when a third of that has gone, which can take a slow link
+ * long. */
 static bool takes_output(struct conn *conn)
 {
-    const size_t unsent = uv_stream_get_write_queue_size((uv_stream_t *)&conn->tcp);
+    size_t unsent = uv_stream_get_write_queue_size((uv_stream_t *)&conn->tcp);
+    int fd, held;
+    if (!uv_fileno((const uv_handle_t *)&conn->tcp, &fd) && ioctl(fd, SIOCOUTQ, &held) == 0)
+        unsent += (size_t)held;
     const bool moved = unsent && unsent != conn->unsent_before;
     conn->unsent_before = unsent;
     return moved;
@@ -320,7 +328,7 @@ static void timer_cb(uv_timer_t *timer)
         break;
     case CONN_LINGERING:
         if (takes_output(conn))
-            arm(conn, config->body_timeout * 1000);
+            arm(conn, conn->server->draining ? DRAIN_STALL_MS : config->body_timeout * 1000);
         else
             close_now(conn);
         break;
@@ -955,9 +963,15 @@ void conn_drain_all(struct server *server)
     LIST_EACH_SAFE(node, &server->connections)
     {
         struct conn *conn = LIST_ENTRY(node, struct conn, node);
-        if (conn->state == CONN_HEAD && !http_parser_inside(conn->parser) && !conn->out.size &&
-            !conn->writing)
+        const bool unsent = conn->out.size || conn->writing;
+        if (conn->state == CONN_HEAD && !unsent && !http_parser_inside(conn->parser))
             close_now(conn);
+        else if (conn->state == CONN_HEAD && unsent)
+            linger(conn);
+        if (conn->state == CONN_LINGERING) { /* it may have had the whole body_timeout */
+            takes_output(conn);
+            arm(conn, DRAIN_STALL_MS);
+        }
     }
 }
 

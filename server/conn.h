@@ -94,7 +94,8 @@ void request_resume(struct request *request);
 void conn_accept(struct server *server);
 /* Sends what has gathered; called once per turn of the loop. */
 void conn_flush_all(struct server *server);
-/* Closes idle ones now, the others when their answer is complete. */
+/* Closes idle ones now, the others when their answer is complete and taken; a client that takes
+ * nothing of it for a few seconds is not waited for. */
 void conn_drain_all(struct server *server);
 /* No request is under way and no answer unsent. */
 bool conn_all_answered(const struct server *server);
