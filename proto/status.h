@@ -15,7 +15,6 @@
     X(METHOD, "method", "method not allowed", 405, "invalid_request_error")                \
     X(TIMEOUT, "timeout", "timed out", 408, "timeout_error")                               \
     X(CONFLICT, "conflict", "conflict", 409, "conflict_error")                             \
-    X(LENGTH_REQUIRED, "length_required", "length required", 411, "invalid_request_error") \
     X(TOO_LARGE, "too_large", "too large", 413, "invalid_request_error")                   \
     X(MEDIA_TYPE, "media_type", "unsupported media type", 415, "invalid_request_error")    \
     X(MISMATCH, "mismatch", "made by another model", 422, "invalid_request_error")         \

@@ -61,6 +61,8 @@ static const struct setting settings[] = {
     {"running-memory", "SIZE", "0", "RAM for what is at work; the rest waits; 0 for half of it all",
      BYTES, FIELD(running_memory)},
     {"map-size", "SIZE", "1T", "what the store's file may grow to", BYTES, FIELD(map_size)},
+    {"write-queue", "SIZE", "256M", "RAM for what waits for the disk; then 429", BYTES,
+     FIELD(write_queue)},
     {"keep-snapshots", "N", "4", "turns of a memory that can be forked for nothing", COUNT,
      FIELD(keep_snapshots)},
     {"prefix-cache", "SIZE", "2G",

@@ -16,7 +16,7 @@ struct config {
     uint64_t max_stall;                                                 /* milliseconds */
     uint64_t drain_timeout, header_timeout, body_timeout, idle_timeout; /* seconds */
     uint64_t host_memory, device_memory, session_memory, running_memory, map_size; /* bytes */
-    uint64_t keep_snapshots, prefix_cache, memory_quota;
+    uint64_t keep_snapshots, prefix_cache, memory_quota, write_queue;
     uint64_t response_days;
     uint64_t insecure; /* a switch */
 };

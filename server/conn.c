@@ -9,9 +9,9 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
-#include "proto/answer_json.h"
 #include "proto/base/assert.h"
 #include "proto/base/log.h"
+#include "server/conn_private.h"
 #include "server/cors.h"
 #include "server/receipt.h"
 #include "server/route.h"
@@ -27,31 +27,6 @@
 #define PAUSE_LOOK_MS 1000        /* how often a client that we keep waiting is looked after */
 #define NOWHERE_BYTES (64u << 10) /* a body that is read although nothing takes it */
 
-enum conn_state { CONN_HEAD, CONN_BODY, CONN_HANDLING, CONN_LINGERING, CONN_CLOSING };
-
-struct conn {
-    struct list node;
-    struct list unsent_node; /* in the server's list while `out` holds something */
-    struct server *server;
-    uv_tcp_t tcp;
-    uv_timer_t timer;
-    uv_shutdown_t shutdown;
-    struct http_parser *parser;
-    enum conn_state state;
-    struct request request;
-    struct buf in, out;
-    struct error err;     /* why head_cb refused */
-    size_t writing;       /* bytes handed to uv_write and not done */
-    size_t unsent_before; /* at the last look of the timer */
-    size_t largest_write; /* of the stream under way */
-    bool reading, paused, close_after, in_process;
-    bool waiting;  /* between requests: not one byte of the next is here */
-    bool ended;    /* the client has sent its last */
-    bool shutting; /* we have */
-    int handles;
-    uint64_t deadline_ms; /* of the loop's clock: when the timer's time has come */
-};
-
 struct write {
     uv_write_t uv;
     struct conn *conn;
@@ -61,7 +36,6 @@ struct write {
 
 static void process(struct conn *conn, const char *data, size_t size);
 static void process_pending(struct conn *conn);
-static void finish_request(struct conn *conn);
 static void start_reading(struct conn *conn);
 static void arm(struct conn *conn, uint64_t ms);
 static void flush(struct conn *conn);
@@ -101,8 +75,7 @@ static void tell_gone(struct request *request)
         request->gone_cb(request);
 }
 
-/* Closes now. A request under way hears of it, once. */
-static void close_now(struct conn *conn)
+void conn_close(struct conn *conn)
 {
     if (conn->state == CONN_CLOSING)
         return;
@@ -150,11 +123,11 @@ static void close_if_flushed(struct conn *conn)
     if (conn->state != CONN_LINGERING || conn->out.size || conn->writing)
         return;
     if (conn->ended) {
-        close_now(conn);
+        conn_close(conn);
     } else if (!conn->shutting) {
         conn->shutting = true;
         if (uv_shutdown(&conn->shutdown, (uv_stream_t *)&conn->tcp, shut_cb))
-            close_now(conn);
+            conn_close(conn);
         else
             arm(conn, LINGER_MS);
     }
@@ -188,7 +161,7 @@ static void written(uv_write_t *uv, int status)
     free(write->data);
     free(write);
     if (status < 0)
-        close_now(conn);
+        conn_close(conn);
     else
         drained(conn);
 }
@@ -215,15 +188,14 @@ static void flush(struct conn *conn)
             conn->writing -= write->size;
             free(write->data);
             free(write);
-            close_now(conn);
+            conn_close(conn);
             return;
         }
     }
     drained(conn);
 }
 
-/* What is to be written: added to `out`, it leaves at the end of this turn of the loop. */
-static struct buf *output(struct conn *conn)
+struct buf *conn_output(struct conn *conn)
 {
     if (list_empty(&conn->unsent_node))
         list_push_back(&conn->server->unsent, &conn->unsent_node);
@@ -273,7 +245,7 @@ static void look_after(struct request *request)
     if (request->complete || request->gone)
         return;
     if (has_hung_up(request->conn)) {
-        close_now(request->conn);
+        conn_close(request->conn);
         return;
     }
     /* The timer comes by at PING_MS, give or take. */
@@ -282,7 +254,7 @@ static void look_after(struct request *request)
     request->spoke_ns = uv_hrtime();
     if (request->download) { /* a part waits for its reader, or storage for the disk */
         if (request->conn->writing && !takes_output(request->conn))
-            close_now(request->conn);
+            conn_close(request->conn);
         return;
     }
     if (request->wants_stream && !request->answered)
@@ -305,7 +277,7 @@ static void timer_cb(uv_timer_t *timer)
         if (takes_output(conn)) {
             arm(conn, config->idle_timeout * 1000);
         } else if (!http_parser_inside(conn->parser)) {
-            close_now(conn);
+            conn_close(conn);
         } else {
             error_set(&err, STATUS_TIMEOUT, "the request's head did not arrive within %llu s",
                       (unsigned long long)config->header_timeout);
@@ -330,7 +302,7 @@ static void timer_cb(uv_timer_t *timer)
         if (takes_output(conn))
             arm(conn, conn->server->draining ? DRAIN_STALL_MS : config->body_timeout * 1000);
         else
-            close_now(conn);
+            conn_close(conn);
         break;
     case CONN_CLOSING:
         break;
@@ -356,7 +328,7 @@ static void read_cb(uv_stream_t *stream, ssize_t size, const uv_buf_t *data)
         conn->ended = true;
         conn->reading = false;
         if (size != UV_EOF || conn->request.held || (!conn->out.size && !conn->writing))
-            close_now(conn);
+            conn_close(conn);
         else
             linger(conn);
         return;
@@ -374,7 +346,7 @@ static void read_cb(uv_stream_t *stream, ssize_t size, const uv_buf_t *data)
     }
     process(conn, data->base, (size_t)size);
     if (conn->paused && has_hung_up(conn))
-        close_now(conn);
+        conn_close(conn);
 }
 
 static void start_reading(struct conn *conn)
@@ -384,7 +356,7 @@ static void start_reading(struct conn *conn)
         return;
     conn->reading = uv_read_start((uv_stream_t *)&conn->tcp, alloc_cb, read_cb) == 0;
     if (!conn->reading)
-        close_now(conn);
+        conn_close(conn);
 }
 
 static void process(struct conn *conn, const char *data, size_t size)
@@ -408,11 +380,11 @@ static void process(struct conn *conn, const char *data, size_t size)
         if (conn->state == CONN_BODY && !conn->paused)
             arm(conn, conn->server->config->body_timeout * 1000);
         if (conn->state == CONN_HANDLING && conn->request.complete && !conn->request.held)
-            finish_request(conn);
+            conn_finish_request(conn);
     }
     conn->in_process = false;
     if (conn->state == CONN_BODY && conn->request.complete && !conn->request.held)
-        finish_request(conn);
+        conn_finish_request(conn);
     if (size && conn->state != CONN_CLOSING && conn->state != CONN_LINGERING)
         buf_append(&conn->in, data, size);
     if (conn->reading && is_backed_up(conn)) {
@@ -543,12 +515,10 @@ static enum status head_cb(void *context, const struct http_head *head)
                       (int)strcspn(unknown, "=&") < 60 ? (int)strcspn(unknown, "=&") : 60, unknown,
                       head->path);
     }
-    if (!r->refusal && r->handler->of_memory && !request_may_use(r, r->argument)) {
-        error_set(&conn->err, STATUS_NOT_FOUND, "no memory named %s", r->argument);
-        status = turn_away(conn, head, STATUS_NOT_FOUND);
-        if (status)
-            return status;
-    }
+    if (!r->refusal && r->handler->of_memory)
+        status = request_find_memory(r, r->argument, &conn->err);
+    if (status && (status = turn_away(conn, head, status)))
+        return status;
     if (!r->handler->body_cb && head->content_length > (int64_t)r->handler->body_limit)
         return error_set(&conn->err, STATUS_TOO_LARGE, "the body may hold at most %zu bytes",
                          r->handler->body_limit);
@@ -557,7 +527,7 @@ static enum status head_cb(void *context, const struct http_head *head)
     if (r->handler->begin_cb)
         r->handler->begin_cb(r);
     if (head->expect_continue && !r->answered)
-        buf_append_text(output(conn), "HTTP/1.1 100 Continue\r\n\r\n");
+        buf_append_text(conn_output(conn), "HTTP/1.1 100 Continue\r\n\r\n");
     return STATUS_OK;
 }
 
@@ -591,8 +561,7 @@ static void end_cb(void *context)
     ASSERT(r->complete || r->held);
 }
 
-/* The answer is complete and nobody holds the request: on to the next, or the end. */
-static void finish_request(struct conn *conn)
+void conn_finish_request(struct conn *conn)
 {
     const struct request *r = &conn->request;
     if (conn->state == CONN_CLOSING || conn->state == CONN_LINGERING)
@@ -647,259 +616,7 @@ void request_done(struct request *request)
     if (conn->state == CONN_CLOSING)
         free_if_over(conn);
     else if (request->complete && !conn->in_process)
-        finish_request(conn);
-}
-
-const char *request_tenant(const struct request *request)
-{
-    return request->key[0] ? request->key : NULL;
-}
-
-bool request_may_use(const struct request *request, const char *id)
-{
-    struct storage_memory memory;
-    if (storage_is_prefix(id))
-        return false;
-    if (!request->key[0])
-        return true;
-    if (storage_memory_get(request->server->storage, id, &memory))
-        return false;
-    const bool may = !memory.ephemeral && strcmp(memory.tenant, request->key) == 0;
-    storage_memory_close(&memory);
-    return may;
-}
-
-/* ---- answers ---- */
-
-static const char *reason(int http_status)
-{
-    static const struct {
-        int status;
-        const char *text;
-    } reasons[] = {{200, "OK"},
-                   {201, "Created"},
-                   {400, "Bad Request"},
-                   {401, "Unauthorized"},
-                   {403, "Forbidden"},
-                   {404, "Not Found"},
-                   {405, "Method Not Allowed"},
-                   {408, "Request Timeout"},
-                   {409, "Conflict"},
-                   {411, "Length Required"},
-                   {413, "Content Too Large"},
-                   {415, "Unsupported Media Type"},
-                   {422, "Unprocessable Content"},
-                   {429, "Too Many Requests"},
-                   {431, "Request Header Fields Too Large"},
-                   {500, "Internal Server Error"},
-                   {503, "Service Unavailable"},
-                   {507, "Insufficient Storage"}};
-    for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
-        if (reasons[i].status == http_status)
-            return reasons[i].text;
-    return http_status < 500 ? "Client Error" : "Server Error";
-}
-
-static void append_head(struct request *request, int http_status, const char *type)
-{
-    struct conn *conn = request->conn;
-    /* An answer before the body's end: the rest of the body will not be read. A stream goes on
-     * beside the body. */
-    if (conn->state == CONN_BODY && !request->streaming)
-        conn->close_after = true;
-    buf_append_format(output(conn), "HTTP/1.1 %d %s\r\ncontent-type: %s\r\nx-request-id: %s\r\n",
-                      http_status, reason(http_status), type, request->id);
-    if (conn->close_after || conn->server->draining ||
-        (request->head_complete && !request->head->keep_alive))
-        buf_append_text(output(conn), "connection: close\r\n");
-    if (request->head_complete)
-        cors_append(conn->server->config, request->head, output(conn));
-    request->answered = true;
-    request->http_status = http_status;
-}
-
-static void completed(struct request *request)
-{
-    const char *name = request->handler ? request->handler->name : "none";
-    request->complete = true;
-    metrics_request(&request->server->metrics, name, request->http_status);
-    log_event(LOG_DEBUG, "request", "request", LOG_STR, request->id, "handler", LOG_STR, name,
-              "argument", LOG_STR, request->argument, "status", LOG_INT,
-              (int64_t)request->http_status, "seconds", LOG_NUM,
-              request->began_ns ? (double)(uv_hrtime() - request->began_ns) * 1e-9 : 0.0, NULL);
-    if (!request->held && !request->conn->in_process)
-        finish_request(request->conn);
-}
-
-static void answer(struct request *request, int http_status, const char *type, const char *headers,
-                   const char *body, size_t size)
-{
-    if (request->gone)
-        return;
-    ASSERT(!request->answered);
-    append_head(request, http_status, type);
-    buf_append_format(output(request->conn), "%scontent-length: %zu\r\n\r\n", headers, size);
-    if (size && !(request->head_complete && strcmp(request->head->method, "HEAD") == 0))
-        buf_append(output(request->conn), body, size);
-    completed(request);
-}
-
-void request_answer(struct request *request, int http_status, const char *type, const char *body,
-                    size_t size)
-{
-    answer(request, http_status, type, "", body, size);
-}
-
-void request_answer_json(struct request *request, int http_status, const struct buf *body)
-{
-    answer(request, http_status, "application/json", "", body->data, body->size);
-}
-
-/* A quota that is used up is told in numbers. */
-static void append_quota(struct buf *out, const struct request *request, enum status status)
-{
-    struct storage_usage usage;
-    struct error err;
-    request->server->metrics.quota_refusals++;
-    storage_get_quota(request->server->storage, request->key, &usage);
-    if (status == STATUS_KEY_QUOTA)
-        error_set(&err, status,
-                  "the memories of \"%s\" take %llu bytes on disk and may take %llu (quota= in the "
-                  "file of keys); what was acknowledged is there; delete a memory, or ask the "
-                  "server's operator",
-                  request->key, (unsigned long long)usage.bytes,
-                  (unsigned long long)usage.key_quota);
-    else
-        error_set(&err, status,
-                  "the memory may take %llu bytes on disk (--memory-quota); what was acknowledged "
-                  "is there; go on in another memory, or rewind it",
-                  (unsigned long long)usage.memory_quota);
-    answer_json_error(out, status, err.message, "");
-}
-
-static void append_error(struct buf *out, const struct request *request, enum status status,
-                         const struct error *err)
-{
-    if (status == STATUS_KEY_QUOTA || status == STATUS_MEMORY_QUOTA)
-        append_quota(out, request, status);
-    else
-        answer_json_error(out, status, err && err->message[0] ? err->message : status_text(status),
-                          err ? err->param : "");
-}
-
-static void append_retry(struct buf *headers, double seconds)
-{
-    const unsigned long long ms = (unsigned long long)(seconds * 1e3) + 1;
-    buf_append_format(headers, "retry-after-ms: %llu\r\nretry-after: %llu\r\n", ms,
-                      (ms + 999) / 1000);
-}
-
-void request_fail(struct request *request, enum status status, const struct error *err)
-{
-    struct buf body, headers;
-    buf_init(&body);
-    buf_init(&headers);
-    append_error(&body, request, status, err);
-    /* A busy memory is free after a turn, a full queue after a few; a conflict with a field stays
-     * one. */
-    if ((status == STATUS_CONFLICT && err && err->param[0]) || status == STATUS_KEY_QUOTA ||
-        status == STATUS_MEMORY_QUOTA)
-        buf_append_text(&headers, "x-should-retry: false\r\n");
-    else if (status == STATUS_CONFLICT)
-        buf_append_text(&headers, "retry-after-ms: 1000\r\nretry-after: 1\r\n");
-    else if (status == STATUS_TIMEOUT && err && err->param[0]) /* it asked for no more time */
-        buf_append_text(&headers, "x-should-retry: false\r\n");
-    else if (status == STATUS_BUSY)
-        append_retry(&headers, engine_thread_retry_after(request->server->engine_thread));
-    else if (status == STATUS_UNAVAILABLE)
-        buf_append_text(&headers, "retry-after-ms: 2000\r\nretry-after: 2\r\n");
-    else if (status == STATUS_UNAUTHORIZED)
-        buf_append_text(&headers, "www-authenticate: Bearer\r\n");
-    else if (status == STATUS_METHOD) {
-        buf_append_text(&headers, "allow: ");
-        route_append_methods(request->head->path, &headers);
-        buf_append_text(&headers, "\r\n");
-    }
-    answer(request, status_http(status), "application/json", buf_text(&headers), body.data,
-           body.size);
-    buf_close(&body);
-    buf_close(&headers);
-}
-
-void request_stream_begin(struct request *request)
-{
-    if (request->gone)
-        return;
-    request->streaming = true;
-    /* HTTP/1.0 knows no chunks: there the connection's end is the stream's. */
-    request->chunked = !request->head->http_1_0;
-    request->conn->close_after |= !request->chunked;
-    append_head(request, 200, "text/event-stream");
-    buf_append_format(output(request->conn),
-                      "cache-control: no-cache\r\nx-accel-buffering: no\r\n%s\r\n",
-                      request->chunked ? "transfer-encoding: chunked\r\n" : "");
-}
-
-void request_download_begin(struct request *request, const char *name)
-{
-    if (request->gone)
-        return;
-    request->streaming = request->download = true;
-    request->chunked = !request->head->http_1_0;
-    request->conn->close_after |= !request->chunked;
-    append_head(request, 200, "application/octet-stream");
-    buf_append_format(output(request->conn),
-                      "content-disposition: attachment; filename=\"%s\"\r\n%s\r\n", name,
-                      request->chunked ? "transfer-encoding: chunked\r\n" : "");
-}
-
-void request_download_cut(struct request *request)
-{
-    if (!request->gone)
-        close_now(request->conn);
-}
-
-void request_stream_write(struct request *request, const char *data, size_t size)
-{
-    struct conn *conn = request->conn;
-    if (request->gone || !size)
-        return;
-    const size_t unsent = conn->out.size + conn->writing;
-    if (request->chunked) {
-        buf_append_number(output(conn), size, 16, 1);
-        buf_append_text(output(conn), "\r\n");
-    }
-    buf_append(output(conn), data, size);
-    if (request->chunked)
-        buf_append_text(output(conn), "\r\n");
-    if (size > conn->largest_write) /* an echoed prompt may be longer than the limit by itself */
-        conn->largest_write = size;
-    if (unsent > LIMITS_OUTPUT_BYTES + conn->largest_write) {
-        log_event(LOG_WARN, "reader too slow", "request", LOG_STR, request->id, NULL);
-        close_now(conn);
-    }
-}
-
-void request_stream_end(struct request *request)
-{
-    if (request->gone)
-        return;
-    if (request->chunked)
-        buf_append_text(output(request->conn), "0\r\n\r\n");
-    completed(request);
-}
-
-void request_stream_fail(struct request *request, enum status status, const struct error *err)
-{
-    struct buf json, event;
-    buf_init(&json);
-    buf_init(&event);
-    append_error(&json, request, status, err);
-    answer_json_event(&event, &json);
-    request_stream_write(request, event.data, event.size);
-    request_stream_end(request);
-    buf_close(&json);
-    buf_close(&event);
+        conn_finish_request(conn);
 }
 
 void request_pause(struct request *request)
@@ -943,7 +660,7 @@ void conn_accept(struct server *server)
     conn->tcp.data = conn->timer.data = conn;
     conn->handles = 2;
     if (uv_accept((uv_stream_t *)&server->listener, (uv_stream_t *)&conn->tcp)) {
-        close_now(conn);
+        conn_close(conn);
         return;
     }
     uv_tcp_nodelay(&conn->tcp, 1);
@@ -965,7 +682,7 @@ void conn_drain_all(struct server *server)
         struct conn *conn = LIST_ENTRY(node, struct conn, node);
         const bool unsent = conn->out.size || conn->writing;
         if (conn->state == CONN_HEAD && !unsent && !http_parser_inside(conn->parser))
-            close_now(conn);
+            conn_close(conn);
         else if (conn->state == CONN_HEAD && unsent)
             linger(conn);
         if (conn->state == CONN_LINGERING) { /* it may have had the whole body_timeout */
@@ -992,6 +709,6 @@ void conn_close_all(struct server *server)
 {
     LIST_EACH_SAFE(node, &server->connections)
     {
-        close_now(LIST_ENTRY(node, struct conn, node));
+        conn_close(LIST_ENTRY(node, struct conn, node));
     }
 }

@@ -3,7 +3,7 @@
 #ifndef SERVER_FORGET_H
 #define SERVER_FORGET_H
 
-#include "server/conn.h"
+#include "server/request.h"
 
 /* Answers with `answer_cb` once the conversation of the path no longer knows of the item of the
  * path, or with why it still does. */

@@ -46,12 +46,13 @@ enum status generate_check(const struct request *request, const struct completio
         if (can)
             return can;
     }
-    if (asked->memory[0] && !request_may_use(request, asked->memory))
-        return error_set(err, STATUS_NOT_FOUND, "no memory named %s", asked->memory);
+    enum status status =
+        asked->memory[0] ? request_find_memory(request, asked->memory, err) : STATUS_OK;
+    if (status)
+        return status;
     struct sampler_params params;
     fill_sampling(asked, &params);
-    const enum status status =
-        sampler_params_check(&params, (int32_t)info->config->vocab_size, err);
+    status = sampler_params_check(&params, (int32_t)info->config->vocab_size, err);
     free((void *)(uintptr_t)params.bias);
     return status;
 }

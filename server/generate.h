@@ -5,7 +5,7 @@
 
 #include "proto/answer_json.h"
 #include "proto/completion_request.h"
-#include "server/conn.h"
+#include "server/request.h"
 #include "server/job.h"
 
 /* Whether this server can do it: the model's name, its chat template, a memory that is the key's,

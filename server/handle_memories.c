@@ -98,8 +98,7 @@ static void create(struct request *request)
 {
     struct memory_request asked;
     struct error err = {0};
-    const enum status status =
-        memory_request_parse(request->body.data, request->body.size, &asked, &err);
+    enum status status = memory_request_parse(request->body.data, request->body.size, &asked, &err);
     if (status) {
         request_fail(request, status, &err);
         return;
@@ -109,10 +108,10 @@ static void create(struct request *request)
         request_fail(request, STATUS_NOT_FOUND, &err);
         return;
     }
-    if (asked.from[0] && !request_may_use(request, asked.from)) {
-        error_set_param(&err, STATUS_NOT_FOUND, "from", "no memory named %s", asked.from);
+    if (asked.from[0] && (status = request_find_memory(request, asked.from, &err))) {
+        strcpy(err.param, "from");
         memory_request_close(&asked);
-        request_fail(request, STATUS_NOT_FOUND, &err);
+        request_fail(request, status, &err);
         return;
     }
     struct storage_receipt receipt = {0};

@@ -113,6 +113,7 @@ static enum status open_storage(const struct config *config, const struct engine
                                             .model_fingerprint = info->fingerprint,
                                             .model_name = info->model_name,
                                             .map_bytes = config->map_size,
+                                            .queue_bytes = config->write_queue,
                                             .memory_quota = config->memory_quota,
                                             .keep_snapshots = (uint32_t)config->keep_snapshots};
     return storage_open(&options, storage, err);

@@ -9,7 +9,7 @@
 #define SERVER_REACH_H
 
 #include "proto/memory_request.h"
-#include "server/conn.h"
+#include "server/request.h"
 
 /* Answers 201 with a new memory, a fork of asked->from at asked->at. */
 void reach_fork(struct request *request, const struct memory_request *asked);

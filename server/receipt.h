@@ -4,7 +4,7 @@
 #ifndef SERVER_RECEIPT_H
 #define SERVER_RECEIPT_H
 
-#include "server/conn.h"
+#include "server/request.h"
 
 /* Whether the request has a key. */
 bool receipt_wanted(const struct request *request);

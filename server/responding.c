@@ -624,9 +624,9 @@ static enum status find_base(struct responding *r)
     if (status || !r->place.base[0])
         return status;
     status = storage_memory_get(r->server->storage, r->place.base, &memory);
-    const bool found = !status && !memory.ephemeral &&
-                       (!is_conversation || strncmp(name, "conv_", 5) == 0) &&
-                       (asked->previous[0] || request_may_use(r->creator, name));
+    const bool found =
+        !status && !memory.ephemeral && (!is_conversation || strncmp(name, "conv_", 5) == 0) &&
+        (asked->previous[0] || !r->key[0] || strcmp(memory.tenant, r->key) == 0);
     if (status && status != STATUS_NOT_FOUND)
         return error_set(&r->err, status, "memory %s: %s", r->place.base, status_text(status));
     const uint64_t stands = status ? 0 : memory.token_count;

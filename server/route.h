@@ -3,7 +3,7 @@
 #ifndef SERVER_ROUTE_H
 #define SERVER_ROUTE_H
 
-#include "server/conn.h"
+#include "server/request.h"
 
 /* Finds the handler and the ids of the path, "" where there are none. STATUS_NOT_FOUND,
  * STATUS_METHOD. */

@@ -4,7 +4,7 @@
 #define SERVER_WAIT_H
 
 #include "proto/memory_request.h"
-#include "server/conn.h"
+#include "server/request.h"
 
 #define WAIT_LIST_DEFAULT 20
 #define WAIT_LIST_MAX 100

@@ -151,10 +151,15 @@ void daemon_kill(struct daemon *daemon)
 
 void daemon_stop(struct daemon *daemon)
 {
-    int how = 0;
-    double start = daemon_now();
     assert_true(daemon->pid > 0);
     kill(daemon->pid, SIGTERM);
+    daemon_await(daemon);
+}
+
+void daemon_await(struct daemon *daemon)
+{
+    int how = 0;
+    double start = daemon_now();
     while (waitpid(daemon->pid, &how, WNOHANG) == 0) {
         if (daemon_now() - start > 30) {
             daemon_print_log(daemon);

@@ -37,6 +37,8 @@ void daemon_end(struct daemon *daemon, char *folder);
 void daemon_kill(struct daemon *daemon);
 /* SIGTERM; the daemon must end with exit code 0 within 30 seconds. */
 void daemon_stop(struct daemon *daemon);
+/* The same after its signal. */
+void daemon_await(struct daemon *daemon);
 /* The end of its log, for a failing test's output. */
 void daemon_print_log(const struct daemon *daemon);
 

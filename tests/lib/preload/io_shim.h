@@ -1,7 +1,11 @@
 /* io_shim.h - a library to preload (LD_PRELOAD) that records what a store writes and syncs, and
  * lets its calls fail.
  * Thread: any; calls on files of a store are taken one at a time.
- * Owns nothing. Only files below a folder whose path holds IO_SHIM_FOLDER are looked at. */
+ * Owns nothing. Only files below a folder whose path holds IO_SHIM_FOLDER are looked at.
+ *
+ * A process that is not the test's own is told through the file that IO_SHIM_CONTROL names: while its
+ * first letter is f (full) writes and syncs fail with ENOSPC, b (broken) with EIO, s (stalled) they
+ * wait. */
 #ifndef TESTS_LIB_PRELOAD_IO_SHIM_H
 #define TESTS_LIB_PRELOAD_IO_SHIM_H
 
