@@ -19,6 +19,9 @@ class Books:
     def __init__(self, path, tokenizer):
         self.ids = np.load(path)
         self.end = tokenizer.end
+        self.halves = np.full((tokenizer.size, 2), -1, np.int64)
+        for token, pair in tokenizer.halves().items():
+            self.halves[token] = pair
         space = np.zeros(tokenizer.size, bool)
         for i, name in tokenizer.names.items():
             space[i] = name[0] in "ĠĊ"
@@ -30,6 +33,19 @@ class Books:
         at = rng.randrange(0, len(self.ids) - length - 64)
         at += int(self.cut[at : at + 64].argmax())
         return self.ids[at : at + length], self.cut[at : at + length]
+
+    def respelled(self, rng, length, share):
+        """As `take`, with `share` of the tokens as the two that each was merged from, and the same
+        again of those: BPE dropout, so that a book read many times is not the same text each time."""
+        ids, cut = self.take(rng, length)
+        draw = np.random.default_rng(rng.getrandbits(64))
+        for _ in range(2):
+            split = (self.halves[ids, 0] >= 0) & (draw.random(len(ids)) < share)
+            first = np.arange(len(ids)) + np.cumsum(split) - split
+            ids, cut, old = np.repeat(ids, 1 + split), np.repeat(cut, 1 + split), ids
+            ids[first[split]], ids[first[split] + 1] = self.halves[old[split]].T
+            cut[first[split] + 1] = False
+        return ids[:length], cut[:length]
 
 
 class Row:
@@ -85,15 +101,21 @@ def sources(needle, answer):
 
 class Builder:
     def __init__(self, tokenizer, books, seed, settings):
-        """`settings`: mix (how often which kind of fact) and the shares near, talk and counting of
-        rows with questions."""
+        """`settings`: mix (how often which kind of fact), the shares near, talk and counting of rows
+        with questions, and the share of rows whose book text is respelled."""
         self.tokenizer, self.books, self.rng = tokenizer, books, random.Random(seed)
-        self.settings = settings
+        self.settings, self.respelling = settings, 0.0
+
+    def text(self, length):
+        """Book text in the spelling of this row."""
+        if not self.respelling:
+            return self.books.take(self.rng, length)
+        return self.books.respelled(self.rng, length, self.respelling)
 
     def plain(self, length):
         """A row of book text; sometimes with a state reset somewhere in it."""
         row = Row(length)
-        row.add(self.books.take(self.rng, length)[0].tolist(), TEXT)
+        row.add(self.text(length)[0].tolist(), TEXT)
         if self.rng.random() < 0.5:
             row.resets.append(self.rng.randrange(length))
         return row.arrays()
@@ -110,16 +132,24 @@ class Builder:
             ]
         if rng.random() < 0.04:
             return self.crowd(length)
-        count = rng.randint(4, 9) if length <= 512 else rng.randint(6, 28)
-        needles = distinct([tasks.mixed(rng, self.settings["mix"]) for _ in range(count)])
+        count = rng.randint(4, 9) if length <= 512 else rng.randint(6, max(28, length // 200))
+        mix = self.settings["mix"]
+        if rng.random() < self.settings["alike_share"]:  # all of one kind
+            mix = {rng.choices(list(mix), list(mix.values()))[0]: 1}
+        needles = distinct([tasks.mixed(rng, mix) for _ in range(count)])
         return needles + self.passages(max(0, count // 4 - 1))
 
     def crowd(self, length):
-        """A haystack made of needles."""
-        kind, rng = tasks.niah_kind(self.rng), self.rng
-        count = length // (2 * len(self.tokenizer.encode(tasks.niah(rng, kind).pieces[0])))
-        keys = [None if rng.random() < 0.5 else words.unheard(rng) for _ in range(count)]
-        return distinct([tasks.niah(rng, kind, key) for key in keys])
+        """Enough needles of one kind to fill a row."""
+        rng = self.rng
+        kinds = [("numbers", words.pair), ("numbers", words.unheard), ("words", words.pair)]
+        kinds += [("uuids", words.pair), ("uuids", tasks.identifier)]
+        kind, key = rng.choices(kinds, [4, 1.5, 1, 1, 2.5])[0]
+        size = len(self.tokenizer.encode(tasks.niah(rng, kind, key(rng)).pieces[0]))
+        count = length // size
+        if key is words.pair and rng.random() < 0.4:
+            key = words.alike(rng, count)
+        return distinct([tasks.niah(rng, kind, key(rng)) for _ in range(count)])
 
     def passages(self, count):
         """Book text to be quoted from: what memory of any text means, without a form."""
@@ -149,7 +179,7 @@ class Builder:
     def haystack(self, length):
         """Book text, or the noise of RULER's first needle task."""
         if self.rng.random() > 0.06:
-            return self.books.take(self.rng, length)
+            return self.text(length)
         noise = self.tokenizer.encode(" " + tasks.NOISE.strip())
         text = np.array(noise * (length // len(noise) + 1), np.uint16)[:length]
         return text, np.arange(length) % len(noise) == 0
@@ -181,7 +211,7 @@ class Builder:
                 break
         fill = max(0, room - len(ids))
         if fill:
-            row.add(self.books.take(self.rng, fill)[0].tolist(), 0)
+            row.add(self.text(fill)[0].tolist(), 0)
         row.add(ids[:room], 0)
         return {which: at + fill for which, at in where.items()}
 
@@ -191,7 +221,8 @@ class Builder:
         rng = self.rng
         if rng.random() < 0.3:
             kind = tasks.niah_kind(rng)
-            row.add(self.tokenizer.encode(tasks.niah_intro(kind, rng.random() < 0.5)), 0)
+            intro = tasks.niah_intro(kind, rng.random() < 0.5)
+            row.add(self.tokenizer.encode(tasks.VT_INTRO if rng.random() < 0.2 else intro), 0)
         text, cut = self.haystack(room - len(row.ids) - sum(len(t) for _, _, t in texts))
         if not cut.any():
             return None
@@ -214,10 +245,11 @@ class Builder:
         """A row of one haystack and its questions."""
         rng, row = self.rng, Row(length)
         needles, texts, used = [], [], 0
+        most = length * (rng.choice([0.5, 0.68]) if crowd else 0.55)  # leave room for a haystack
         for needle in self.crowd(length) if crowd else self.needles(stage, length):
             pieces = [self.tokenizer.encode(piece) for piece in needle.pieces]
             used += sum(map(len, pieces))
-            if stage > 1 and used > length * 0.55:  # leave room for a haystack
+            if stage > 1 and used > most:
                 break
             texts += [(len(needles), i, piece) for i, piece in enumerate(pieces)]
             needles.append(needle)
@@ -233,7 +265,9 @@ class Builder:
             if where is None:
                 return self.plain(length)
         style = rng.random()
-        if style < 0.5 or stage == 0:  # the answer can only come through the chunk memories
+        if not self.settings.get("hsa", True):
+            style = 1.0
+        elif style < 0.5 or stage == 0:  # the answer can only come through the chunk memories
             row.resets.append(len(row.ids))
         tokens = {(which, i): text for which, i, text in texts}
         for which, question, parts in questions:
@@ -270,9 +304,7 @@ class Builder:
         while len(row.ids) < length:
             draw = rng.random()
             if draw < 0.2:
-                row.add(
-                    self.books.take(rng, rng.choice([8, 20, 40, 90, 200]))[0].tolist(), TEXT
-                )
+                row.add(self.text(rng.choice([8, 20, 40, 90, 200]))[0].tolist(), TEXT)
             elif draw < 0.55 or not told:
                 needle = tasks.mixed(rng, self.settings["mix"])
                 if len(needle.pieces) > 1 or needle.kind == "phone_book" or needle.key in keys:
@@ -299,7 +331,7 @@ class Builder:
         """A row of RULER's frequent words."""
         row, count = Row(length), length // 6
         while True:
-            text, question, most = tasks.fwe(self.rng, count)
+            text, question, most = tasks.fwe(self.rng, count, self.rng.random() < 0.5)
             ids = [self.tokenizer.encode(part) for part in (text, question)]
             answer = self.tokenizer.encode("".join(" " + word for word in most)) + [
                 self.tokenizer.end
@@ -309,7 +341,7 @@ class Builder:
             count = count * 9 // 10
         room = length - len(ids[0]) - len(ids[1]) - len(answer)
         if room:
-            row.add(self.books.take(self.rng, room)[0].tolist(), TEXT)
+            row.add(self.text(room)[0].tolist(), TEXT)
             row.resets.append(room)
         row.add(ids[0], 0)
         row.ask(ids[1], [(answer, None)], [])
@@ -317,23 +349,29 @@ class Builder:
 
     def crowds(self, count, length):
         """A batch of rows whose needles are all of one kind: each row's are every other's rivals."""
-        rows = [self.asked(2, length, crowd=True) for _ in range(count)]
+        rows = [self.row(self.asked, 2, length, True) for _ in range(count)]
         return [np.stack(part) for part in zip(*rows)]
 
     def batch(self, stage, count, length, plain_rows):
-        settings, rng = self.settings, self.rng
-        rows = [self.plain(length) for _ in range(plain_rows)]
-        while len(rows) < count:
-            level, draw = stage, rng.random()
-            if rng.random() < 0.15 and length <= 512:
-                level = rng.randint(0, stage)
-            if level <= 1:
-                near = draw < settings["near_share"]
-                rows.append(self.near(level, length) if near else self.asked(level, length))
-            elif draw < settings["talk_share"]:
-                rows.append(self.talk(length))
-            elif draw < settings["talk_share"] + settings["counting_share"]:
-                rows.append(self.counting(length))
-            else:
-                rows.append(self.asked(level, length))
+        rows = [self.row(self.plain, length) for _ in range(plain_rows)]
+        rows += [self.row(self.questioned, stage, length) for _ in range(count - plain_rows)]
         return [np.stack(part) for part in zip(*rows)]
+
+    def row(self, make, *args):
+        settings, rng = self.settings, self.rng
+        self.respelling = rng.uniform(0, 0.3) if rng.random() < settings["respelled_rows"] else 0.0
+        return make(*args)
+
+    def questioned(self, stage, length):
+        settings, rng = self.settings, self.rng
+        level, draw = stage, rng.random()
+        if rng.random() < 0.15 and length <= 512:
+            level = rng.randint(0, stage)
+        if level <= 1:
+            near = draw < settings["near_share"]
+            return self.near(level, length) if near else self.asked(level, length)
+        if draw < settings["talk_share"]:
+            return self.talk(length)
+        if draw < settings["talk_share"] + settings["counting_share"]:
+            return self.counting(length)
+        return self.asked(level, length)

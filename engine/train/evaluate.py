@@ -181,7 +181,7 @@ class Daemon:
         body = {"memory": memory, "memory_write": False, "prompt": prompt, "temperature": 0, **more}
         return self.call("POST", "/v1/completions", json.dumps(body).encode())["choices"][0]
 
-    def ask(self, memory, question, limit):
+    def ask(self, memory, question, limit, *_):
         return self.complete(memory, question, max_tokens=limit)["text"]
 
     def loss(self, memory, text):
@@ -220,15 +220,23 @@ class Local:
         self.stream(session, text)
         return session
 
-    def ask(self, session, question, limit):
-        session = {**session, "states": dict(session["states"])}
-        x, out = self.stream(session, question)[0], []
-        while len(out) < limit:
-            token = int(self.model.head(x[:, -1:])[0, 0].argmax())
-            if token == self.tokenizer.end:
-                break
+    def ask(self, session, question, limit, answer, exact):
+        """Greedy. As long as it is `answer`, all of its tokens are found at once; what comes behind
+        them does not count, nor, where it must be `exact`, what comes behind the first wrong one."""
+        fork = lambda: {**session, "states": dict(session["states"])}
+        asked, guess = self.tokenizer.encode(question), self.tokenizer.encode(answer)[:limit]
+        x = self.model.stream(fork(), self.torch.tensor(asked + guess, device=self.device))
+        said = self.model.head(x[:, len(asked) - 1 :])[0].argmax(-1).tolist()
+        right = next((i for i, pair in enumerate(zip(said, guess)) if pair[0] != pair[1]), len(guess))
+        out, token = guess[:right], said[right]
+        if exact or right == len(guess):
+            return self.tokenizer.decode(out + [token])
+        ask = fork()
+        self.model.stream(ask, self.torch.tensor(asked + out, device=self.device))
+        while len(out) < limit and token != self.tokenizer.end:
             out.append(token)
-            x = self.model.stream(session, self.torch.tensor([token], device=self.device))
+            x = self.model.stream(ask, self.torch.tensor([token], device=self.device))
+            token = int(self.model.head(x[:, -1:])[0, 0].argmax())
         return self.tokenizer.decode(out)
 
     def loss(self, session, text):
@@ -256,7 +264,8 @@ class Judge:
         answer = answer_text(parts)
         slack = 64 if needle.references and len(needle.references) > 1 else 8
         limit = len(self.tokenizer.encode(answer)) + slack
-        output = self.target.ask(memory, question, limit)
+        exact = needle.references is None
+        output = self.target.ask(memory, question, limit, answer, exact)
         got = score(needle, question, answer, output)
         if self.verbose and got < 1:
             print(f"{name} {got:.2f}: {question!r}\n  want {answer!r}\n  got  {output!r}")

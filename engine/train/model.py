@@ -43,7 +43,7 @@ DEFAULTS = dict(
 
 
 BANK = 16384  # landmarks of earlier plain text kept for the distraction loss
-PART = 1024  # positions that the dense attention takes at a time
+PART = 1024  # positions that the dense attention takes at a time, or an eighth of longer rows
 
 
 class Config(dict):
@@ -444,7 +444,7 @@ class HsaLayer(nn.Module):
             q = self.q_norm(q)
         weights = weights.expand(-1, -1, kv, -1).permute(0, 2, 1, 3)  # [B,kv,L,C]
         ahead = config.chunk_size - config.slide_window if config.mask_slide_window else 0
-        parts, step = [], PART if length > PART else length
+        parts, step = [], max(PART, length // 8) if length > PART else length
         for begin in range(0, length, step):
             end = min(length, begin + step)
             count = min(keys.shape[1], (end - 1 + ahead) // config.chunk_size)
@@ -596,7 +596,7 @@ class Ramba(nn.Module):
             row = torch.arange(len(x), device=x.device).repeat_interleave(landmarks.shape[1])
             own = (aims.asked // x.shape[1])[:, None] == row
             self.distraction = layer.distracted(flat[aims.asked], landmarks.flatten(0, 1), own)
-        elif aims.distractors:
+        elif aims.asked is not None and (aims.distractors or self.bank is not None):
             fresh = landmarks[: aims.distractors].flatten(0, 1)
             bank = [] if self.bank is None else [self.bank.to(fresh.dtype)]
             self.distraction = layer.distracted(flat[aims.asked], torch.cat([fresh, *bank]))

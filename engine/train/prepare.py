@@ -2,11 +2,13 @@
 
 Trains the tokenizer on the books that CONFIG does not hold out, and writes OUT/tokenizer.json,
 tokenizer_config.json, train.npy and held.npy (uint16 token ids, an end-of-text token between
-books). Takes a few minutes.
+books). Takes a few minutes; with --tokenizer, the folder of one that is trained already, seconds.
 """
 import argparse
 import json
+import multiprocessing
 import os
+import shutil
 
 import numpy as np
 
@@ -31,6 +33,7 @@ def main():
     parser.add_argument("config")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--tokenizer", help="a folder with a tokenizer to be used as it is")
     args = parser.parse_args()
     with open(args.config) as file:
         config = json.load(file)
@@ -43,12 +46,16 @@ def main():
     held = {name: books.pop(name) for name in config["held_out"]}
     # Both ways in which long text comes: as printed, and one line a paragraph.
     books.update({name + " unwrapped": unwrap(text) for name, text in books.items()})
-    tokenizer.write(tokenizer.train(books.values(), config["model"]["vocab_size"]), args.out)
+    if args.tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(os.path.join(args.tokenizer, name), args.out)
+    else:
+        tokenizer.write(tokenizer.train(books.values(), config["model"]["vocab_size"]), args.out)
     words = tokenizer.Tokenizer.load(args.out)
     for name, texts in [("train", books), ("held", held)]:
-        ids = []
-        for text in texts.values():
-            ids += words.encode(text) + [words.end]
+        with multiprocessing.Pool() as pool:
+            encoded = pool.map(words.encode, texts.values(), chunksize=1)
+        ids = [token for part in encoded for token in part + [words.end]]
         np.save(os.path.join(args.out, name + ".npy"), np.array(ids, np.uint16))
         print(
             f"{name}: {len(texts)} texts, {len(ids)} tokens, "

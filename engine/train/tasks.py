@@ -8,6 +8,7 @@ import string
 import uuid
 
 import facts
+import grammar
 import words
 from needle import Needle, one
 
@@ -76,7 +77,7 @@ def niah_all_question(kind, keys):
 
 def niah_multivalue(rng, kind=None, count=None):
     """Several values of one key: the newest is said first, as retrieval reads the newest first."""
-    kind, count, key = kind or niah_kind(rng), count or rng.randint(2, 4), words.pair(rng)
+    kind, count, key = kind or niah_kind(rng), count or rng.choice([2, 3, 4, 4, 4]), words.pair(rng)
     values = [niah_value(rng, kind) for _ in range(count)]
     parts = [(f" {values[i]}{',' if i else '.'}", i) for i in reversed(range(count))]
     return Needle(
@@ -118,9 +119,12 @@ def niah_intro(kind, single=True):
     )
 
 
+VT_INTRO = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+
+
 def vt(rng, hops=None):
     """RULER's variable tracking: one chain, told in its order."""
-    hops = hops or rng.randint(1, 4)
+    hops = hops or rng.choice([1, 2, 3, 4, 4, 4])
     names = ["".join(rng.choice(string.ascii_uppercase) for _ in range(5)) for _ in range(hops + 1)]
     value = str(rng.randint(10000, 99999))
     before, after = rng.choice([("\n", "\n"), (" ", ""), (" ", "."), ("\n", "")])
@@ -139,12 +143,14 @@ def vt(rng, hops=None):
     return Needle("vt", pieces, [(question, parts)], value, names)
 
 
-def fwe(rng, count):
-    """RULER's frequent words: (text of `count` made-up words, question, the three in order)."""
+def fwe(rng, count, dots=False):
+    """RULER's frequent words: (text of `count` made-up words, question, the three in order). With
+    `dots` those are yet more frequent, and not to be counted."""
     vocabulary = ["".join(rng.choice(string.ascii_lowercase) for _ in range(6)) for _ in range(60)]
+    vocabulary[:0] = ["...."] if dots else []
     weights = [(rank + 1) ** -2.0 for rank in range(len(vocabulary))]
     drawn = rng.choices(vocabulary, weights, k=count)
-    most = sorted(vocabulary, key=lambda word: -drawn.count(word))[:3]
+    most = sorted(vocabulary[dots:], key=lambda word: -drawn.count(word))[:3]
     intro = (
         "Read the following coded text and track the frequency of each coded word. Find the three "
         "most frequently appeared coded words. "
@@ -173,7 +179,7 @@ def phone(rng):
 
 def phone_book(rng, count=None):
     """A whole book, and two solved examples before the name that is asked for."""
-    lines = dict(phone_line(rng) for _ in range(count or rng.choice([4, 6, 8, 12, 20, 24])))
+    lines = dict(phone_line(rng) for _ in range(count or rng.choice([4, 8, 12, 20, 20, 24, 32])))
     names = rng.sample(list(lines), 3)
     examples = "".join(f"\n{name}: {lines[name]}" for name in names[:2])
     return Needle(
@@ -207,6 +213,7 @@ KINDS = {
     "family": facts.family,
     "statement": facts.statement,
     "event": facts.event,
+    "relation": grammar.relation,
 }
 
 

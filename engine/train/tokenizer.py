@@ -192,6 +192,11 @@ class Tokenizer:
     def size(self):
         return max(max(self.vocab.values()), max(self.added.values(), default=0)) + 1
 
+    def halves(self):
+        """{token: the two tokens that it was merged from}"""
+        vocab = self.vocab
+        return {vocab[a + b]: (vocab[a], vocab[b]) for a, b in reversed(self.ranks)}
+
     def word(self, text):
         ids = self.cache.get(text)
         if ids is not None:

@@ -1,8 +1,9 @@
 """Trains RAMba: python3 engine/train/train.py CONFIG --data DIR --out DIR [--seconds N]
 
 CONFIG names the shape, the books held out and the schedule. DIR of --data holds what prepare.py
-made of the books. Training stops after --seconds of this call (or --total-seconds over all calls,
-which also sets the learning rate's decay) and goes on from OUT/checkpoint.pt at the next call.
+made of the books. Training stops after --seconds of this call (or --total-seconds or --total-tokens
+over all calls, which also set the learning rate's decay) and goes on from OUT/checkpoint.pt at the
+next call. OUT/export is the model as the daemon takes it, at most a minute old.
 Runs on CUDA where there is one, else on the CPU; on several GPUs of one host as
 `torchrun --nproc-per-node N engine/train/train.py ...`, each with a batch of its own.
 
@@ -40,16 +41,29 @@ def worker(settings, data, seed, stage, shape, queues):
         now = stage.value
         # Long rows wait for the last stage; till then their makers make short ones.
         name = shape if now == LAST_STAGE else "short"
-        size = settings[name]
+        size = settings["shapes"][name]
         plain = settings["plain_rows"] * size["batch"] // 8
         if now == 0:
             plain = size["batch"] // 16
-        level = now if name == "long" else min(now, 2)
+        level = min(now, 2) if name == "short" else now
         if now >= settings["distraction_from"] and builder.rng.random() < settings["crowd_share"]:
             plain, rows = None, builder.crowds(size["batch"], size["length"])
         else:
             rows = builder.batch(level, size["batch"], size["length"], plain)
         queues[shape].put((now, name, plain, rows))
+
+
+def configured(path, changes):
+    """The config, with `changes` such as model.encoder_layers=0."""
+    with open(path) as file:
+        settings = json.load(file)
+    for change in changes:
+        keys, value = change.split("=", 1)
+        at, keys = settings, keys.split(".")
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = json.loads(value)
+    return settings
 
 
 def build(settings):
@@ -72,7 +86,7 @@ def build(settings):
 
 
 class Answers:
-    """Running share of answers right to the last token, by stage."""
+    """Running share of answers right to the last token, by shape."""
 
     def __init__(self):
         self.right, self.count = 0.0, 0
@@ -90,9 +104,7 @@ class Answers:
 
 class Trainer:
     def __init__(self, args):
-        with open(args.config) as file:
-            self.settings = json.load(file)
-        self.args = args
+        self.settings, self.args = configured(args.config, args.set), args
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
@@ -105,7 +117,7 @@ class Trainer:
         self.optimizer = Both(self.model, self.settings)
         tokenizer = Tokenizer.load(args.data)
         self.held = Books(os.path.join(args.data, "held.npy"), tokenizer)
-        self.step, self.tokens, self.seconds, self.stage = 0, 0, 0.0, 0
+        self.step, self.tokens, self.seconds, self.stage, self.kept = 0, 0, 0.0, 0, 0.0
         self.pool, self.skipped = None, torch.zeros((), device=self.device)
         self.path = os.path.join(args.out, "checkpoint.pt")
         os.makedirs(args.out, exist_ok=True)
@@ -113,9 +125,7 @@ class Trainer:
             self.resume()
         elif args.start:
             self.model.load_state_dict(safetensors_io.load_folder(args.start))
-            with open(os.path.join(args.start, "progress.json")) as file:
-                self.step, self.tokens, _, self.stage = json.load(file)
-        self.began = self.step
+            self.stage = LAST_STAGE
         self.losses = self.answer_losses
         if cuda and not args.no_compile:
             torch.set_float32_matmul_precision("high")
@@ -129,6 +139,7 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.tokens, self.seconds, self.stage = saved["progress"]
+        self.kept = self.seconds
         print(f"resumed at step {self.step}, {self.tokens / 1e6:.1f}M tokens, stage {self.stage}")
 
     def save(self):
@@ -144,14 +155,20 @@ class Trainer:
         )
         os.replace(self.path + ".new", self.path)
         export(self.model, self.settings, self.args)
-        with open(os.path.join(self.args.out, "export", "progress.json"), "w") as file:
-            json.dump([self.step, self.tokens, self.seconds, self.stage], file)
+        if self.args.keep_every and self.seconds - self.kept >= self.args.keep_every:
+            self.kept = self.seconds
+            folder = os.path.join(self.args.out, "export")
+            shutil.copytree(folder, f"{folder}-{self.step}", dirs_exist_ok=True)
+
+    def done(self):
+        """The share of the training that is behind."""
+        args = self.args
+        return max(self.seconds / args.total_seconds, self.tokens / args.total_tokens)
 
     def rate(self):
-        """Warm-up, constant, and a linear way down over the last 40% of the total time."""
-        done = self.seconds / self.args.total_seconds
-        begin = self.began if self.args.start else 0
-        warm = min(1.0, (self.step + 1 - begin) / self.settings["warmup_steps"])
+        """Warm-up, constant, and a linear way down over the last 40%."""
+        done = self.done()
+        warm = min(1.0, (self.step + 1) / self.settings["warmup_steps"])
         return self.settings["learning_rate"] * warm * min(1.0, max(0.02, (1 - done) / 0.4))
 
     def states(self, batch):
@@ -254,8 +271,13 @@ class Trainer:
     def start_workers(self, stage):
         """Processes that make batches; returns them and a queue for each shape."""
         settings, args = self.settings, self.args
-        queues = {shape: multiprocessing.Queue(args.workers * 2) for shape in ("short", "long")}
-        longs = min(args.workers - 1, max(1, round(args.workers * settings["long_share"] * 0.7)))
+        shapes = list(settings["shapes"])
+        queues = {shape: multiprocessing.Queue(args.workers * 2) for shape in shapes}
+        # One worker a shape, each other where the most steps wait for a worker.
+        makers = list(shapes)
+        while len(makers) < args.workers:
+            need = lambda shape: settings["shapes"][shape]["share"] / makers.count(shape)
+            makers.append(max(shapes, key=need))
         pool = [
             multiprocessing.Process(
                 target=worker,
@@ -263,13 +285,13 @@ class Trainer:
                 args=(
                     settings,
                     args.data,
-                    settings["seed"] + 1000 * (i + args.workers * self.rank) + self.step,
+                    settings["seed"] + 10**6 * (i + len(makers) * self.rank) + self.step,
                     stage,
-                    "long" if i < longs else "short",
+                    shape,
                     queues,
                 ),
             )
-            for i in range(max(2, args.workers))
+            for i, shape in enumerate(makers)
         ]
         for process in pool:
             process.start()
@@ -278,7 +300,8 @@ class Trainer:
     def batch(self, queues):
         """The same shape on every rank."""
         draw = random.Random(self.settings["seed"] * 10**7 + self.step)
-        shape = "long" if draw.random() < self.settings["long_share"] else "short"
+        shapes = self.settings["shapes"]
+        shape = draw.choices(list(shapes), [size["share"] for size in shapes.values()])[0]
         while True:
             made_for, size, plain, arrays = queues[shape].get()
             if made_for == self.stage:
@@ -287,7 +310,7 @@ class Trainer:
     def held_out(self):
         """The loss on books that are not trained on. In the shape of a training step, gradients and
         all, which is compiled already."""
-        size = self.settings["short"]
+        size = self.settings["shapes"]["short"]
         rows = [self.held.take(random.Random(i), size["length"])[0] for i in range(size["batch"])]
         ids = self.put(np.stack(rows).astype(np.int64))
         resets, states = torch.zeros_like(ids, dtype=torch.bool), self.states(len(ids))
@@ -304,8 +327,9 @@ class Trainer:
             "tok/s "
             + " ".join(f"{name} {value / count:.3f}" for name, value in zip(names, sums))
             + f" held out {self.held_out():.3f}"
-            f" right short {answers['short'].right:.3f} long {answers['long'].right:.3f} "
-            f"lr {self.rate():.1e} skipped {int(self.skipped)} {self.seconds:.0f}s",
+            + " right "
+            + " ".join(f"{shape} {answer.right:.3f}" for shape, answer in answers.items())
+            + f" lr {self.rate():.1e} skipped {int(self.skipped)} {self.seconds:.0f}s",
             flush=True,
         )
         if self.skipped > 50:
@@ -316,7 +340,7 @@ class Trainer:
         stage = multiprocessing.Value("i", self.stage)
         pool, queues = self.start_workers(stage)
         begin = last = saved = logged = time.time()
-        answers = {"short": Answers(), "long": Answers()}
+        answers = {shape: Answers() for shape in queues}
         logged_tokens, logged_step, stage_began = self.tokens, self.step, self.step
         sums = torch.zeros(5, device=self.device)
         stop = False
@@ -332,15 +356,15 @@ class Trainer:
             now = time.time()
             self.seconds += now - last
             last = now
-            stop = now - begin > args.seconds or self.seconds > args.total_seconds
+            stop = now - begin > args.seconds or self.done() >= 1
             long_enough = self.step - stage_began > 150
-            late = self.seconds / args.total_seconds > settings["advance_by"][self.stage]
+            late = self.done() > settings["advance_by"][self.stage]
             good = long_enough and answers["short"].right > settings["advance_at"][self.stage]
             self.stage += good or late
             stop = self.agree(stop)
             if self.stage != stage.value:
                 stage.value, stage_began = self.stage, self.step
-                answers = {"short": Answers(), "long": Answers()}
+                answers = {shape: Answers() for shape in queues}
                 if self.rank == 0:
                     print(f"stage {self.stage} from step {self.step}", flush=True)
             if self.step - logged_step >= args.log_every:
@@ -383,8 +407,9 @@ class Trainer:
 
 
 def export(model, settings, args):
-    """OUT/export: the model's folder as the engine loads it, weights in bf16."""
-    folder = os.path.join(args.out, "export")
+    """OUT/export: the model's folder as the engine loads it, weights in bf16; whole at any time."""
+    whole = os.path.join(args.out, "export")
+    folder = whole + ".new"
     os.makedirs(folder, exist_ok=True)
     for name in ["tokenizer.json", "tokenizer_config.json"]:
         shutil.copy(os.path.join(args.data, name), folder)
@@ -398,6 +423,8 @@ def export(model, settings, args):
         {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()},
         folder,
     )
+    shutil.rmtree(whole, ignore_errors=True)
+    os.rename(folder, whole)
 
 
 def main():
@@ -409,10 +436,15 @@ def main():
     parser.add_argument("--out", required=True)
     parser.add_argument(
         "--start",
-        help="an export to go on from, with a schedule of its own, where " "OUT has no checkpoint",
+        help="a model to go on from, in the last stage, where OUT has no checkpoint",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=JSON", help="of CONFIG: hsa=false ..."
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="stop this call after so long")
     parser.add_argument("--total-seconds", type=float, default=1320, help="training time in all")
+    parser.add_argument("--total-tokens", type=float, default=math.inf, help="tokens in all")
+    parser.add_argument("--keep-every", type=float, help="keep an OUT/export-STEP so often, in seconds")
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     spare = max(2, ((os.cpu_count() or 2) - 3) // ranks)
     parser.add_argument("--workers", type=int, default=min(spare, 16))

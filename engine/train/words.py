@@ -91,6 +91,13 @@ def pair(rng):
     return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
 
 
+def alike(rng, count):
+    """Draws keys like RULER's of so few words that most of `count` keys share one with another."""
+    few = max(3, int(count**0.5))
+    heads, tails = rng.sample(ADJECTIVES, min(few, len(ADJECTIVES))), rng.sample(NOUNS, 2 * few)
+    return lambda rng: f"{rng.choice(heads)}-{rng.choice(tails)}"
+
+
 def unheard(rng):
     """A key like RULER's, of words in no list."""
     return f"{invented(rng)}-{invented(rng)}".lower()
