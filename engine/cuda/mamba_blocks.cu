@@ -5,84 +5,13 @@
  * bf16; every other form, and fp32, through plain tiles, the same steps one by one. */
 #include <stdlib.h>
 
-#include "engine/cuda/device.cuh"
-#include "engine/cuda/mamba.cuh"
-
-#define LOG2_E 1.4426950408889634f
-
-/* A block: at most `tokens` rows of one segment. */
-struct block {
-    uint32_t row, count, segment;
-};
-
-/* The blocks [first, first + count) of a long segment. */
-struct run {
-    uint32_t segment, first, count;
-};
-
-/* `V` neighbours as floats. */
-template <int V, typename T> static __device__ __forceinline__ void load(const T *from, float *out)
-{
-    if constexpr (V * sizeof(T) == 16) {
-        cuda_load16(from, out);
-    } else if constexpr (V * sizeof(T) == 8) {
-        const uint2 v = *reinterpret_cast<const uint2 *>(from);
-        out[0] = cuda_first(v.x);
-        out[1] = cuda_second(v.x);
-        out[2] = cuda_first(v.y);
-        out[3] = cuda_second(v.y);
-    } else {
-        out[0] = cuda_float(*from);
-    }
-}
-
-template <int V, typename T> static __device__ __forceinline__ void store(T *to, const float *x)
-{
-    if constexpr (V * sizeof(T) == 16 && sizeof(T) == 4) {
-        *reinterpret_cast<float4 *>(to) = float4{x[0], x[1], x[2], x[3]};
-    } else if constexpr (V * sizeof(T) == 16) {
-        *reinterpret_cast<uint4 *>(to) = uint4{cuda_pack(x[0], x[1]), cuda_pack(x[2], x[3]),
-                                               cuda_pack(x[4], x[5]), cuda_pack(x[6], x[7])};
-    } else if constexpr (V * sizeof(T) == 8) {
-        *reinterpret_cast<uint2 *>(to) = uint2{cuda_pack(x[0], x[1]), cuda_pack(x[2], x[3])};
-    } else {
-        cuda_store(to, x[0]);
-    }
-}
+#include "engine/cuda/mamba_blocks.cuh"
 
 /* ---- convolution and time steps ---- */
 
 #define CONV_ROWS 16
 #define CONV_THREADS 128
 #define CONV_WARPS (CONV_THREADS / CUDA_WARP)
-
-/* What comes in, and what goes with it. */
-template <typename T> struct inputs {
-    const T *projected;   /* without in_proj's bias: */
-    const float *in_bias; /* or NULL */
-    const T *weight;      /* [conv, taps] */
-    const float *bias;    /* or NULL */
-    const float *dt_bias, *a_log;
-};
-
-/* V neighbours from column `j` of xBC on, `back` rows before row `row` of its segment. */
-template <int V, typename T>
-static __device__ __forceinline__ void
-load_column(const struct mamba_shape &s, const struct inputs<T> &in,
-            const struct cuda_segment *segment, uint32_t row, uint32_t back, uint32_t j, float *out)
-{
-    const uint32_t at = row - segment->row;
-    if (back <= at) {
-        load<V>(in.projected + (size_t)(row - back) * s.proj + s.inner + j, out);
-#pragma unroll
-        for (int v = 0; v < V; v++)
-            out[v] += in.in_bias ? in.in_bias[s.inner + j + v] : 0;
-    } else {
-#pragma unroll
-        for (int v = 0; v < V; v++)
-            out[v] = segment->conv[(size_t)(s.taps - 1 + at - back) * s.conv + j + v];
-    }
-}
 
 /* Rows [row, end) with TAPS taps, which are read once, as is each row. */
 template <int TAPS, int V, typename T>
@@ -183,17 +112,18 @@ time_steps(const struct mamba_shape &s, const struct inputs<T> &in, const struct
         }
 }
 
-/* conv[j] = SiLU(sum_i w[j][i] xBC[t - taps + 1 + i][j] + bias), columns before the segment from
- * its tail, V neighbours a thread; and, by the blocks behind `tiles`, dt and decay [blocks, Hm,
- * tokens]. Grid: blocks x tiles of columns, then of heads x slices of CONV_ROWS rows. */
+/* conv[j] = SiLU(sum_i w[j][i] xBC[t - taps + 1 + i][j] + bias) from column `first` on, rows before
+ * the segment from its tail, V neighbours a thread; and, by the blocks behind `tiles`, dt and decay
+ * [blocks, Hm, tokens]. Grid: blocks x tiles of columns, then of heads x slices of CONV_ROWS rows.
+ */
 template <typename T, int V>
 static __global__ void __launch_bounds__(CONV_THREADS)
     convolve(struct mamba_shape s, struct inputs<T> in, const struct block *blocks,
-             const struct cuda_segment *segments, uint32_t tiles, uint32_t tokens, T *conv,
-             float *dt, float *decay)
+             const struct cuda_segment *segments, uint32_t first, uint32_t tiles, uint32_t tokens,
+             T *conv, float *dt, float *decay)
 {
-    cuda_depend_release();
     cuda_depend_wait();
+    cuda_depend_release(); /* what projected holds is there for the kernel behind this one */
     const struct block block = blocks[blockIdx.x];
     const struct cuda_segment *segment = &segments[block.segment];
     if (blockIdx.y >= tiles) {
@@ -203,7 +133,7 @@ static __global__ void __launch_bounds__(CONV_THREADS)
             time_steps(s, in, block, tokens, h, dt + at, decay + at);
         return;
     }
-    const uint32_t j = (blockIdx.y * CONV_THREADS + threadIdx.x) * V;
+    const uint32_t j = first + (blockIdx.y * CONV_THREADS + threadIdx.x) * V;
     const uint32_t row = block.row + blockIdx.z * CONV_ROWS;
     const uint32_t end = block.row + min((blockIdx.z + 1) * CONV_ROWS, block.count);
     if (j >= s.conv || row >= end)
@@ -369,8 +299,8 @@ static __global__ void carry_states(struct mamba_shape s, const struct run *runs
                                     const struct cuda_segment *segments, const float *decay,
                                     S *states)
 {
-    cuda_depend_release();
     cuda_depend_wait();
+    cuda_depend_release(); /* what conv holds is there for the kernel behind this one */
     const size_t elements = (size_t)s.heads * s.width * s.n;
     const size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (e >= elements)
@@ -399,250 +329,6 @@ static __global__ void carry_states(struct mamba_shape s, const struct run *runs
         }
     }
     store<V>(kept, state);
-}
-
-/* ---- tensor cores: heads of 64, blocks of CUDA_BLOCK_TOKENS rows ---- */
-
-#define WIDTH 64
-#define PAD 8 /* elements behind a row in shared memory: eight rows fall on all banks */
-#define STATE_THREADS 128
-#define OUTPUT_THREADS 256
-#define OUTPUT_HEADS 4 /* that share the scores of a block */
-
-/* `count` rows of `columns` elements from rows `stride` apart; rows behind them zeros. */
-static __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, size_t stride,
-                                                 uint32_t columns, uint32_t count, uint32_t rows)
-{
-    const uint32_t units = columns / 8;
-    for (uint32_t i = threadIdx.x; i < rows * units; i += blockDim.x) {
-        const uint32_t row = i / units, unit = i % units;
-        cuda_copy_async(to + row * (columns + PAD) + unit * 8,
-                        from + (row < count ? row : 0) * stride + unit * 8, row < count);
-    }
-}
-
-/* states[block, h] [P, N] = what the block alone adds to the state: sum over rows of (x dt decay)
- * outer B. A warp has 16 of P. Grid: blocks x heads. */
-template <int N>
-static __global__ void __launch_bounds__(STATE_THREADS)
-    block_states_mma(struct mamba_shape s, const struct block *blocks, const bf16 *conv,
-                     const float *dt, const float *decay, bf16 *states)
-{
-    CUDA_SHARED(bf16, bs);
-    cuda_depend_release();
-    cuda_depend_wait();
-    bf16 *xs = bs + CUDA_BLOCK_TOKENS * (N + PAD);
-    const struct block block = blocks[blockIdx.x];
-    const uint32_t h = blockIdx.y, group = h / (s.heads / s.groups);
-    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const bf16 *u = conv + (size_t)block.row * s.conv + h * WIDTH;
-    const bf16 *b = conv + (size_t)block.row * s.conv + s.inner + (size_t)group * N;
-    const size_t from = ((size_t)blockIdx.x * s.heads + h) * CUDA_BLOCK_TOKENS;
-    const uint32_t rows = (block.count + 15) / 16 * 16;
-    copy_rows(bs, b, s.conv, N, block.count, rows);
-    cuda_copy_commit();
-    const float last = decay[from + CUDA_BLOCK_TOKENS - 1];
-    for (uint32_t i = threadIdx.x; i < rows * (WIDTH / 8); i += STATE_THREADS) {
-        const uint32_t row = i / (WIDTH / 8), unit = i % (WIDTH / 8);
-        float x[8] = {};
-        if (row < block.count) {
-            const float factor = dt[from + row] * expf(last - decay[from + row]);
-            load<8>(u + (size_t)row * s.conv + unit * 8, x);
-#pragma unroll
-            for (int k = 0; k < 8; k++)
-                x[k] *= factor;
-        }
-        store<8>(xs + row * (WIDTH + PAD) + unit * 8, x);
-    }
-    cuda_copy_wait<0>();
-    __syncthreads();
-    float acc[N / 8][4] = {};
-    for (uint32_t t = 0; t < rows; t += 16) {
-        uint32_t a[4], k[4];
-        cuda_load_transposed(
-            a, cuda_matrix_row(xs + t * (WIDTH + PAD) + warp * 16, WIDTH + PAD, false));
-#pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            cuda_load_transposed(k, cuda_matrix_row(bs + t * (N + PAD) + n * 16, N + PAD, true));
-            cuda_mma(acc[2 * n], a, k);
-            cuda_mma(acc[2 * n + 1], a, k + 2);
-        }
-    }
-    bf16 *out = states + (((size_t)blockIdx.x * s.heads + h) * WIDTH + warp * 16 + lane / 4) * N +
-                lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < N / 8; n++) {
-        *reinterpret_cast<uint32_t *>(out + n * 8) = cuda_pack(acc[n][0], acc[n][1]);
-        *reinterpret_cast<uint32_t *>(out + 8 * N + n * 8) = cuda_pack(acc[n][2], acc[n][3]);
-    }
-}
-
-/* Scores C B^T of a warp's 16 rows and all columns up to theirs, as the tensor cores take them. */
-template <int N>
-static __device__ __forceinline__ void block_scores(const bf16 *cs, const bf16 *bs, uint32_t warp,
-                                                    uint32_t scores[CUDA_BLOCK_TOKENS / 16][4])
-{
-#pragma unroll
-    for (int j = 0; j < CUDA_BLOCK_TOKENS / 16; j++) {
-        if (j > (int)warp)
-            continue;
-        float left[4] = {}, right[4] = {};
-#pragma unroll
-        for (int n = 0; n < N; n += 16) {
-            uint32_t a[4], b[4];
-            cuda_load_matrices(a, cuda_matrix_row(cs + warp * 16 * (N + PAD) + n, N + PAD, true));
-            cuda_load_matrices(b, cuda_matrix_row(bs + j * 16 * (N + PAD) + n, N + PAD, false));
-            cuda_mma(left, a, b);
-            cuda_mma(right, a, b + 2);
-        }
-        scores[j][0] = cuda_pack(left[0], left[1]);
-        scores[j][1] = cuda_pack(left[2], left[3]);
-        scores[j][2] = cuda_pack(right[0], right[1]);
-        scores[j][3] = cuda_pack(right[2], right[3]);
-    }
-}
-
-/* Two neighbouring scores of a row, decayed from their columns and times their time steps; columns
- * behind the row count nothing. */
-static __device__ __forceinline__ uint32_t decayed(uint32_t scores, uint32_t row, float row_decay,
-                                                   uint32_t column, const float *decays,
-                                                   const float *times)
-{
-    const float first =
-        column <= row ? cuda_first(scores) * cuda_exp2(row_decay - decays[column]) * times[column]
-                      : 0;
-    const float second =
-        column + 1 <= row
-            ? cuda_second(scores) * cuda_exp2(row_decay - decays[column + 1]) * times[column + 1]
-            : 0;
-    return cuda_pack(first, second);
-}
-
-/* acc += exp(decay) C S^T: what a warp's rows have of the state before the block. */
-template <int N>
-static __device__ __forceinline__ void add_before(const bf16 *cs, const bf16 *ss, uint32_t warp,
-                                                  float upper_left, float lower_left,
-                                                  float acc[WIDTH / 8][4])
-{
-#pragma unroll
-    for (int n = 0; n < N; n += 16) {
-        uint32_t a[4], k[4];
-        cuda_load_matrices(a, cuda_matrix_row(cs + warp * 16 * (N + PAD) + n, N + PAD, true));
-#pragma unroll
-        for (int p = 0; p < WIDTH / 16; p++) {
-            cuda_load_matrices(k, cuda_matrix_row(ss + p * 16 * (N + PAD) + n, N + PAD, false));
-            cuda_mma(acc[2 * p], a, k);
-            cuda_mma(acc[2 * p + 1], a, k + 2);
-        }
-    }
-#pragma unroll
-    for (int p = 0; p < WIDTH / 8; p++) {
-        acc[p][0] *= upper_left;
-        acc[p][1] *= upper_left;
-        acc[p][2] *= lower_left;
-        acc[p][3] *= lower_left;
-    }
-}
-
-/* acc += the decayed scores times x: what they have of the block's own rows. */
-static __device__ __forceinline__ void add_own(const uint32_t scores[CUDA_BLOCK_TOKENS / 16][4],
-                                               const bf16 *xs, const float *decays,
-                                               const float *times, float acc[WIDTH / 8][4])
-{
-    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const uint32_t top = warp * 16 + lane / 4;
-    const float upper = decays[top], lower = decays[top + 8];
-#pragma unroll
-    for (int j = 0; j < CUDA_BLOCK_TOKENS / 16; j++) {
-        if (j > (int)warp)
-            continue;
-        const uint32_t column = j * 16 + lane % 4 * 2;
-        uint32_t k[4];
-        const uint32_t a[4] = {decayed(scores[j][0], top, upper, column, decays, times),
-                               decayed(scores[j][1], top + 8, lower, column, decays, times),
-                               decayed(scores[j][2], top, upper, column + 8, decays, times),
-                               decayed(scores[j][3], top + 8, lower, column + 8, decays, times)};
-#pragma unroll
-        for (int p = 0; p < WIDTH / 16; p++) {
-            cuda_load_transposed(
-                k, cuda_matrix_row(xs + j * 16 * (WIDTH + PAD) + p * 16, WIDTH + PAD, true));
-            cuda_mma(acc[2 * p], a, k);
-            cuda_mma(acc[2 * p + 1], a, k + 2);
-        }
-    }
-}
-
-/* y = acc + D x of a warp's rows, as far as there are `count`; `y`: the block's first row. */
-static __device__ __forceinline__ void write_rows(const float acc[WIDTH / 8][4], const bf16 *xs,
-                                                  float through, uint32_t count, uint32_t stride,
-                                                  bf16 *y)
-{
-    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint32_t row = warp * 16 + lane / 4 + half * 8;
-        if (row >= count)
-            continue;
-        const bf16 *x = xs + row * (WIDTH + PAD) + lane % 4 * 2;
-        bf16 *to = y + (size_t)row * stride + lane % 4 * 2;
-#pragma unroll
-        for (int p = 0; p < WIDTH / 8; p++) {
-            const uint32_t own = *reinterpret_cast<const uint32_t *>(x + p * 8);
-            *reinterpret_cast<uint32_t *>(to + p * 8) =
-                cuda_pack(fmaf(through, cuda_first(own), acc[p][2 * half]),
-                          fmaf(through, cuda_second(own), acc[p][2 * half + 1]));
-        }
-    }
-}
-
-/* y of a block's rows, OUTPUT_HEADS heads of one group: what came before the block, what it holds
- * itself, and D x. A warp has 16 rows. Grid: blocks x parts of groups. */
-template <int N>
-static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
-    block_outputs_mma(struct mamba_shape s, const struct block *blocks, const bf16 *conv,
-                      const float *dt, const float *decay, const bf16 *states, const float *skip,
-                      bf16 *y)
-{
-    CUDA_SHARED(bf16, cs);
-    cuda_depend_release();
-    cuda_depend_wait();
-    bf16 *bs = cs + CUDA_BLOCK_TOKENS * (N + PAD), *ss = bs + CUDA_BLOCK_TOKENS * (N + PAD);
-    bf16 *xs = ss + WIDTH * (N + PAD);
-    float *decays = reinterpret_cast<float *>(xs + CUDA_BLOCK_TOKENS * (WIDTH + PAD));
-    float *times = decays + CUDA_BLOCK_TOKENS;
-    const struct block block = blocks[blockIdx.x];
-    const uint32_t each = s.heads / s.groups, parts = (each + OUTPUT_HEADS - 1) / OUTPUT_HEADS;
-    const uint32_t group = blockIdx.y / parts, part = blockIdx.y % parts * OUTPUT_HEADS;
-    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const uint32_t rows = (block.count + 15) / 16 * 16, top = warp * 16 + lane / 4;
-    const bf16 *u = conv + (size_t)block.row * s.conv, *b = u + s.inner + (size_t)group * N;
-    const bool busy = warp * 16 < rows;
-    uint32_t scores[CUDA_BLOCK_TOKENS / 16][4];
-    copy_rows(cs, b + (size_t)s.groups * N, s.conv, N, block.count, rows);
-    copy_rows(bs, b, s.conv, N, block.count, rows);
-    for (uint32_t i = part; i < part + OUTPUT_HEADS && i < each; i++) {
-        const uint32_t h = group * each + i;
-        const size_t of_head = (size_t)blockIdx.x * s.heads + h;
-        copy_rows(xs, u + h * WIDTH, s.conv, WIDTH, block.count, rows);
-        copy_rows(ss, states + of_head * WIDTH * N, N, N, WIDTH, WIDTH);
-        cuda_copy_commit();
-        if (threadIdx.x < CUDA_BLOCK_TOKENS) {
-            decays[threadIdx.x] = decay[of_head * CUDA_BLOCK_TOKENS + threadIdx.x] * LOG2_E;
-            times[threadIdx.x] = dt[of_head * CUDA_BLOCK_TOKENS + threadIdx.x];
-        }
-        cuda_copy_wait<0>();
-        __syncthreads();
-        if (busy && i == part)
-            block_scores<N>(cs, bs, warp, scores);
-        if (busy) {
-            float acc[WIDTH / 8][4] = {};
-            add_before<N>(cs, ss, warp, cuda_exp2(decays[top]), cuda_exp2(decays[top + 8]), acc);
-            add_own(scores, xs, decays, times, acc);
-            write_rows(acc, xs, skip[h], block.count, s.inner,
-                       y + (size_t)block.row * s.inner + h * WIDTH);
-        }
-        __syncthreads();
-    }
 }
 
 /* ---- the gate ---- */
@@ -732,36 +418,16 @@ static uint32_t cut_blocks(const struct ops_rows *rows, uint32_t tokens, uint32_
     return count;
 }
 
-/* What the kernels of one group of blocks need. */
-struct work {
-    struct mamba_shape shape;
-    const struct ops_mamba_weights *weights;
-    const struct cuda_segment *segments;
-    const struct block *blocks; /* on the device, like the runs */
-    const struct run *runs;
-    uint32_t block_count, run_count, tokens;
-};
-
-template <int N> static void scan_mma(struct ops_context *x, const struct work *w)
+/* Tensor cores. */
+static void scan_mma(struct ops_context *x, const struct work *w)
 {
     const struct mamba_shape s = w->shape;
-    const bf16 *conv = (const bf16 *)(const void *)x->conv;
-    bf16 *states = (bf16 *)(void *)x->states;
-    const size_t own = CUDA_BLOCK_TOKENS * (WIDTH + PAD), wide = CUDA_BLOCK_TOKENS * (N + PAD);
-    const size_t state_bytes = 2 * (own + wide);
-    const size_t output_bytes =
-        2 * (own + 2 * wide + WIDTH * (N + PAD)) + 2 * CUDA_BLOCK_TOKENS * sizeof(float);
-    const uint32_t parts = cuda_ceil(s.heads / s.groups, OUTPUT_HEADS) * s.groups;
-    CUDA_ALLOW_SHARED(x, block_states_mma<N>, state_bytes);
-    CUDA_ALLOW_SHARED(x, block_outputs_mma<N>, output_bytes);
-    CUDA_LAUNCH_EARLY(x, block_states_mma<N>, dim3(w->block_count, s.heads), dim3(STATE_THREADS),
-                      state_bytes, s, w->blocks, conv, x->dt, x->decay, states);
+    cuda_block_states(x, w);
     CUDA_LAUNCH_EARLY(x, (carry_states<bf16, 4>),
-                      dim3(cuda_ceil((uint64_t)s.heads * WIDTH * N / 4, 256), w->run_count),
-                      dim3(256), 0, s, w->runs, w->tokens, w->segments, x->decay, states);
-    CUDA_LAUNCH_EARLY(x, block_outputs_mma<N>, dim3(w->block_count, parts), dim3(OUTPUT_THREADS),
-                      output_bytes, s, w->blocks, conv, x->dt, x->decay, states,
-                      (const float *)w->weights->d.data, (bf16 *)(void *)x->scanned);
+                      dim3(cuda_ceil((uint64_t)s.heads * s.width * s.n / 4, 256), w->run_count),
+                      dim3(256), 0, s, w->runs, w->tokens, w->segments, x->decay,
+                      (bf16 *)(void *)x->states);
+    cuda_block_outputs(x, w);
 }
 
 template <typename T> static void scan_tiles(struct ops_context *x, const struct work *w)
@@ -784,22 +450,15 @@ template <typename T, int V>
 static void run_group(struct ops_context *x, const struct work *w, bool mma)
 {
     const struct mamba_shape s = w->shape;
-    const struct ops_mamba_weights *weights = w->weights;
-    const struct inputs<T> in = {
-        (const T *)(const void *)x->projected, (const float *)weights->in_proj_bias.data,
-            (const T *)weights->conv_weight.data, (const float *)weights->conv_bias.data,
-            (const float *)weights->dt_bias.data, (const float *)weights->a_log.data
-    };
-    const uint32_t tiles = cuda_ceil(s.conv, CONV_THREADS * V);
+    const uint32_t first = mma ? s.inner : 0; /* cuda_block_states has the columns before */
+    const uint32_t tiles = cuda_ceil(s.conv - first, CONV_THREADS * V);
     CUDA_LAUNCH_EARLY(x, (convolve<T, V>),
                       dim3(w->block_count, tiles + cuda_ceil(s.heads, CONV_WARPS),
                            cuda_ceil(w->tokens, CONV_ROWS)),
-                      dim3(CONV_THREADS), 0, s, in, w->blocks, w->segments, tiles, w->tokens,
-                      (T *)(void *)x->conv, x->dt, x->decay);
-    if (mma && s.n == 128)
-        scan_mma<128>(x, w);
-    else if (mma)
-        scan_mma<64>(x, w);
+                      dim3(CONV_THREADS), 0, s, inputs_of<T>(x, w->weights), w->blocks, w->segments,
+                      first, tiles, w->tokens, (T *)(void *)x->conv, x->dt, x->decay);
+    if (mma)
+        scan_mma(x, w);
     else
         scan_tiles<T>(x, w);
 }
@@ -846,7 +505,7 @@ void cuda_mamba_blocks(struct ops_context *x, const struct ops_mamba_weights *we
     w.segments = segments;
     const struct mamba_shape s = w.shape;
     const bool aligned = s.proj % 8 == 0 && s.conv % 8 == 0 && s.inner % 8 == 0;
-    const bool mma = !x->wide && aligned && s.width == WIDTH && (s.n == 64 || s.n == 128);
+    const bool mma = !x->wide && cuda_mamba_tiles(s);
     w.tokens = mma ? CUDA_BLOCK_TOKENS : TILE;
     for (uint32_t i = 0; i < rows->segment_count; i++)
         if (rows->segments[i].count > CUDA_FEW_ROWS)

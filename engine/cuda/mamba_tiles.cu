@@ -1,0 +1,440 @@
+/* mamba_tiles.cu - the chunked (SSD) form on tensor cores: bf16, heads of 64, a state of 64 or 128,
+ * blocks of CUDA_BLOCK_TOKENS rows. Each kernel starts, where it may, before the one in front of it
+ * has ended, with what the one before that has left. */
+#include "engine/cuda/mamba_blocks.cuh"
+
+#define TOKENS CUDA_BLOCK_TOKENS
+#define WIDTH 64
+#define TAPS 4
+#define PAD 8 /* elements behind a row in shared memory: eight rows fall on all banks */
+#define UNITS (WIDTH / 8)
+#define STATE_THREADS 128
+#define STRIP (TOKENS * UNITS / STATE_THREADS) /* rows that a thread convolves */
+#define OUTPUT_THREADS 256
+#define OUTPUT_HEADS 4 /* that share the scores of a block */
+
+/* `count` rows of `columns` elements from rows `stride` apart; rows behind them zeros. */
+static __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, size_t stride,
+                                                 uint32_t columns, uint32_t count, uint32_t rows)
+{
+    const uint32_t units = columns / 8;
+    for (uint32_t i = threadIdx.x; i < rows * units; i += blockDim.x) {
+        const uint32_t row = i / units, unit = i % units;
+        cuda_copy_async(to + row * (columns + PAD) + unit * 8,
+                        from + (row < count ? row : 0) * stride + unit * 8, row < count);
+    }
+}
+
+/* ---- what a block adds to the state ---- */
+
+/* Columns [j, j + 8) of xBC, rows [first, first + STRIP) of the block, through the convolution:
+ * from `xs`, once the copies to it are done, to `out`. */
+static __device__ __forceinline__ void convolve_strip(const struct mamba_shape &s,
+                                                      const struct inputs<bf16> &in,
+                                                      const struct cuda_segment *segment,
+                                                      const struct block &block, uint32_t first,
+                                                      uint32_t j, const bf16 *xs, uint4 out[STRIP])
+{
+    float weight[8 * TAPS], bias[8], window[TAPS][8];
+#pragma unroll
+    for (int i = 0; i < TAPS; i++)
+        cuda_load16(in.weight + (size_t)j * TAPS + i * 8, weight + i * 8);
+#pragma unroll
+    for (int v = 0; v < 8; v++)
+        bias[v] = in.bias ? in.bias[j + v] : 0;
+    if (first == 0)
+#pragma unroll
+        for (int i = 0; i < TAPS - 1; i++)
+            load_column<8>(s, in, segment, block.row, TAPS - 1 - i, j, window[i]);
+    const auto load_row = [&](int row, float *to) {
+        cuda_load16(xs + row * (WIDTH + PAD), to);
+        if (in.in_bias)
+#pragma unroll
+            for (int v = 0; v < 8; v++)
+                to[v] += in.in_bias[s.inner + j + v];
+    };
+    cuda_copy_wait<0>();
+    __syncthreads();
+    if (first)
+#pragma unroll
+        for (int i = 0; i < TAPS - 1; i++)
+            load_row((int)first - TAPS + 1 + i, window[i]);
+#pragma unroll
+    for (int r = 0; r < STRIP; r++) {
+        float sum[8];
+        load_row((int)first + r, window[(TAPS - 1 + r) % TAPS]);
+#pragma unroll
+        for (int v = 0; v < 8; v++) {
+            sum[v] = bias[v];
+#pragma unroll
+            for (int i = 0; i < TAPS; i++)
+                sum[v] = fmaf(weight[v * TAPS + i], window[(r + i) % TAPS][v], sum[v]);
+            sum[v] = first + r < block.count ? cuda_silu_narrow(sum[v]) : 0;
+        }
+        store<8>(reinterpret_cast<bf16 *>(&out[r]), sum);
+    }
+}
+
+/* Two neighbours times a factor each. */
+static __device__ __forceinline__ uint32_t scaled(uint32_t pair, float first, float second)
+{
+    return cuda_pack(cuda_first(pair) * first, cuda_second(pair) * second);
+}
+
+/* states[block, h] [P, N] = what the block alone adds to the state: sum over rows of (x dt decay)
+ * outer B; and x of conv. A warp has half of P and half of N. Grid: blocks x heads. */
+template <int N>
+static __global__ void __launch_bounds__(STATE_THREADS, 4)
+    block_states_mma(struct mamba_shape s, struct inputs<bf16> in, const struct block *blocks,
+                     const struct cuda_segment *segments, const float *dt, const float *decay,
+                     bf16 *conv, bf16 *states)
+{
+    CUDA_SHARED(bf16, bs);
+    bf16 *xs = bs + TOKENS * (N + PAD);
+    float *factors = reinterpret_cast<float *>(xs + TOKENS * (WIDTH + PAD));
+    const struct block block = blocks[blockIdx.x];
+    const uint32_t h = blockIdx.y, group = h / (s.heads / s.groups), t = threadIdx.x;
+    const uint32_t rows = (block.count + 15) / 16 * 16;
+    const uint32_t unit = t % UNITS * 8, first = t / UNITS * STRIP;
+    copy_rows(xs, in.projected + (size_t)block.row * s.proj + s.inner + h * WIDTH, s.proj, WIDTH,
+              block.count, TOKENS);
+    cuda_copy_commit();
+    uint4 x[STRIP];
+    convolve_strip(s, in, segments + block.segment, block, first, h * WIDTH + unit, xs + unit, x);
+    __syncthreads();
+#pragma unroll
+    for (uint32_t r = 0; r < STRIP; r++) {
+        *reinterpret_cast<uint4 *>(xs + (first + r) * (WIDTH + PAD) + unit) = x[r];
+        if (first + r < block.count)
+            *reinterpret_cast<uint4 *>(conv + (size_t)(block.row + first + r) * s.conv + h * WIDTH +
+                                       unit) = x[r];
+    }
+    cuda_depend_wait();
+    cuda_depend_release();
+    copy_rows(bs, conv + (size_t)block.row * s.conv + s.inner + (size_t)group * N, s.conv, N,
+              block.count, rows);
+    cuda_copy_commit();
+    const size_t from = ((size_t)blockIdx.x * s.heads + h) * TOKENS;
+    factors[t] = dt[from + t] * cuda_exp2((decay[from + TOKENS - 1] - decay[from + t]) * LOG2_E);
+    cuda_copy_wait<0>();
+    __syncthreads();
+    const uint32_t lane = t % CUDA_WARP, top = t / CUDA_WARP / 2 * (WIDTH / 2);
+    const uint32_t left = t / CUDA_WARP % 2 * (N / 2);
+    float acc[2][N / 16][4] = {};
+    for (uint32_t k = 0; k < rows; k += 16) {
+        const float2 f = *reinterpret_cast<const float2 *>(factors + k + lane % 4 * 2);
+        const float2 g = *reinterpret_cast<const float2 *>(factors + k + 8 + lane % 4 * 2);
+        uint32_t a[2][4], b[4];
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            cuda_load_transposed(
+                a[m], cuda_matrix_row(xs + k * (WIDTH + PAD) + top + m * 16, WIDTH + PAD, false));
+            a[m][0] = scaled(a[m][0], f.x, f.y);
+            a[m][1] = scaled(a[m][1], f.x, f.y);
+            a[m][2] = scaled(a[m][2], g.x, g.y);
+            a[m][3] = scaled(a[m][3], g.x, g.y);
+        }
+#pragma unroll
+        for (int n = 0; n < N / 32; n++) {
+            cuda_load_transposed(
+                b, cuda_matrix_row(bs + k * (N + PAD) + left + n * 16, N + PAD, true));
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                cuda_mma(acc[m][2 * n], a[m], b);
+                cuda_mma(acc[m][2 * n + 1], a[m], b + 2);
+            }
+        }
+    }
+    __syncthreads(); /* B's place becomes the state's, to be written in whole rows */
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            bf16 *to = bs + (top + m * 16 + lane / 4) * (N + PAD) + left + n * 8 + lane % 4 * 2;
+            *reinterpret_cast<uint32_t *>(to) = cuda_pack(acc[m][n][0], acc[m][n][1]);
+            *reinterpret_cast<uint32_t *>(to + 8 * (N + PAD)) =
+                cuda_pack(acc[m][n][2], acc[m][n][3]);
+        }
+    __syncthreads();
+    bf16 *out = states + ((size_t)blockIdx.x * s.heads + h) * WIDTH * N;
+#pragma unroll
+    for (uint32_t i = t; i < WIDTH * N / 8; i += STATE_THREADS)
+        *reinterpret_cast<uint4 *>(out + i * 8) =
+            *reinterpret_cast<const uint4 *>(bs + i / (N / 8) * (N + PAD) + i % (N / 8) * 8);
+}
+
+/* ---- y of a block's rows ---- */
+
+/* Scores C B^T of a warp's 16 rows and all columns up to theirs, as the tensor cores take them. */
+template <int N>
+static __device__ __forceinline__ void block_scores(const bf16 *cs, const bf16 *bs, uint32_t warp,
+                                                    uint32_t scores[TOKENS / 16][4])
+{
+#pragma unroll
+    for (int j = 0; j < TOKENS / 16; j++) {
+        if (j > (int)warp)
+            continue;
+        float left[4] = {}, right[4] = {};
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t a[4], b[4];
+            cuda_load_matrices(a, cuda_matrix_row(cs + warp * 16 * (N + PAD) + n, N + PAD, true));
+            cuda_load_matrices(b, cuda_matrix_row(bs + j * 16 * (N + PAD) + n, N + PAD, false));
+            cuda_mma(left, a, b);
+            cuda_mma(right, a, b + 2);
+        }
+        scores[j][0] = cuda_pack(left[0], left[1]);
+        scores[j][1] = cuda_pack(left[2], left[3]);
+        scores[j][2] = cuda_pack(right[0], right[1]);
+        scores[j][3] = cuda_pack(right[2], right[3]);
+    }
+}
+
+/* Of one head's columns: log2 of the decay up to each, its time step, and that times the decay from
+ * it to the end of its 16 columns. */
+struct columns {
+    float decays[TOKENS], times[TOKENS], shares[TOKENS];
+};
+
+/* Two neighbouring scores of a row, decayed from their columns and times their time steps; columns
+ * behind the row count nothing. */
+static __device__ __forceinline__ uint32_t decayed(uint32_t scores, uint32_t row, float row_decay,
+                                                   uint32_t column, const struct columns &own)
+{
+    const float first =
+        column <= row
+            ? cuda_first(scores) * cuda_exp2(row_decay - own.decays[column]) * own.times[column]
+            : 0;
+    const float second = column + 1 <= row
+                             ? cuda_second(scores) * cuda_exp2(row_decay - own.decays[column + 1]) *
+                                   own.times[column + 1]
+                             : 0;
+    return cuda_pack(first, second);
+}
+
+/* acc += exp(decay) C S^T: what a warp's rows have of the state before the block. */
+template <int N>
+static __device__ __forceinline__ void add_before(const bf16 *cs, const bf16 *ss, uint32_t warp,
+                                                  float upper_left, float lower_left,
+                                                  float acc[WIDTH / 8][4])
+{
+#pragma unroll
+    for (int n = 0; n < N; n += 16) {
+        uint32_t a[4], k[4];
+        cuda_load_matrices(a, cuda_matrix_row(cs + warp * 16 * (N + PAD) + n, N + PAD, true));
+#pragma unroll
+        for (int p = 0; p < WIDTH / 16; p++) {
+            cuda_load_matrices(k, cuda_matrix_row(ss + p * 16 * (N + PAD) + n, N + PAD, false));
+            cuda_mma(acc[2 * p], a, k);
+            cuda_mma(acc[2 * p + 1], a, k + 2);
+        }
+    }
+#pragma unroll
+    for (int p = 0; p < WIDTH / 8; p++) {
+        acc[p][0] *= upper_left;
+        acc[p][1] *= upper_left;
+        acc[p][2] *= lower_left;
+        acc[p][3] *= lower_left;
+    }
+}
+
+/* acc += the decayed scores times x: what they have of the block's own rows. The 16 columns of the
+ * warp's own rows decay one by one; those before them decay to their end, and from there to the
+ * row. */
+static __device__ __forceinline__ void add_own(const uint32_t scores[TOKENS / 16][4],
+                                               const bf16 *xs, const struct columns &own,
+                                               float acc[WIDTH / 8][4])
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t top = warp * 16 + lane / 4;
+    const float upper = own.decays[top], lower = own.decays[top + 8];
+#pragma unroll
+    for (int j = 0; j < TOKENS / 16; j++) {
+        if (j > (int)warp)
+            continue;
+        const uint32_t column = j * 16 + lane % 4 * 2;
+        uint32_t k[4], a[4];
+        if (j == (int)warp) {
+            a[0] = decayed(scores[j][0], top, upper, column, own);
+            a[1] = decayed(scores[j][1], top + 8, lower, column, own);
+            a[2] = decayed(scores[j][2], top, upper, column + 8, own);
+            a[3] = decayed(scores[j][3], top + 8, lower, column + 8, own);
+        } else {
+            const float2 f = *reinterpret_cast<const float2 *>(own.shares + column);
+            const float2 g = *reinterpret_cast<const float2 *>(own.shares + column + 8);
+            const float end = own.decays[j * 16 + 15];
+            const float up = cuda_exp2(upper - end), low = cuda_exp2(lower - end);
+            a[0] = scaled(scores[j][0], up * f.x, up * f.y);
+            a[1] = scaled(scores[j][1], low * f.x, low * f.y);
+            a[2] = scaled(scores[j][2], up * g.x, up * g.y);
+            a[3] = scaled(scores[j][3], low * g.x, low * g.y);
+        }
+#pragma unroll
+        for (int p = 0; p < WIDTH / 16; p++) {
+            cuda_load_transposed(
+                k, cuda_matrix_row(xs + j * 16 * (WIDTH + PAD) + p * 16, WIDTH + PAD, true));
+            cuda_mma(acc[2 * p], a, k);
+            cuda_mma(acc[2 * p + 1], a, k + 2);
+        }
+    }
+}
+
+/* y = acc + D x of a warp's rows, as far as there are `count`; `y`: the block's first row. Pairs of
+ * lanes change halves, so that each writes four neighbours. */
+static __device__ __forceinline__ void write_rows(const float acc[WIDTH / 8][4], const bf16 *xs,
+                                                  float through, uint32_t count, uint32_t stride,
+                                                  bf16 *y)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const bool odd = lane % 2;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t row = warp * 16 + lane / 4 + half * 8;
+        const bf16 *x = xs + row * (WIDTH + PAD) + lane % 4 * 2;
+        bf16 *to = y + (size_t)row * stride + lane % 4 / 2 * 4 + odd * 8;
+#pragma unroll
+        for (int p = 0; p < WIDTH / 8; p += 2) {
+            uint32_t own[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t in = *reinterpret_cast<const uint32_t *>(x + (p + i) * 8);
+                own[i] = cuda_pack(fmaf(through, cuda_first(in), acc[p + i][2 * half]),
+                                   fmaf(through, cuda_second(in), acc[p + i][2 * half + 1]));
+            }
+            const uint32_t other = __shfl_xor_sync(CUDA_ALL_LANES, odd ? own[0] : own[1], 1);
+            if (row < count)
+                *reinterpret_cast<uint2 *>(to + p * 8) =
+                    odd ? uint2{other, own[1]} : uint2{own[0], other};
+        }
+    }
+}
+
+/* Of a head's x and state in shared memory; no less than of a block's B. */
+static __host__ __device__ constexpr uint32_t stage_elements(uint32_t n)
+{
+    return TOKENS * (WIDTH + PAD) + WIDTH * (n + PAD);
+}
+
+/* y of a block's rows, OUTPUT_HEADS heads of one group: what came before the block, what it holds
+ * itself, and D x. A warp has 16 rows. While a head is computed, the next one's x and state come;
+ * at first B lies where those of the second will. Grid: blocks x parts of groups. */
+template <int N>
+static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
+    block_outputs_mma(struct mamba_shape s, const struct block *blocks, const bf16 *conv,
+                      const float *dt, const float *decay, const bf16 *states, const float *skip,
+                      bf16 *y)
+{
+    constexpr uint32_t stage = stage_elements(N);
+    CUDA_SHARED(bf16, stages);
+    bf16 *cs = stages + 2 * stage, *bs = stages + stage;
+    struct columns *columns = reinterpret_cast<struct columns *>(cs + TOKENS * (N + PAD));
+    const struct block block = blocks[blockIdx.x];
+    const uint32_t each = s.heads / s.groups, parts = (each + OUTPUT_HEADS - 1) / OUTPUT_HEADS;
+    const uint32_t group = blockIdx.y / parts, part = blockIdx.y % parts * OUTPUT_HEADS;
+    const uint32_t heads = min(each - part, OUTPUT_HEADS), first = group * each + part;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t rows = (block.count + 15) / 16 * 16, top = warp * 16 + lane / 4;
+    const bf16 *u = conv + (size_t)block.row * s.conv, *b = u + s.inner + (size_t)group * N;
+    const size_t of_first = (size_t)blockIdx.x * s.heads + first;
+    const bool busy = warp * 16 < rows;
+    const auto fetch_x = [&](uint32_t i) {
+        copy_rows(stages + i % 2 * stage, u + (first + i) * WIDTH, s.conv, WIDTH, block.count,
+                  rows);
+    };
+    const auto fetch_state = [&](uint32_t i) {
+        copy_rows(stages + i % 2 * stage + TOKENS * (WIDTH + PAD),
+                  states + (of_first + i) * WIDTH * N, N, N, WIDTH, WIDTH);
+    };
+    copy_rows(cs, b + (size_t)s.groups * N, s.conv, N, block.count, rows);
+    copy_rows(bs, b, s.conv, N, block.count, rows);
+    cuda_copy_commit();
+    fetch_x(0);
+    for (uint32_t i = threadIdx.x; i < heads * TOKENS; i += OUTPUT_THREADS) {
+        struct columns *own = columns + i / TOKENS;
+        const float *of_head = decay + (of_first + i / TOKENS) * TOKENS;
+        const uint32_t t = i % TOKENS;
+        const float time = dt[of_first * TOKENS + i];
+        own->times[t] = time;
+        own->decays[t] = of_head[t] * LOG2_E;
+        own->shares[t] = time * cuda_exp2((of_head[t | 15] - of_head[t]) * LOG2_E);
+    }
+    cuda_copy_commit();
+    cuda_copy_wait<1>();
+    __syncthreads();
+    uint32_t scores[TOKENS / 16][4];
+    if (busy)
+        block_scores<N>(cs, bs, warp, scores);
+    __syncthreads();
+    cuda_depend_wait();
+    cuda_depend_release();
+    fetch_state(0);
+    cuda_copy_commit();
+    for (uint32_t i = 0; i < heads; i++) {
+        if (i + 1 < heads) {
+            fetch_x(i + 1);
+            fetch_state(i + 1);
+        }
+        cuda_copy_commit();
+        cuda_copy_wait<1>();
+        __syncthreads();
+        const bf16 *xs = stages + i % 2 * stage;
+        const struct columns &own = columns[i];
+        if (busy) {
+            float acc[WIDTH / 8][4] = {};
+            add_before<N>(cs, xs + TOKENS * (WIDTH + PAD), warp, cuda_exp2(own.decays[top]),
+                          cuda_exp2(own.decays[top + 8]), acc);
+            add_own(scores, xs, own, acc);
+            write_rows(acc, xs, skip[first + i], block.count, s.inner,
+                       y + (size_t)block.row * s.inner + (first + i) * WIDTH);
+        }
+        __syncthreads();
+    }
+}
+
+/* ---- the host's side ---- */
+
+bool cuda_mamba_tiles(const struct mamba_shape &s)
+{
+    return s.proj % 8 == 0 && s.conv % 8 == 0 && s.inner % 8 == 0 && s.width == WIDTH &&
+           s.taps == TAPS && (s.n == 64 || s.n == 128);
+}
+
+template <int N> static void launch_states(struct ops_context *x, const struct work *w)
+{
+    const size_t bytes =
+        TOKENS * ((N + PAD) + (WIDTH + PAD)) * sizeof(bf16) + TOKENS * sizeof(float);
+    CUDA_ALLOW_SHARED(x, block_states_mma<N>, bytes);
+    CUDA_LAUNCH_EARLY(x, block_states_mma<N>, dim3(w->block_count, w->shape.heads),
+                      dim3(STATE_THREADS), bytes, w->shape, inputs_of<bf16>(x, w->weights),
+                      w->blocks, w->segments, x->dt, x->decay, (bf16 *)(void *)x->conv,
+                      (bf16 *)(void *)x->states);
+}
+
+template <int N> static void launch_outputs(struct ops_context *x, const struct work *w)
+{
+    const struct mamba_shape s = w->shape;
+    const size_t bytes = (2 * stage_elements(N) + TOKENS * (N + PAD)) * sizeof(bf16) +
+                         OUTPUT_HEADS * sizeof(struct columns);
+    const uint32_t parts = cuda_ceil(s.heads / s.groups, OUTPUT_HEADS) * s.groups;
+    CUDA_ALLOW_SHARED(x, block_outputs_mma<N>, bytes);
+    CUDA_LAUNCH_EARLY(x, block_outputs_mma<N>, dim3(w->block_count, parts), dim3(OUTPUT_THREADS),
+                      bytes, s, w->blocks, (const bf16 *)(const void *)x->conv, x->dt, x->decay,
+                      (const bf16 *)(const void *)x->states, (const float *)w->weights->d.data,
+                      (bf16 *)(void *)x->scanned);
+}
+
+void cuda_block_states(struct ops_context *x, const struct work *w)
+{
+    if (w->shape.n == 128)
+        launch_states<128>(x, w);
+    else
+        launch_states<64>(x, w);
+}
+
+void cuda_block_outputs(struct ops_context *x, const struct work *w)
+{
+    if (w->shape.n == 128)
+        launch_outputs<128>(x, w);
+    else
+        launch_outputs<64>(x, w);
+}
