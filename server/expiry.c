@@ -1,5 +1,9 @@
 /* expiry.c - see expiry.h. The store says what is over; the engine, whether it is in use, and lets
- * go of it if not; the writer looks once more, for a turn may have been on its way. */
+ * go of it if not; the writer looks once more, for a turn may have been on its way.
+ *
+ * Responses go with the memory that was made for them. Others can be read for --response-days, and
+ * for as long as their memory leads on from them: a hand goes round over all of them for the rest.
+ */
 #include "server/expiry.h"
 
 #include <stdlib.h>
@@ -8,8 +12,10 @@
 #include "proto/base/log.h"
 #include "server/server.h"
 
-#define BATCH 16 /* asked for at once; each costs the engine's thread a look through its memories \
-                  */
+#define RESPONSES 32 /* looked at at once, on the loop */
+#define BATCH                                                                           \
+    16 /* asked for at once; each costs the engine's thread a look through its memories \
+        */
 
 struct ending {
     struct server *server;
@@ -55,9 +61,29 @@ static void sweep(struct server *server, const char *after)
     }
 }
 
+static void sweep_responses(struct server *server)
+{
+    char ids[RESPONSES][LIMITS_ID_BYTES];
+    size_t count;
+    const int64_t age_s = (int64_t)server->config->response_days * 86400;
+    if (!age_s)
+        return;
+    const enum status status =
+        storage_object_left_over(server->storage, age_s, RESPONSES, server->swept, ids, &count);
+    if (status)
+        log_event(LOG_ERROR, "cannot look for responses that are over", "error", LOG_STR,
+                  status_text(status), NULL);
+    for (size_t i = 0; i < count; i++) /* one that the full queue does not take comes round again */
+        if (!storage_object_delete(server->storage, ids[i], false, NULL, NULL)) {
+            server->metrics.expired_responses++;
+            log_event(LOG_INFO, "response is over", "response", LOG_STR, ids[i], NULL);
+        }
+}
+
 static void timer_cb(uv_timer_t *timer)
 {
     struct server *server = timer->data;
+    sweep_responses(server);
     if (!server->expiring)
         sweep(server, NULL);
 }

@@ -1,4 +1,5 @@
-/* expiry.h - deletes memories whose time is over, when nobody uses them.
+/* expiry.h - deletes memories whose time is over, when nobody uses them, and responses that nothing
+ * goes on from any more.
  * Thread: the loop. Owns its timer. */
 #ifndef SERVER_EXPIRY_H
 #define SERVER_EXPIRY_H

@@ -21,7 +21,7 @@ struct metrics {
     } requests[METRICS_ROUTES];
     size_t request_kinds;
     uint64_t prompt_tokens, cached_tokens, completion_tokens, appended_tokens, appended_bytes;
-    uint64_t forks, disconnects, expired, quota_refusals;
+    uint64_t forks, disconnects, expired, expired_responses, quota_refusals;
     struct metrics_histogram first_token, whole;
 };
 

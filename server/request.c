@@ -128,9 +128,9 @@ static void append_quota(struct buf *out, const struct request *request, enum st
     storage_get_quota(request->server->storage, request->key, &usage);
     if (status == STATUS_KEY_QUOTA)
         error_set(&err, status,
-                  "the memories of \"%s\" take %llu bytes on disk and may take %llu (quota= in the "
-                  "file of keys); what was acknowledged is there; delete a memory, or ask the "
-                  "server's operator",
+                  "the memories and responses of \"%s\" take %llu bytes on disk and may take %llu "
+                  "(quota= in the file of keys); what was acknowledged is there; delete one, or ask "
+                  "the server's operator",
                   request->key, (unsigned long long)usage.bytes,
                   (unsigned long long)usage.key_quota);
     else

@@ -597,9 +597,10 @@ static enum status find_previous(struct responding *r)
     if (!object.reachable)
         status = error_set_param(
             &r->err, STATUS_NOT_FOUND, "previous_response_id", "%s",
-            response.memory[0]
-                ? "the memory that this response belongs to was deleted, or taken back to before it"
-                : "this response was not completed: there is nothing to go on from");
+            response.memory[0] ? "the memory that this response belongs to was deleted, is over, "
+                                 "or was taken back to before "
+                                 "it"
+                               : "this response was not completed: there is nothing to go on from");
     memcpy(r->place.base, object.memory, sizeof r->place.base);
     r->place.position = object.position;
     r->goes_on = true;

@@ -26,7 +26,8 @@ struct server {
     uv_tcp_t listener;
     uv_prepare_t flush; /* one write per connection and turn of the loop */
     uv_timer_t expiry;
-    size_t expiring;   /* memories that are over, about which the engine was asked */
+    size_t expiring;             /* memories that are over, about which the engine was asked */
+    char swept[LIMITS_ID_BYTES]; /* the response up to which was looked for such that are over */
     uv_timer_t cutoff; /* of clients that do not take their answers while we drain */
     struct list connections;
     struct list unsent; /* of them, those with something to write */

@@ -94,14 +94,10 @@ enum status storage_expired(struct storage *storage, const char *after, size_t l
     MDB_val key, value;
     MDB_txn *txn;
     *count = 0;
-    enum status status = store_read_begin(storage, &txn);
+    enum status status = store_cursor_open(storage, STORE_EXPIRY, &txn, &cursor);
     if (status)
         return status;
-    int rc = mdb_cursor_open(txn, storage->db[STORE_EXPIRY], &cursor);
-    if (rc) {
-        store_read_end(storage, txn);
-        return store_status(rc);
-    }
+    int rc = 0;
     while (!rc && *count < limit && !(rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT))) {
         if (key.mv_size <= 8 || key.mv_size >= EXPIRY_KEY_BYTES)
             continue; /* not written by us; `check` names it */
@@ -118,7 +114,6 @@ enum status storage_expired(struct storage *storage, const char *after, size_t l
     }
     if (rc != MDB_NOTFOUND)
         status = store_status(rc);
-    mdb_cursor_close(cursor);
-    store_read_end(storage, txn);
+    store_cursor_close(storage, txn, cursor);
     return status;
 }

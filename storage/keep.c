@@ -7,6 +7,7 @@
 #include "proto/base/assert.h"
 #include "storage/branch.h"
 #include "storage/memory.h"
+#include "storage/quota.h"
 
 /* ---- packing: the object, if any, then the items, each behind a head of fixed size ---- */
 
@@ -148,12 +149,68 @@ static enum status find_item(const struct storage *storage, MDB_txn *txn, const 
     return status ? status : end ? end : found ? STATUS_OK : STATUS_NOT_FOUND;
 }
 
+static enum status get_object(const struct storage *storage, MDB_txn *txn, const char *id,
+                              struct record_object *object)
+{
+    MDB_val value;
+    const size_t size = strlen(id);
+    if (!size || size >= LIMITS_ID_BYTES)
+        return STATUS_NOT_FOUND;
+    enum status status = store_get(storage, txn, STORE_OBJECT, id, size, &value);
+    return status ? status : record_object_decode(id, size, value.mv_data, value.mv_size, object);
+}
+
+enum status keep_tenant(const struct storage *storage, MDB_txn *txn, const char *owner,
+                        char tenant[LIMITS_ID_BYTES])
+{
+    struct record_memory memory;
+    MDB_val value;
+    tenant[0] = 0;
+    enum status status = store_get(storage, txn, STORE_OBJECT, owner, strlen(owner), &value);
+    if (!status)
+        return record_object_tenant(value.mv_data, value.mv_size, tenant);
+    if (status == STATUS_NOT_FOUND)
+        status = memory_get(storage, txn, owner, &memory);
+    if (!status)
+        strcpy(tenant, quota_tenant(owner, memory.tenant));
+    return status;
+}
+
 /* ---- writes ---- */
+
+/* Puts a record and counts it for the tenant; `old`: the space of the one whose place it takes. */
+static enum status put_counted(struct store_write *write, enum store_db db, const void *key,
+                               size_t key_size, const struct buf *record, const char *tenant,
+                               uint64_t old)
+{
+    const uint64_t space = store_space(write->storage, key_size, record->size);
+    enum status status = old ? STATUS_OK : quota_check_bytes(write, tenant, space);
+    if (!status)
+        status = store_put(write, db, key, key_size, record->data, record->size);
+    if (!status)
+        quota_count_bytes(write, tenant, (int64_t)space - (int64_t)old);
+    return status;
+}
+
+/* Deletes one that is there. */
+static enum status delete_counted(struct store_write *write, enum store_db db, const void *key,
+                                  size_t key_size, const char *tenant)
+{
+    MDB_val value;
+    enum status status = store_get(write->storage, write->txn, db, key, key_size, &value);
+    const uint64_t space = status ? 0 : store_space(write->storage, key_size, value.mv_size);
+    if (!status)
+        status = store_delete(write, db, key, key_size);
+    if (!status)
+        quota_count_bytes(write, tenant, -(int64_t)space);
+    return status;
+}
 
 static enum status put_item(struct store_write *write, const char *owner,
                             const struct record_item *item)
 {
     unsigned char key[RECORD_ITEM_KEY_BYTES];
+    char tenant[LIMITS_ID_BYTES];
     struct list_walk walk;
     uint64_t number = 1;
     struct buf buf;
@@ -163,12 +220,14 @@ static enum status put_item(struct store_write *write, const char *owner,
     if (!walk.rc)
         number = walk_number(&walk) + 1;
     status = walk_end(&walk);
-    if (status)
+    if (!status)
+        status = keep_tenant(write->storage, write->txn, owner, tenant);
+    if (status && status != STATUS_NOT_FOUND)
         return status;
     const size_t key_size = record_item_key(key, owner, number);
     buf_init(&buf);
     record_item_encode(&buf, key, key_size, item);
-    status = store_put(write, STORE_ITEM, key, key_size, buf.data, buf.size);
+    status = put_counted(write, STORE_ITEM, key, key_size, &buf, tenant, 0);
     buf_close(&buf);
     return status;
 }
@@ -182,13 +241,19 @@ static enum status put_object(struct store_write *write, const struct head *head
                                    .made_memory = head->made_memory,
                                    .bytes = bytes,
                                    .size = head->size};
+    const size_t id_size = strlen(head->id);
+    MDB_val old;
     struct buf buf;
     memcpy(object.memory, head->owner, sizeof object.memory);
     memcpy(object.tenant, head->tenant, sizeof object.tenant);
-    buf_init(&buf);
-    record_object_encode(&buf, head->id, strlen(head->id), &object);
     enum status status =
-        store_put(write, STORE_OBJECT, head->id, strlen(head->id), buf.data, buf.size);
+        store_get(write->storage, write->txn, STORE_OBJECT, head->id, id_size, &old);
+    if (status && status != STATUS_NOT_FOUND)
+        return status;
+    const uint64_t old_space = status ? 0 : store_space(write->storage, id_size, old.mv_size);
+    buf_init(&buf);
+    record_object_encode(&buf, head->id, id_size, &object);
+    status = put_counted(write, STORE_OBJECT, head->id, id_size, &buf, object.tenant, old_space);
     buf_close(&buf);
     if (!status && object.made_memory) { /* the memory's list says what it is there for */
         struct record_item item = {.position = position};
@@ -219,21 +284,10 @@ enum status keep_put(struct store_write *write, const void *packed, size_t size,
     return status;
 }
 
-static enum status get_object(const struct storage *storage, MDB_txn *txn, const char *id,
-                              struct record_object *object)
-{
-    MDB_val value;
-    const size_t size = strlen(id);
-    if (!size || size >= LIMITS_ID_BYTES)
-        return STATUS_NOT_FOUND;
-    enum status status = store_get(storage, txn, STORE_OBJECT, id, size, &value);
-    return status ? status : record_object_decode(id, size, value.mv_data, value.mv_size, object);
-}
-
-/* Takes the last item off the list if it lies behind `position`; `id` is whose it was, "" when
- * there is none. A damaged one goes where all of them go. */
-static enum status cut_last(struct store_write *write, const char *owner, uint64_t position,
-                            char id[LIMITS_ID_BYTES], bool *cut)
+/* Takes the last item off the tenant's list if it lies behind `position`; `id` is whose it was, ""
+ * when there is none. A damaged one goes where all of them go. */
+static enum status cut_last(struct store_write *write, const char *owner, const char *tenant,
+                            uint64_t position, char id[LIMITS_ID_BYTES], bool *cut)
 {
     struct list_walk walk;
     struct record_item item;
@@ -255,7 +309,7 @@ static enum status cut_last(struct store_write *write, const char *owner, uint64
     }
     const enum status end = walk_end(&walk);
     status = status ? status : end;
-    return status || !*cut ? status : store_delete(write, STORE_ITEM, key, key_size);
+    return status || !*cut ? status : delete_counted(write, STORE_ITEM, key, key_size, tenant);
 }
 
 /* Deletes the object `id` with its list, if the memory `owner` was made for it. */
@@ -269,16 +323,19 @@ static enum status delete_made(struct store_write *write, const char *owner, con
     if (!object.made_memory || strcmp(object.memory, owner) != 0)
         return STATUS_OK;
     for (bool cut = true; cut && !status;)
-        status = cut_last(write, id, 0, item, &cut);
-    return status ? status : store_delete(write, STORE_OBJECT, id, strlen(id));
+        status = cut_last(write, id, object.tenant, 0, item, &cut);
+    return status ? status : delete_counted(write, STORE_OBJECT, id, strlen(id), object.tenant);
 }
 
 enum status keep_cut(struct store_write *write, const char *owner, uint64_t position)
 {
-    enum status status = STATUS_OK;
+    char tenant[LIMITS_ID_BYTES];
+    enum status status = keep_tenant(write->storage, write->txn, owner, tenant);
+    if (status)
+        return status == STATUS_NOT_FOUND ? STATUS_OK : status;
     for (bool cut = true; cut && !status;) {
         char id[LIMITS_ID_BYTES];
-        status = cut_last(write, owner, position, id, &cut);
+        status = cut_last(write, owner, tenant, position, id, &cut);
         if (!status && cut && id[0])
             status = delete_made(write, owner, id);
     }
@@ -288,10 +345,14 @@ enum status keep_cut(struct store_write *write, const char *owner, uint64_t posi
 static enum status delete_item(struct store_write *write, const char *owner, const char *id)
 {
     unsigned char key[RECORD_ITEM_KEY_BYTES];
+    char tenant[LIMITS_ID_BYTES];
     uint64_t number;
     enum status status = find_item(write->storage, write->txn, owner, id, &number);
+    if (!status)
+        status = keep_tenant(write->storage, write->txn, owner, tenant);
     return status ? status
-                  : store_delete(write, STORE_ITEM, key, record_item_key(key, owner, number));
+                  : delete_counted(write, STORE_ITEM, key, record_item_key(key, owner, number),
+                                   tenant);
 }
 
 enum status keep_delete_object(struct store_write *write, const char *id, bool with_memory)
@@ -303,7 +364,7 @@ enum status keep_delete_object(struct store_write *write, const char *id, bool w
         return status;
     status = keep_cut(write, id, 0);
     if (!status)
-        status = store_delete(write, STORE_OBJECT, id, strlen(id));
+        status = delete_counted(write, STORE_OBJECT, id, strlen(id), object.tenant);
     if (status || !object.made_memory)
         return status;
     status = delete_item(write, object.memory, id);
@@ -391,6 +452,51 @@ void storage_object_close(struct storage_object *object)
 {
     free((void *)(uintptr_t)object->bytes);
     *object = (struct storage_object){0};
+}
+
+/* The next object behind `at`, which then is its id, or "" behind the last. */
+static enum status next_object(MDB_cursor *cursor, char at[LIMITS_ID_BYTES], MDB_val *key,
+                               MDB_val *value)
+{
+    const size_t size = strlen(at);
+    *key = (MDB_val){size, at};
+    int rc = mdb_cursor_get(cursor, key, value, size ? MDB_SET_RANGE : MDB_FIRST);
+    if (!rc && key->mv_size == size && memcmp(key->mv_data, at, size) == 0)
+        rc = mdb_cursor_get(cursor, key, value, MDB_NEXT);
+    while (!rc && key->mv_size >= LIMITS_ID_BYTES) /* not written by us; `check` names it */
+        rc = mdb_cursor_get(cursor, key, value, MDB_NEXT);
+    memset(at, 0, LIMITS_ID_BYTES);
+    if (!rc)
+        memcpy(at, key->mv_data, key->mv_size);
+    return store_status(rc);
+}
+
+enum status storage_object_left_over(struct storage *storage, int64_t age_s, size_t limit,
+                                     char at[LIMITS_ID_BYTES], char (*ids)[LIMITS_ID_BYTES],
+                                     size_t *count)
+{
+    const int64_t now = store_now(storage);
+    MDB_cursor *cursor;
+    MDB_val key, value;
+    MDB_txn *txn;
+    *count = 0;
+    enum status status = store_cursor_open(storage, STORE_OBJECT, &txn, &cursor);
+    if (status)
+        return status;
+    for (size_t i = 0; i < limit && !(status = next_object(cursor, at, &key, &value)); i++) {
+        struct record_object object;
+        bool reachable = true;
+        if (record_object_decode(key.mv_data, key.mv_size, value.mv_data, value.mv_size, &object) ||
+            now - object.created_at <= age_s)
+            continue; /* a damaged one is left to `check` */
+        status = is_reachable(storage, txn, &object, &reachable);
+        if (status && status != STATUS_CORRUPT)
+            break;
+        if (!status && !reachable)
+            memcpy(ids[(*count)++], at, LIMITS_ID_BYTES);
+    }
+    store_cursor_close(storage, txn, cursor);
+    return status == STATUS_NOT_FOUND || status == STATUS_CORRUPT ? STATUS_OK : status;
 }
 
 static enum status take_item(const struct list_walk *walk, struct storage_item *out)

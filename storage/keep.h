@@ -8,7 +8,13 @@
 
 /* As one run of bytes, for the writer's queue. */
 void keep_pack(const struct storage_keep *keep, struct buf *out);
-/* Writes what was packed. `branch` and `position`: of the turn it is written with; 0: none. */
+/* For whom the list of an object or a memory counts; "" for nobody. STATUS_NOT_FOUND: there is no
+ * such owner. */
+STATUS_CHECKED enum status keep_tenant(const struct storage *storage, MDB_txn *txn,
+                                       const char *owner, char tenant[LIMITS_ID_BYTES]);
+/* Writes what was packed. `branch` and `position`: of the turn it is written with; 0: none.
+ * STATUS_KEY_QUOTA: there is no room for what is new; what takes the place of an older object may.
+ */
 STATUS_CHECKED enum status keep_put(struct store_write *write, const void *packed, size_t size,
                                     uint64_t branch, uint64_t position);
 /* The object and its list; `with_memory`: and the memory that was made for it, when no other of its
@@ -16,7 +22,7 @@ STATUS_CHECKED enum status keep_put(struct store_write *write, const void *packe
 STATUS_CHECKED enum status keep_delete_object(struct store_write *write, const char *id,
                                               bool with_memory);
 /* The items of the list that lie behind `position` go, and the objects that the memory was made
- * for: it went back to there, or, at 0, is gone. */
+ * for: it went back to there, or, at 0, will be gone. Before the record of `owner` is. */
 STATUS_CHECKED enum status keep_cut(struct store_write *write, const char *owner,
                                     uint64_t position);
 

@@ -173,13 +173,13 @@ enum status memory_delete(struct store_write *write, const char *id)
     enum status status = memory_get(write->storage, write->txn, id, &record);
     if (status)
         return status;
-    status = store_delete(write, STORE_MEMORY, id, strlen(id));
+    status = keep_cut(write, id, 0);
+    if (!status)
+        status = store_delete(write, STORE_MEMORY, id, strlen(id));
     if (!status)
         status = expiry_update(write, id, &record, NULL);
     if (!status && record.snapshot)
         status = snapshot_release(write, record.snapshot);
-    if (!status)
-        status = keep_cut(write, id, 0);
     return status ? status : branch_disown(write, record.branch);
 }
 

@@ -7,6 +7,7 @@
 #include "proto/base/assert.h"
 #include "proto/base/hash.h"
 #include "proto/base/log.h"
+#include "storage/keep.h"
 #include "storage/store.h"
 
 #define SLOTS 1024 /* of names; many more tenants than this only make it slower */
@@ -39,33 +40,86 @@ static struct entry *find(struct quota *quota, const char *tenant, bool make)
     return *at;
 }
 
-static enum status count_all(struct storage *storage, struct quota *quota)
+static enum status count_one(struct quota *quota, const char *tenant, uint64_t bytes)
+{
+    if (!tenant[0])
+        return STATUS_OK;
+    struct entry *entry = find(quota, tenant, true);
+    if (!entry)
+        return STATUS_NO_MEMORY;
+    entry->bytes += bytes;
+    return STATUS_OK;
+}
+
+/* What counts one record; a damaged one is left to `check`. */
+struct count {
+    const struct storage *storage;
+    MDB_txn *txn;
+    struct quota *quota;
+    /* The list that the last item was of, and for whom it counts. */
+    char owner[LIMITS_ID_BYTES], tenant[LIMITS_ID_BYTES];
+};
+
+static enum status count_branch(struct count *count, const MDB_val *key, const MDB_val *value)
+{
+    struct record_branch record;
+    if (record_branch_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &record))
+        return STATUS_OK;
+    return count_one(count->quota, record.tenant, record.bytes);
+}
+
+static enum status count_object(struct count *count, const MDB_val *key, const MDB_val *value)
+{
+    char tenant[LIMITS_ID_BYTES];
+    if (record_object_tenant(value->mv_data, value->mv_size, tenant))
+        return STATUS_OK;
+    return count_one(count->quota, tenant,
+                     store_space(count->storage, key->mv_size, value->mv_size));
+}
+
+static enum status count_item(struct count *count, const MDB_val *key, const MDB_val *value)
+{
+    const char *owner = key->mv_data;
+    if (key->mv_size < 10 || key->mv_size > RECORD_ITEM_KEY_BYTES || owner[key->mv_size - 9])
+        return STATUS_OK;
+    if (strcmp(owner, count->owner) != 0) {
+        memcpy(count->owner, owner, key->mv_size - 8);
+        if (keep_tenant(count->storage, count->txn, owner, count->tenant))
+            count->tenant[0] = 0;
+    }
+    return count_one(count->quota, count->tenant,
+                     store_space(count->storage, key->mv_size, value->mv_size));
+}
+
+static enum status count_table(struct count *count, enum store_db db,
+                               enum status (*each)(struct count *count, const MDB_val *key,
+                                                   const MDB_val *value))
 {
     MDB_cursor *cursor;
     MDB_val key, value;
-    MDB_txn *txn;
-    enum status status = store_read_begin(storage, &txn);
+    enum status status = STATUS_OK;
+    int rc = mdb_cursor_open(count->txn, count->storage->db[db], &cursor);
+    if (rc)
+        return store_status(rc);
+    while (!status && !(rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)))
+        status = each(count, &key, &value);
+    mdb_cursor_close(cursor);
+    return status || rc == MDB_NOTFOUND ? status : store_status(rc);
+}
+
+static enum status count_all(struct storage *storage, struct quota *quota)
+{
+    struct count count = {.storage = storage, .quota = quota};
+    enum status status = store_read_begin(storage, &count.txn);
     if (status)
         return status;
-    int rc = mdb_cursor_open(txn, storage->db[STORE_BRANCH], &cursor);
-    if (rc) {
-        store_read_end(storage, txn);
-        return store_status(rc);
-    }
-    while (!status && !(rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT))) {
-        struct record_branch record;
-        if (record_branch_decode(key.mv_data, key.mv_size, value.mv_data, value.mv_size, &record) ||
-            !record.tenant[0])
-            continue; /* a damaged one is left to `check` */
-        struct entry *entry = find(quota, record.tenant, true);
-        if (entry)
-            entry->bytes += record.bytes;
-        else
-            status = STATUS_NO_MEMORY;
-    }
-    mdb_cursor_close(cursor);
-    store_read_end(storage, txn);
-    return status || rc == MDB_NOTFOUND ? status : store_status(rc);
+    status = count_table(&count, STORE_BRANCH, count_branch);
+    if (!status)
+        status = count_table(&count, STORE_OBJECT, count_object);
+    if (!status)
+        status = count_table(&count, STORE_ITEM, count_item);
+    store_read_end(storage, count.txn);
+    return status;
 }
 
 enum status quota_open(struct storage *storage, struct quota **out)
@@ -128,6 +182,16 @@ void quota_count(struct store_write *write, const struct record_branch *old,
     pthread_mutex_unlock(&quota->lock);
 }
 
+void quota_count_bytes(struct store_write *write, const char *tenant, int64_t bytes)
+{
+    struct quota *quota = write->storage->quota;
+    if (!quota)
+        return;
+    pthread_mutex_lock(&quota->lock);
+    add(quota, tenant, bytes);
+    pthread_mutex_unlock(&quota->lock);
+}
+
 void quota_end(struct storage *storage, bool committed)
 {
     struct quota *quota = storage->quota;
@@ -144,24 +208,29 @@ void quota_end(struct storage *storage, bool committed)
     pthread_mutex_unlock(&quota->lock);
 }
 
-enum status quota_check(struct store_write *write, const struct record_branch *record,
-                        uint64_t more)
+enum status quota_check_bytes(struct store_write *write, const char *tenant, uint64_t more)
 {
-    struct storage *storage = write->storage;
-    struct quota *quota = storage->quota;
+    struct quota *quota = write->storage->quota;
     enum status status = STATUS_OK;
-    if (storage_is_prefix(record->owner))
-        return STATUS_OK;
-    if (storage->memory_quota && record->bytes + more > storage->memory_quota)
-        return STATUS_MEMORY_QUOTA;
-    if (!quota || !record->tenant[0])
+    if (!quota || !tenant[0])
         return STATUS_OK;
     pthread_mutex_lock(&quota->lock);
-    const struct entry *entry = find(quota, record->tenant, false);
+    const struct entry *entry = find(quota, tenant, false);
     if (entry && entry->limit && entry->bytes + (uint64_t)entry->pending + more > entry->limit)
         status = STATUS_KEY_QUOTA;
     pthread_mutex_unlock(&quota->lock);
     return status;
+}
+
+enum status quota_check(struct store_write *write, const struct record_branch *record,
+                        uint64_t more)
+{
+    const struct storage *storage = write->storage;
+    if (storage_is_prefix(record->owner))
+        return STATUS_OK;
+    if (storage->memory_quota && record->bytes + more > storage->memory_quota)
+        return STATUS_MEMORY_QUOTA;
+    return quota_check_bytes(write, record->tenant, more);
 }
 
 enum status storage_set_quotas(struct storage *storage, const struct storage_quota *quotas,

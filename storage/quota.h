@@ -1,9 +1,10 @@
-/* quota.h - how much disk each tenant's branches take, and what they may take.
+/* quota.h - how much disk each tenant's branches, objects and items take, and what they may take.
  * Thread: what counts and checks on the writer thread, inside its transaction; the rest on any.
- * Owns a table in RAM, taken from the branches' records at opening. Private to storage/.
+ * Owns a table in RAM, taken from the records at opening. Private to storage/.
  *
  * A branch counts for the tenant whose memory made it, from its first byte until its last one is
- * collected: also while only forks of others reach it. */
+ * collected: also while only forks of others reach it. An object counts for its tenant, an item for
+ * that of the object or memory whose list it is in. */
 #ifndef STORAGE_QUOTA_H
 #define STORAGE_QUOTA_H
 
@@ -24,6 +25,11 @@ const char *quota_tenant(const char *id, const char *tenant);
  * once the transaction is committed. */
 void quota_count(struct store_write *write, const struct record_branch *old,
                  const struct record_branch *record);
+/* The same for anything else that takes disk space: so many bytes more, or less. */
+void quota_count_bytes(struct store_write *write, const char *tenant, int64_t bytes);
+/* Whether it may. STATUS_KEY_QUOTA. */
+STATUS_CHECKED enum status quota_check_bytes(struct store_write *write, const char *tenant,
+                                             uint64_t more);
 /* The transaction has ended: what it counted holds, or does not. */
 void quota_end(struct storage *storage, bool committed);
 /* Whether the branch may take so much more. STATUS_MEMORY_QUOTA, STATUS_KEY_QUOTA. */

@@ -94,8 +94,7 @@ static enum status list_memories(struct storage *storage, MDB_txn *txn, const ch
     record_key(wanted, before);
     rc = mdb_cursor_get(cursor, &key, &value, MDB_SET_RANGE);
     rc = mdb_cursor_get(cursor, &key, &value, rc == MDB_NOTFOUND ? MDB_LAST : MDB_PREV);
-    for (; rc == 0 && !status && !*has_more;
-         rc = mdb_cursor_get(cursor, &key, &value, MDB_PREV)) {
+    for (; rc == 0 && !status && !*has_more; rc = mdb_cursor_get(cursor, &key, &value, MDB_PREV)) {
         struct record_branch branch;
         struct record_memory record;
         status =
@@ -192,8 +191,8 @@ enum status storage_turn_list(struct storage *storage, const char *id, uint64_t 
     return status;
 }
 
-enum status storage_lineage(struct storage *storage, const char *id,
-                            struct storage_range **ranges, size_t *count)
+enum status storage_lineage(struct storage *storage, const char *id, struct storage_range **ranges,
+                            size_t *count)
 {
     struct record_memory record;
     struct branch_link *links = NULL;
@@ -226,8 +225,8 @@ enum status storage_lineage(struct storage *storage, const char *id,
     return STATUS_OK;
 }
 
-enum status storage_snapshot(struct storage *storage, const char *id, void **snapshot,
-                             size_t *size, uint64_t *position)
+enum status storage_snapshot(struct storage *storage, const char *id, void **snapshot, size_t *size,
+                             uint64_t *position)
 {
     struct record_memory record;
     struct record_snapshot head;
@@ -246,8 +245,8 @@ enum status storage_snapshot(struct storage *storage, const char *id, void **sna
     }
     if (!status) {
         bytes = malloc((size_t)head.size);
-        status = bytes ? snapshot_read(storage, txn, record.snapshot, &head, bytes)
-                       : STATUS_NO_MEMORY;
+        status =
+            bytes ? snapshot_read(storage, txn, record.snapshot, &head, bytes) : STATUS_NO_MEMORY;
     }
     store_read_end(storage, txn);
     if (status) {
@@ -297,8 +296,8 @@ static enum status read_chunks(struct storage *storage, MDB_cursor *cursor,
             status = find(cursor, shape, read->branch, read->index, &runs[i]);
             if (!status)
                 store_prefetch(storage,
-                         runs[i].items + (read->index - runs[i].first) * shape->item_bytes,
-                         shape->item_bytes);
+                               runs[i].items + (read->index - runs[i].first) * shape->item_bytes,
+                               shape->item_bytes);
         }
         for (size_t i = 0; !status && i < n; i++)
             status = copy_chunk(shape, &runs[i], reads[from + i].index, reads[from + i].kv);
@@ -312,16 +311,11 @@ enum status storage_read_chunks(struct storage *storage, const struct storage_re
     struct run_shape shape = run_shape_of(storage, STORE_KV);
     MDB_cursor *cursor;
     MDB_txn *txn;
-    enum status status = store_read_begin(storage, &txn);
+    enum status status = store_cursor_open(storage, STORE_KV, &txn, &cursor);
     if (status)
         return status;
-    int rc = mdb_cursor_open(txn, storage->db[STORE_KV], &cursor);
-    status = store_status(rc);
-    if (!status) {
-        status = read_chunks(storage, cursor, &shape, reads, count);
-        mdb_cursor_close(cursor);
-    }
-    store_read_end(storage, txn);
+    status = read_chunks(storage, cursor, &shape, reads, count);
+    store_cursor_close(storage, txn, cursor);
     if (!status)
         count_read(storage, count, (uint64_t)count * storage->kv_bytes);
     return status;
@@ -375,8 +369,8 @@ enum status storage_read_landmarks(struct storage *storage, uint64_t branch, uin
     return status;
 }
 
-static enum status read_tokens(struct storage *storage, MDB_txn *txn, const char *id,
-                               uint64_t from, size_t count, int32_t *tokens)
+static enum status read_tokens(struct storage *storage, MDB_txn *txn, const char *id, uint64_t from,
+                               size_t count, int32_t *tokens)
 {
     struct record_memory record;
     struct branch_link *links;

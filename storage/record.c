@@ -522,6 +522,19 @@ void record_object_encode(struct buf *out, const void *key, size_t key_size,
     small_end(out, key, key_size);
 }
 
+/* What stands before its bytes. Returns what the record says of made_memory. */
+static uint32_t take_object_head(struct cursor *in, struct record_object *object)
+{
+    object->created_at = (int64_t)take_u64(in);
+    object->branch = take_u64(in);
+    object->position = take_u64(in);
+    const uint32_t made = take_u32(in);
+    object->made_memory = made != 0;
+    take_text(in, object->memory, sizeof object->memory);
+    take_text(in, object->tenant, sizeof object->tenant);
+    return made;
+}
+
 enum status record_object_decode(const void *key, size_t key_size, const void *value, size_t size,
                                  struct record_object *object)
 {
@@ -529,18 +542,26 @@ enum status record_object_decode(const void *key, size_t key_size, const void *v
     if (key_size == 0 || key_size >= LIMITS_ID_BYTES ||
         small_open(&in, RECORD_OBJECT, key, key_size, value, size))
         return STATUS_CORRUPT;
-    object->created_at = (int64_t)take_u64(&in);
-    object->branch = take_u64(&in);
-    object->position = take_u64(&in);
-    const uint32_t made = take_u32(&in);
-    object->made_memory = made != 0;
-    take_text(&in, object->memory, sizeof object->memory);
-    take_text(&in, object->tenant, sizeof object->tenant);
+    const uint32_t made = take_object_head(&in, object);
     object->size = take_u32(&in);
     object->bytes = take(&in, object->size);
     if (made > 1 || (object->branch && !object->memory[0]))
         return STATUS_CORRUPT;
     return small_close(&in);
+}
+
+enum status record_object_tenant(const void *value, size_t size, char tenant[LIMITS_ID_BYTES])
+{
+    const unsigned char *p = value;
+    struct record_object object;
+    struct cursor in = {.at = p + SMALL_HEADER_BYTES, .end = p + size};
+    if (size < SMALL_HEADER_BYTES || p[0] != RECORD_OBJECT || p[1] != VERSION)
+        return STATUS_CORRUPT;
+    (void)take_object_head(&in, &object);
+    if (in.bad)
+        return STATUS_CORRUPT;
+    memcpy(tenant, object.tenant, sizeof object.tenant);
+    return STATUS_OK;
 }
 
 size_t record_item_key(unsigned char key[RECORD_ITEM_KEY_BYTES], const char *owner, uint64_t number)

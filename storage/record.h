@@ -203,6 +203,10 @@ void record_object_encode(struct buf *out, const void *key, size_t key_size,
 STATUS_CHECKED enum status record_object_decode(const void *key, size_t key_size,
                                                 const void *value, size_t size,
                                                 struct record_object *object);
+/* Whose the object is, by the beginning of its record alone: what follows is not read, and nothing
+ * compared with the checksum. */
+STATUS_CHECKED enum status record_object_tenant(const void *value, size_t size,
+                                                char tenant[LIMITS_ID_BYTES]);
 void record_item_encode(struct buf *out, const void *key, size_t key_size,
                         const struct record_item *item);
 STATUS_CHECKED enum status record_item_decode(const void *key, size_t key_size, const void *value,

@@ -225,13 +225,13 @@ STATUS_CHECKED enum status storage_object_delete(struct storage *storage, const 
 
 struct storage_quota {
     const char *tenant;
-    uint64_t bytes; /* the most disk space of all that the tenant's memories wrote */
+    uint64_t bytes; /* the most disk space of what the tenant's memories wrote, objects and items */
 };
 /* These, and no others, are limited from now on. Any thread. STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status storage_set_quotas(struct storage *storage,
                                               const struct storage_quota *quotas, size_t count);
 struct storage_usage {
-    uint64_t bytes;                   /* of all that the tenant's memories wrote, on disk */
+    uint64_t bytes; /* of what the tenant's memories wrote, objects and items, on disk */
     uint64_t key_quota, memory_quota; /* 0: no limit */
 };
 void storage_get_quota(struct storage *storage, const char *tenant, struct storage_usage *usage);
@@ -279,6 +279,13 @@ STATUS_CHECKED enum status storage_receipt_get(struct storage *storage, const un
 STATUS_CHECKED enum status storage_object_get(struct storage *storage, const char *id,
                                               struct storage_object *object);
 void storage_object_close(struct storage_object *object);
+/* Objects that nothing goes on from any more (their memory was deleted, is over or went back to
+ * before them, or they never had one) and that were made more than `age_s` ago. Looks at `limit`
+ * objects behind the one that `at` names ("": from the start), has room for as many in `ids`, and
+ * leaves in `at` where to look next. Whoever knows that nobody uses one deletes it. */
+STATUS_CHECKED enum status storage_object_left_over(struct storage *storage, int64_t age_s,
+                                                    size_t limit, char at[LIMITS_ID_BYTES],
+                                                    char (*ids)[LIMITS_ID_BYTES], size_t *count);
 /* At most `limit` items of the list, in order or the newest first, behind the one named `after`
  * (NULL: from the start; STATUS_NOT_FOUND when it is not in the list); `*has_more`: there are
  * others. A list that does not exist is empty. Their bytes are malloced, with a NUL behind them:

@@ -198,6 +198,24 @@ void store_read_end(struct storage *storage, MDB_txn *txn)
     pthread_rwlock_unlock(&storage->map_lock);
 }
 
+enum status store_cursor_open(struct storage *storage, enum store_db db, MDB_txn **txn,
+                              MDB_cursor **cursor)
+{
+    enum status status = store_read_begin(storage, txn);
+    if (status)
+        return status;
+    status = store_status(mdb_cursor_open(*txn, storage->db[db], cursor));
+    if (status)
+        store_read_end(storage, *txn);
+    return status;
+}
+
+void store_cursor_close(struct storage *storage, MDB_txn *txn, MDB_cursor *cursor)
+{
+    mdb_cursor_close(cursor);
+    store_read_end(storage, txn);
+}
+
 enum status store_read_model(struct storage *storage, struct memory_file_manifest *manifest)
 {
     struct record_meta meta;
@@ -305,10 +323,11 @@ static void resize_map(struct storage *storage, size_t bytes)
 {
     pthread_rwlock_wrlock(&storage->map_lock);
     int rc = mdb_env_set_mapsize(storage->env, bytes);
-    pthread_rwlock_unlock(&storage->map_lock);
-    if (!rc)
+    if (!rc) {
+        pthread_rwlock_unlock(&storage->map_lock);
         return;
-    /* LMDB has let go of the old map, and has no other: nothing can be read any more. */
+    }
+    /* LMDB has let go of the old map, and has no other: nobody may read any more. */
     log_event(LOG_ERROR, "storage_map_resize", "folder", LOG_STR, storage->path, "error", LOG_STR,
               mdb_strerror(rc), NULL);
     _exit(1);

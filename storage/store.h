@@ -55,7 +55,7 @@ struct storage {
     pthread_mutex_t clock_lock;
     struct expiry_clock clock; /* under the lock */
     int64_t newest;            /* the latest time that a memory has written down, at opening */
-    bool reserve_released; /* writer thread */
+    bool reserve_released;     /* writer thread */
     bool read_only;
     int lock_fd; /* -1: none */
     /* Held shared by every read transaction, exclusively while the map is resized. */
@@ -115,11 +115,14 @@ STATUS_CHECKED enum status store_read_model(struct storage *storage,
                                             struct memory_file_manifest *manifest);
 STATUS_CHECKED enum status store_read_begin(struct storage *storage, MDB_txn **txn);
 void store_read_end(struct storage *storage, MDB_txn *txn);
+/* A read transaction with a cursor over one of the tables, and the end of both. */
+STATUS_CHECKED enum status store_cursor_open(struct storage *storage, enum store_db db,
+                                             MDB_txn **txn, MDB_cursor **cursor);
+void store_cursor_close(struct storage *storage, MDB_txn *txn, MDB_cursor *cursor);
 
 /* `value` lives until the next write of the transaction or its end. STATUS_NOT_FOUND. */
-STATUS_CHECKED enum status store_get(const struct storage *storage, MDB_txn *txn,
-                                     enum store_db db, const void *key, size_t key_size,
-                                     MDB_val *value);
+STATUS_CHECKED enum status store_get(const struct storage *storage, MDB_txn *txn, enum store_db db,
+                                     const void *key, size_t key_size, MDB_val *value);
 STATUS_CHECKED enum status store_get_counter(const struct storage *storage, MDB_txn *txn,
                                              struct record_counter *counter);
 STATUS_CHECKED enum status store_put_counter(struct store_write *write,

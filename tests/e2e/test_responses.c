@@ -660,6 +660,35 @@ static void test_memory(void **state)
     cJSON_Delete(last);
 }
 
+/* A memory that is over takes along what a response could be gone on from, and not what it says. */
+static void test_memory_over(void **state)
+{
+    struct wire_answer answer;
+    char id[LIMITS_ID_BYTES], path[PATH_BYTES], body[256];
+    (void)state;
+    daemon_create_memory(&daemon_, NULL, id);
+    cJSON *turn = respond("\"input\":\"Who?\"," GREEDY ",\"memory\":\"%s\"", id);
+    snprintf(path, sizeof path, "/v1/memories/%s", id);
+    cJSON_Delete(
+        call("PATCH", path, "{\"expires_after\":{\"anchor\":\"created_at\",\"seconds\":1}}", 200));
+    const double start = daemon_now();
+    while (memory_count() > 0) {
+        if (daemon_now() - start > 60)
+            fail_msg("a memory of one second is there after a minute");
+        usleep(100000);
+    }
+    cJSON *again_ = get(id_of(turn), "", 200);
+    assert_string_equal(text_of(again_), text_of(turn));
+    snprintf(body, sizeof body, "{\"input\":\"And?\",\"previous_response_id\":\"%s\"}",
+             id_of(turn));
+    assert_int_equal(wire_call(&daemon_, "POST", "/v1/responses", body, &answer), 404);
+    assert_non_null(strstr(buf_text(&answer.body), "is over"));
+    wire_answer_close(&answer);
+    delete_response(id_of(turn), 200);
+    cJSON_Delete(turn);
+    cJSON_Delete(again_);
+}
+
 /* Two that go on from the same one at once: each gets its own past. */
 static void test_at_once(void **state)
 {
@@ -771,12 +800,12 @@ static void test_refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_whole),   cmocka_unit_test(test_chain),
-        cmocka_unit_test(test_stream),  cmocka_unit_test(test_instructions),
-        cmocka_unit_test(test_include), cmocka_unit_test(test_background),
-        cmocka_unit_test(test_cut_off), cmocka_unit_test(test_busy),
-        cmocka_unit_test(test_items),   cmocka_unit_test(test_memory),
-        cmocka_unit_test(test_at_once), cmocka_unit_test(test_once),
-        cmocka_unit_test(test_refusals)};
+        cmocka_unit_test(test_whole),       cmocka_unit_test(test_chain),
+        cmocka_unit_test(test_stream),      cmocka_unit_test(test_instructions),
+        cmocka_unit_test(test_include),     cmocka_unit_test(test_background),
+        cmocka_unit_test(test_cut_off),     cmocka_unit_test(test_busy),
+        cmocka_unit_test(test_items),       cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_memory_over), cmocka_unit_test(test_at_once),
+        cmocka_unit_test(test_once),        cmocka_unit_test(test_refusals)};
     return cmocka_run_group_tests_name("responses", tests, setup, teardown);
 }

@@ -447,6 +447,186 @@ static void test_quota_settled(void **state)
     free(past);
 }
 
+static enum status put(struct limits *limits, const struct storage_keep *keep)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(&wait, storage_put(limits->storage, keep, store_wait_cb, &wait));
+}
+
+static enum status delete_object(struct limits *limits, const char *id)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(
+        &wait, storage_object_delete(limits->storage, id, false, store_wait_cb, &wait));
+}
+
+static void assert_counts_hold(struct limits *limits, const struct storage_quota *quota)
+{
+    const uint64_t before = used(limits, quota->tenant);
+    reopen(limits);
+    assert_int_equal(used(limits, quota->tenant), before);
+    assert_int_equal(storage_set_quotas(limits->storage, quota, 1), STATUS_OK);
+}
+
+/* Objects and items take of the key's quota, and give it back when they go. */
+static void test_quota_of_kept(void **state)
+{
+    struct limits *limits = *state;
+    static char words[3000];
+    const struct storage_quota quota = {"ann", 100000};
+    struct storage_item item = {.id = "i", .bytes = words, .size = 500};
+    struct storage_object object = {
+        .id = "o", .tenant = "ann", .memory = "a", .bytes = words, .size = 1000};
+    struct storage_keep keep = {.object = &object, .lists = {{"o", &item, 1}, {"a", &item, 1}}};
+    open_store(limits);
+    assert_int_equal(storage_set_quotas(limits->storage, &quota, 1), STATUS_OK);
+    create(limits->storage, "a", NULL, "ann", 0, false, false);
+    create(limits->storage, "b", NULL, "bob", 0, false, false);
+    assert_int_equal(put(limits, &keep), STATUS_OK);
+    const uint64_t one = used(limits, "ann");
+    assert_true(one > 2000 && one < 2500);
+    assert_counts_hold(limits, &quota);
+    /* Written over, it counts once; larger than half a page it takes whole ones. */
+    object.size = 3000;
+    keep = (struct storage_keep){.object = &object};
+    assert_int_equal(put(limits, &keep), STATUS_OK);
+    assert_true(used(limits, "ann") > one + 2900 && used(limits, "ann") < one + 3000);
+    object.size = 1000;
+    assert_int_equal(put(limits, &keep), STATUS_OK);
+    assert_int_equal(used(limits, "ann"), one);
+    /* Another's list is another's. */
+    keep = (struct storage_keep){.lists = {{"b", &item, 1}}};
+    assert_int_equal(put(limits, &keep), STATUS_OK);
+    assert_int_equal(used(limits, "ann"), one);
+    assert_true(used(limits, "bob") > 500);
+    /* Up to the quota, and not further: neither objects nor items. */
+    unsigned count = 0;
+    enum status status;
+    keep = (struct storage_keep){.object = &object};
+    do
+        snprintf(object.id, sizeof object.id, "o%u", count++);
+    while (!(status = put(limits, &keep)));
+    assert_int_equal(status, STATUS_KEY_QUOTA);
+    assert_true(count > 60);
+    assert_true(used(limits, "ann") <= 100000 && used(limits, "ann") > 98000);
+    struct storage_object got;
+    assert_int_equal(storage_object_get(limits->storage, object.id, &got), STATUS_NOT_FOUND);
+    item.size = 2000;
+    keep = (struct storage_keep){.lists = {{"a", &item, 1}}};
+    assert_int_equal(put(limits, &keep), STATUS_KEY_QUOTA);
+    keep = (struct storage_keep){.lists = {{"b", &item, 1}}};
+    assert_int_equal(put(limits, &keep), STATUS_OK);
+    /* Nor a turn that brings an object, and then the turn is not there either. */
+    static const int32_t tokens[] = {1};
+    keep = (struct storage_keep){.object = &object};
+    const struct storage_commit commit = {.id = "a",
+                                          .position = 1,
+                                          .tokens = tokens,
+                                          .token_count = 1,
+                                          .text_bytes = 1,
+                                          .snapshot = "s",
+                                          .snapshot_bytes = 1,
+                                          .keep = &keep};
+    assert_int_equal(store_commit(limits->storage, &commit), STATUS_KEY_QUOTA);
+    assert_int_equal(store_truncate(limits->storage, "a"), STATUS_OK);
+    assert_int_equal(store_past_get(limits->storage, "a").token_count, 0);
+    assert_counts_hold(limits, &quota);
+    /* Deleting makes room, to the last byte. */
+    while (count-- > 1) {
+        snprintf(object.id, sizeof object.id, "o%u", count - 1);
+        assert_int_equal(delete_object(limits, object.id), STATUS_OK);
+    }
+    assert_int_equal(used(limits, "ann"), one);
+    assert_int_equal(store_commit(limits->storage, &commit), STATUS_OK);
+    assert_int_equal(delete_object(limits, object.id), STATUS_OK);
+    assert_int_equal(delete_object(limits, "o"), STATUS_OK);
+    assert_int_equal(store_remove(limits->storage, "a"), STATUS_OK);
+    wait_collected(limits);
+    assert_int_equal(used(limits, "ann"), 0);
+    assert_counts_hold(limits, &quota);
+}
+
+/* Objects that nothing goes on from, the ids one behind the other; two are looked at at a time. */
+static void assert_left_over(struct limits *limits, const char *expected)
+{
+    char ids[2][LIMITS_ID_BYTES], at[LIMITS_ID_BYTES] = "", all[1024] = "";
+    size_t count;
+    do {
+        assert_int_equal(storage_object_left_over(limits->storage, 86400, 2, at, ids, &count),
+                         STATUS_OK);
+        for (size_t i = 0; i < count; i++)
+            strcat(strcat(all, ids[i]), " ");
+    } while (at[0]);
+    assert_string_equal(all, expected);
+}
+
+/* An object stays as long as its memory, and a day longer when it was not made for it. */
+static void test_left_over(void **state)
+{
+    struct limits *limits = *state;
+    static const int32_t tokens[] = {1, 2, 3, 4, 5, 6, 7};
+    static const char *const owners[] = {"a", "a", "b", "c", "a"};
+    open_store(limits);
+    assert_left_over(limits, "");
+    create(limits->storage, "a", NULL, "ann", 0, false, false);
+    create(limits->storage, "b", NULL, "ann", 7 * 86400, false, false);
+    create(limits->storage, "c", NULL, "ann", 0, false, false);
+    for (unsigned i = 0; i < 5; i++) {
+        struct storage_memory memory = store_past_get(limits->storage, owners[i]);
+        struct storage_object object = {.created_at = limits->wall, .made_memory = i == 4};
+        const struct storage_keep keep = {.object = &object};
+        const struct storage_commit commit = {.id = owners[i],
+                                              .position = memory.token_count + 1,
+                                              .tokens = tokens + memory.token_count,
+                                              .token_count = 1,
+                                              .text_bytes = memory.token_count + 1,
+                                              .snapshot = "s",
+                                              .snapshot_bytes = 1,
+                                              .keep = &keep};
+        snprintf(object.id, sizeof object.id, "o%u", i);
+        strcpy(object.memory, owners[i]);
+        assert_int_equal(store_commit(limits->storage, &commit), STATUS_OK);
+    }
+    /* One that came to nothing has no memory. */
+    struct storage_object failed = {.id = "p", .created_at = limits->wall};
+    const struct storage_keep keep = {.object = &failed};
+    assert_int_equal(put(limits, &keep), STATUS_OK);
+    assert_left_over(limits, "");
+    pass(limits, 86400);
+    assert_left_over(limits, "");
+    pass(limits, 1);
+    assert_left_over(limits, "p ");
+    assert_int_equal(delete_object(limits, "p"), STATUS_OK);
+    assert_int_equal(store_remove(limits->storage, "c"), STATUS_OK);
+    assert_left_over(limits, "o3 ");
+    /* Gone back to before the second: the first is still gone on from. */
+    const struct storage_memory_options options = {
+        .id = "e", .from = "a", .at = 1, .ephemeral = true};
+    struct store_wait wait;
+    store_wait_init(&wait);
+    assert_int_equal(store_wait_finish(&wait, storage_memory_create(limits->storage, &options,
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    store_wait_init(&wait);
+    assert_int_equal(store_wait_finish(&wait, storage_memory_settle(limits->storage, "e", "a",
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    assert_left_over(limits, "o1 o3 ");
+    pass(limits, 7 * 86400);
+    assert_int_equal(expire(limits->storage, "b"), STATUS_OK);
+    assert_left_over(limits, "o1 o2 o3 ");
+    /* A clock that was set wrong ends nothing. */
+    assert_int_equal(delete_object(limits, "o3"), STATUS_OK);
+    limits->wall += 100 * 86400;
+    assert_left_over(limits, "o1 o2 ");
+    struct storage_object fresh = {.id = "q", .created_at = limits->wall - 100 * 86400};
+    const struct storage_keep last = {.object = &fresh};
+    assert_int_equal(put(limits, &last), STATUS_OK);
+    assert_left_over(limits, "o1 o2 ");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -457,6 +637,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_memory_quota, setup, teardown),
         cmocka_unit_test_setup_teardown(test_key_quota, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quota_settled, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_quota_of_kept, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_left_over, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
