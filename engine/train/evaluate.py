@@ -13,17 +13,20 @@ needles and coded words are haystacks of their own. RULER's tasks count the shar
 that the greedy output holds, case folded; all others are right when the output begins with the
 answer exactly. `text` is the mean loss over the last 4,096 tokens of a haystack without needles. A
 case's seed is --seed plus its number, so that every one can be made again.
-With --out: a CSV, the same as JSON, and the plot of accuracy against length (PNG).
+With --out: a CSV, the same as JSON, and the plot of accuracy against length (PNG); other lengths that
+the JSON holds are kept.
 """
 import argparse
 import csv
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -107,6 +110,9 @@ TASKS = {
     "coded": {"fwe": None},
     "plain": {"text": None},
 }
+# Once in a haystack: two passkeys could not be told apart, the last words have room for one fact, and
+# one chain is what RULER has.
+ALONE = ("passkey", "recent", "vt")
 KIND_OF = {name: kind for kind, named in TASKS.items() for name in named}
 
 
@@ -192,6 +198,15 @@ class Daemon:
     def forget(self, memory):
         self.call("DELETE", f"/v1/memories/{memory}")
 
+    def wait(self):
+        """Until it is ready."""
+        while True:
+            try:
+                with urllib.request.urlopen(self.url + "/health/ready", timeout=60):
+                    return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.01)
+
 
 class Local:
     """A model in PyTorch, on CUDA where there is one."""
@@ -256,54 +271,103 @@ def score(needle, question, answer, output):
 
 
 class Judge:
-    def __init__(self, target, tokenizer, books, verbose):
-        self.target, self.tokenizer, self.books, self.verbose = target, tokenizer, books, verbose
+    """Makes haystacks, has them read, asks and scores. `each`: needles of each task in a haystack."""
 
-    def ask(self, memory, name, needle, rng):
-        question, parts = rng.choice(needle.questions)
-        answer = answer_text(parts)
-        slack = 64 if needle.references and len(needle.references) > 1 else 8
-        limit = len(self.tokenizer.encode(answer)) + slack
-        exact = needle.references is None
-        output = self.target.ask(memory, question, limit, answer, exact)
-        got = score(needle, question, answer, output)
-        if self.verbose and got < 1:
-            print(f"{name} {got:.2f}: {question!r}\n  want {answer!r}\n  got  {output!r}")
-        return got
+    def __init__(self, target, tokenizer, books, each=1, verbose=False):
+        self.target, self.tokenizer, self.books = target, tokenizer, books
+        self.each, self.verbose = each, verbose
+        self.read_tokens, self.reads, self.asks = 0, [], []  # seconds
 
-    def case(self, kind, names, length, seed):
-        """{task: score}"""
-        rng, tokenizer = random.Random(seed), self.tokenizer
+    def questions(self, named, rng):
+        """[(task, needle, question, answer, limit)] of [(task, needle)]."""
+        out = []
+        for name, needle in named:
+            question, parts = rng.choice(needle.questions)
+            answer = answer_text(parts)
+            slack = 64 if needle.references and len(needle.references) > 1 else 8
+            out.append((name, needle, question, answer, len(self.tokenizer.encode(answer)) + slack))
+        return out
+
+    def hidden(self, kind, names, length, rng):
+        """A haystack with every task's needles, the same whatever is asked: text and questions."""
+        tokenizer, named = self.tokenizer, []
+        for name in TASKS[kind]:
+            count = 1 if name in ALONE else self.each
+            made = distinct([TASKS[kind][name](rng) for _ in range(count)])
+            for needle in made:
+                needle.kind = name if name == "recent" else needle.kind
+            named += [(name, needle) for needle in made]
+        needles = [needle for _, needle in named]
+        intro = tokenizer.encode(tasks.niah_intro("numbers", kind == "noise" and self.each == 1))
+        room = length - len(intro)
+        room -= sum(len(tokenizer.encode(p)) for needle in needles for p in needle.pieces)
+        text, cut = noise(tokenizer, room) if kind == "noise" else spread(self.books, rng, room)
+        ids = haystack(tokenizer, text, cut, rng, needles)
+        asked = [(name, needle) for name, needle in named if name in names]
+        return tokenizer.decode(np.concatenate([intro, ids])), self.questions(asked, rng)
+
+    def make(self, kind, names, length, seed):
+        """A haystack's text and its questions; of plain text, its end instead of questions."""
+        rng = random.Random(seed)
         if kind == "plain":
             ids, _ = spread(self.books, rng, length)
-            memory = self.target.read(tokenizer.decode(ids[:-TAIL]) or "\n")
-            scores = {"text": self.target.loss(memory, tokenizer.decode(ids[-TAIL:]))}
-        elif kind == "coded":
+            return self.tokenizer.decode(ids[:-TAIL]) or "\n", self.tokenizer.decode(ids[-TAIL:])
+        if kind == "coded":
             text, question, most = tasks.fwe(rng, length // 6)
-            memory = self.target.read(text)
             needle = Needle("fwe", [], [(question, [(" " + " ".join(most), 0)])], "fwe", most)
-            scores = {"fwe": self.ask(memory, "fwe", needle, rng)}
-        elif kind.startswith("crowd"):
-            text, needle = crowd(tokenizer, rng, TASKS[kind][names[0]], length)
-            memory = self.target.read(tasks.niah_intro(needle.kind[5:]) + text.strip())
-            scores = {names[0]: self.ask(memory, names[0], needle, rng)}
+            return text, self.questions([("fwe", needle)], rng)
+        if kind.startswith("crowd"):
+            text, needle = crowd(self.tokenizer, rng, TASKS[kind][names[0]], length)
+            intro = tasks.niah_intro(needle.kind[5:])
+            return intro + text.strip(), self.questions([(names[0], needle)], rng)
+        return self.hidden(kind, names, length, rng)
+
+    def answers(self, memory, questions):
+        """{task: [score]}"""
+        scores = {}
+        for name, needle, question, answer, limit in questions:
+            begin = time.time()
+            output = self.target.ask(memory, question, limit, answer, needle.references is None)
+            self.asks.append(time.time() - begin)
+            got = score(needle, question, answer, output)
+            scores.setdefault(name, []).append(got)
+            if self.verbose and got < 1:
+                print(f"{name} {got:.2f}: {question!r}\n  want {answer!r}\n  got  {output!r}")
+        return scores
+
+    def case(self, kind, names, length, seed, again=None):
+        """{task: [score]}, and with `again` the same of the memory once more after that command."""
+        text, questions = self.make(kind, names, length, seed)
+        begin = time.time()
+        memory = self.target.read(text)
+        self.read_tokens += length
+        self.reads.append(time.time() - begin)
+        if kind == "plain":
+            scores = {"text": [self.target.loss(memory, questions)]}
         else:
-            needles = [TASKS[kind][name](rng) for name in TASKS[kind]]  # the same whatever is asked
-            for name, needle in zip(TASKS[kind], needles):
-                needle.kind = name if name == "recent" else needle.kind
-            intro = tokenizer.encode(tasks.niah_intro("numbers", kind == "noise"))
-            room = length - len(intro)
-            room -= sum(len(tokenizer.encode(p)) for needle in needles for p in needle.pieces)
-            text, cut = noise(tokenizer, room) if kind == "noise" else spread(self.books, rng, room)
-            ids = haystack(tokenizer, text, cut, rng, needles)
-            memory = self.target.read(tokenizer.decode(np.concatenate([intro, ids])))
-            scores = {
-                name: self.ask(memory, name, needle, rng)
-                for name, needle in zip(TASKS[kind], needles)
-                if name in names
-            }
+            scores = self.answers(memory, questions)
+        if again and kind != "plain":
+            scores.update(self.once_more(memory, questions, again))
         self.target.forget(memory)
         return scores
+
+    def once_more(self, memory, questions, command):
+        begin = time.time()
+        subprocess.run(command, shell=True, check=True)
+        self.target.wait()
+        ready = time.time()
+        self.target.ask(memory, questions[0][2], 1)
+        print(f"  after {command!r}: ready in {ready - begin:.2f} s, first token {time.time() - ready:.3f} s later")
+        return {name + " again": got for name, got in self.answers(memory, questions).items()}
+
+    def speed(self):
+        """Since the last call: a line about time."""
+        line = f"{self.read_tokens / max(1e-9, sum(self.reads)) / 1e3:.0f}K tokens/s read by each reader"
+        if self.asks:
+            asks = sorted(self.asks)
+            line += f", {len(asks)} questions, median {1e3 * asks[len(asks) // 2]:.0f} ms"
+        self.read_tokens, self.reads, self.asks = 0, [], []
+        return line
 
 
 def size(length):
@@ -311,20 +375,24 @@ def size(length):
 
 
 def plot(rows, names, title, path):
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot without matplotlib", file=sys.stderr)
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(10, 6))
     styles = ["-", "--", ":"]
     for i, name in enumerate(name for name in names if name != "text"):
+        known = [row for row in rows if row.get(name) is not None]
         axes.plot(
-            [row["length"] for row in rows if row[name] is not None],
-            [100 * row[name] for row in rows if row[name] is not None],
+            [row["length"] for row in known],
+            [100 * row[name] for row in known],
             marker="o",
             markersize=4,
-            linestyle=styles[i // 10],
+            linestyle=styles[i // 10 % 3],
             label=name,
         )
     axes.set_xscale("log", base=2)
@@ -340,13 +408,21 @@ def plot(rows, names, title, path):
     figure.savefig(path, dpi=100)
 
 
-def write(base, name, seed, rows, names):
+def write(base, name, seed, rows):
+    """The rows, and those of other lengths that are there already."""
+    if os.path.exists(base + ".json"):
+        with open(base + ".json") as file:
+            lengths = [row["length"] for row in rows]
+            old = [row for row in json.load(file)["rows"] if row["length"] not in lengths]
+        rows = sorted(old + rows, key=lambda row: row["length"])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with open(base + ".csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["length", "cases", *names])
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
     with open(base + ".json", "w") as file:
         json.dump({"model": name, "seed": seed, "rows": rows}, file, indent=1)
+    names = [name for name in names if name not in ("length", "cases", "each")]
     plot(rows, names, f"{name}: held-out books", base + ".png")
 
 
@@ -364,9 +440,14 @@ def parse():
     parser.add_argument("--tasks", default=",".join(KIND_OF), help="default: all")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--piece", type=int, default=8192, help="PyTorch: tokens read at a time")
+    parser.add_argument("--each", type=int, default=1, help="needles of each task in a haystack")
+    parser.add_argument("--parallel", type=int, default=1, help="a daemon: haystacks at once")
+    parser.add_argument("--again", metavar="COMMAND", help="ask again after it: to restart the daemon")
     parser.add_argument("--verbose", action="store_true", help="print every answer that is not right")
     parser.add_argument("--out", help="a CSV file; a JSON and a PNG beside it")
     args = parser.parse_args()
+    if args.model and (args.parallel > 1 or args.again):
+        parser.error("--parallel and --again are for a daemon")
     if bool(args.url) == bool(args.model):
         parser.error("name a daemon with --url or a folder with --model")
     args.tasks = args.tasks.split(",")
@@ -386,6 +467,24 @@ def parse():
     return args
 
 
+def measure(judge, args, length, count, pool):
+    """{task: mean} of `count` haystacks of each kind."""
+    jobs = [
+        (kind, names, length, args.seed + number, args.again)
+        for number in range(count)
+        for kind in TASKS
+        if (names := [name for name in TASKS[kind] if name in args.tasks])
+    ]
+    scores = {}
+    for done, got in enumerate(pool.map(lambda job: judge.case(*job), jobs), 1):
+        for name, values in got.items():
+            scores.setdefault(name, []).extend(values)
+        if sys.stderr.isatty():
+            print(f"\r{size(length)}: {done} of {len(jobs)}", end="\r", file=sys.stderr)
+    order = [name + more for more in ("", " again") for name in args.tasks if name + more in scores]
+    return {name: round(sum(scores[name]) / len(scores[name]), 4) for name in order}
+
+
 def main():
     args = parse()
     target = (
@@ -393,27 +492,19 @@ def main():
     )
     tokenizer = Tokenizer.load(args.data)
     books = Books(os.path.join(args.data, "held.npy"), tokenizer)
-    judge = Judge(target, tokenizer, books, args.verbose)
+    judge = Judge(target, tokenizer, books, args.each, args.verbose)
     rows, begin = [], time.time()
     print(f"{target.name}, seeds from {args.seed}")
-    for length, count in zip(args.lengths, args.cases):
-        scores = {name: [] for name in args.tasks}
-        for number in range(count):
-            for kind in TASKS:
-                names = [name for name in TASKS[kind] if name in args.tasks]
-                if names:
-                    for name, got in judge.case(kind, names, length, args.seed + number).items():
-                        scores[name].append(got)
-            if sys.stderr.isatty():
-                print(f"\r{size(length)}: {number + 1} of {count}", end="\r", file=sys.stderr)
-        means = {name: round(sum(got) / len(got), 4) for name, got in scores.items()}
-        rows.append({"length": length, "cases": count, **means})
-        print(f"{size(length)}, {count} cases, {time.time() - begin:.0f} s")
-        for name, mean in means.items():
-            shown = f"{mean:.4f}" if name == "text" else f"{100 * mean:5.1f} %"
-            print(f"  {name:<16} {shown}", flush=True)
-        if args.out:
-            write(os.path.splitext(args.out)[0], target.name, args.seed, rows, args.tasks)
+    with ThreadPoolExecutor(args.parallel) as pool:
+        for length, count in zip(args.lengths, args.cases):
+            means = measure(judge, args, length, count, pool)
+            rows.append({"length": length, "cases": count, "each": args.each, **means})
+            print(f"{size(length)}, {count} cases, {time.time() - begin:.0f} s; {judge.speed()}")
+            for name, mean in means.items():
+                shown = f"{mean:.4f}" if name == "text" else f"{100 * mean:5.1f} %"
+                print(f"  {name:<16} {shown}", flush=True)
+            if args.out:
+                write(os.path.splitext(args.out)[0], target.name, args.seed, rows)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class Tokenizer:
         self.added = {t["content"]: t["id"] for t in values["added_tokens"]}
         self.names = {i: t for t, i in self.vocab.items()}
         self.split = pattern()
-        self.cache = {}
+        self.cache, self.bytes = {}, {}
         names = sorted(self.added, key=len, reverse=True)
         self.added_split = (
             re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
@@ -233,13 +233,13 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of ids; special tokens are left out, broken UTF-8 is replaced."""
-        special = set(self.added.values())
-        data = bytearray()
-        for index in ids:
-            index = int(index)
-            if index not in special and index in self.names:
-                data += bytes(CHAR_TO_BYTE[c] for c in self.names[index])
-        return data.decode(errors="replace")
+        if not self.bytes:
+            special = set(self.added.values())
+            for index, name in self.names.items():
+                if index not in special:
+                    self.bytes[index] = bytes(CHAR_TO_BYTE[c] for c in name)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        return b"".join([self.bytes.get(index, b"") for index in ids]).decode(errors="replace")
 
 
 def tokenizer_config():
