@@ -252,6 +252,8 @@ static void publish_stats(struct engine *engine)
         s->device_pages = device.resident;
         s->device_page_hits = device.hits;
         s->device_page_misses = device.misses;
+        s->device_copy_bytes = device.misses * engine->memory.kv_bytes;
+        s->device_copy_ns = device.copy_ns;
     }
     pthread_mutex_lock(&engine->stats_lock);
     engine->stats = *s;

@@ -148,8 +148,9 @@ struct engine_stats {
     uint64_t pages_resident, pages_pinned, page_capacity;
     uint64_t tokens_prefilled, tokens_decoded, chunks_encoded;
     uint64_t landmark_bytes; /* resident */
-    /* A GPU's own copies of pages; zeros without one. */
+    /* A GPU's own copies of pages, and what copying them there took; zeros without one. */
     uint64_t device_page_capacity, device_pages, device_page_hits, device_page_misses;
+    uint64_t device_copy_bytes, device_copy_ns;
 };
 /* Any thread: a consistent enough copy for metrics. */
 void engine_get_stats(const struct engine *engine, struct engine_stats *stats);

@@ -114,6 +114,7 @@ enum ops_part {
 /* A device's own copies of K/V pages; in pages. */
 struct ops_page_stats {
     uint64_t capacity, resident, hits, misses; /* now, now; since `open` */
+    uint64_t copy_ns; /* that the device took to copy those it missed */
 };
 
 /* Context of an open backend: worker threads, scratch memory. */

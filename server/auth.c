@@ -260,8 +260,8 @@ int auth_key_main(int argc, char **argv)
                 "letters, digits and -_.@, is whose the memories are; a new key of the "
                 "same name sees them too.\nWhen the server is busy, every NAME has an equal part "
                 "of its time; one with \" weight=N\"\n(1 to %d) behind a line of its own in FILE "
-                "has N parts;\n\" quota=SIZE\" bounds its memories and responses on disk.\nSIGHUP makes a "
-                "running server read FILE again.\n",
+                "has N parts;\n\" quota=SIZE\" bounds its memories and responses on disk.\nSIGHUP "
+                "makes a running server read FILE again.\n",
                 LIMITS_WEIGHT);
         return argc == 2 && strcmp(argv[1], "--help") == 0 ? 0 : 2;
     }

@@ -69,9 +69,8 @@ static const struct setting settings[] = {
      "of disk, for going on with requests that name no memory; 0: keeps nothing of them", BYTES,
      FIELD(prefix_cache)},
     {"response-days", "DAYS", "30",
-     "a stored response stays so long after its memory was last used, or, when that is gone, after "
-     "it "
-     "was made; 0: for ever",
+     "a stored response stays so long after its memory was last used, or it was made where that is "
+     "gone; 0: for ever",
      COUNT, FIELD(response_days)},
     {"memory-quota", "SIZE", "0", "disk that one memory may take; 0 for any", BYTES,
      FIELD(memory_quota)},

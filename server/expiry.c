@@ -13,9 +13,8 @@
 #include "server/server.h"
 
 #define RESPONSES 32 /* looked at at once, on the loop */
-#define BATCH                                                                           \
-    16 /* asked for at once; each costs the engine's thread a look through its memories \
-        */
+/* Asked for at once; each costs the engine's thread a look through its memories. */
+#define BATCH 16
 
 struct ending {
     struct server *server;

@@ -67,8 +67,8 @@ static void write_metrics(struct buf *out, const struct metric *metrics, size_t 
 
 /* One with a label, for each of its values. */
 struct labelled {
-    const char *value;
-    uint64_t count;
+    const char *label;
+    double value;
 };
 
 static void write_labelled(struct buf *out, const char *name, const char *help, const char *label,
@@ -76,8 +76,7 @@ static void write_labelled(struct buf *out, const char *name, const char *help, 
 {
     write_head(out, name, help);
     for (const struct labelled *v = values; v < values + count; v++)
-        buf_append_format(out, "rambad_%s{%s=\"%s\"} %llu\n", name, label, v->value,
-                          (unsigned long long)v->count);
+        buf_append_format(out, "rambad_%s{%s=\"%s\"} %.17g\n", name, label, v->label, v->value);
 }
 
 #define WRITE_METRICS(out, metrics) write_metrics(out, metrics, sizeof(metrics) / sizeof *(metrics))
@@ -92,11 +91,11 @@ static void write_jobs(struct buf *out, const struct engine_thread_stats *s)
         "queued", "opening", "prefill", "forking", "decode", "committing", "aborting"};
     struct labelled by_state[ENGINE_THREAD_STATES];
     for (size_t i = 0; i < ENGINE_THREAD_STATES; i++)
-        by_state[i] = (struct labelled){states[i], s->states[i]};
-    const struct labelled refused[] = {{"requests", s->refused_requests},
-                                       {"tokens", s->refused_tokens}};
-    const struct labelled timeouts[] = {{"queue", s->timeouts_queued},
-                                        {"engine", s->timeouts_running}};
+        by_state[i] = (struct labelled){states[i], (double)s->states[i]};
+    const struct labelled refused[] = {{"requests", (double)s->refused_requests},
+                                       {"tokens", (double)s->refused_tokens}};
+    const struct labelled timeouts[] = {{"queue", (double)s->timeouts_queued},
+                                        {"engine", (double)s->timeouts_running}};
     const struct metric plain[] = {
         {"jobs_running", "Requests on the engine now.", (double)s->running},
         {"jobs_waiting", "Requests in the queue.", (double)s->waiting},
@@ -121,12 +120,40 @@ static void write_jobs(struct buf *out, const struct engine_thread_stats *s)
                     &s->token_gap);
 }
 
+/* Where chunks' keys and values were found: a GPU's memory, RAM, the store. */
+static void write_tiers(struct buf *out, const struct engine_stats *e)
+{
+    const struct labelled resident[] = {{"device", (double)e->device_pages},
+                                        {"host", (double)e->pages_resident}};
+    const struct labelled capacity[] = {{"device", (double)e->device_page_capacity},
+                                        {"host", (double)e->page_capacity}};
+    /* What is nowhere else is on disk. */
+    const struct labelled hits[] = {{"device", (double)e->device_page_hits},
+                                    {"host", (double)e->page_hits},
+                                    {"disk", (double)e->page_misses}};
+    const struct labelled misses[] = {{"device", (double)e->device_page_misses},
+                                      {"host", (double)e->page_misses}};
+    const struct labelled bytes[] = {{"host", (double)e->device_copy_bytes},
+                                     {"disk", (double)e->page_read_bytes}};
+    const struct labelled seconds[] = {{"host", (double)e->device_copy_ns * 1e-9},
+                                       {"disk", (double)e->page_read_ns * 1e-9}};
+    WRITE_LABELLED(out, "pages_resident", "Chunk pages there now.", "tier", resident);
+    WRITE_LABELLED(out, "pages_capacity", "Chunk pages that may be.", "tier", capacity);
+    WRITE_LABELLED(out, "page_hits_total", "Chunks wanted that were found there.", "tier", hits);
+    WRITE_LABELLED(out, "page_misses_total", "Chunks wanted that the next tier had to give.",
+                   "tier", misses);
+    WRITE_LABELLED(out, "page_read_bytes_total", "Bytes that went from there to the tier above.",
+                   "tier", bytes);
+    WRITE_LABELLED(out, "page_read_seconds_total", "Time that this took.", "tier", seconds);
+}
+
 static void write_engine(struct buf *out, const struct engine_thread_stats *s)
 {
     const struct engine_stats *e = &s->engine;
     write_jobs(out, s);
-    const struct labelled resumes[] = {
-        {"ram", s->resumes_ram}, {"disk", s->resumes_disk}, {"empty", s->resumes_empty}};
+    const struct labelled resumes[] = {{"ram", (double)s->resumes_ram},
+                                       {"disk", (double)s->resumes_disk},
+                                       {"empty", (double)s->resumes_empty}};
     const struct metric plain[] = {
         {"sessions_idle", "Memories kept in RAM between turns.", (double)s->sessions_idle},
         {"sessions_idle_bytes", "What they take.", (double)s->sessions_idle_bytes},
@@ -144,26 +171,14 @@ static void write_engine(struct buf *out, const struct engine_thread_stats *s)
         {"step_seconds_total", "Time inside them.", (double)s->step_ns * 1e-9},
         {"chunks_encoded_total", "Chunk memories made.", (double)e->chunks_encoded},
         {"landmark_bytes", "Landmarks in RAM.", (double)e->landmark_bytes},
-        {"pages_resident", "Chunk pages in RAM.", (double)e->pages_resident},
-        {"pages_capacity", "Chunk pages that may be.", (double)e->page_capacity},
         {"pages_pinned", "Chunk pages that wait for the disk or are in use.",
          (double)e->pages_pinned},
-        {"page_hits_total", "Chunks picked that were in RAM.", (double)e->page_hits},
-        {"page_misses_total", "Chunks picked that had to be read back.", (double)e->page_misses},
         {"page_evictions_total", "Pages that made room.", (double)e->page_evictions},
-        {"page_read_bytes_total", "Bytes read back.", (double)e->page_read_bytes},
-        {"page_read_seconds_total", "Time spent reading them.", (double)e->page_read_ns * 1e-9},
-        {"device_pages", "Chunk pages with a copy on the GPU.", (double)e->device_pages},
-        {"device_pages_capacity", "Chunk pages that may have one.",
-         (double)e->device_page_capacity},
-        {"device_page_hits_total", "Chunks read that were on the GPU.",
-         (double)e->device_page_hits},
-        {"device_page_misses_total", "Chunks read that were copied there.",
-         (double)e->device_page_misses},
     };
     WRITE_METRICS(out, plain);
     WRITE_LABELLED(out, "resumes_total", "Memories taken up again, by where from.", "tier",
                    resumes);
+    write_tiers(out, e);
 }
 
 static void write_storage(struct buf *out, const struct storage_stats *s, uint64_t prefixes)

@@ -46,8 +46,10 @@ struct cuda_pages {
     uint64_t hits, misses;
     struct copy *missing; /* to be copied here by cuda_pages_end */
     size_t missing_count, missing_capacity;
-    cudaEvent_t copied; /* after the last copy from a host page */
-    bool waiting;       /* copies before it that nobody waited for */
+    cudaEvent_t began, copied; /* around the last copies from host pages */
+    bool waiting;              /* for them: nobody has yet */
+    bool timed;                /* they are in copy_ns */
+    uint64_t copy_ns;
 };
 
 static struct slot **chain(const struct cuda_pages *p, const void *page)
@@ -123,7 +125,9 @@ enum status cuda_pages_open(struct ops_context *x, struct error *err)
     p->table = (struct slot **)calloc(size, sizeof *p->table);
     if (!p->table)
         return error_set(err, STATUS_NO_MEMORY, "out of memory for the page table");
-    if (!cuda_check(x, cudaEventCreateWithFlags(&p->copied, cudaEventDisableTiming), "an event"))
+    p->timed = true;
+    if (!cuda_check(x, cudaEventCreateWithFlags(&p->began, cudaEventDefault), "an event") ||
+        !cuda_check(x, cudaEventCreateWithFlags(&p->copied, cudaEventDefault), "an event"))
         return error_set(err, x->failed, "%s", x->failure);
     while (p->count < least)
         if (!grow(x))
@@ -140,6 +144,8 @@ void cuda_pages_close(struct ops_context *x)
         cudaFree(p->slabs[i]);
         free(p->slabs[i + 1]);
     }
+    if (p->began)
+        cudaEventDestroy(p->began);
     if (p->copied)
         cudaEventDestroy(p->copied);
     free(p->slabs);
@@ -277,6 +283,17 @@ static __global__ void __launch_bounds__(COPY_THREADS)
         ((T *)copy.to)[i] = ((const T *)copy.from)[i];
 }
 
+/* Counts what the last copies took, once they are done. */
+static void count_time(struct cuda_pages *p)
+{
+    float ms;
+    if (p->timed || cudaEventQuery(p->copied) != cudaSuccess)
+        return;
+    p->timed = true;
+    if (cudaEventElapsedTime(&ms, p->began, p->copied) == cudaSuccess)
+        p->copy_ns += (uint64_t)(ms * 1e6f);
+}
+
 /* All that is missing in one launch, read from where the host keeps it: pages are small, and a copy
  * call for each would cost more than its bytes. */
 void cuda_pages_end(struct ops_context *x)
@@ -289,12 +306,15 @@ void cuda_pages_end(struct ops_context *x)
     const struct copy *copies =
         (const struct copy *)cuda_stage(x, p->missing, count * sizeof *p->missing);
     const dim3 grid((unsigned)count), block(COPY_THREADS);
+    count_time(p); /* those before; a step that nobody waited for is not counted */
+    cuda_check(x, cudaEventRecord(p->began, x->stream), "an event");
     if (x->page_bytes % sizeof(uint4) == 0)
         CUDA_LAUNCH(x, copy_pages<uint4>, grid, block, 0, copies, x->page_bytes / sizeof(uint4));
     else
         CUDA_LAUNCH(x, copy_pages<uint32_t>, grid, block, 0, copies, x->page_bytes / 4);
     if (!x->failed)
         p->waiting = cuda_check(x, cudaEventRecord(p->copied, x->stream), "an event");
+    p->timed = !p->waiting;
 }
 
 struct ops_page_stats cuda_page_stats(const struct ops_context *x)
@@ -304,6 +324,7 @@ struct ops_page_stats cuda_page_stats(const struct ops_context *x)
     out.resident = x->pages->count;
     out.hits = x->pages->hits;
     out.misses = x->pages->misses;
+    out.copy_ns = x->pages->copy_ns;
     return out;
 }
 
@@ -313,5 +334,6 @@ void cuda_pages_settle(struct ops_context *x)
     if (x->failed || !p->waiting)
         return;
     p->waiting = false;
-    cuda_check(x, cudaEventSynchronize(p->copied), "copies of pages to the GPU");
+    if (cuda_check(x, cudaEventSynchronize(p->copied), "copies of pages to the GPU"))
+        count_time(p);
 }

@@ -16,7 +16,7 @@ NETLOC = urllib.parse.urlsplit(sys.argv[1]).netloc
 PROMISED = """requests prompt_tokens completion_tokens jobs_running jobs_waiting queue_seconds
     prefill_seconds first_token_seconds per_token_seconds token_gap_seconds request_seconds
     pages_resident page_read_bytes page_read_seconds commit_seconds resumes forks
-    page_evictions map_used_bytes device_pages sessions_idle_bytes connections
+    page_evictions map_used_bytes pages_capacity page_hits page_misses sessions_idle_bytes connections
     disconnects""".split()
 
 
@@ -94,6 +94,14 @@ def main():
     assert grown(before, after, "rambad_forks_total") == 1
     assert grown(before, after, "rambad_requests_total", handler="completions", status="200") == 2
     assert grown(before, after, "rambad_requests_total", handler="append", status="200") == 1
+    tiers = {}
+    for tier in ("device", "host", "disk"):
+        tiers[tier] = after["rambad_page_hits_total", (("tier", tier),)]
+    assert tiers["host"] + tiers["disk"] > 0, tiers
+    assert tiers["disk"] == after["rambad_page_misses_total", (("tier", "host"),)]
+    for name in ("bytes", "seconds"):
+        value = after[f"rambad_page_read_{name}_total", (("tier", "disk"),)]
+        assert (value > 0) == (tiers["disk"] > 0), (name, value, tiers)
     for name in ("first_token", "per_token", "request"):
         assert grown(before, after, f"rambad_{name}_seconds_count") == 2, name
     print(f"  metrics.py: {len(after)} samples of counters and histograms")

@@ -1,4 +1,5 @@
 /* emulator.cc - see cuda_runtime.h; and matrix products in place of cuBLASLt's. x86-64 alone. */
+#include <chrono>
 #include <cstdlib>
 #include <map>
 #include <vector>
@@ -422,9 +423,13 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
     return cudaSuccess;
 }
 
+struct emulator_event {
+    std::chrono::steady_clock::time_point when;
+};
+
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
-    *out = (cudaEvent_t)&e;
+    *out = new emulator_event;
     return cudaSuccess;
 }
 
@@ -438,8 +443,20 @@ cudaError_t cudaStreamDestroy(cudaStream_t)
     return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t)
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t)
 {
+    event->when = std::chrono::steady_clock::now();
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
+{
+    *ms = std::chrono::duration<float, std::milli>(to->when - from->when).count();
     return cudaSuccess;
 }
 
@@ -448,8 +465,9 @@ cudaError_t cudaEventSynchronize(cudaEvent_t)
     return cudaSuccess;
 }
 
-cudaError_t cudaEventDestroy(cudaEvent_t)
+cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
+    delete event;
     return cudaSuccess;
 }
 

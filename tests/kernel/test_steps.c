@@ -156,6 +156,13 @@ static float *run(const char *model, enum engine_dtype dtype, const struct way *
     printf("%s, %s, %s: %llu device page hits, %llu misses\n", model,
            engine_get_info(engine)->backend, way->name, (unsigned long long)stats.device_page_hits,
            (unsigned long long)stats.device_page_misses);
+    const uint64_t bytes = stats.device_page_misses * engine_get_info(engine)->kv_bytes;
+    if (stats.device_copy_bytes != bytes || !stats.device_copy_ns != !bytes) {
+        failures++;
+        printf("FAIL %s, %s: %llu bytes copied to the device in %llu ns\n", model, way->name,
+               (unsigned long long)stats.device_copy_bytes,
+               (unsigned long long)stats.device_copy_ns);
+    }
     engine_close(engine);
     chunk_ram_close(&ram);
     return logits;
