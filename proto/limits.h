@@ -70,6 +70,7 @@
 #define LIMITS_PREFIX_SNAPSHOTS 16         /* of a conversation without a memory; it can be edited
                                               so far back */
 #define LIMITS_PREFIX_TOKENS 64            /* fewer are read again sooner than they are found */
+#define LIMITS_PREFIX_BORROWED 262144u     /* marks in others' memories: the 16M tokens last said */
 #define LIMITS_RECEIPT_NAME_BYTES 32       /* a SHA-256 */
 #define LIMITS_RECEIPT_S 86400             /* an Idempotency-Key is known so long */
 #define LIMITS_RECEIPT_KEY_BYTES 255       /* of an Idempotency-Key */

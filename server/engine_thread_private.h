@@ -244,6 +244,10 @@ bool job_prefix_start(struct job *job, uint64_t *at);
 /* The job's session stands at `position` of memory `id`: whether the prompt begins like that. It
  * need not be read so far, then. Else a memory that is only the job's shall be made. */
 bool job_prefix_take(struct job *job, const char *id, const struct engine_session *session);
+/* Makes the memory of a job that `makes` one, with the longest beginning of the prompt that is
+ * known, and opens it; after the turn is committed, lets others begin with what it holds. */
+void job_prefix_make(struct job *job);
+void job_prefix_leave(struct job *job);
 /* Rows of the prompt's next slice, at most `n`: it ends where a snapshot is wanted. */
 uint32_t job_prefix_slice(const struct job *job, uint32_t n);
 /* More of the prompt, all of it, all that was to be said: leaves snapshots. */

@@ -96,7 +96,10 @@ struct job_generate {
     bool retrieval;
     bool has_at; /* the memory must stand at `at` tokens, else STATUS_CONFLICT before anything */
     uint64_t at;
-    bool settles;                    /* the memory is ephemeral, and lasts from this turn on */
+    bool settles; /* the memory is ephemeral, and lasts from this turn on */
+    bool makes; /* the memory is not there yet: the job makes it, with what is known of the prompt's
+                   beginning in it; it settles. The tokens and text_bytes are of the whole of it */
+    int64_t expires_s; /* of a memory that it makes: seconds after its last use; 0: never */
     const struct storage_keep *keep; /* commit with the turn; NULL: nothing. Borrowed, with all that
                                         it points to, until EVENT_DONE */
     bool waits; /* the commit waits behind EVENT_FINISHED for job_go_on, for `keep` to be filled */

@@ -182,6 +182,10 @@ void job_generate_start(struct job *job)
 void job_generate_open(struct job *job)
 {
     const struct job_generate *g = &job->generate;
+    if (g->makes) {
+        job_prefix_make(job);
+        return;
+    }
     if (!g->memory_write) {
         uint64_t at = 0;
         const char *from = g->memory[0] ? g->memory : NULL;
@@ -231,6 +235,8 @@ static void turn_committed(struct reply *reply, enum status status)
     job->memory->position = engine_session_position(job->memory->session);
     job->memory->text_bytes =
         job->start_text_bytes + job->generate.text_bytes + job->written_text_bytes;
+    if (job->generate.makes)
+        job_prefix_leave(job);
     finish_ok(job);
 }
 
@@ -280,7 +286,7 @@ enum status job_generate_commit(struct job *job, const char *id,
                                              .snapshot = snapshot,
                                              .snapshot_bytes = size,
                                              .keep = g->keep,
-                                             .settles = g->settles};
+                                             .settles = g->settles || g->makes};
         status = storage_commit(job->thread->storage, &write, reply_done_cb, reply);
         buf_close(&answer);
     }
@@ -306,7 +312,7 @@ static void finish_turn(struct job *job)
     enum status status = STATUS_NO_MEMORY;
     if (reply)
         status = job_generate_commit(
-            job, job->memory->id, job->memory->session, 0,
+            job, job->memory->id, job->memory->session, job->resumed,
             job->generate.token_count + job->written_count,
             job->start_text_bytes + job->generate.text_bytes + job->written_text_bytes, reply);
     if (!status) {

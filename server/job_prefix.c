@@ -280,6 +280,32 @@ static bool make_entry(struct job *job, const struct prefix_hit *hit)
     return true;
 }
 
+/* What is known of the first `count` tokens. False: a commit of it is waited for; then the job
+ * opens again. */
+static bool find(struct job *job, size_t count, struct prefix_hit *hit)
+{
+    struct engine_thread *thread = job->thread;
+    const struct job_generate *g = &job->generate;
+    prefix_find(thread->prefix, g->terms.tenant, g->tokens, count, hit);
+    if (hit->entry && hit->entry->pending) {
+        job->prefix_wait = hit->entry;
+        return false;
+    }
+    if (!hit->entry)
+        missed(job, hit->border ? "no_snapshot" : "new");
+    else
+        prefix_touch(thread->prefix, hit->entry);
+    return true;
+}
+
+static void branch_off(struct job *job, const struct prefix_hit *hit)
+{
+    if (!hit->entry)
+        return;
+    job->prefix_from = hit->entry;
+    job->prefix_from->users++;
+}
+
 bool job_prefix_start(struct job *job, uint64_t *at)
 {
     struct engine_thread *thread = job->thread;
@@ -294,29 +320,126 @@ bool job_prefix_start(struct job *job, uint64_t *at)
         return false;
     }
     /* What the last token of the prompt read is not in a snapshot. */
-    prefix_find(thread->prefix, g->terms.tenant, g->tokens, g->token_count - g->retrieval, &hit);
-    if (hit.entry && hit.entry->pending) {
-        job->prefix_wait = hit.entry;
+    if (!find(job, g->token_count - g->retrieval, &hit))
         return true;
-    }
-    if (!hit.entry)
-        missed(job, hit.border ? "no_snapshot" : "new");
-    else
-        prefix_touch(thread->prefix, hit.entry);
     if (hit.border >= hit.position + LIMITS_PREFIX_TOKENS)
         job->prefix_border = hit.border;
-    if (g->choices == 1 && hit.entry && !hit.entry->users && hit.position == hit.entry->position) {
+    if (g->choices == 1 && hit.entry && prefix_is_free_end(hit.entry, hit.position)) {
         job->prefix = hit.entry;
         job->prefix->users++;
         open_entry(job);
         return true;
     }
-    if (hit.entry) {
-        job->prefix_from = hit.entry;
-        job->prefix_from->users++;
-    }
+    branch_off(job, &hit);
     *at = hit.position;
     return g->choices == 1 && make_entry(job, &hit);
+}
+
+/* ---- a memory that begins with what is known ---- */
+
+static void make_memory(struct job *job, uint64_t at);
+
+/* What it was to begin with is not there, or says something else: it begins with nothing. */
+static void make_empty(struct job *job)
+{
+    if (job->prefix_from) {
+        job->prefix_from->users--;
+        prefix_doom(job->thread->prefix, job->prefix_from);
+        job->prefix_from = NULL;
+    }
+    make_memory(job, 0);
+}
+
+static void open_made(struct job *job)
+{
+    struct engine_thread *thread = job->thread;
+    struct live_memory *memory;
+    struct error err = {0};
+    const enum status status = live_memory_open(thread, job->generate.memory, job, &memory, &err);
+    if (status && !job->prefix_from) {
+        job_fail(job, status, "%s", err.message);
+        return;
+    }
+    if (job->prefix_from && (status || !job_prefix_take(job, memory->id, memory->session))) {
+        if (status) { /* when the queue is full there is still one of that name: the job fails */
+            (void)!storage_memory_delete(thread->storage, job->generate.memory, NULL, NULL);
+        } else {
+            live_memory_delete_ephemeral(thread, memory->id, memory->branch);
+            live_memory_drop(thread, memory);
+        }
+        make_empty(job);
+        return;
+    }
+    job->memory = memory; /* its text begins with the prompt's, whatever it holds of that */
+    job->sequences[0].session = memory->session;
+    job_generate_begin(job);
+}
+
+static void memory_made(struct reply *reply, enum status status)
+{
+    struct job *job = reply->context;
+    reply_free(reply);
+    job->pending--;
+    if (job->state != JOB_OPENING)
+        return; /* cancelled meanwhile */
+    if (!status)
+        open_made(job);
+    else if (job->prefix_from && status != STATUS_DISK_FULL && status != STATUS_IO)
+        make_empty(job);
+    else
+        job_fail(job, status, "%s", status_text(status));
+}
+
+static void make_memory(struct job *job, uint64_t at)
+{
+    const struct job_generate *g = &job->generate;
+    struct reply *reply = reply_create(job->thread, memory_made, job);
+    const struct storage_memory_options options = {
+        .id = g->memory,
+        .from = job->prefix_from ? job->prefix_from->id : NULL,
+        .at = at,
+        .tenant = g->terms.tenant,
+        .expires = {.seconds = g->expires_s, .from_use = true},
+        .ephemeral = true};
+    const enum status status =
+        reply ? storage_memory_create(job->thread->storage, &options, reply_done_cb, reply)
+              : STATUS_NO_MEMORY;
+    if (!status) {
+        job->pending++;
+        return;
+    }
+    if (reply)
+        reply_cancel(reply);
+    job_fail(job, status, "%s", status_text(status));
+}
+
+void job_prefix_make(struct job *job)
+{
+    const struct job_generate *g = &job->generate;
+    struct prefix_hit hit = {.entry = NULL};
+    if (job->thread->prefix && g->token_count >= LIMITS_PREFIX_TOKENS) {
+        if (!find(job, g->token_count - 1, &hit)) /* a turn has a token of its own */
+            return;
+        branch_off(job, &hit);
+    }
+    make_memory(job, hit.position);
+}
+
+void job_prefix_leave(struct job *job)
+{
+    struct prefix *prefix = job->thread->prefix;
+    const struct job_generate *g = &job->generate;
+    if (!prefix || job->memory->position < LIMITS_PREFIX_TOKENS)
+        return;
+    uint64_t hash = prefix_seed(prefix, g->terms.tenant);
+    for (uint64_t i = 0; i < job->resumed; i++)
+        hash = prefix_chain(hash, g->tokens[i]);
+    struct prefix_entry *entry =
+        prefix_borrow(prefix, g->memory, g->terms.tenant, job->resumed, hash);
+    while (entry && entry->position < job->memory->position) {
+        const int32_t token = job_generate_token(job, entry->position);
+        prefix_advance(prefix, entry, &token, 1, entry->position + 1 == job->memory->position);
+    }
 }
 
 /* ---- the thread ---- */
@@ -475,6 +598,10 @@ void job_prefix_sweep(struct engine_thread *thread)
 {
     struct prefix_entry *entry;
     while (thread->prefix && (entry = prefix_victim(thread->prefix))) {
+        if (entry->borrowed) {
+            prefix_remove(thread->prefix, entry);
+            continue;
+        }
         if (thin(thread, entry))
             continue;
         struct live_memory *live = live_memory_find(thread, entry->id);

@@ -102,6 +102,12 @@ void place_fork(struct place *place, const char *tenant, const char *metadata,
         wait_refused(&place->wait, status);
 }
 
+void place_new(struct place *place)
+{
+    server_new_id(place->server, "mem_", place->memory);
+    place->is_fork = place->is_new = true;
+}
+
 void place_close(struct place *place)
 {
     if (place->is_fork && !place->lasts) /* when the queue is full the next opening drops it */

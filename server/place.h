@@ -16,6 +16,7 @@ struct place {
     uint64_t position;            /* and as it was there, in tokens */
     char memory[LIMITS_ID_BYTES]; /* where the job goes: `base`, or the fork; "": nowhere */
     bool is_fork;
+    bool is_new;     /* a fork of nothing, which the turn's job makes by itself */
     bool lasts;      /* the fork was settled by a commit */
     uint64_t stands; /* where `memory` stands, in tokens */
     int32_t *replay; /* tokens from there to `position` */
@@ -33,6 +34,8 @@ struct place {
  * `metadata` NULL: "{}". */
 void place_fork(struct place *place, const char *tenant, const char *metadata,
                 void (*then)(struct place *place, enum status status));
+/* Names a memory for job_generate.makes instead. */
+void place_new(struct place *place);
 /* Deletes a fork that does not last. */
 void place_close(struct place *place);
 /* The tokens to be replayed, `count` tokens behind them, and `more`, in one malloced array. NULL:

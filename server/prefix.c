@@ -22,8 +22,8 @@ struct prefix {
     uint64_t bytes, entry_count, doomed_count;
     uint64_t secret; /* so that nobody can make chains that collide */
     struct list entries;
-    struct mark **buckets; /* a power of two of them */
-    size_t bucket_count, mark_count;
+    struct mark **buckets;                           /* a power of two of them */
+    size_t bucket_count, mark_count, borrowed_count; /* the last: of marks, too */
 };
 
 enum status prefix_create(uint32_t chunk_tokens, uint64_t budget, struct prefix **out)
@@ -108,6 +108,7 @@ static void put_mark(struct prefix *prefix, struct prefix_entry *entry, bool sna
     *bucket = mark;
     list_push_back(&entry->marks, &mark->node);
     prefix->mark_count++;
+    prefix->borrowed_count += entry->borrowed;
 }
 
 static void drop_mark(struct prefix *prefix, struct mark *mark)
@@ -117,8 +118,9 @@ static void drop_mark(struct prefix *prefix, struct mark *mark)
         at = &(*at)->next;
     *at = mark->next;
     list_remove(&mark->node);
-    free(mark);
     prefix->mark_count--;
+    prefix->borrowed_count -= mark->entry->borrowed;
+    free(mark);
 }
 
 void prefix_advance(struct prefix *prefix, struct prefix_entry *entry, const int32_t *tokens,
@@ -169,6 +171,15 @@ struct prefix_entry *prefix_add(struct prefix *prefix, const char *id, const cha
     prefix->entry_count++;
     if (parent)
         prefix_set_parent(entry, parent);
+    return entry;
+}
+
+struct prefix_entry *prefix_borrow(struct prefix *prefix, const char *id, const char *tenant,
+                                   uint64_t begin, uint64_t hash)
+{
+    struct prefix_entry *entry = prefix_add(prefix, id, tenant, NULL, begin, hash);
+    if (entry)
+        entry->borrowed = true;
     return entry;
 }
 
@@ -225,10 +236,9 @@ bool prefix_has(const struct prefix *prefix, const char *tenant, uint64_t hash, 
     return false;
 }
 
-/* Whether it can go on where it stands: no branch has to be made. */
-static bool is_free_end(const struct prefix_entry *entry, uint64_t position)
+bool prefix_is_free_end(const struct prefix_entry *entry, uint64_t position)
 {
-    return entry->position == position && !entry->users;
+    return entry->position == position && !entry->users && !entry->borrowed;
 }
 
 void prefix_find(const struct prefix *prefix, const char *tenant, const int32_t *tokens,
@@ -244,7 +254,7 @@ void prefix_find(const struct prefix *prefix, const char *tenant, const int32_t 
                 strcmp(entry->tenant, tenant) != 0)
                 continue;
             hit->border = i + 1;
-            if (!mark->snapshot || (hit->position == i + 1 && !is_free_end(entry, i + 1)))
+            if (!mark->snapshot || (hit->position == i + 1 && !prefix_is_free_end(entry, i + 1)))
                 continue;
             hit->entry = entry;
             hit->position = i + 1;
@@ -264,7 +274,8 @@ struct prefix_entry *prefix_victim(struct prefix *prefix)
     if (prefix->bytes <= prefix->allowed)
         prefix->allowed = prefix->budget;
     const bool full = prefix->bytes > prefix->allowed;
-    if (!full && !prefix->doomed_count)
+    const bool many = prefix->borrowed_count > LIMITS_PREFIX_BORROWED;
+    if (!full && !many && !prefix->doomed_count)
         return NULL;
     struct prefix_entry *oldest = NULL;
     LIST_EACH(node, &prefix->entries)
@@ -272,9 +283,9 @@ struct prefix_entry *prefix_victim(struct prefix *prefix)
         struct prefix_entry *entry = LIST_ENTRY(node, struct prefix_entry, node);
         if (entry->users || entry->pending)
             continue;
-        if (entry->doomed)
+        if (entry->doomed || (many && entry->borrowed))
             return entry;
-        if (full && !oldest && !entry->children)
+        if (full && !oldest && !entry->children && !entry->borrowed)
             oldest = entry;
     }
     return oldest;

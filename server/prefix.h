@@ -2,11 +2,13 @@
  * the longest beginning that was kept, with a snapshot to go on from.
  * Thread: the engine's. Owns its entries and marks; the tokens themselves are in storage.
  *
- * An entry is a memory whose id begins with STORAGE_PREFIX: a conversation, or a branch of one. A
- * mark is a place in it, found by the hash of all tokens before it, a chain that begins with the
- * key they belong to: what one key said is never found by another. There is one mark for each
- * snapshot, and one at each chunk border, which tells how far a new request goes along with an old
- * one beyond its snapshots. A hash only proposes: whoever goes on from a mark compares the tokens.
+ * An entry is a memory whose id begins with STORAGE_PREFIX: a conversation, or a branch of one; or
+ * it is borrowed: a memory that its tenant has, of a response, which is pointed at and else left
+ * alone. A mark is a place in it, found by the hash of all tokens before it, a chain that begins
+ * with the key they belong to: what one key said is never found by another. There is one mark for
+ * each snapshot, and one at each chunk border, which tells how far a new request goes along with an
+ * old one beyond its snapshots. A hash only proposes: whoever goes on from a mark compares the
+ * tokens.
  */
 #ifndef SERVER_PREFIX_H
 #define SERVER_PREFIX_H
@@ -33,6 +35,7 @@ struct prefix_entry {
     uint64_t position, hash; /* its last snapshot, on disk or under way, and the chain up to it */
     uint64_t bytes;          /* on disk, of its own */
     bool doomed;             /* not found any more; goes when nobody uses it */
+    bool borrowed;           /* it is branched off from, never written; only the entry goes */
     struct list marks;
 };
 
@@ -45,6 +48,9 @@ void prefix_destroy(struct prefix *prefix);
  * NULL: out of memory. */
 struct prefix_entry *prefix_add(struct prefix *prefix, const char *id, const char *tenant,
                                 struct prefix_entry *parent, uint64_t begin, uint64_t hash);
+/* The same with a memory that is not ours. */
+struct prefix_entry *prefix_borrow(struct prefix *prefix, const char *id, const char *tenant,
+                                   uint64_t begin, uint64_t hash);
 /* Of one that was added without. */
 void prefix_set_parent(struct prefix_entry *entry, struct prefix_entry *parent);
 /* The entry goes; what branched off from it stays. */
@@ -75,8 +81,12 @@ struct prefix_hit {
 void prefix_find(const struct prefix *prefix, const char *tenant, const int32_t *tokens,
                  size_t count, struct prefix_hit *hit);
 
-/* The next entry to go, which nobody uses: a doomed one, or while all take more than the budget the
- * least recently used that nothing branched off from. NULL: none. */
+/* Whether the entry can be written on from `position`: no branch has to be made. */
+bool prefix_is_free_end(const struct prefix_entry *entry, uint64_t position);
+
+/* The next entry to go, which nobody uses: a doomed one; while the borrowed ones have more marks
+ * than LIMITS_PREFIX_BORROWED the least recently used of them; or while all take more than the
+ * budget the least recently used that nothing branched off from. NULL: none. */
 struct prefix_entry *prefix_victim(struct prefix *prefix);
 /* The entry is not found any more, and goes when nobody uses it. */
 void prefix_doom(struct prefix *prefix, struct prefix_entry *entry);

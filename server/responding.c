@@ -428,16 +428,25 @@ static void event_cb(void *context, const struct event *event)
     }
 }
 
+/* A memory that is there for responses ends so long after its last use; 0: never. */
+static int64_t response_seconds(const struct responding *r)
+{
+    return (int64_t)r->server->config->response_days * 86400;
+}
+
 /* The job that answers; or, for an answer with instructions, the one that writes the turn as the
  * memory shall have it. */
 static enum status submit_job(struct responding *r)
 {
     const bool writes = r->writes && (r->keeping || !r->asked.instructions);
+    const bool is_there = r->place.memory[0] && !r->place.is_new;
     struct job_generate g = {
         .memory_write = writes,
-        .has_at = r->place.memory[0] != 0,
+        .has_at = is_there,
         .at = r->place.stands,
         .settles = writes && r->place.is_fork,
+        .makes = writes && r->place.is_new,
+        .expires_s = response_seconds(r),
         .keep = writes ? &r->keep : NULL,
         .waits = writes && !r->keeping,
         .choices = 1,
@@ -454,7 +463,8 @@ static enum status submit_job(struct responding *r)
     if (!g.tokens)
         return STATUS_NO_MEMORY;
     memcpy(g.request_id, r->request_id, sizeof g.request_id);
-    memcpy(g.memory, r->place.memory, sizeof g.memory);
+    if (is_there || g.makes)
+        memcpy(g.memory, r->place.memory, sizeof g.memory);
     memcpy(g.terms.tenant, r->key, sizeof g.terms.tenant);
     if (writes && r->has_receipt) {
         g.has_receipt = true;
@@ -523,8 +533,7 @@ static void forked(struct place *place, enum status status)
 
 static void fork_place(struct responding *r)
 {
-    r->place.expires = (struct storage_expires){
-        .seconds = (int64_t)r->server->config->response_days * 86400, .from_use = true};
+    r->place.expires = (struct storage_expires){.seconds = response_seconds(r), .from_use = true};
     place_fork(&r->place, r->key, NULL, forked);
 }
 
@@ -532,10 +541,13 @@ static void fork_place(struct responding *r)
 
 static void begin(struct responding *r)
 {
-    if (r->wants_fork)
+    if (r->wants_fork && r->place.position) {
         fork_place(r);
-    else
-        submit(r);
+        return;
+    }
+    if (r->wants_fork)
+        place_new(&r->place);
+    submit(r);
 }
 
 static void placeholder_stored(struct wait *wait)
@@ -625,9 +637,9 @@ static enum status find_base(struct responding *r)
     if (status || !r->place.base[0])
         return status;
     status = storage_memory_get(r->server->storage, r->place.base, &memory);
-    const bool found =
-        !status && !memory.ephemeral && (!is_conversation || strncmp(name, "conv_", 5) == 0) &&
-        (asked->previous[0] || !r->key[0] || strcmp(memory.tenant, r->key) == 0);
+    const bool found = !status && !memory.ephemeral &&
+                       (!is_conversation || strncmp(name, "conv_", 5) == 0) &&
+                       (asked->previous[0] || !r->key[0] || strcmp(memory.tenant, r->key) == 0);
     if (status && status != STATUS_NOT_FOUND)
         return error_set(&r->err, status, "memory %s: %s", r->place.base, status_text(status));
     const uint64_t stands = status ? 0 : memory.token_count;

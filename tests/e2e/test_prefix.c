@@ -298,6 +298,142 @@ static void test_forms(void **state)
     assert_true(cached[0] == 0 && cached[2] == 0);
 }
 
+/* ---- stored responses that carry the whole history ---- */
+
+struct response {
+    char id[LIMITS_ID_BYTES], text[1024];
+    double input, cached, output;
+};
+
+static cJSON *respond_to(const struct daemon *daemon, const cJSON *history, const char *fields)
+{
+    char *input = cJSON_PrintUnformatted(history);
+    struct buf body;
+    buf_init(&body);
+    buf_append_format(&body, "{\"input\":%s,\"temperature\":0,\"max_output_tokens\":24%s}", input,
+                      fields);
+    cJSON *answer = ask(daemon, "/v1/responses", buf_text(&body));
+    buf_close(&body);
+    free(input);
+    return answer;
+}
+
+/* Asks both servers; they say the same, and the one that keeps nothing reads all of it. */
+static struct response respond(const cJSON *history, const char *fields)
+{
+    struct response said;
+    cJSON *answer = respond_to(&kept, history, fields);
+    cJSON *expected = respond_to(&fresh, history, fields);
+    snprintf(said.id, sizeof said.id, "%s", answer_text(answer, "id"));
+    snprintf(said.text, sizeof said.text, "%s", answer_text(answer, "output.0.content.0.text"));
+    said.input = answer_number(answer, "usage.input_tokens");
+    said.cached = answer_number(answer, "usage.input_tokens_details.cached_tokens");
+    said.output = answer_number(answer, "usage.output_tokens");
+    assert_string_equal(said.text, answer_text(expected, "output.0.content.0.text"));
+    assert_true(said.input == answer_number(expected, "usage.input_tokens"));
+    assert_true(said.output == answer_number(expected, "usage.output_tokens"));
+    assert_true(answer_number(expected, "usage.input_tokens_details.cached_tokens") == 0);
+    cJSON_Delete(answer);
+    cJSON_Delete(expected);
+    return said;
+}
+
+/* The memory of a response: where it came to be, it has the whole talk. */
+static void check_memory(const struct response *said, double tokens)
+{
+    char path[128];
+    struct wire_answer answer;
+    snprintf(path, sizeof path, "/v1/responses/%.*s", LIMITS_ID_BYTES - 1, said->id);
+    assert_int_equal(wire_call(&kept, "GET", path, NULL, &answer), 200);
+    cJSON *response = wire_json(&answer);
+    wire_answer_close(&answer);
+    snprintf(path, sizeof path, "/v1/memories/%.39s", answer_text(response, "memory"));
+    assert_int_equal(wire_call(&kept, "GET", path, NULL, &answer), 200);
+    cJSON *memory = wire_json(&answer);
+    assert_true(answer_number(memory, "token_count") == tokens);
+    wire_answer_close(&answer);
+    cJSON_Delete(memory);
+    cJSON_Delete(response);
+}
+
+static void delete_response(const struct response *said)
+{
+    char path[LIMITS_ID_BYTES + 32];
+    struct wire_answer answer;
+    snprintf(path, sizeof path, "/v1/responses/%.*s", LIMITS_ID_BYTES - 1, said->id);
+    assert_int_equal(wire_call(&kept, "DELETE", path, NULL, &answer), 200);
+    wire_answer_close(&answer);
+}
+
+/* Each has a memory of its own, and reads what is new alone. */
+static void test_stored(void **state)
+{
+    (void)state;
+    struct response said[QUESTIONS + 1];
+    size_t count = 0;
+    kept.key = ann;
+    cJSON *history = begin("This is told to a server that stores. Who lives in the tower?");
+    for (; count < QUESTIONS; count++) {
+        if (count) {
+            say(history, "assistant", said[count - 1].text);
+            say(history, "user", questions[count]);
+        }
+        said[count] = respond(history, "");
+        check_memory(&said[count], said[count].input + said[count].output);
+        if (count)
+            assert_true(said[count].cached == said[count - 1].input + said[count - 1].output);
+    }
+    /* A chat finds it too, and what is gone on from a response; no stranger does. */
+    say(history, "assistant", said[count - 1].text);
+    say(history, "user", "Is that all?");
+    const double whole = said[count - 1].input + said[count - 1].output;
+    assert_true(turn(ann, history, 0, 0).cached == whole);
+    kept.key = bob;
+    struct response strange = respond(history, "");
+    assert_true(strange.cached < 200);
+    delete_response(&strange);
+    kept.key = ann;
+    /* What it has found may be deleted; the memories that began with it stay whole. */
+    for (size_t i = 0; i + 1 < QUESTIONS; i++)
+        delete_response(&said[i]);
+    said[count] = respond(history, "");
+    assert_true(said[count].cached >= whole - 1);
+    check_memory(&said[count], said[count].input + said[count].output);
+    delete_response(&said[count - 1]);
+    delete_response(&said[count]);
+    for (size_t i = 0; i < 2; i++) { /* nothing of it is there, but what the chat left */
+        cJSON *edited = begin(i ? "Hello?" : "This is told to a server that stores. Who are you?");
+        const struct response last = respond(edited, "");
+        delete_response(&last);
+        cJSON_Delete(edited);
+    }
+    cJSON_Delete(history);
+}
+
+/* Instructions are read in front of all, and are not kept: neither is read again. */
+static void test_instructed(void **state)
+{
+    (void)state;
+    const char *fields =
+        ",\"instructions\":\"Speak like a keeper of lighthouses, in few words, and "
+        "never of yourself; whoever asks you is a stranger to the bay.\"";
+    struct response first, second;
+    kept.key = ann;
+    cJSON *history = begin("I was told how you speak. Who lives in the tower?");
+    first = respond(history, fields);
+    say(history, "assistant", first.text);
+    say(history, "user", questions[1]);
+    const double before = wire_metric(&kept, "rambad_prefill_tokens_total");
+    second = respond(history, fields);
+    assert_true(second.cached >= first.input + first.output - 1);
+    /* New in it are the question, read with and without instructions, and the answer, read once. */
+    assert_true(wire_metric(&kept, "rambad_prefill_tokens_total") - before <
+                2 * (second.input - second.cached) + second.output + 2);
+    delete_response(&first);
+    delete_response(&second);
+    cJSON_Delete(history);
+}
+
 /* Killed at any moment, the next server says what is right, and mostly has not to read again. */
 static void test_kills(void **state)
 {
@@ -437,6 +573,7 @@ int main(void)
         cmocka_unit_test(test_turns),  cmocka_unit_test(test_edits),
         cmocka_unit_test(test_shared), cmocka_unit_test(test_stranger),
         cmocka_unit_test(test_forms),  cmocka_unit_test(test_gone),
+        cmocka_unit_test(test_stored), cmocka_unit_test(test_instructed),
         cmocka_unit_test(test_kills),  cmocka_unit_test(test_budget)};
     return cmocka_run_group_tests_name("prefix", tests, setup, teardown);
 }

@@ -202,9 +202,57 @@ static void test_victims(void **state)
     prefix_destroy(prefix);
 }
 
+/* An entry that says one token so often, in a memory of somebody's own. */
+static struct prefix_entry *borrow(struct prefix *prefix, const char *id, int32_t token,
+                                   size_t count)
+{
+    struct prefix_entry *entry = prefix_borrow(prefix, id, "", 0, prefix_seed(prefix, ""));
+    assert_non_null(entry);
+    for (size_t i = 0; i < count; i++)
+        prefix_advance(prefix, entry, &token, 1, i + 1 == count);
+    return entry;
+}
+
+/* Memories of others: found, never written on; they go for their own number alone, the oldest
+ * first.
+ */
+static void test_borrowed(void **state)
+{
+    (void)state;
+    struct prefix *prefix;
+    struct prefix_hit hit;
+    const int32_t tokens[CHUNK + 1] = {7, 7, 7, 7, 7, 7, 7, 7, 7};
+    assert_int_equal(prefix_create(CHUNK, 100, &prefix), STATUS_OK);
+    struct prefix_entry *a = borrow(prefix, "a", 7, CHUNK);
+    prefix_find(prefix, "", tokens, CHUNK + 1, &hit);
+    assert_ptr_equal(hit.entry, a);
+    assert_int_equal(hit.position, CHUNK);
+    assert_false(prefix_is_free_end(a, CHUNK));
+    /* One of ours at the same place can be written on. */
+    struct prefix_entry *b = add(prefix, "b", NULL);
+    for (size_t i = 0; i < CHUNK; i++)
+        prefix_advance(prefix, b, tokens, 1, i + 1 == CHUNK);
+    prefix_find(prefix, "", tokens, CHUNK + 1, &hit);
+    assert_ptr_equal(hit.entry, b);
+    assert_true(prefix_is_free_end(b, CHUNK));
+    /* Too many bytes are none of theirs, too many marks are. */
+    struct prefix_entry *c = add(prefix, "c", NULL);
+    assert_ptr_equal(prefix_victim(prefix), b);
+    prefix_remove(prefix, b);
+    assert_null(prefix_victim(prefix));
+    struct prefix_entry *d = borrow(prefix, "d", 8, (size_t)CHUNK * LIMITS_PREFIX_BORROWED);
+    assert_ptr_equal(prefix_victim(prefix), a);
+    prefix_touch(prefix, a);
+    assert_ptr_equal(prefix_victim(prefix), d);
+    prefix_remove(prefix, d);
+    assert_null(prefix_victim(prefix));
+    assert_false(c->doomed || a->doomed);
+    prefix_destroy(prefix);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_model),
-                                       cmocka_unit_test(test_victims)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_model), cmocka_unit_test(test_victims),
+                                       cmocka_unit_test(test_borrowed)};
     return cmocka_run_group_tests_name("prefix", tests, NULL, NULL);
 }
