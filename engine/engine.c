@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "engine/engine_private.h"
+#include "engine/packed.h"
 #include "proto/base/assert.h"
 #include "proto/base/hash.h"
 #include "proto/base/log.h"
@@ -172,6 +173,12 @@ enum status engine_open(const struct engine_options *options, struct engine **ou
         if (status)
             error_set(err, status, "out of memory for activations");
     }
+    if (!status) {
+        engine->packed =
+            engine->ops->alloc(engine->context, packed_bytes(engine->state_floats));
+        if (!engine->packed)
+            status = error_set(err, STATUS_NO_MEMORY, "out of memory for snapshots");
+    }
 out:
     if (status)
         engine_close(engine);
@@ -187,6 +194,8 @@ void engine_close(struct engine *engine)
         model_destroy(engine, engine->model);
         if (engine->memory.table)
             memory_close(&engine->memory);
+        if (engine->packed)
+            engine->ops->release(engine->context, engine->packed);
         engine->ops->close(engine->context);
     }
     if (engine->tokenizer)

@@ -96,9 +96,15 @@ size_t engine_session_bytes(const struct engine_session *session);
 size_t engine_session_bytes_at(const struct engine *engine, uint64_t tokens);
 /* Whether logits of the last position are there, so that a token can be sampled at once. */
 bool engine_session_has_logits(const struct engine_session *session);
+/* Rounds the recurrent state to 15 bits a number (see packed.h), so that a snapshot of it takes half
+ * the room and still brings back the very state that the session goes on with. Until the next step
+ * a second time changes nothing. */
+void engine_session_round(struct engine_session *session);
 /* A snapshot holds the recurrent state, the conv tails, the partial chunk's hidden states, the
- * last logits if there are any, the position and the fingerprint; versioned, little-endian.
- * engine_session_snapshot writes exactly engine_session_snapshot_bytes bytes. */
+ * last logits if there are any, the position and the fingerprint; versioned, little-endian. The
+ * state is packed where it is rounded, and in full otherwise: either way the session that is made
+ * of it computes the same bits. engine_session_snapshot writes exactly
+ * engine_session_snapshot_bytes bytes. */
 size_t engine_session_snapshot_bytes(const struct engine_session *session);
 void engine_session_snapshot(const struct engine_session *session, void *out);
 

@@ -28,6 +28,7 @@ struct engine {
     char model_name[256];
     enum ops_dtype memory_dtype;
     size_t state_floats; /* of one session: all layers */
+    void *packed;        /* room for a packed state, memory of ops->alloc */
     struct list sessions;
     struct model *model;        /* scratch of the forward pass */
     struct model_item *running; /* and of a step; grows to what one needs */

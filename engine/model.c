@@ -754,7 +754,9 @@ void model_forward(struct engine *engine, struct model_item *items, uint32_t cou
                 score_targets(&p, &items[i]);
         last_logits(&p);
     }
-    for (uint32_t i = 0; i < count; i++)
+    for (uint32_t i = 0; i < count; i++) {
         items[i].session->position += items[i].segment.count;
+        items[i].session->rounded &= !items[i].segment.count;
+    }
     collect_picks(&p);
 }

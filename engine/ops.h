@@ -156,6 +156,10 @@ struct ops {
     /* Any direction between memory of `alloc` and the host's; complete when it returns. */
     void (*copy)(struct ops_context *context, void *to, const void *from, size_t bytes);
 
+    /* Rounds `count` numbers of a state in place to what their packed form holds, and writes that
+     * to `packed` (memory of alloc): see packed.h. The same bits in every backend. */
+    void (*pack_state)(struct ops_context *context, float *state, size_t count, void *packed);
+
     /* out[row] = table[tokens[row]], [rows, d]. */
     void (*embed)(struct ops_context *context, const struct ops_tensor *table,
                   const int32_t *tokens, uint32_t row_count, float *out);

@@ -5,9 +5,13 @@
 #include <string.h>
 
 #include "engine/engine_private.h"
+#include "engine/packed.h"
 #include "proto/base/assert.h"
 
 #define SNAPSHOT_MAGIC 0x31534d52u /* "RMS1" */
+#define UNPACKED_FLOATS ((size_t)1 << 18) /* of a state that is restored, at a time */
+
+enum { SNAPSHOT_FULL = 1, SNAPSHOT_PACKED = 2 }; /* versions */
 
 /* Little-endian, as every machine that we build for is; then state, partial chunk, logits. */
 struct snapshot_header {
@@ -138,6 +142,24 @@ static void take(const struct engine *engine, void *to, const char **from, size_
     *from += bytes;
 }
 
+/* The same with a packed state. STATUS_NO_MEMORY. */
+static enum status take_packed(struct engine_session *s, const char **from)
+{
+    const struct engine *engine = s->engine;
+    const size_t count = engine->state_floats;
+    float *floats = malloc(UNPACKED_FLOATS * sizeof *floats);
+    if (!floats)
+        return STATUS_NO_MEMORY;
+    for (size_t done = 0; done < count; done += UNPACKED_FLOATS) {
+        const size_t n = count - done < UNPACKED_FLOATS ? count - done : UNPACKED_FLOATS;
+        packed_unpack(*from, count, done, n, floats);
+        engine->ops->copy(engine->context, s->state + done, floats, n * sizeof *floats);
+    }
+    free(floats);
+    *from += packed_bytes(count);
+    return STATUS_OK;
+}
+
 static enum status restore(struct engine_session *s, const void *snapshot, size_t size,
                            struct error *err)
 {
@@ -147,7 +169,8 @@ static enum status restore(struct engine_session *s, const void *snapshot, size_
     if (size < sizeof header)
         return error_set(err, STATUS_CORRUPT, "the snapshot is cut off");
     memcpy(&header, snapshot, sizeof header);
-    if (header.magic != SNAPSHOT_MAGIC || header.version != 1)
+    if (header.magic != SNAPSHOT_MAGIC ||
+        (header.version != SNAPSHOT_FULL && header.version != SNAPSHOT_PACKED))
         return error_set(err, STATUS_CORRUPT, "not a snapshot of this version");
     if (header.fingerprint != engine->info.fingerprint)
         return error_set(err, STATUS_MISMATCH,
@@ -156,10 +179,14 @@ static enum status restore(struct engine_session *s, const void *snapshot, size_
                          (unsigned long long)engine->info.fingerprint);
     s->position = header.position;
     s->has_logits = header.has_logits != 0;
+    s->rounded = header.version == SNAPSHOT_PACKED;
     if (size != engine_session_snapshot_bytes(s))
         return error_set(err, STATUS_CORRUPT, "the snapshot has the wrong size");
     const char *from = (const char *)snapshot + sizeof header;
-    take(engine, s->state, &from, engine->state_floats * sizeof *s->state);
+    if (!s->rounded)
+        take(engine, s->state, &from, engine->state_floats * sizeof *s->state);
+    else if (take_packed(s, &from))
+        return error_set(err, STATUS_NO_MEMORY, "out of memory for a snapshot");
     take(engine, s->partial, &from, partial_rows(s) * c->hidden_size * sizeof *s->partial);
     if (s->has_logits)
         memcpy(s->logits, from, c->vocab_size * sizeof *s->logits);
@@ -233,6 +260,7 @@ enum status engine_session_fork(const struct engine_session *session, uint64_t b
         return STATUS_NO_MEMORY;
     s->position = session->position;
     s->failed = session->failed;
+    s->rounded = session->rounded;
     engine->ops->copy(engine->context, s->state, session->state,
                       engine->state_floats * sizeof *s->state);
     engine->ops->copy(engine->context, s->partial, session->partial,
@@ -312,12 +340,26 @@ bool engine_session_has_logits(const struct engine_session *session)
     return session->has_logits;
 }
 
-size_t engine_session_snapshot_bytes(const struct engine_session *session)
+void engine_session_round(struct engine_session *session)
 {
     const struct engine *engine = session->engine;
-    const struct model_config *c = &engine->config;
-    return sizeof(struct snapshot_header) +
-           sizeof(float) * (engine->state_floats + partial_rows(session) * c->hidden_size +
+    if (!session->rounded)
+        engine->ops->pack_state(engine->context, session->state, engine->state_floats,
+                                engine->packed);
+    session->rounded = true;
+}
+
+static size_t state_bytes(const struct engine_session *session)
+{
+    const size_t count = session->engine->state_floats;
+    return session->rounded ? packed_bytes(count) : count * sizeof *session->state;
+}
+
+size_t engine_session_snapshot_bytes(const struct engine_session *session)
+{
+    const struct model_config *c = &session->engine->config;
+    return sizeof(struct snapshot_header) + state_bytes(session) +
+           sizeof(float) * (partial_rows(session) * c->hidden_size +
                             (session->has_logits ? c->vocab_size : 0));
 }
 
@@ -326,15 +368,20 @@ void engine_session_snapshot(const struct engine_session *session, void *out)
     const struct engine *engine = session->engine;
     const struct model_config *c = &engine->config;
     const struct snapshot_header header = {.magic = SNAPSHOT_MAGIC,
-                                           .version = 1,
+                                           .version =
+                                               session->rounded ? SNAPSHOT_PACKED : SNAPSHOT_FULL,
                                            .fingerprint = engine->info.fingerprint,
                                            .position = session->position,
                                            .has_logits = session->has_logits};
     char *to = out;
     memcpy(to, &header, sizeof header);
     to += sizeof header;
-    size_t bytes = engine->state_floats * sizeof(float);
-    engine->ops->copy(engine->context, to, session->state, bytes);
+    if (session->rounded) /* what is packed is rounded already, and stays as it is */
+        engine->ops->pack_state(engine->context, session->state, engine->state_floats,
+                                engine->packed);
+    size_t bytes = state_bytes(session);
+    engine->ops->copy(engine->context, to, session->rounded ? engine->packed : session->state,
+                      bytes);
     to += bytes;
     bytes = partial_rows(session) * c->hidden_size * sizeof(float);
     engine->ops->copy(engine->context, to, session->partial, bytes);

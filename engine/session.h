@@ -14,6 +14,7 @@ struct engine_session {
     size_t range_count;
     uint64_t position;
     enum status failed;             /* a chunk of its own could not be written */
+    bool rounded;                   /* the state is what its packed form holds */
     float *state;                   /* of all Mamba-2 layers, memory of ops->alloc */
     struct ops_mamba_state *layers; /* [mamba_count], into state */
     float *partial; /* [S, d]: hidden states of the chunk not complete yet; ops->alloc */

@@ -186,6 +186,7 @@ const struct ops *ops_cpu(void)
         .alloc_host = cpu_alloc,
         .release_host = cpu_release,
         .copy = cpu_copy,
+        .pack_state = cpu_pack_state,
         .embed = cpu_embed,
         .mamba = cpu_mamba,
         .encode_chunks = cpu_encode_chunks,

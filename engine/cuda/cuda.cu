@@ -451,6 +451,7 @@ static struct ops make_table(void)
     table.host_wrote = cuda_pages_forget;
     table.page_stats = cuda_page_stats;
     table.copy = cuda_copy;
+    table.pack_state = cuda_pack_state;
     table.embed = cuda_embed;
     table.mamba = cuda_mamba;
     table.encode_chunks = cuda_encode_chunks;

@@ -114,6 +114,7 @@ const struct ops *ops_ref(void)
         .alloc_host = ref_alloc,
         .release_host = ref_release,
         .copy = ref_copy,
+        .pack_state = ref_pack_state,
         .embed = ref_embed,
         .mamba = ref_mamba,
         .encode_chunks = ref_encode_chunks,

@@ -46,6 +46,7 @@ float ref_softplus(float x);
 /* In place over n scores; `extra`: one more exp(0) in the denominator (softmax1). */
 void ref_softmax(float *x, size_t n, bool extra);
 
+void ref_pack_state(struct ops_context *context, float *state, size_t count, void *packed);
 void ref_embed(struct ops_context *context, const struct ops_tensor *table, const int32_t *tokens,
                uint32_t row_count, float *out);
 void ref_mamba(struct ops_context *context, const struct ops_mamba_weights *weights,

@@ -17,6 +17,7 @@
 
 #include "engine/bf16.h"
 #include "engine/ops.h"
+#include "engine/packed.h"
 #include "tests/lib/ref64.h"
 
 #define SEED 411u
@@ -516,6 +517,50 @@ static void check_ends(struct bed *bed)
     assert_memory_equal(a, b, (size_t)4 * d * sizeof *a);
 }
 
+/* Numbers of all sizes, and what lies at the edges: what rounds up to the next power of two, zeros,
+ * the smallest and largest floats, no numbers. */
+static void check_pack(struct bed *bed)
+{
+    static const float odd[] = {0,        -0.0f,    16383.5f, -16383.5f, 16383.49f, 8191.75f,
+                                FLT_MIN,  FLT_MAX,  1e-45f,   -1e-40f,   FLT_MAX,   INFINITY,
+                                NAN,      1.5f,     2.5f,     -0.5f};
+    const size_t odds = sizeof odd / sizeof *odd;
+    static const size_t lengths[] = {1, 63, 64, 65, 16 * 64, 4097 * 64 + 5};
+    for (size_t k = 0; k < sizeof lengths / sizeof *lengths; k++) {
+        const size_t count = lengths[k], bytes = packed_bytes(count);
+        float *a = numbers(bed, count, 1), *b, *c = take(bed, count * sizeof *c);
+        for (size_t i = 0; i < count; i++) /* blocks of zeros, of one odd number, of many sizes */
+            a[i] = i / 64 % 7 == 1   ? 0
+                   : i / 64 % 7 == 2 ? odd[i / 448 % odds] * (float)(i % 64 == i / 448 % 64)
+                                     : ldexpf(a[i], (int)(i * 2654435761u >> 20 & 63) - 32);
+        if (count == 1)
+            a[0] = 16383.5f;
+        b = copied(bed, a, count);
+        unsigned char *x = take(bed, bytes), *y = take(bed, bytes);
+        bed->cpu->pack_state(bed->cpu_context, a, count, x);
+        bed->ref->pack_state(bed->ref_context, b, count, y);
+        assert_memory_equal(x, y, bytes);
+        assert_memory_equal(a, b, count * sizeof *a);
+        packed_unpack(x, count, 0, count, c);
+        assert_memory_equal(a, c, count * sizeof *a);
+        if (count > 128) {
+            packed_unpack(x, count, 128, count - 128, c);
+            assert_memory_equal(a + 128, c, (count - 128) * sizeof *a);
+        }
+        /* Once is enough. */
+        bed->cpu->pack_state(bed->cpu_context, a, count, y);
+        assert_memory_equal(x, y, bytes);
+        assert_memory_equal(a, b, count * sizeof *a);
+    }
+    /* The error that the format promises. */
+    float *a = numbers(bed, 64, 3), *b = copied(bed, a, 64), largest = 0;
+    for (size_t i = 0; i < 64; i++)
+        largest = fmaxf(largest, fabsf(a[i]));
+    bed->cpu->pack_state(bed->cpu_context, a, 64, take(bed, packed_bytes(64)));
+    for (size_t i = 0; i < 64; i++)
+        assert_true(fabsf(a[i] - b[i]) <= largest / (1 << 14));
+}
+
 /* ---- all of it ---- */
 
 static struct ops_context *open_backend(const struct bed *bed, const struct ops *ops)
@@ -547,6 +592,7 @@ static void check_all(const struct shape *shape, enum ops_dtype weights, enum op
     check_retrieve(&bed);
     check_hsa(&bed);
     check_ends(&bed);
+    check_pack(&bed);
     printf("%s, %s; weights %s, memory %s, seed %u: at most %.2f of the tolerance\n",
            bed.cpu->describe(bed.cpu_context), shape->name, weights == OPS_BF16 ? "bf16" : "fp32",
            memory == OPS_BF16 ? "bf16" : "fp32", SEED, bed.worst);

@@ -17,6 +17,7 @@
 
 #include "engine/bf16.h"
 #include "engine/ops.h"
+#include "engine/packed.h"
 #include "proto/base/assert.h"
 #include "proto/limits.h"
 
@@ -287,6 +288,40 @@ static void check_ends(struct bed *b)
     release(b, device_logits);
     free(x);
     free(logits);
+}
+
+/* Numbers of all sizes; a block of zeros, one of no number, one that rounds up to the next power of
+ * two, a last one that is not full. */
+static void check_pack(struct bed *b)
+{
+    const size_t count = (size_t)64 * 1031 + 37, bytes = packed_bytes(count);
+    float *x = random_floats(count, 1);
+    unsigned char *packed = malloc(bytes);
+    ASSERT(packed);
+    for (size_t i = 0; i < count; i++)
+        x[i] = i / 64 % 9 == 4 ? 0 : ldexpf(x[i], (int)random_below(64) - 32);
+    x[64] = INFINITY;
+    x[128] = NAN;
+    for (size_t i = 192; i < 256; i++)
+        x[i] = i == 200 ? -16383.5f : 0.5f * (float)(i - 192);
+    x[256] = 1e-45f;
+    x[320] = 3.4e38f;
+    float *device_x = to_device(b, x, count * sizeof *x);
+    unsigned char *device = to_device(b, NULL, bytes);
+    b->ref->pack_state(b->ref_context, x, count, packed);
+    b->cuda->pack_state(b->cuda_context, device_x, count, device);
+    float *got = to_host(b, device_x, count);
+    same(b, "pack_state, rounded", got, x, count * sizeof *x);
+    free(got);
+    unsigned char *words = malloc(bytes);
+    ASSERT(words);
+    b->cuda->copy(b->cuda_context, words, device, bytes);
+    same(b, "pack_state, packed", words, packed, bytes);
+    free(words);
+    free(packed);
+    free(x);
+    release(b, device);
+    release(b, device_x);
 }
 
 static void make_mamba(struct bed *b, struct ops_mamba_weights *h, struct ops_mamba_weights *g)
@@ -806,6 +841,7 @@ static void run_job(const struct job *job, bool wide, uint64_t seed)
     }
     const bool large = c->hidden_size >= 1024;
     check_ends(&b);
+    check_pack(&b);
     const uint32_t few[] = {1, 1, 5, 1, 3};
     const uint32_t many[] = {1, 64, 7, 9, 300, 1, 65, 2, 63};
     check_mamba(&b, few, 5);

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "engine/bf16.h"
+#include "engine/packed.h"
 #include "proto/base/assert.h"
 #include "proto/limits.h"
 #include "proto/model_config.h"
@@ -22,6 +23,9 @@
 #define sinf sin
 #define fminf fmin
 #define fmaxf fmax
+#define fabsf fabs
+#define rintf rint
+#define ldexpf ldexp
 
 #define ops_ref ops_ref64
 #define ref_scratch ref64_scratch
@@ -30,6 +34,7 @@
 #define ref_silu ref64_silu
 #define ref_softplus ref64_softplus
 #define ref_softmax ref64_softmax
+#define ref_pack_state ref64_pack_state
 #define ref_embed ref64_embed
 #define ref_mamba ref64_mamba
 #define ref_encode_chunks ref64_encode_chunks
@@ -45,5 +50,6 @@
 #include "engine/ref/hsa.c"
 #include "engine/ref/logits.c"
 #include "engine/ref/mamba.c"
+#include "engine/ref/pack_state.c"
 #include "engine/ref/ref.c"
 #include "engine/ref/retrieve.c"
