@@ -174,8 +174,7 @@ enum status engine_open(const struct engine_options *options, struct engine **ou
             error_set(err, status, "out of memory for activations");
     }
     if (!status) {
-        engine->packed =
-            engine->ops->alloc(engine->context, packed_bytes(engine->state_floats));
+        engine->packed = engine->ops->alloc(engine->context, packed_bytes(engine->state_floats));
         if (!engine->packed)
             status = error_set(err, STATUS_NO_MEMORY, "out of memory for snapshots");
     }

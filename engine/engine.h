@@ -96,10 +96,11 @@ size_t engine_session_bytes(const struct engine_session *session);
 size_t engine_session_bytes_at(const struct engine *engine, uint64_t tokens);
 /* Whether logits of the last position are there, so that a token can be sampled at once. */
 bool engine_session_has_logits(const struct engine_session *session);
-/* Rounds the recurrent state to 15 bits a number (see packed.h), so that a snapshot of it takes half
- * the room and still brings back the very state that the session goes on with. Until the next step
- * a second time changes nothing. */
+/* Rounds the recurrent state to 15 bits a number (see packed.h), so that a snapshot of it takes
+ * half the room and still brings back the very state that the session goes on with. Until the next
+ * step a second time changes nothing. */
 void engine_session_round(struct engine_session *session);
+bool engine_session_is_rounded(const struct engine_session *session);
 /* A snapshot holds the recurrent state, the conv tails, the partial chunk's hidden states, the
  * last logits if there are any, the position and the fingerprint; versioned, little-endian. The
  * state is packed where it is rounded, and in full otherwise: either way the session that is made

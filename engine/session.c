@@ -8,7 +8,7 @@
 #include "engine/packed.h"
 #include "proto/base/assert.h"
 
-#define SNAPSHOT_MAGIC 0x31534d52u /* "RMS1" */
+#define SNAPSHOT_MAGIC 0x31534d52u        /* "RMS1" */
 #define UNPACKED_FLOATS ((size_t)1 << 18) /* of a state that is restored, at a time */
 
 enum { SNAPSHOT_FULL = 1, SNAPSHOT_PACKED = 2 }; /* versions */
@@ -349,6 +349,11 @@ void engine_session_round(struct engine_session *session)
     session->rounded = true;
 }
 
+bool engine_session_is_rounded(const struct engine_session *session)
+{
+    return session->rounded;
+}
+
 static size_t state_bytes(const struct engine_session *session)
 {
     const size_t count = session->engine->state_floats;
@@ -359,8 +364,8 @@ size_t engine_session_snapshot_bytes(const struct engine_session *session)
 {
     const struct model_config *c = &session->engine->config;
     return sizeof(struct snapshot_header) + state_bytes(session) +
-           sizeof(float) * (partial_rows(session) * c->hidden_size +
-                            (session->has_logits ? c->vocab_size : 0));
+           sizeof(float) *
+               (partial_rows(session) * c->hidden_size + (session->has_logits ? c->vocab_size : 0));
 }
 
 void engine_session_snapshot(const struct engine_session *session, void *out)

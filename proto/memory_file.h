@@ -5,7 +5,7 @@
  * of MEMORY_FILE_HEADER_BYTES and its payload. Parts come in this order:
  *   MANIFEST   JSON: format, model and its fingerprint, sizes
  *   CHUNKS, LANDMARKS, TOKENS   of consecutive chunks, over and over; then the tokens of the last,
- *              unfinished chunk
+ *              unfinished chunk; bit 30 of a token is a mark (from format 3 on)
  *   SNAPSHOT   the snapshot's bytes, in as many parts as it takes; none for an empty memory
  *   TURNS      the places of its past, newest first: MEMORY_FILE_TURN_BYTES each (from format 2 on)
  *   END        no payload
@@ -20,7 +20,7 @@
 #include "proto/limits.h"
 #include "proto/status.h"
 
-#define MEMORY_FILE_FORMAT 2
+#define MEMORY_FILE_FORMAT 3
 #define MEMORY_FILE_HEADER_BYTES 48
 #define MEMORY_FILE_PART_BYTES                                         \
     ((size_t)1 << 20) /* of a payload, or one chunk where that is more \

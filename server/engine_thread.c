@@ -181,6 +181,7 @@ static void free_job(struct job *job)
         free(block);
     }
     free(job->generate.tokens);
+    free(job->marks);
     free((void *)(uintptr_t)job->generate.sampling.bias);
     for (uint32_t i = 0; i < job->generate.stop_count; i++)
         free(job->generate.stop[i]);

@@ -107,7 +107,9 @@ struct job {
     uint32_t sequence_count;          /* those with a session */
     uint32_t pending;                 /* storage answers that the present state waits for */
     size_t prompt_done;               /* tokens of the prompt or of the block under way */
-    uint64_t cached, added;           /* tokens there before; prefilled by this job */
+    size_t *marks;                    /* of the prompt: tokens with one, those done first */
+    size_t mark_count, marks_done;
+    uint64_t cached, added; /* tokens there before; prefilled by this job */
     uint32_t completion_tokens;
     uint64_t start_text_bytes;
     struct append_block *block; /* under way */

@@ -82,7 +82,9 @@ struct job_generate {
     char memory[LIMITS_ID_BYTES]; /* "": none; leaves nothing but a prefix for the tenant's next */
     bool memory_write;            /* commit prompt and completion, every generated token of it, to
                                      `memory`; choices must be 1 */
-    int32_t *tokens;              /* malloced, taken; may be empty when the memory has logits */
+    int32_t *tokens;              /* malloced, taken; may be empty when the memory has logits. A
+                                     STORAGE_TOKEN_MARK: behind this one the state is rounded, as it
+                                     was when the token was read the first time */
     size_t token_count;
     uint64_t text_bytes; /* of the prompt, for the memory's count */
     uint32_t choices;    /* sequences sampled from the one prefilled prompt; seed + choice index */

@@ -102,7 +102,13 @@ static bool is_due(const struct job *job)
 static bool commit_blocks(struct job *job)
 {
     struct engine_thread *thread = job->thread;
-    const struct engine_session *session = job->memory->session;
+    struct engine_session *session = job->memory->session;
+    /* The turn ends with a rounded state; what is committed on its way leaves the state alone, for
+     * when that happens depends on the clock. */
+    if (job->ended) {
+        engine_session_round(session);
+        job->written[job->written_count - 1] |= STORAGE_TOKEN_MARK;
+    }
     const size_t size = engine_session_snapshot_bytes(session);
     void *snapshot = malloc(size);
     struct commit *commit = malloc(sizeof *commit);

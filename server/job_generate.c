@@ -161,12 +161,32 @@ static enum status take_echo_memory(struct job *job)
     return STATUS_OK;
 }
 
+/* Notes the marks of the prompt's tokens and takes them off. */
+static enum status take_marks(struct job *job)
+{
+    struct job_generate *g = &job->generate;
+    size_t count = 0;
+    for (size_t i = 0; i < g->token_count; i++)
+        count += (g->tokens[i] & STORAGE_TOKEN_MARK) != 0;
+    job->marks = malloc((count + 1) * sizeof *job->marks);
+    if (!job->marks)
+        return STATUS_NO_MEMORY;
+    for (size_t i = 0; i < g->token_count; i++) {
+        if (g->tokens[i] & STORAGE_TOKEN_MARK)
+            job->marks[job->mark_count++] = i;
+        g->tokens[i] &= ~STORAGE_TOKEN_MARK;
+    }
+    return STATUS_OK;
+}
+
 void job_generate_start(struct job *job)
 {
     const struct job_generate *g = &job->generate;
-    enum status status = STATUS_NO_MEMORY;
-    job->sequences = calloc(g->choices, sizeof *job->sequences);
-    if (job->sequences) {
+    enum status status = take_marks(job);
+    job->sequences = status ? NULL : calloc(g->choices, sizeof *job->sequences);
+    if (!job->sequences) {
+        status = STATUS_NO_MEMORY;
+    } else {
         job->sequence_count = 1;
         status = init_sequence(job, 0);
     }
@@ -272,6 +292,11 @@ enum status job_generate_commit(struct job *job, const char *id,
         engine_session_snapshot(session, snapshot);
         for (size_t i = from; i < to; i++)
             tokens[i - from] = job_generate_token(job, i);
+        for (size_t i = 0; i < job->mark_count; i++)
+            if (job->marks[i] >= from && job->marks[i] < to)
+                tokens[job->marks[i] - from] |= STORAGE_TOKEN_MARK;
+        if (to > from && engine_session_is_rounded(session))
+            tokens[to - from - 1] |= STORAGE_TOKEN_MARK;
         struct storage_receipt receipt;
         struct buf answer;
         buf_init(&answer);
@@ -310,6 +335,8 @@ static void finish_turn(struct job *job)
         return; /* the loop writes what is kept with the turn; build comes by again */
     struct reply *reply = reply_create(job->thread, turn_committed, job);
     enum status status = STATUS_NO_MEMORY;
+    /* A memory goes on from what its snapshot holds, whether it stays in RAM or not. */
+    engine_session_round(job->memory->session);
     if (reply)
         status = job_generate_commit(
             job, job->memory->id, job->memory->session, job->resumed,
@@ -536,6 +563,14 @@ static void prompt_done(struct job *job, const struct engine_step_item *item)
     }
 }
 
+/* Tokens up to the next mark, or to the prompt's end. */
+static size_t left_to_mark(const struct job *job)
+{
+    const size_t end = job->marks_done < job->mark_count ? job->marks[job->marks_done] + 1
+                                                         : job->generate.token_count;
+    return end - job->prompt_done;
+}
+
 /* What the next slice is, or whether something comes before it. */
 static void prepare_prefill(struct job *job)
 {
@@ -543,7 +578,8 @@ static void prepare_prefill(struct job *job)
     const size_t left = g->token_count - job->prompt_done;
     if (left) {
         job->entry.rows = job_prefix_slice(
-            job, step_slice(job->thread, engine_session_position(job->sequences[0].session), left));
+            job, step_slice(job->thread, engine_session_position(job->sequences[0].session),
+                            left_to_mark(job)));
         job->entry.rows_left = left;
     } else if (g->max_tokens && g->choices == 1) {
         job->entry.decodes = 1; /* a token from the logits that are there */
@@ -645,6 +681,10 @@ void job_generate_result(struct job *job, struct sequence *s, const struct engin
         job->prompt_done += item->token_count;
         job->added += item->token_count;
         job->thread->counted.prefill_tokens += item->token_count;
+        if (item->token_count && job->marks_done < job->mark_count && !left_to_mark(job)) {
+            engine_session_round(s->session);
+            job->marks_done++;
+        }
         if (job->prompt_done == job->generate.token_count) {
             prompt_done(job, item);
             return;

@@ -25,12 +25,12 @@ static void read_tokens(uv_work_t *work)
     const size_t count = (size_t)(place->position - place->stands);
     struct storage_memory base;
     place->replay = malloc(count * sizeof *place->replay);
-    enum status status = place->replay ? storage_read_tokens(storage, place->base, place->stands,
+    enum status status = place->replay ? storage_read_marked(storage, place->base, place->stands,
                                                              count, place->replay)
                                        : STATUS_NO_MEMORY;
     for (size_t i = 0; !status && i < count; i++) {
         size_t size;
-        tokenizer_bytes(tokenizer, place->replay[i], &size);
+        tokenizer_bytes(tokenizer, place->replay[i] & ~STORAGE_TOKEN_MARK, &size);
         place->replay_bytes += size;
     }
     place->replay_count = status ? 0 : count;

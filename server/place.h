@@ -19,7 +19,7 @@ struct place {
     bool is_new;     /* a fork of nothing, which the turn's job makes by itself */
     bool lasts;      /* the fork was settled by a commit */
     uint64_t stands; /* where `memory` stands, in tokens */
-    int32_t *replay; /* tokens from there to `position` */
+    int32_t *replay; /* tokens from there to `position`, with their marks */
     size_t replay_count;
     uint64_t replay_bytes;          /* of their text */
     struct storage_expires expires; /* of the fork, once it lasts */

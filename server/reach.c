@@ -155,12 +155,12 @@ static void read_tokens(uv_work_t *work)
     const size_t count = (size_t)(reach->at - reach->position);
     struct storage_memory source;
     reach->tokens = malloc(count * sizeof *reach->tokens);
-    wait->status = reach->tokens ? storage_read_tokens(reach->server->storage, reach->source,
+    wait->status = reach->tokens ? storage_read_marked(reach->server->storage, reach->source,
                                                        reach->position, count, reach->tokens)
                                  : STATUS_NO_MEMORY;
     for (size_t i = 0; !wait->status && i < count; i++) {
         size_t size;
-        tokenizer_bytes(tokenizer, reach->tokens[i], &size);
+        tokenizer_bytes(tokenizer, reach->tokens[i] & ~STORAGE_TOKEN_MARK, &size);
         reach->text_bytes += size;
     }
     if (!wait->status)

@@ -274,7 +274,7 @@ static void set_item(struct storage_item *item, const char *id, const struct buf
 static int32_t own_token(const struct responding *r, uint64_t index)
 {
     if (index < r->place.replay_count)
-        return r->place.replay[index];
+        return r->place.replay[index] & ~STORAGE_TOKEN_MARK;
     index -= r->place.replay_count;
     if (index < r->prompt.count)
         return r->prompt.ids[index];

@@ -199,7 +199,7 @@ static enum status next_stretch(struct storage_export *file, struct memory_file_
                                          : m->token_count - part->first;
         void *out = payload(file, part->count * sizeof(int32_t));
         status =
-            storage_read_tokens(file->storage, file->fork, part->first, (size_t)part->count, out);
+            storage_read_marked(file->storage, file->fork, part->first, (size_t)part->count, out);
         file->chunk += file->batch_chunks;
         file->batch_chunks = 0;
         uint64_t end = part->first + part->count;

@@ -148,6 +148,7 @@ static enum status take_tokens(struct storage_import *file, const char *payload,
     for (uint64_t i = 0; i < count; i++) {
         int32_t token;
         memcpy(&token, payload + i * sizeof token, sizeof token);
+        token &= ~STORAGE_TOKEN_MARK;
         if (token < 0 || (uint32_t)token >= file->vocabulary)
             return damaged(file, "has tokens that the model does not know", err);
     }
@@ -398,7 +399,7 @@ enum status storage_import_open(struct storage *storage, uint32_t vocabulary, co
 void storage_import_close(struct storage_import *file)
 {
     (void)!gather_wait(&file->gather); /* chunks whose tokens never came */
-    if (file->has_memory) /* should the queue be full, the next opening drops it */
+    if (file->has_memory)              /* should the queue be full, the next opening drops it */
         (void)!storage_memory_delete(file->storage, file->memory, NULL, NULL);
     memory_file_manifest_close(&file->manifest);
     ZSTD_freeDStream(file->zstd);

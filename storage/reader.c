@@ -402,6 +402,15 @@ static enum status read_tokens(struct storage *storage, MDB_txn *txn, const char
 enum status storage_read_tokens(struct storage *storage, const char *id, uint64_t from,
                                 size_t count, int32_t *tokens)
 {
+    const enum status status = storage_read_marked(storage, id, from, count, tokens);
+    for (size_t i = 0; !status && i < count; i++)
+        tokens[i] &= ~STORAGE_TOKEN_MARK;
+    return status;
+}
+
+enum status storage_read_marked(struct storage *storage, const char *id, uint64_t from,
+                                size_t count, int32_t *tokens)
+{
     MDB_txn *txn;
     enum status status = store_read_begin(storage, &txn);
     if (status)

@@ -14,8 +14,8 @@
 
 /* Format of the folder. A reader refuses a higher one; a change of any layout below raises it. */
 /* 1 knew no turns, 2 no tenants, 3 no receipts, 4 no objects and items, 5 no ends of memories and
- * no tenants of branches; all are migrated. */
-#define RECORD_FORMAT 6
+ * no tenants of branches, 6 no marks on tokens; all are migrated. */
+#define RECORD_FORMAT 7
 
 enum record_kind {
     RECORD_KV = 1,

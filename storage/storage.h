@@ -161,11 +161,16 @@ STATUS_CHECKED enum status storage_append(struct storage *storage, uint64_t bran
 /* Appends that would be accepted now. */
 size_t storage_append_room(struct storage *storage);
 
+/* On a token of a commit: behind it the caller did more to its state than to read the token, and
+ * whoever reads the tokens again to get to the same state has to do that there, too. Kept with the
+ * token; only storage_read_marked gives it back. */
+#define STORAGE_TOKEN_MARK ((int32_t)1 << 30)
+
 struct storage_commit {
     const char *id;
     uint64_t position;       /* committed position after this, in tokens of the whole sequence */
     const int32_t *tokens;   /* the tokens [position - token_count, position); they extend the */
-    size_t token_count;      /* last committed position exactly, else STATUS_CONFLICT */
+    size_t token_count;      /* last committed position exactly, else STATUS_CONFLICT; with marks */
     uint64_t text_bytes;     /* bytes of text appended to the memory so far, in all */
     const void *snapshot;    /* replaces the memory's snapshot */
     size_t snapshot_bytes;   /* at least 1 */
@@ -335,6 +340,9 @@ STATUS_CHECKED enum status storage_read_landmarks(struct storage *storage, uint6
 /* Tokens [from, from + count) of a memory's sequence, across its forks; all before the committed
  * position, else STATUS_INVALID. */
 STATUS_CHECKED enum status storage_read_tokens(struct storage *storage, const char *id,
+                                               uint64_t from, size_t count, int32_t *tokens);
+/* The same, as they were committed: with STORAGE_TOKEN_MARK where it was set. */
+STATUS_CHECKED enum status storage_read_marked(struct storage *storage, const char *id,
                                                uint64_t from, size_t count, int32_t *tokens);
 
 struct storage_stats {

@@ -300,6 +300,82 @@ static void test_past(void **state)
     buf_close(&answer);
 }
 
+/* The snapshot of a memory as it lies on disk. */
+static void read_snapshot(struct storage *storage, const char *id, void **snapshot, size_t *size)
+{
+    uint64_t position;
+    assert_int_equal(storage_snapshot(storage, id, snapshot, size, &position), STATUS_OK);
+}
+
+/* Turns end with a rounded state, and what is read again is rounded where it was the first time: a
+ * fork at a turn whose snapshot is gone, and one past another such turn, have to the bit the state
+ * of a memory that stopped there. */
+static void test_roundings(void **state)
+{
+    struct past *past = *state;
+    char original[LIMITS_ID_BYTES], twin[LIMITS_ID_BYTES], path[160];
+    char text[TURNS][64];
+    uint64_t position[TURNS];
+    struct buf answer;
+    buf_init(&answer);
+    daemon_start(&past->daemon);
+    daemon_create_memory(&past->daemon, NULL, original);
+    daemon_create_memory(&past->daemon, NULL, twin);
+    for (unsigned i = 0; i < TURNS; i++) {
+        snprintf(text[i], sizeof text[i], "Of turn %u it is said that %u is %u.", i, i * 771,
+                 i * i);
+        snprintf(path, sizeof path, "/v1/memories/%s/append", original);
+        answer.size = 0;
+        assert_int_equal(daemon_call(&past->daemon, "POST", path, "text/plain", text[i],
+                                     strlen(text[i]), &answer),
+                         200);
+        position[i] = daemon_get_memory(&past->daemon, original).token_count;
+        if (i > 3)
+            continue;
+        snprintf(path, sizeof path, "/v1/memories/%s/append", twin);
+        assert_int_equal(daemon_call(&past->daemon, "POST", path, "text/plain", text[i],
+                                     strlen(text[i]), &answer),
+                         200);
+    }
+    /* Forget the snapshots before, so that the tokens of four turns are read again. */
+    const struct client_memory fork = fork_at(past, original, position[3]);
+    const struct client_memory again = fork_at(past, fork.id, position[3]);
+    /* A fork between turns is rounded where it stands, and twice it is the same. */
+    const struct client_memory one = fork_at(past, original, position[2] + 5),
+                               two = fork_at(past, original, position[2] + 5);
+    daemon_stop(&past->daemon);
+    daemon_check(&past->daemon);
+    struct storage *storage;
+    struct error err = {0};
+    const struct storage_options options = {.path = past->daemon.data, .read_only = true};
+    assert_int_equal(storage_open(&options, &storage, &err), STATUS_OK);
+    static const char *const pairs[] = {"turn", "fork", "between"};
+    const char *const ids[][2] = {{twin, fork.id}, {fork.id, again.id}, {one.id, two.id}};
+    for (size_t i = 0; i < 3; i++) {
+        void *a, *b;
+        size_t a_size, b_size;
+        read_snapshot(storage, ids[i][0], &a, &a_size);
+        read_snapshot(storage, ids[i][1], &b, &b_size);
+        assert_int_equal(a_size, b_size);
+        if (memcmp(a, b, a_size) != 0)
+            fail_msg("%s: the snapshots differ", pairs[i]);
+        free(a);
+        free(b);
+    }
+    /* Behind each turn, and nowhere else, there is a mark. */
+    int32_t tokens[1024];
+    assert_true(position[TURNS - 1] <= 1024);
+    assert_int_equal(storage_read_marked(storage, original, 0, (size_t)position[TURNS - 1], tokens),
+                     STATUS_OK);
+    for (uint64_t i = 0, turn = 0; i < position[TURNS - 1]; i++) {
+        const bool ends = i + 1 == position[turn];
+        assert_int_equal((tokens[i] & STORAGE_TOKEN_MARK) != 0, ends);
+        turn += ends;
+    }
+    storage_close(storage);
+    buf_close(&answer);
+}
+
 static int teardown(void **state)
 {
     struct past *past = *state;
@@ -319,6 +395,7 @@ int main(void)
     daemon_init(&past->daemon, MODEL, path);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_past, NULL, teardown, past),
+        cmocka_unit_test_prestate_setup_teardown(test_roundings, NULL, teardown, past),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     store_helper_remove(past->folder);

@@ -521,9 +521,9 @@ static void check_ends(struct bed *bed)
  * the smallest and largest floats, no numbers. */
 static void check_pack(struct bed *bed)
 {
-    static const float odd[] = {0,        -0.0f,    16383.5f, -16383.5f, 16383.49f, 8191.75f,
-                                FLT_MIN,  FLT_MAX,  1e-45f,   -1e-40f,   FLT_MAX,   INFINITY,
-                                NAN,      1.5f,     2.5f,     -0.5f};
+    static const float odd[] = {0,       -0.0f,   16383.5f, -16383.5f, 16383.49f, 8191.75f,
+                                FLT_MIN, FLT_MAX, 1e-45f,   -1e-40f,   FLT_MAX,   INFINITY,
+                                NAN,     1.5f,    2.5f,     -0.5f};
     const size_t odds = sizeof odd / sizeof *odd;
     static const size_t lengths[] = {1, 63, 64, 65, 16 * 64, 4097 * 64 + 5};
     for (size_t k = 0; k < sizeof lengths / sizeof *lengths; k++) {

@@ -72,11 +72,20 @@ struct storage_memory store_past_get(struct storage *storage, const char *id)
     return memory;
 }
 
+/* The tokens before `count` as they are committed: some have a mark. */
+static void mark_tokens(const struct store_past *past, uint64_t count, int32_t *marked)
+{
+    for (uint64_t i = 0; i < count; i++)
+        marked[i] = past->tokens[i] | (i >= past->unmarked && i % 7 == 3 ? STORAGE_TOKEN_MARK : 0);
+}
+
 enum status store_past_try_commit(struct storage *storage, const struct store_past *past,
                                   const char *id, uint64_t position, bool goes_on)
 {
     unsigned char kv[KV], landmark[LANDMARK], snapshot[STORE_PAST_SNAPSHOT];
+    int32_t marked[STORE_PAST_TOKENS];
     struct storage_memory memory = store_past_get(storage, id);
+    mark_tokens(past, position, marked);
     for (uint64_t i = memory.token_count / STORE_PAST_CHUNK; i < position / STORE_PAST_CHUNK; i++) {
         chunk_of(past, i, kv, landmark);
         assert_int_equal(storage_append(storage, memory.branch, i, kv, landmark, NULL, NULL),
@@ -85,7 +94,7 @@ enum status store_past_try_commit(struct storage *storage, const struct store_pa
     store_fill(snapshot, STORE_PAST_SNAPSHOT, hash_of(past, 0, position), position);
     struct storage_commit commit = {.id = id,
                                     .position = position,
-                                    .tokens = past->tokens + memory.token_count,
+                                    .tokens = marked + memory.token_count,
                                     .token_count = (size_t)(position - memory.token_count),
                                     .text_bytes = position * 3,
                                     .snapshot = snapshot,
@@ -124,7 +133,7 @@ size_t store_past_turns(struct storage *storage, const char *id, struct storage_
 void store_past_assert(struct storage *storage, const struct store_past *past)
 {
     unsigned char kv[KV], landmark[LANDMARK], want_kv[KV], want_landmark[LANDMARK];
-    int32_t tokens[STORE_PAST_TOKENS];
+    int32_t tokens[STORE_PAST_TOKENS], marked[STORE_PAST_TOKENS];
     struct storage_memory memory = store_past_get(storage, past->id);
     struct storage_range *ranges;
     size_t range_count;
@@ -133,6 +142,10 @@ void store_past_assert(struct storage *storage, const struct store_past *past)
     assert_int_equal(storage_read_tokens(storage, past->id, 0, (size_t)past->count, tokens),
                      STATUS_OK);
     assert_memory_equal(tokens, past->tokens, past->count * sizeof *tokens);
+    mark_tokens(past, past->count, marked);
+    assert_int_equal(storage_read_marked(storage, past->id, 0, (size_t)past->count, tokens),
+                     STATUS_OK);
+    assert_memory_equal(tokens, marked, past->count * sizeof *tokens);
     assert_int_equal(storage_lineage(storage, past->id, &ranges, &range_count), STATUS_OK);
     for (uint64_t i = 0; i < past->count / STORE_PAST_CHUNK; i++) {
         size_t r = range_count - 1;

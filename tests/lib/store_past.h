@@ -14,6 +14,7 @@
 struct store_past {
     char id[LIMITS_ID_BYTES];
     uint64_t count;
+    uint64_t unmarked; /* so many first tokens come from a program that knew no marks */
     int32_t tokens[STORE_PAST_TOKENS];
     bool is_turn[STORE_PAST_TOKENS + 1]; /* whether one was ever committed at this position */
 };

@@ -1,6 +1,7 @@
 /* What the engine promises beyond right numbers: a sequence computes the same bits whatever runs
  * beside it, after a snapshot, in a fork, and with fewer pages than its past has; a full queue
  * changes nothing. */
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -11,6 +12,8 @@
 
 #include <cmocka.h>
 
+#include "engine/engine_private.h"
+#include "engine/packed.h"
 #include "engine/session.h"
 #include "server/sched.h"
 #include "tests/lib/chunk_ram.h"
@@ -191,6 +194,70 @@ static void a_snapshot_brings_everything_back(void **state)
     close_bed(&bed);
 }
 
+/* A session whose state is rounded now and then, and one that is made anew of its small snapshot
+ * each time, compute the same bits; without a rounding they are others, but near. */
+static void a_rounded_session_goes_on_as_its_snapshot(void **state)
+{
+    (void)state;
+    struct bed bed;
+    struct error err = {0};
+    open_bed(&bed, 0, ENGINE_BACKEND_CPU);
+    struct engine_session *whole = open_session(&bed, 1), *kept = open_session(&bed, 2);
+    struct engine_session *exact = open_session(&bed, 3), *again, *fork;
+    static const size_t stops[] = {3, 64, 300, 512, 777, 1101};
+    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++) {
+        feed(&bed, whole, stops[i], 256);
+        feed(&bed, kept, stops[i], 256);
+        feed(&bed, exact, stops[i], 256);
+        const size_t full = engine_session_snapshot_bytes(kept);
+        assert_false(engine_session_is_rounded(kept));
+        engine_session_round(whole);
+        engine_session_round(kept);
+        assert_true(engine_session_is_rounded(kept));
+        const size_t size = engine_session_snapshot_bytes(kept);
+        const size_t floats = bed.engine->state_floats;
+        assert_int_equal(full - size, floats * 4 - packed_bytes(floats));
+        assert_true(packed_bytes(floats) * 2 < floats * 4);
+        char *snapshot = malloc(size), *copy = malloc(size);
+        assert_true(snapshot && copy);
+        engine_session_snapshot(kept, snapshot);
+        const struct chunk_range range = {.branch = 2};
+        assert_int_equal(engine_session_create(bed.engine, &range, 1, snapshot, size, &again, &err),
+                         STATUS_OK);
+        assert_true(engine_session_is_rounded(again));
+        engine_session_round(again); /* it is */
+        engine_session_snapshot(again, copy);
+        assert_memory_equal(copy, snapshot, size);
+        assert_int_equal(engine_session_fork(kept, 9, &fork), STATUS_OK);
+        engine_session_snapshot(fork, copy);
+        assert_memory_equal(copy, snapshot, size);
+        engine_session_destroy(fork);
+        assert_int_equal(
+            engine_session_create(bed.engine, &range, 1, snapshot, size - 1, &fork, &err),
+            STATUS_CORRUPT);
+        engine_session_destroy(kept);
+        kept = again;
+        free(snapshot);
+        free(copy);
+    }
+    feed(&bed, whole, LENGTH, 256);
+    feed(&bed, kept, LENGTH, 256);
+    feed(&bed, exact, LENGTH, 256);
+    same_logits(&bed, whole, kept);
+    /* Six roundings by 2^-14 of the largest, most of them long forgotten. */
+    const float *a = kept->logits, *b = exact->logits;
+    float largest = 0, error = 0;
+    for (size_t i = 0; i < bed.vocab; i++) {
+        largest = fmaxf(largest, fabsf(b[i]));
+        error = fmaxf(error, fabsf(a[i] - b[i]));
+    }
+    assert_true(error > 0 && error <= 6 * largest / (1 << 14));
+    engine_session_destroy(whole);
+    engine_session_destroy(kept);
+    engine_session_destroy(exact);
+    close_bed(&bed);
+}
+
 /* A slice may be cut by what time there is, and nothing comes out different. */
 static void cuts_change_nothing(void **state)
 {
@@ -324,6 +391,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(neighbours_change_nothing),
         cmocka_unit_test(a_snapshot_brings_everything_back),
+        cmocka_unit_test(a_rounded_session_goes_on_as_its_snapshot),
         cmocka_unit_test(cuts_change_nothing),
         cmocka_unit_test(a_fork_goes_its_own_way),
         cmocka_unit_test(few_pages_give_the_same_output),

@@ -363,7 +363,7 @@ static void make_old(struct frames *frames)
                                                frames->parts[0].size - MEMORY_FILE_HEADER_BYTES,
                                                &manifest, &err),
                      STATUS_OK);
-    assert_int_equal(manifest.format, 2);
+    assert_int_equal(manifest.format, MEMORY_FILE_FORMAT);
     manifest.format = 1;
     memory_file_write_manifest(&json, &manifest);
     char *count = strstr(json.data, ",\"turn_count\":4"); /* it is not read, were it there */

@@ -249,6 +249,7 @@ static void test_migration(void **state)
         a->tokens[i] = store_token(1, i);
     a->is_turn[100] = a->is_turn[130] = true;
     strcpy(a->id, "old");
+    a->unmarked = 130;
     a->count = 100;
     store_past_assert(storage, a);
     assert_int_equal(store_past_turns(storage, "old", turns), 1);
