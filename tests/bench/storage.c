@@ -1,6 +1,6 @@
-/* What storage costs at the shape of the 370M model: ingest against a plain synced write of the
- * same size, bytes on disk a token, what is written for a byte that is kept, a turn's commit, a
- * fork, and taking up a long memory again, cold and warm.
+/* What storage costs at the shape of the 370M model: ingest against plain synced writes of the same
+ * size, bytes on disk a token, what is written for a byte that is kept, a turn's commit, a fork,
+ * and taking up a memory again, cold and warm, when it is a quarter as long and when it is whole.
  *
  *   bench_storage FOLDER [TOKENS]
  *
@@ -21,8 +21,10 @@
 #define KV (16u << 10)
 #define LANDMARK (2u << 10)
 #define RAW_PER_TOKEN ((double)(KV + LANDMARK) / S + 4)
-#define BLOCK_CHUNKS 64u            /* of one commit: 4,096 tokens, 16 KiB of English text */
-#define SNAPSHOT ((size_t)49 << 20) /* fp32 state, conv tails, logits */
+#define BLOCK_CHUNKS 64u /* of one commit: 4,096 tokens, 16 KiB of English text */
+#define SNAPSHOT \
+    ((size_t)24 << 20) /* of a turn's end: state in 15 bits a number, half a chunk, logits */
+#define ROUND 32u      /* commits between two looks at what the disk gives */
 #define PICKS 8u
 #define TURNS 8u
 #define FORKS 1000u
@@ -66,20 +68,21 @@ static struct storage *open_at(const char *path)
     return storage;
 }
 
-/* Bytes a second of writes of `block` bytes, each on the disk before the next. */
-static double plain_rate(const char *folder, const unsigned char *bytes, size_t block, double total)
+/* Seconds that so many writes of `block` bytes take, each on the disk before the next. */
+static double plain_writes(const char *folder, const unsigned char *bytes, size_t block,
+                           unsigned count)
 {
     char path[1024];
     snprintf(path, sizeof path, "%s.plain", folder);
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_DSYNC, 0600);
     ASSERT(fd >= 0);
-    double began = now(), done = 0;
-    for (; done < total; done += (double)block)
+    const double began = now();
+    for (unsigned i = 0; i < count; i++)
         ASSERT(write(fd, bytes, block) == (ssize_t)block);
-    double seconds = now() - began;
+    const double seconds = now() - began;
     close(fd);
     unlink(path);
-    return done / seconds;
+    return seconds;
 }
 
 static void queue_commit(struct storage *storage, uint64_t position, uint64_t count,
@@ -109,6 +112,57 @@ static void append(struct storage *storage, uint64_t branch, uint64_t first, uin
     for (uint64_t i = 0; i < count; i++)
         ASSERT(storage_append(storage, branch, first + i, bytes + i * 8, bytes + i * 16, NULL,
                               NULL) == STATUS_OK);
+}
+
+struct ingest {
+    struct storage *storage;
+    uint64_t branch, position;
+    const unsigned char *bytes;
+    const int32_t *ids;
+};
+
+/* Seconds for so many commits of a block each, `in_flight` of them at a time. The snapshot is
+ * small, so that it is the chunks that are measured. */
+static double ingest(struct ingest *run, unsigned count, unsigned in_flight)
+{
+    struct store_wait waits[LIMITS_APPEND_BLOCKS_WAITING];
+    const double began = now();
+    for (unsigned i = 0; i < count + in_flight; i++) {
+        struct store_wait *wait = &waits[i % in_flight];
+        if (i >= in_flight)
+            finish(wait);
+        if (i >= count)
+            continue;
+        append(run->storage, run->branch, run->position / S, BLOCK_CHUNKS, run->bytes);
+        run->position += BLOCK_CHUNKS * S;
+        queue_commit(run->storage, run->position, BLOCK_CHUNKS * S, run->ids, run->bytes, 4096,
+                     wait);
+    }
+    return now() - began;
+}
+
+/* Rounds of plain writes and of commits by turns, for a disk's pace changes. */
+static void compare(struct ingest *run, const char *folder, uint64_t tokens)
+{
+    static const unsigned in_flight[] = {1, LIMITS_APPEND_BLOCKS_WAITING};
+    const size_t block = BLOCK_CHUNKS * (KV + LANDMARK + S * 4);
+    double plain[2] = {0}, ours[2] = {0}, wrote = 0;
+    unsigned rounds = 0;
+    for (; rounds % 2 || run->position + 2 * ROUND * BLOCK_CHUNKS * S <= tokens; rounds++) {
+        const unsigned way = rounds % 2;
+        plain[way] += plain_writes(folder, run->bytes, block, ROUND / 2);
+        const double io = written();
+        ours[way] += ingest(run, ROUND, in_flight[way]);
+        wrote += written() - io;
+        plain[way] += plain_writes(folder, run->bytes, block, ROUND / 2);
+    }
+    const double kept = (double)rounds * ROUND * (double)block;
+    for (unsigned way = 0; way < 2; way++)
+        printf("ingest, %u commits of %zu KiB in flight: %.0f MB/s, %.0f%% of the %.0f that plain "
+               "synced writes make\n",
+               in_flight[way], block >> 10, kept / 2 / ours[way] * 1e-6,
+               plain[way] / ours[way] * 100, kept / 2 / plain[way] * 1e-6);
+    printf("written for each byte kept: %.2f\n", wrote / kept);
 }
 
 static void drop_cache(const char *folder)
@@ -154,85 +208,83 @@ static void resume(const char *folder, const char *how, uint64_t tokens)
     storage_close(storage);
 }
 
+/* Turns of a chunk of text each, with a whole snapshot. */
+static void turns(struct ingest *run)
+{
+    const double io = written(), began = now();
+    for (unsigned i = 0; i < TURNS; i++) {
+        struct store_wait wait;
+        append(run->storage, run->branch, run->position / S, 1, run->bytes);
+        run->position += S;
+        queue_commit(run->storage, run->position, S, run->ids, run->bytes, SNAPSHOT, &wait);
+        finish(&wait);
+    }
+    printf("a turn: %.1f ms to commit, %.1f MiB written for a snapshot of %.0f MiB\n",
+           (now() - began) / TURNS * 1e3, (written() - io) / TURNS / 1048576,
+           (double)SNAPSHOT / 1048576);
+}
+
+/* Forks share all but their own few records. */
+static void forks(struct storage *storage)
+{
+    struct storage_stats stats;
+    storage_get_stats(storage, &stats);
+    const uint64_t used = stats.map_used_bytes;
+    const double began = now();
+    for (unsigned i = 0; i < FORKS; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "f%u", i);
+        ASSERT(store_create(storage, id, "m") == STATUS_OK);
+    }
+    const double seconds = now() - began;
+    storage_get_stats(storage, &stats);
+    printf("a fork: %.2f ms, %.0f bytes, of %u\n", seconds / FORKS * 1e3,
+           (double)(stats.map_used_bytes - used) / FORKS, FORKS);
+}
+
+static void resumes(const char *folder, uint64_t tokens)
+{
+    drop_cache(folder);
+    resume(folder, "cold", tokens);
+    resume(folder, "warm", tokens);
+}
+
 int main(int argc, char **argv)
 {
-    const uint64_t tokens = (argc > 2 ? strtoull(argv[2], NULL, 10) : 1u << 20) /
-                            (BLOCK_CHUNKS * S) * (BLOCK_CHUNKS * S);
-    const size_t block = BLOCK_CHUNKS * (KV + LANDMARK + S * 4);
-    if (argc < 2 || !tokens || mkdir(argv[1], 0700)) {
-        fprintf(stderr, "bench_storage FOLDER [TOKENS]: FOLDER is made and must not exist\n");
+    const uint64_t tokens = argc > 2 ? strtoull(argv[2], NULL, 10) : 1u << 20;
+    if (argc < 2 || tokens < 8 * ROUND * BLOCK_CHUNKS * S || mkdir(argv[1], 0700)) {
+        fprintf(stderr,
+                "bench_storage FOLDER [TOKENS]: FOLDER is made and must not exist; at least %u "
+                "tokens\n",
+                8 * ROUND * BLOCK_CHUNKS * S);
         return 2;
     }
     unsigned char *bytes = malloc(SNAPSHOT);
     int32_t *ids = calloc(BLOCK_CHUNKS * S, sizeof *ids);
     ASSERT(bytes && ids);
     store_fill(bytes, SNAPSHOT, 1, 1);
-
-    /* Ingest: a small snapshot, so that it is the chunks that are measured. The plain writes come
-     * before and after, for a disk's pace changes. */
-    const double total = (double)tokens * RAW_PER_TOKEN;
-    double plain = plain_rate(argv[1], bytes, block, total / 2);
-    struct storage *storage = open_at(argv[1]);
-    ASSERT(store_create(storage, "m", NULL) == STATUS_OK);
+    struct ingest run = {.storage = open_at(argv[1]), .bytes = bytes, .ids = ids};
     struct storage_memory memory;
-    ASSERT(storage_memory_get(storage, "m", &memory) == STATUS_OK);
+    ASSERT(store_create(run.storage, "m", NULL) == STATUS_OK);
+    ASSERT(storage_memory_get(run.storage, "m", &memory) == STATUS_OK);
     storage_memory_close(&memory);
-    struct store_wait waits[LIMITS_APPEND_BLOCKS_WAITING]; /* in flight, as of an append */
-    double io = written(), began = now();
-    for (uint64_t p = 0; p < tokens; p += BLOCK_CHUNKS * S) {
-        struct store_wait *wait = &waits[p / (BLOCK_CHUNKS * S) % LIMITS_APPEND_BLOCKS_WAITING];
-        if (p >= LIMITS_APPEND_BLOCKS_WAITING * BLOCK_CHUNKS * S)
-            finish(wait);
-        append(storage, memory.branch, p / S, BLOCK_CHUNKS, bytes);
-        queue_commit(storage, p + BLOCK_CHUNKS * S, BLOCK_CHUNKS * S, ids, bytes, 4096, wait);
-    }
-    for (unsigned i = 0; i < LIMITS_APPEND_BLOCKS_WAITING; i++)
-        finish(&waits[i]);
-    double rate = total / (now() - began);
-    io = written() - io;
-    plain = (plain + plain_rate(argv[1], bytes, block, total / 2)) / 2;
+    run.branch = memory.branch;
+    compare(&run, argv[1], tokens / 4);
     struct storage_stats stats;
-    storage_get_stats(storage, &stats);
-    printf("%llu tokens, commits of %zu KiB, %u in flight\n", (unsigned long long)tokens,
-           block >> 10, LIMITS_APPEND_BLOCKS_WAITING);
-    printf("ingest: %.0f MB/s, %.0f%% of %.0f MB/s that plain synced writes make; %.2f bytes "
-           "written for each kept\n",
-           rate * 1e-6, rate / plain * 100, plain * 1e-6, io / total);
-    printf("on disk: %.1f bytes a token, %.1f%% above the %.1f of K, V, landmark and id\n",
-           (double)stats.map_used_bytes / (double)tokens,
-           ((double)stats.map_used_bytes / (double)tokens / RAW_PER_TOKEN - 1) * 100,
-           RAW_PER_TOKEN);
+    storage_get_stats(run.storage, &stats);
+    const double each = (double)stats.map_used_bytes / (double)run.position;
+    printf("on disk: %.1f bytes a token, %.1f%% above the %.1f of K, V, landmark and id\n", each,
+           (each / RAW_PER_TOKEN - 1) * 100, RAW_PER_TOKEN);
+    turns(&run);
+    storage_close(run.storage);
+    resumes(argv[1], run.position);
 
-    /* Turns: a chunk of text each, and the whole snapshot. */
-    uint64_t position = tokens;
-    io = written();
-    began = now();
-    for (unsigned i = 0; i < TURNS; i++, position += S) {
-        append(storage, memory.branch, position / S, 1, bytes);
-        queue_commit(storage, position + S, S, ids, bytes, SNAPSHOT, &waits[0]);
-        finish(&waits[0]);
-    }
-    printf("a turn: %.1f ms to commit, %.1f MiB written for a snapshot of %.0f MiB\n",
-           (now() - began) / TURNS * 1e3, (written() - io) / TURNS / 1048576,
-           (double)SNAPSHOT / 1048576);
-    /* Forks share all but their own few records. */
-    storage_get_stats(storage, &stats);
-    const uint64_t used = stats.map_used_bytes;
-    began = now();
-    for (unsigned i = 0; i < FORKS; i++) {
-        char id[16];
-        snprintf(id, sizeof id, "f%u", i);
-        ASSERT(store_create(storage, id, "m") == STATUS_OK);
-    }
-    double seconds = now() - began;
-    storage_get_stats(storage, &stats);
-    printf("a fork: %.2f ms, %.0f bytes, of %u\n", seconds / FORKS * 1e3,
-           (double)(stats.map_used_bytes - used) / FORKS, FORKS);
-    storage_close(storage);
-
-    drop_cache(argv[1]);
-    resume(argv[1], "cold", tokens);
-    resume(argv[1], "warm", tokens);
+    run.storage = open_at(argv[1]);
+    compare(&run, argv[1], tokens);
+    turns(&run);
+    forks(run.storage);
+    storage_close(run.storage);
+    resumes(argv[1], run.position);
     char *path = strdup(argv[1]);
     ASSERT(path);
     store_helper_remove(path);
