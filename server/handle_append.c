@@ -121,6 +121,7 @@ static void event_cb(void *context, const struct event *event)
         u->appended += event->text_bytes - u->text_bytes;
         u->position = event->position;
         u->text_bytes = event->text_bytes;
+        u->request->took_part = !u->request->has_receipt; /* which would know how far it came */
         send_progress(u);
         break;
     case EVENT_DONE:

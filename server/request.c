@@ -127,12 +127,12 @@ static void append_quota(struct buf *out, const struct request *request, enum st
     request->server->metrics.quota_refusals++;
     storage_get_quota(request->server->storage, request->key, &usage);
     if (status == STATUS_KEY_QUOTA)
-        error_set(&err, status,
-                  "the memories and responses of \"%s\" take %llu bytes on disk and may take %llu "
-                  "(quota= in the file of keys); what was acknowledged is there; delete one, or ask "
-                  "the server's operator",
-                  request->key, (unsigned long long)usage.bytes,
-                  (unsigned long long)usage.key_quota);
+        error_set(
+            &err, status,
+            "the memories and responses of \"%s\" take %llu bytes on disk and may take %llu "
+            "(quota= in the file of keys); what was acknowledged is there; delete one, or ask "
+            "the server's operator",
+            request->key, (unsigned long long)usage.bytes, (unsigned long long)usage.key_quota);
     else
         error_set(&err, status,
                   "the memory may take %llu bytes on disk (--memory-quota); what was acknowledged "
@@ -158,21 +158,26 @@ static void append_retry(struct buf *headers, double seconds)
                       (ms + 999) / 1000);
 }
 
+/* Sent again as it is, the request would fail again, or happen a second time in part. */
+static bool is_final(const struct request *request, enum status status, const struct error *err)
+{
+    const bool names_field = err && err->param[0];
+    return request->took_part || status == STATUS_KEY_QUOTA || status == STATUS_MEMORY_QUOTA ||
+           (names_field && (status == STATUS_CONFLICT ||
+                            status == STATUS_TIMEOUT)); /* it asked for no more time */
+}
+
 void request_fail(struct request *request, enum status status, const struct error *err)
 {
     struct buf body, headers;
     buf_init(&body);
     buf_init(&headers);
     append_error(&body, request, status, err);
-    /* A busy memory is free after a turn, a full queue after a few; a conflict with a field stays
-     * one. */
-    if ((status == STATUS_CONFLICT && err && err->param[0]) || status == STATUS_KEY_QUOTA ||
-        status == STATUS_MEMORY_QUOTA)
+    /* A busy memory is free after a turn, a full queue after a few. */
+    if (is_final(request, status, err))
         buf_append_text(&headers, "x-should-retry: false\r\n");
     else if (status == STATUS_CONFLICT)
         buf_append_text(&headers, "retry-after-ms: 1000\r\nretry-after: 1\r\n");
-    else if (status == STATUS_TIMEOUT && err && err->param[0]) /* it asked for no more time */
-        buf_append_text(&headers, "x-should-retry: false\r\n");
     else if (status == STATUS_BUSY)
         append_retry(&headers, engine_thread_retry_after(request->server->engine_thread));
     else if (status == STATUS_UNAVAILABLE)

@@ -45,6 +45,8 @@ struct request {
     /* The answer will be an event stream: a client that waits long gets its head with the first
      * sign of life. Set by the handler while it holds the request. */
     bool wants_stream;
+    /* Part of what it sent is on disk: after an error it must not come again as it is. */
+    bool took_part;
     struct list receipt_node; /* receipt.h */
     bool has_receipt;
     unsigned char receipt[LIMITS_RECEIPT_NAME_BYTES];
@@ -70,8 +72,9 @@ STATUS_CHECKED enum status request_find_memory(const struct request *request, co
 void request_answer(struct request *request, int http_status, const char *type, const char *body,
                     size_t size);
 void request_answer_json(struct request *request, int http_status, const struct buf *body);
-/* The error body; for STATUS_BUSY and STATUS_CONFLICT with a hint when to come again. A conflict
- * that names a field (err->param) is one that waiting does not change. */
+/* The error body; for STATUS_BUSY and STATUS_CONFLICT with a hint when to come again, or, where that
+ * is of no use or does harm, not to: a conflict that names a field (err->param), and a request that
+ * was carried out in part. */
 void request_fail(struct request *request, enum status status, const struct error *err);
 /* An answer in parts, text/event-stream: head, any number of writes, the end. */
 void request_stream_begin(struct request *request);

@@ -203,7 +203,7 @@ check('retries', async () => {
     if (url !== metricsUrl) return; // nothing of it is a proxy's
     const name = 'rambad_requests_total{handler="completions",status="429"}';
     const refused = await metric(name);
-    const patient = new OpenAI({ baseURL: `${url}/v1`, apiKey: key, maxRetries: 100 });
+    const patient = new OpenAI({ baseURL: `${url}/v1`, apiKey: key, maxRetries: 10 });
     const ask = (from) =>
         from.completions.create({
             model,

@@ -189,6 +189,38 @@ static void test_slow(void **state)
     wire_close(&drops);
 }
 
+/* A client must not send again by itself what is there in part. */
+static void test_half_an_upload(void **state)
+{
+    struct fixture *f = *state;
+    struct wire wire;
+    struct wire_answer answer;
+    char id[LIMITS_ID_BYTES], path[128], value[16], text[4096];
+    memset(text, 'a', sizeof text);
+    for (int keyed = 0; keyed < 2; keyed++) { /* with a key it may: it goes on where it was */
+        daemon_create_memory(&f->daemon, NULL, id);
+        snprintf(path, sizeof path, "/v1/memories/%s/append", id);
+        wire_open(&wire, &f->daemon);
+        wire_say(&wire, "POST %s HTTP/1.1\r\nHost: t\r\n%sContent-Length: 1000000\r\n\r\n", path,
+                 keyed ? "Idempotency-Key: half\r\n" : "");
+        for (int i = 0; i < 5; i++) /* more than a block, and then drop by drop until it is there */
+            wire_send(&wire, text, sizeof text);
+        double begin = daemon_now();
+        while (daemon_get_memory(&f->daemon, id).text_bytes == 0) {
+            assert_true(daemon_now() - begin < WIRE_SECONDS);
+            wire_send(&wire, text, 1);
+            usleep(20000);
+        }
+        wire_answer(&wire, &answer, false);
+        wire_check_error(&answer, 408, "timeout", NULL);
+        assert_int_equal(wire_header(&answer, "x-should-retry", value, sizeof value), !keyed);
+        if (!keyed)
+            assert_string_equal(value, "false");
+        wire_answer_close(&answer);
+        wire_close(&wire);
+    }
+}
+
 static void test_body_too_large(void **state)
 {
     struct fixture *f = *state;
@@ -823,15 +855,25 @@ static void test_second_signal(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_malformed),      cmocka_unit_test(test_headers_too_large),
-        cmocka_unit_test(test_slow),           cmocka_unit_test(test_body_too_large),
-        cmocka_unit_test(test_routes),         cmocka_unit_test(test_request_ids),
-        cmocka_unit_test(test_pipelining),     cmocka_unit_test(test_pipelining_much),
-        cmocka_unit_test(test_unusual),        cmocka_unit_test(test_too_many_connections),
-        cmocka_unit_test(test_chunked_upload), cmocka_unit_test(test_after_upload),
-        cmocka_unit_test(test_back_pressure),  cmocka_unit_test(test_disconnect),
-        cmocka_unit_test(test_slow_reader),    cmocka_unit_test(test_metrics),
-        cmocka_unit_test(test_drain),          cmocka_unit_test(test_drain_deadline),
+        cmocka_unit_test(test_malformed),
+        cmocka_unit_test(test_headers_too_large),
+        cmocka_unit_test(test_slow),
+        cmocka_unit_test(test_half_an_upload),
+        cmocka_unit_test(test_body_too_large),
+        cmocka_unit_test(test_routes),
+        cmocka_unit_test(test_request_ids),
+        cmocka_unit_test(test_pipelining),
+        cmocka_unit_test(test_pipelining_much),
+        cmocka_unit_test(test_unusual),
+        cmocka_unit_test(test_too_many_connections),
+        cmocka_unit_test(test_chunked_upload),
+        cmocka_unit_test(test_after_upload),
+        cmocka_unit_test(test_back_pressure),
+        cmocka_unit_test(test_disconnect),
+        cmocka_unit_test(test_slow_reader),
+        cmocka_unit_test(test_metrics),
+        cmocka_unit_test(test_drain),
+        cmocka_unit_test(test_drain_deadline),
         cmocka_unit_test(test_second_signal),
     };
     cmocka_set_test_filter(getenv("RAMBAD_TEST")); /* such as test_drain*; NULL: all */

@@ -435,8 +435,12 @@ static void test_background(void **state)
     assert_string_equal(answer_text(queued, "status"), "queued");
     cJSON *ended = wait_for_end(id_of(queued));
     assert_true(cJSON_GetArraySize(answer_at(ended, "output")) == 1);
-    cJSON *events = again(id_of(queued), -1 + 1);
+    cJSON *events = again(id_of(queued), 0);
     assert_true(answer_number(events, "0.sequence_number") == 1);
+    restart(); /* its events are on disk */
+    cJSON *others = again(id_of(queued), 0);
+    assert_true(cJSON_Compare(events, others, true));
+    cJSON_Delete(others);
     delete_response(id_of(queued), 200);
     cJSON_Delete(queued);
     cJSON_Delete(ended);
@@ -497,6 +501,11 @@ static void test_cut_off(void **state)
     assert_string_equal(answer_text(last_of(events), "type"), "response.failed");
     cJSON *items = get(id_of(life), "/input_items", 200);
     assert_string_equal(answer_text(items, "data.0.content.0.text"), "Tell me.");
+    char path[PATH_BYTES];
+    snprintf(path, sizeof path, "/v1/responses/%s/cancel", id_of(life));
+    cJSON *cancelled = call("POST", path, "", 200); /* there is nothing left of it to cancel */
+    assert_true(cJSON_Compare(kept, cancelled, true));
+    cJSON_Delete(cancelled);
     assert_int_equal(memory_count(), 0);
     delete_response(id_of(life), 200);
     cJSON_Delete(life);

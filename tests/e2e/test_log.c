@@ -1,0 +1,161 @@
+/* The log: lines of JSON, each with its time; every request under the id that it came with, and why
+ * whatever had to be read again was not at hand. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "tests/lib/answer.h"
+#include "tests/lib/daemon.h"
+#include "tests/lib/wire.h"
+
+#define MODEL "tests/golden/wide-stickbreaking-topk8"
+#define LONG_PROMPT /* more tokens than are worth a place in the cache */                    \
+    "Once upon a midnight dreary, while I pondered, weak and weary, over many a quaint and " \
+    "curious volume of forgotten lore, while I nodded, nearly napping, suddenly there came a tap"
+
+static struct daemon daemon_;
+static char *folder;
+
+/* The first line of this event for the request; NULL: there is none. Every line is looked at. */
+static cJSON *find(const char *event, const char *request)
+{
+    char line[4096];
+    cJSON *found = NULL;
+    FILE *file = fopen(daemon_.log, "r");
+    assert_non_null(file);
+    while (fgets(line, sizeof line, file)) {
+        cJSON *json = cJSON_Parse(line);
+        if (!json)
+            fail_msg("not JSON: %s", line);
+        assert_int_equal(strlen(answer_text(json, "time")), strlen("2026-01-01T00:00:00.000Z"));
+        (void)answer_text(json, "level");
+        const char *id = cJSON_GetStringValue(answer_at(json, "request"));
+        if (!found && strcmp(answer_text(json, "event"), event) == 0 && id &&
+            strcmp(id, request) == 0)
+            found = json;
+        else
+            cJSON_Delete(json);
+    }
+    fclose(file);
+    return found;
+}
+
+static cJSON *wait_for(const char *event, const char *request)
+{
+    cJSON *json;
+    for (double start = daemon_now(); !(json = find(event, request)); usleep(5000))
+        if (daemon_now() - start > WIRE_SECONDS)
+            fail_msg("the log has no %s of %s", event, request);
+    return json;
+}
+
+/* A request under this id; the answer's status. */
+static int ask(const char *id, const char *method, const char *path, const char *body)
+{
+    char headers[128];
+    struct wire wire;
+    struct wire_answer answer;
+    snprintf(headers, sizeof headers, "Connection: close\r\nX-Request-Id: %s\r\n", id);
+    wire_open(&wire, &daemon_);
+    wire_ask(&wire, method, path, headers, body, body ? strlen(body) : 0);
+    const int status = wire_answer(&wire, &answer, false);
+    wire_answer_close(&answer);
+    wire_close(&wire);
+    return status;
+}
+
+static void complete(const char *id, const char *fields)
+{
+    char body[512];
+    snprintf(body, sizeof body, "{\"prompt\":\"" LONG_PROMPT "\",\"max_tokens\":2%s}", fields);
+    assert_int_equal(ask(id, "POST", "/v1/completions", body), 200);
+}
+
+static void expect_miss(const char *event, const char *request, const char *reason,
+                        const char *memory)
+{
+    cJSON *line = wait_for(event, request);
+    assert_string_equal(answer_text(line, "level"), "info");
+    assert_string_equal(answer_text(line, "reason"), reason);
+    if (memory)
+        assert_string_equal(answer_text(line, "memory"), memory);
+    cJSON_Delete(line);
+}
+
+static void begin(const char *const *flags)
+{
+    folder = daemon_begin(&daemon_, MODEL, flags);
+}
+
+static void restart(const char *const *flags)
+{
+    daemon_stop(&daemon_);
+    daemon_.flags = flags;
+    daemon_start(&daemon_);
+}
+
+static void test_requests(void **state)
+{
+    (void)state;
+    begin((const char *const[]){"--threads", "1", "--log-level", "debug", NULL});
+    assert_int_equal(ask("mine-1", "GET", "/v1/memories/mem_none", NULL), 404);
+    assert_int_equal(ask("mine-2", "GET", "/v1/nowhere", NULL), 404);
+    assert_int_equal(ask("not plain!", "GET", "/v1/models", NULL), 200);
+    cJSON *line = wait_for("request", "mine-1");
+    assert_string_equal(answer_text(line, "handler"), "memories_get");
+    assert_string_equal(answer_text(line, "argument"), "mem_none");
+    assert_true(answer_number(line, "status") == 404);
+    assert_true(answer_number(line, "seconds") > 0);
+    cJSON_Delete(line);
+    cJSON_Delete(wait_for("request", "mine-2"));
+    assert_null(find("request", "not plain!")); /* it has got another id */
+    daemon_end(&daemon_, folder);
+}
+
+/* What a prompt began with was not known; a memory was not in RAM. */
+static void test_misses(void **state)
+{
+    (void)state;
+    static const char *const roomy[] = {"--threads", "1", NULL};
+    static const char *const narrow[] = {"--threads", "1", "--session-memory", "0", NULL};
+    char id[LIMITS_ID_BYTES], named[128], path[128];
+    begin(roomy);
+    complete("first", "");
+    complete("second", "");
+    expect_miss("prefix_miss", "first", "new", NULL);
+    assert_null(find("prefix_miss", "second"));
+    complete("echoes", ",\"echo\":true,\"logprobs\":1");
+    expect_miss("prefix_miss", "echoes", "echo", NULL);
+
+    daemon_create_memory(&daemon_, NULL, id);
+    snprintf(named, sizeof named, ",\"memory\":\"%s\"", id);
+    snprintf(path, sizeof path, "/v1/memories/%s/rewind", id);
+    complete("writes", named);
+    complete("goes-on", named);
+    assert_null(find("cache_miss", "goes-on"));
+    restart(narrow);
+    complete("after-the-start", named);
+    expect_miss("cache_miss", "after-the-start", "first_use", id);
+    complete("without-room", named);
+    expect_miss("cache_miss", "without-room", "evicted", id);
+    restart(roomy);
+    complete("in-ram", named);
+    assert_int_equal(ask("rewinds", "POST", path, "{\"to\":1}"), 200);
+    snprintf(named, sizeof named, ",\"memory\":\"%s\",\"memory_write\":false", id);
+    complete("rewound", named);
+    expect_miss("cache_miss", "rewound", "first_use", id);
+    daemon_end(&daemon_, folder);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_requests),
+                                       cmocka_unit_test(test_misses)};
+    return cmocka_run_group_tests_name("log", tests, NULL, NULL);
+}
