@@ -306,22 +306,56 @@ enum status config_read(int argc, char **argv, struct config *config, bool *help
     return status;
 }
 
+/* What stands over a setting in --help and in the example, up to the next one named here. */
+static const char *heading(const char *name)
+{
+    static const struct {
+        const char *first, *text;
+    } headings[] = {{"host", "Where it listens, and to whom"},
+                    {"data", "Memories and model"},
+                    {"backend", "Engine"},
+                    {"running", "Requests at once"},
+                    {"map-size", "Disk"},
+                    {"connections", "Connections, the end, the log"}};
+    for (size_t i = 0; i < sizeof headings / sizeof *headings; i++)
+        if (strcmp(headings[i].first, name) == 0)
+            return headings[i].text;
+    return NULL;
+}
+
 void config_print_help(void)
 {
     printf("rambad - a memory server for long conversations and documents\n\n"
            "  rambad [serve] [--NAME VALUE ...]   serve the HTTP API\n"
+           "  rambad config                       print an example of a settings file\n"
            "  rambad key NAME FILE                make an API key\n"
            "  rambad check DIR                    verify every record of a data folder\n"
            "  rambad repair DIR [--yes]           drop what check finds wrong\n"
-           "  rambad bench [--help]               measure this machine\n"
+           "  rambad bench --url URL              load a running server, print its latencies\n"
+           "  rambad bench                        measure the engine on this machine: minutes\n"
            "  rambad --version | --help\n\n"
            "Settings, as a flag (--host-memory 4G), in the environment (RAMBAD_HOST_MEMORY=4G) or\n"
-           "in a file of \"host-memory = 4G\" lines (--config FILE); the first of these wins.\n\n");
-    for (size_t i = 0; i < SETTINGS; i++)
-        printf(*settings[i].fallback ? "  --%s %s%*s%s (%s)\n" : "  --%s %s%*s%s\n",
-               settings[i].name, settings[i].value,
-               (int)(26 - strlen(settings[i].name) - strlen(settings[i].value)), "",
-               settings[i].help, settings[i].fallback);
+           "in a file of \"host-memory = 4G\" lines (--config FILE); the first of these wins. In\n"
+           "brackets what holds without it. A SIZE is in bytes, or with K, M, G or T behind it.\n");
+    for (const struct setting *s = settings; s < settings + SETTINGS; s++) {
+        const char *above = heading(s->name);
+        if (above)
+            printf("\n%s\n", above);
+        printf(*s->fallback ? "  --%s %s%*s%s (%s)\n" : "  --%s %s%*s%s\n", s->name, s->value,
+               (int)(26 - strlen(s->name) - strlen(s->value)), "", s->help, s->fallback);
+    }
     printf("\nSIGTERM finishes or commits what runs, then ends; a second one ends at once.\n"
            "RAMBAD_API_KEY, in the environment alone, is one key more beside those of --keys.\n");
+}
+
+void config_print_example(FILE *file)
+{
+    fprintf(file, "# Settings of rambad, for --config FILE or RAMBAD_CONFIG=FILE. Each line shows "
+                  "what holds\n# without it: take the # away and change it.\n");
+    for (const struct setting *s = settings; s < settings + SETTINGS; s++) {
+        const char *above = heading(s->name);
+        if (above)
+            fprintf(file, "\n# ---- %s ----\n", above);
+        fprintf(file, "\n# %s\n#%s = %s\n", s->help, s->name, s->fallback);
+    }
 }

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "proto/status.h"
 
@@ -29,5 +30,7 @@ STATUS_CHECKED enum status config_read(int argc, char **argv, struct config *con
 bool config_parse_bytes(const char *text, uint64_t *out);
 /* The text of --help, settings and defaults, to standard output. */
 void config_print_help(void);
+/* A settings file with every setting, its help and its default, all of it commented out. */
+void config_print_example(FILE *file);
 
 #endif

@@ -574,7 +574,7 @@ int load_main(int argc, char **argv)
     o.seconds = 10;
     for (int i = 1; i < argc && good; i += 2) {
         const char *flag = argv[i], *value = argv[i + 1];
-        if (strcmp(flag, "--help") == 0)
+        if (strcmp(flag, "--help") == 0 || (value && strcmp(value, "--help") == 0))
             return usage(0);
         if (!value)
             good = false;

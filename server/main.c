@@ -293,6 +293,10 @@ int main(int argc, char **argv)
         return repair_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "key") == 0)
         return auth_key_main(argc - 1, argv + 1);
+    if (argc == 2 && strcmp(argv[1], "config") == 0) {
+        config_print_example(stdout);
+        return fflush(stdout) != 0;
+    }
     if (argc > 1 && strcmp(argv[1], "bench") == 0)
         return bench_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "serve") == 0) {

@@ -212,6 +212,39 @@ static void test_every_setting(void **state)
     fclose(help);
 }
 
+/* The example says what holds without it, of every setting. */
+static void test_example(void **state)
+{
+    (void)state;
+    char path[32], row[512], name[64], *text = NULL, *line, *rest;
+    size_t size = 0, count = 0, helped = 0;
+    FILE *help = help_text();
+    while (fgets(row, sizeof row, help))
+        helped += strncmp(row, "  --", 4) == 0;
+    fclose(help);
+    read_well(ARGS());
+    const struct config defaults = config;
+    FILE *file = open_memstream(&text, &size);
+    assert_non_null(file);
+    config_print_example(file);
+    fclose(file);
+    write_file(path, text);
+    read_well(ARGS("--config", path));
+    unlink(path);
+    assert_memory_equal(&config, &defaults, sizeof defaults);
+    for (line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
+        if (sscanf(line, "#%63[a-z-] =", name) < 1)
+            continue;
+        write_file(path, line + 1);
+        read_well(ARGS("--config", path));
+        unlink(path);
+        assert_memory_equal(&config, &defaults, sizeof defaults);
+        count++;
+    }
+    assert_true(count > 0 && count == helped);
+    free(text);
+}
+
 static void test_bad_files(void **state)
 {
     (void)state;
@@ -246,6 +279,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_precedence, clear, clear),
         cmocka_unit_test_setup_teardown(test_refusals, clear, clear),
         cmocka_unit_test_setup_teardown(test_every_setting, clear, clear),
+        cmocka_unit_test_setup_teardown(test_example, clear, clear),
         cmocka_unit_test_setup_teardown(test_bad_files, clear, clear),
         cmocka_unit_test_setup_teardown(test_help, clear, clear),
     };
