@@ -188,6 +188,8 @@ static void write_storage(struct buf *out, const struct storage_stats *s, uint64
          s->memories > prefixes ? (double)(s->memories - prefixes) : 0},
         {"map_used_bytes", "Of the store's file.", (double)s->map_used_bytes},
         {"map_bytes", "What it may grow to.", (double)s->map_bytes},
+        {"branches_to_collect", "Deleted, and not all of it freed yet.",
+         (double)s->branches_to_collect},
         {"writer_queue_bytes", "Waiting for the writer.", (double)s->queue_bytes},
         {"commits_total", "Group commits.", (double)s->commits},
         {"commit_seconds_total", "Time inside them.", (double)s->commit_ns * 1e-9},

@@ -318,14 +318,13 @@ static int setup(void **state)
     setenv("RAMBAD_BIN", "build/rambad", 0);
     folder = store_helper_folder();
     snprintf(data, sizeof data, "%s/data", folder);
-    mkdir(data, 0700);
     snprintf(book, sizeof book, "%s/book.txt", folder);
     FILE *file = fopen(book, "w");
     assert_non_null(file);
     for (size_t i = 0; i < FILE_BYTES / 8; i++)
         fprintf(file, "%07zu\n", i * 7919 % 10000000);
     assert_int_equal(fclose(file), 0);
-    daemon_init(&daemon_, MODEL, data);
+    daemon_init(&daemon_, MODEL, folder, "data");
     daemon_start(&daemon_);
     return 0;
 }

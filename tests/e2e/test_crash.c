@@ -55,7 +55,8 @@ struct operation {
 struct memory {
     char id[LIMITS_ID_BYTES];
     uint64_t text_bytes, token_count;
-    struct buf chunks, answer;
+    struct buf chunks;
+    struct client_completion answer;
 };
 
 /* One of those who write at once: where its work stands. */
@@ -449,33 +450,18 @@ static void do_calmly(struct crash *crash, unsigned m, unsigned end)
 /* What a memory holds and what it says, for the comparison. */
 static void read_back(const struct daemon *daemon, struct memory *memory)
 {
-    struct buf body;
-    buf_init(&body);
     daemon_read_chunks(daemon, memory->id, &memory->chunks);
-    client_json_write_completion(&body, &(struct client_completion_request){.memory = memory->id,
-                                                                            .prompt = "What now?",
-                                                                            .prompt_size = 9,
-                                                                            .max_tokens = 32,
-                                                                            .seed = -1});
-    assert_int_equal(daemon_call(daemon, "POST", "/v1/completions", "application/json", body.data,
-                                 body.size, &memory->answer),
-                     200);
-    buf_close(&body);
+    memory->answer = daemon_complete(daemon, memory->id, "What now?", 32, false);
 }
 
 static void compare(const struct memory *a, const struct memory *b)
 {
-    struct client_completion x, y;
     assert_int_equal(a->text_bytes, b->text_bytes);
     assert_int_equal(a->token_count, b->token_count);
     assert_int_equal(a->chunks.size, b->chunks.size);
     assert_memory_equal(a->chunks.data, b->chunks.data, a->chunks.size);
-    assert_int_equal(client_json_completion(a->answer.data, a->answer.size, &x), STATUS_OK);
-    assert_int_equal(client_json_completion(b->answer.data, b->answer.size, &y), STATUS_OK);
-    assert_string_equal(x.text, y.text);
-    assert_string_equal(x.finish_reason, y.finish_reason);
-    client_json_completion_close(&x);
-    client_json_completion_close(&y);
+    assert_string_equal(a->answer.text, b->answer.text);
+    assert_string_equal(a->answer.finish_reason, b->answer.finish_reason);
 }
 
 static void report(const struct crash *crash)
@@ -544,7 +530,6 @@ static int teardown(void **state)
 /* One store's run, from an empty folder. Returns whether it failed; then the folder stays. */
 static bool run_store(struct crash *crash)
 {
-    char path[1024];
     crash->random = crash->seed + 1;
     memcpy(crash->likely, (double[KINDS]){0.01, 2e-5, 0.05, 0.3, 0.02}, sizeof crash->likely);
     for (unsigned c = 0; c < CLIENTS; c++) {
@@ -554,12 +539,8 @@ static bool run_store(struct crash *crash)
     print_message("RAMBAD_SEED=%llu RAMBAD_CRASH_KILLS=%lu\n", (unsigned long long)crash->seed,
                   crash->kills_wanted);
     crash->folder = store_helper_folder();
-    snprintf(path, sizeof path, "%s/killed", crash->folder);
-    mkdir(path, 0700);
-    daemon_init(&crash->killed, MODEL, path);
-    snprintf(path, sizeof path, "%s/calm", crash->folder);
-    mkdir(path, 0700);
-    daemon_init(&crash->calm, MODEL, path);
+    daemon_init(&crash->killed, MODEL, crash->folder, "killed");
+    daemon_init(&crash->calm, MODEL, crash->folder, "calm");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_crash, NULL, teardown, crash),
     };
@@ -572,7 +553,7 @@ static bool run_store(struct crash *crash)
         for (int run = 0; run < 2; run++) {
             struct memory *memory = run ? &crash->without[m] : &crash->with_kills[m];
             buf_close(&memory->chunks);
-            buf_close(&memory->answer);
+            client_json_completion_close(&memory->answer);
         }
     for (unsigned c = 0; c < CLIENTS; c++) {
         buf_close(&crash->clients[c].answer);

@@ -46,11 +46,8 @@ static const char *const flags[] = {"--threads",
 
 static void start(struct fixture *f, const char *const *with)
 {
-    char data[1024];
     f->folder = store_helper_folder();
-    snprintf(data, sizeof data, "%s/data", f->folder);
-    mkdir(data, 0700);
-    daemon_init(&f->daemon, MODEL, data);
+    daemon_init(&f->daemon, MODEL, f->folder, "data");
     f->daemon.flags = with;
     daemon_start(&f->daemon);
 }

@@ -21,7 +21,7 @@
 #define IN_ENVIRONMENT "a key of many letters"
 
 static struct daemon daemon_;
-static char *folder, keys[1024], data[1024];
+static char *folder, keys[1024];
 static char ann[64], bob[64];
 static const char *const flags[] = {"--threads", "1", "--keys", keys, NULL};
 
@@ -118,10 +118,8 @@ static int setup(void **state)
 {
     (void)state;
     folder = store_helper_folder();
-    snprintf(data, sizeof data, "%s/data", folder);
     snprintf(keys, sizeof keys, "%s/keys", folder);
-    mkdir(data, 0700);
-    daemon_init(&daemon_, MODEL, data);
+    daemon_init(&daemon_, MODEL, folder, "data");
     daemon_.flags = flags;
     new_key("ann", ann);
     new_key("bob", bob);
@@ -393,7 +391,7 @@ static void test_bind(void **state)
                  {"--insecure=0", "--insecure"},
                  {"--insecure", "nowhere"}, /* on to the next thing that is wrong */
                  {"--keys K", "nowhere"}};
-    setenv("D", data, 1);
+    setenv("D", daemon_.data, 1);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct buf out;
         char f[1100];

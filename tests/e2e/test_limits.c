@@ -21,7 +21,7 @@
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
 
 static struct daemon daemon_;
-static char *folder, data[1024], keys[1024], ann[64], bob[64];
+static char *folder, keys[1024], ann[64], bob[64];
 static struct buf book;
 
 static int ask(const char *key, const char *method, const char *path, const char *body, size_t size,
@@ -330,10 +330,8 @@ static int setup(void **state)
     static const char *flags[] = {"--memory-quota", "6M", "--keys", keys, "--threads", "1", NULL};
     (void)state;
     folder = store_helper_folder();
-    snprintf(data, sizeof data, "%s/data", folder);
     snprintf(keys, sizeof keys, "%s/keys", folder);
-    mkdir(data, 0700);
-    daemon_init(&daemon_, MODEL, data);
+    daemon_init(&daemon_, MODEL, folder, "data");
     daemon_.flags = flags;
     new_key("ann", ann);
     new_key("bob", bob);

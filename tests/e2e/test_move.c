@@ -25,41 +25,19 @@ struct move {
 
 static struct client_completion ask(const struct daemon *daemon, const char *id, unsigned turn)
 {
-    struct client_completion completion;
-    struct buf body, answer;
     char prompt[64];
-    buf_init(&body);
-    buf_init(&answer);
     snprintf(prompt, sizeof prompt, "Question %u: what was it?", turn);
-    client_json_write_completion(&body,
-                                 &(struct client_completion_request){.memory = id,
-                                                                     .memory_write = true,
-                                                                     .prompt = prompt,
-                                                                     .prompt_size = strlen(prompt),
-                                                                     .max_tokens = 64,
-                                                                     .seed = -1});
-    assert_int_equal(daemon_call(daemon, "POST", "/v1/completions", "application/json", body.data,
-                                 body.size, &answer),
-                     200);
-    assert_int_equal(client_json_completion(answer.data, answer.size, &completion), STATUS_OK);
-    buf_close(&body);
-    buf_close(&answer);
-    return completion;
+    return daemon_complete(daemon, id, prompt, 64, true);
 }
 
 static void fill(const struct daemon *daemon, const char *id)
 {
-    char path[160];
-    struct buf text, answer;
+    struct buf text;
     buf_init(&text);
-    buf_init(&answer);
     for (unsigned i = 0; i < 20000; i++)
         buf_append_format(&text, "%u. ", i * i % 977);
-    snprintf(path, sizeof path, "/v1/memories/%s/append", id);
-    assert_int_equal(daemon_call(daemon, "POST", path, "text/plain", text.data, text.size, &answer),
-                     200);
+    daemon_append_text(daemon, id, text.data, text.size);
     buf_close(&text);
-    buf_close(&answer);
 }
 
 static void read_file(const char *path, struct buf *out)
@@ -172,24 +150,15 @@ static int teardown(void **state)
     return 0;
 }
 
-static void init(const struct move *move, struct daemon *daemon, const char *name,
-                 const char *model)
-{
-    char path[1024];
-    snprintf(path, sizeof path, "%s/%s", move->folder, name);
-    mkdir(path, 0700);
-    daemon_init(daemon, model, path);
-}
-
 int main(void)
 {
     struct move *move = calloc(1, sizeof *move);
     if (!move)
         return 1;
     move->folder = store_helper_folder();
-    init(move, &move->here, "here", MODEL);
-    init(move, &move->there, "there", MODEL);
-    init(move, &move->foreign, "foreign", OTHER_MODEL);
+    daemon_init(&move->here, MODEL, move->folder, "here");
+    daemon_init(&move->there, MODEL, move->folder, "there");
+    daemon_init(&move->foreign, OTHER_MODEL, move->folder, "foreign");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_move, NULL, teardown, move),
     };

@@ -37,24 +37,7 @@ static int call(const struct past *past, const char *method, const char *path, c
 static struct client_completion ask(const struct past *past, const char *id, const char *prompt,
                                     bool write)
 {
-    struct client_completion completion;
-    struct buf body, answer;
-    buf_init(&body);
-    buf_init(&answer);
-    client_json_write_completion(&body,
-                                 &(struct client_completion_request){.memory = id,
-                                                                     .memory_write = write,
-                                                                     .prompt = prompt,
-                                                                     .prompt_size = strlen(prompt),
-                                                                     .max_tokens = 40,
-                                                                     .seed = -1});
-    assert_int_equal(daemon_call(&past->daemon, "POST", "/v1/completions", "application/json",
-                                 body.data, body.size, &answer),
-                     200);
-    assert_int_equal(client_json_completion(answer.data, answer.size, &completion), STATUS_OK);
-    buf_close(&body);
-    buf_close(&answer);
-    return completion;
+    return daemon_complete(&past->daemon, id, prompt, 40, write);
 }
 
 static void assert_stands_at(const struct past *past, const char *id, unsigned turn)
@@ -104,16 +87,13 @@ static void remove_memory(const struct past *past, const char *id)
 /* An append of some blocks, then turns. */
 static void live(struct past *past)
 {
-    char path[160], prompt[64];
-    struct buf text, answer;
+    char prompt[64];
+    struct buf text;
     buf_init(&text);
-    buf_init(&answer);
     daemon_create_memory(&past->daemon, NULL, past->id);
     for (unsigned i = 0; i < 6000; i++)
         buf_append_format(&text, "%u. ", i * i % 977);
-    snprintf(path, sizeof path, "/v1/memories/%s/append", past->id);
-    assert_int_equal(
-        daemon_call(&past->daemon, "POST", path, "text/plain", text.data, text.size, &answer), 200);
+    daemon_append_text(&past->daemon, past->id, text.data, text.size);
     for (unsigned i = 0; i < TURNS; i++) {
         if (i > 0) {
             snprintf(prompt, sizeof prompt, "And then, number %u, what did it say?", i);
@@ -124,7 +104,6 @@ static void live(struct past *past)
         past->answer[i] = ask(past, past->id, "What now?", false);
     }
     buf_close(&text);
-    buf_close(&answer);
 }
 
 static void test_turns(struct past *past)
@@ -386,13 +365,10 @@ static int teardown(void **state)
 int main(void)
 {
     struct past *past = calloc(1, sizeof *past);
-    char path[1024];
     if (!past)
         return 1;
     past->folder = store_helper_folder();
-    snprintf(path, sizeof path, "%s/data", past->folder);
-    mkdir(path, 0700);
-    daemon_init(&past->daemon, MODEL, path);
+    daemon_init(&past->daemon, MODEL, past->folder, "data");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_past, NULL, teardown, past),
         cmocka_unit_test_prestate_setup_teardown(test_roundings, NULL, teardown, past),

@@ -131,13 +131,10 @@ static void new_key(const char *name, char out[64])
 
 static int setup(void **state)
 {
-    char data[1024];
     (void)state;
     folder = store_helper_folder();
-    snprintf(data, sizeof data, "%.1000s/data", folder);
     snprintf(keys, sizeof keys, "%.1000s/keys", folder);
-    assert_int_equal(mkdir(data, 0700), 0);
-    daemon_init(&kept, MODEL, data);
+    daemon_init(&kept, MODEL, folder, "data");
     new_key("ann", ann);
     new_key("bob", bob);
     kept.flags = kept_flags;

@@ -705,13 +705,11 @@ static void test_failures(void **state)
     const char *const damaged[] = {world.memory, world.response, world.background,
                                    world.conversation};
     const struct daemon golden = daemon_;
-    char data[1024], *other = store_helper_folder();
+    char *other = store_helper_folder();
     snprintf(control, sizeof control, "%s/disk", other);
-    snprintf(data, sizeof data, "%s/data", other);
-    assert_int_equal(mkdir(data, 0700), 0);
     make_id("/v1/memories", "{}", 201, world.memory);
     export_file(world.memory, &world.file);
-    daemon_init(&daemon_, "engine/models/ramba-20m", data);
+    daemon_init(&daemon_, "engine/models/ramba-20m", other, "data");
     daemon_.key = KEY;
     start_daemon(flags);
     expect_bytes(document_find(&document, "POST", "/v1/memories/import"), "", "", AUTHORIZATION,

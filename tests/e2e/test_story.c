@@ -221,7 +221,6 @@ static int teardown(void **state)
 int main(void)
 {
     struct story story = {.seed = 0};
-    char data[1024];
     const char *seed = getenv("RAMBAD_SEED");
     buf_init(&story.book);
     if (seed)
@@ -238,9 +237,7 @@ int main(void)
     if (!read_books(&story.book))
         return SKIPPED;
     story.folder = store_helper_folder();
-    snprintf(data, sizeof data, "%s/data", story.folder);
-    mkdir(data, 0700);
-    daemon_init(&story.daemon, story.model, data);
+    daemon_init(&story.daemon, story.model, story.folder, "data");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_story, NULL, teardown, &story),
     };

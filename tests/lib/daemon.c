@@ -51,14 +51,15 @@ static int free_port(void)
     return ntohs(address.sin_port);
 }
 
-void daemon_init(struct daemon *daemon, const char *model, const char *data)
+void daemon_init(struct daemon *daemon, const char *model, const char *folder, const char *name)
 {
     *daemon = (struct daemon){.port = free_port()};
     curl_global_init(CURL_GLOBAL_DEFAULT);
     snprintf(daemon->url, sizeof daemon->url, "http://127.0.0.1:%d", daemon->port);
     snprintf(daemon->model, sizeof daemon->model, "%s", model);
-    snprintf(daemon->data, sizeof daemon->data, "%s", data);
-    snprintf(daemon->log, sizeof daemon->log, "%.1000s.log", data);
+    snprintf(daemon->data, sizeof daemon->data, "%s/%s", folder, name);
+    snprintf(daemon->log, sizeof daemon->log, "%.1000s.log", daemon->data);
+    assert_true(mkdir(daemon->data, 0700) == 0 || errno == EEXIST);
 }
 
 void daemon_print_log(const struct daemon *daemon)
@@ -270,6 +271,42 @@ struct client_memory daemon_get_memory(const struct daemon *daemon, const char *
     return memory;
 }
 
+void daemon_append_text(const struct daemon *daemon, const char *id, const char *text, size_t size)
+{
+    char path[160];
+    struct buf answer;
+    buf_init(&answer);
+    snprintf(path, sizeof path, "/v1/memories/%s/append", id);
+    const int code = daemon_call(daemon, "POST", path, "text/plain", text, size, &answer);
+    if (code != 200)
+        fail_msg("%s: HTTP %d %s", path, code, buf_text(&answer));
+    buf_close(&answer);
+}
+
+struct client_completion daemon_complete(const struct daemon *daemon, const char *id,
+                                         const char *prompt, uint32_t max_tokens, bool write)
+{
+    struct client_completion completion;
+    struct buf body, answer;
+    buf_init(&body);
+    buf_init(&answer);
+    client_json_write_completion(&body,
+                                 &(struct client_completion_request){.memory = id,
+                                                                     .memory_write = write,
+                                                                     .prompt = prompt,
+                                                                     .prompt_size = strlen(prompt),
+                                                                     .max_tokens = max_tokens,
+                                                                     .seed = -1});
+    const int code = daemon_call(daemon, "POST", "/v1/completions", "application/json", body.data,
+                                 body.size, &answer);
+    if (code != 200)
+        fail_msg("a completion of %s: HTTP %d %s", id, code, buf_text(&answer));
+    assert_int_equal(client_json_completion(answer.data, answer.size, &completion), STATUS_OK);
+    buf_close(&body);
+    buf_close(&answer);
+    return completion;
+}
+
 uint64_t daemon_read_chunks(const struct daemon *daemon, const char *id, struct buf *answers)
 {
     uint64_t next = 0;
@@ -342,10 +379,8 @@ void daemon_check(const struct daemon *daemon)
 
 char *daemon_begin(struct daemon *daemon, const char *model, const char *const *flags)
 {
-    char data[1024], *folder = store_helper_folder();
-    snprintf(data, sizeof data, "%.1000s/data", folder);
-    assert_int_equal(mkdir(data, 0700), 0);
-    daemon_init(daemon, model, data);
+    char *folder = store_helper_folder();
+    daemon_init(daemon, model, folder, "data");
     daemon->flags = flags;
     daemon_start(daemon);
     return folder;

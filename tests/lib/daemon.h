@@ -22,9 +22,9 @@ struct daemon {
     const char *key;          /* that wire_call sends; NULL: none */
 };
 
-/* `data` is an empty folder or one of an earlier daemon; the log goes beside it as `data`.log.
- * RAMBAD_BIN and RAMBA_BIN name the programs. */
-void daemon_init(struct daemon *daemon, const char *model, const char *data);
+/* Its data is in `folder`/`name`, which is made unless an earlier daemon left it there; the log
+ * goes beside it as `name`.log. RAMBAD_BIN and RAMBA_BIN name the programs. */
+void daemon_init(struct daemon *daemon, const char *model, const char *folder, const char *name);
 /* Starts it and waits until /health/ready says 200. Returns the seconds that took. */
 double daemon_start(struct daemon *daemon);
 /* Starts it and does not wait. */
@@ -55,6 +55,11 @@ int daemon_append(const struct daemon *daemon, const char *path, const char *tex
 /* The calls that every test makes; they must succeed. */
 void daemon_create_memory(const struct daemon *daemon, const char *from, char id[LIMITS_ID_BYTES]);
 struct client_memory daemon_get_memory(const struct daemon *daemon, const char *id);
+void daemon_append_text(const struct daemon *daemon, const char *id, const char *text, size_t size);
+/* What the memory says to `prompt`, greedily; its turn when `write`. Close it with
+ * client_json_completion_close. */
+struct client_completion daemon_complete(const struct daemon *daemon, const char *id,
+                                         const char *prompt, uint32_t max_tokens, bool write);
 /* All whole chunks of the memory: the server's answers one behind the other, as they came, for a
  * comparison to the byte. Returns the number of chunks. */
 uint64_t daemon_read_chunks(const struct daemon *daemon, const char *id, struct buf *answers);
