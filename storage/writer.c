@@ -573,8 +573,9 @@ enum status writer_start(struct storage *storage, struct error *err)
     pthread_cond_init(&writer->wake, &attributes);
     pthread_condattr_destroy(&attributes);
     storage->writer = writer;
-    /* Signals are the main thread's business. */
+    /* Signals are the main thread's business, but for that of a page which it cannot read itself. */
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&writer->mutex);
     int rc = pthread_create(&writer->thread, NULL, run, storage);

@@ -137,8 +137,11 @@ static void test_cut(void **state)
     assert_int_equal(daemon_call(&full->daemon, "GET", path, NULL, NULL, 0, &answer), 0);
     assert_int_equal(waitpid(full->daemon.pid, &how, 0), full->daemon.pid);
     full->daemon.pid = 0;
-    assert_true(WIFEXITED(how));
-    assert_int_equal(WEXITSTATUS(how), 1);
+    if (!WIFEXITED(how) || WEXITSTATUS(how) != 1) {
+        daemon_print_log(&full->daemon);
+        fail_msg("the daemon ended with %s %d", WIFEXITED(how) ? "exit code" : "signal",
+                 WIFEXITED(how) ? WEXITSTATUS(how) : WTERMSIG(how));
+    }
     FILE *log = fopen(full->daemon.log, "r");
     bool told = false;
     assert_non_null(log);
