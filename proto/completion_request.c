@@ -61,6 +61,15 @@ static const char *const chat_fields[] = {"model",
                                           "frequency_penalty",
                                           "logit_bias",
                                           "user",
+                                          "safety_identifier",
+                                          "prompt_cache_key",
+                                          "service_tier",
+                                          "store",
+                                          "tools",
+                                          "tool_choice",
+                                          "parallel_tool_calls",
+                                          "response_format",
+                                          "modalities",
                                           "memory",
                                           "memory_write",
                                           "retrieval",
@@ -327,10 +336,12 @@ static void read_chat_bound(struct json_fields *f, struct completion_request *r)
     r->max_tokens = newer ? newer : older ? older : LIMITS_CHAT_TOKENS;
 }
 
-static void read_stream_options(struct json_fields *f, struct completion_request *r)
+void completion_read_stream_options(struct json_fields *f, bool *include_usage)
 {
-    static const char *const known[] = {"include_usage", NULL};
+    static const char *const all[] = {"include_obfuscation", "include_usage", NULL};
+    static const char *const few[] = {"include_obfuscation", NULL};
     const cJSON *options = cJSON_GetObjectItemCaseSensitive(f->root, "stream_options");
+    bool obfuscated = false;
     if (!options || cJSON_IsNull(options))
         return;
     if (!cJSON_IsObject(options)) {
@@ -338,9 +349,66 @@ static void read_stream_options(struct json_fields *f, struct completion_request
         return;
     }
     struct json_fields inner = {.root = options, .err = f->err, .status = f->status};
-    json_refuse_others(&inner, known);
-    json_read_bool(&inner, "include_usage", &r->include_usage);
+    json_refuse_others(&inner, include_usage ? all : few);
+    if (include_usage)
+        json_read_bool(&inner, "include_usage", include_usage);
+    json_read_bool(&inner, "include_obfuscation", &obfuscated);
+    if (obfuscated)
+        json_fail(&inner, STATUS_UNSUPPORTED, "stream_options",
+                  "may not ask for obfuscation: use TLS with padding");
     f->status = inner.status;
+}
+
+bool completion_read_choice(struct json_fields *f, const char *field, const char *first,
+                            const char *second)
+{
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(f->root, field);
+    const char *text = cJSON_GetStringValue(item);
+    const bool is_second = text && strcmp(text, second) == 0;
+    char message[64];
+    snprintf(message, sizeof message, "may be \"%s\" or \"%s\" alone", first, second);
+    if (item && !cJSON_IsNull(item) && !is_second && (!text || strcmp(text, first) != 0))
+        json_fail(f, text ? STATUS_UNSUPPORTED : STATUS_INVALID, field, message);
+    return is_second;
+}
+
+const char *completion_read_defaults(struct json_fields *f, bool *parallel_tool_calls)
+{
+    const cJSON *tools = cJSON_GetObjectItemCaseSensitive(f->root, "tools");
+    if (tools && !cJSON_IsNull(tools) && (!cJSON_IsArray(tools) || tools->child))
+        json_fail(f, STATUS_UNSUPPORTED, "tools", "may be an empty array alone: there are none");
+    *parallel_tool_calls = true;
+    json_read_bool(f, "parallel_tool_calls", parallel_tool_calls);
+    completion_read_choice(f, "service_tier", "auto", "default");
+    return completion_read_choice(f, "tool_choice", "auto", "none") ? "none" : "auto";
+}
+
+void completion_read_format(struct json_fields *f, const char *name, const cJSON *format)
+{
+    const char *type = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(format, "type"));
+    if (format && !cJSON_IsNull(format) &&
+        (!type || strcmp(type, "text") != 0 || cJSON_GetArraySize(format) != 1))
+        json_fail(f, STATUS_UNSUPPORTED, name, "may be of type \"text\" alone");
+}
+
+/* What else a chat may say that is so anyway. */
+static void read_chat_defaults(struct json_fields *f)
+{
+    const cJSON *modalities = cJSON_GetObjectItemCaseSensitive(f->root, "modalities"), *item;
+    bool parallel_tool_calls, store = false;
+    completion_read_defaults(f, &parallel_tool_calls);
+    completion_read_format(f, "response_format",
+                           cJSON_GetObjectItemCaseSensitive(f->root, "response_format"));
+    json_read_bool(f, "store", &store);
+    if (store)
+        json_fail(f, STATUS_UNSUPPORTED, "store", "may be false alone: /v1/responses stores");
+    if (modalities && !cJSON_IsNull(modalities) && !cJSON_IsArray(modalities))
+        json_fail(f, STATUS_INVALID, "modalities", "must be an array");
+    cJSON_ArrayForEach(item, modalities)
+    {
+        if (!cJSON_IsString(item) || strcmp(item->valuestring, "text") != 0)
+            json_fail(f, STATUS_UNSUPPORTED, "modalities", "may hold \"text\" alone");
+    }
 }
 
 static void read_include(struct json_fields *f, struct completion_request *r)
@@ -412,7 +480,7 @@ static void read_common(struct json_fields *f, struct completion_request *r)
     r->best_of = r->n;
     completion_read_sampling(f, r);
     json_read_bool(f, "stream", &r->stream);
-    read_stream_options(f, r);
+    completion_read_stream_options(f, &r->include_usage);
     json_read_text(f, "memory", r->memory, sizeof r->memory);
     json_read_bool(f, "memory_write", &r->memory_write);
     r->memory_write = r->memory_write && r->memory[0];
@@ -438,6 +506,7 @@ static enum status parse(const char *json, size_t size, bool chat, struct comple
         read_messages(&f, r);
         read_chat_bound(&f, r);
         read_chat_logprobs(&f, r);
+        read_chat_defaults(&f);
     } else {
         read_prompts(&f, r);
         json_read_count(&f, "max_tokens", 0, MAX_TOKENS_LIMIT, &r->max_tokens);

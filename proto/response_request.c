@@ -251,57 +251,20 @@ static void read_include(struct json_fields *f, struct response_request *r)
     }
 }
 
-/* The one text of `field` that is not `first` is `second`; whether it is that. */
-static bool read_choice(struct json_fields *f, const char *field, const char *first,
-                        const char *second)
-{
-    const cJSON *item = cJSON_GetObjectItemCaseSensitive(f->root, field);
-    const char *text = cJSON_GetStringValue(item);
-    const bool is_second = text && strcmp(text, second) == 0;
-    char message[64];
-    snprintf(message, sizeof message, "may be \"%s\" or \"%s\" alone", first, second);
-    if (item && !cJSON_IsNull(item) && !is_second && (!text || strcmp(text, first) != 0))
-        json_fail(f, text ? STATUS_UNSUPPORTED : STATUS_INVALID, field, message);
-    return is_second;
-}
-
 /* Fields that may say what is so anyway, since clients send them. */
 static void read_defaults(struct json_fields *f, struct response_request *r)
 {
     static const char *const text_known[] = {"format", NULL};
-    static const char *const format_known[] = {"type", NULL};
-    static const char *const stream_known[] = {"include_obfuscation", NULL};
-    const cJSON *tools = cJSON_GetObjectItemCaseSensitive(f->root, "tools");
     const cJSON *text = cJSON_GetObjectItemCaseSensitive(f->root, "text");
-    const cJSON *options = cJSON_GetObjectItemCaseSensitive(f->root, "stream_options");
-    const cJSON *format = cJSON_GetObjectItemCaseSensitive(text, "format");
-    bool obfuscated = false;
-    if (tools && !cJSON_IsNull(tools) && (!cJSON_IsArray(tools) || tools->child))
-        json_fail(f, STATUS_UNSUPPORTED, "tools", "may be an empty array alone: there are none");
-    strcpy(r->tool_choice, read_choice(f, "tool_choice", "auto", "none") ? "none" : "auto");
-    r->truncation_auto = read_choice(f, "truncation", "disabled", "auto");
-    r->parallel_tool_calls = true;
-    json_read_bool(f, "parallel_tool_calls", &r->parallel_tool_calls);
-    if (text && !cJSON_IsNull(text)) {
-        const char *type = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(format, "type"));
-        if (!cJSON_IsObject(text))
-            json_fail(f, STATUS_INVALID, "text", "must be an object");
-        refuse_fields(f, "text", text, text_known);
-        refuse_fields(f, "text.format", format, format_known);
-        if (format && !cJSON_IsNull(format) && (!type || strcmp(type, "text") != 0))
-            json_fail(f, STATUS_UNSUPPORTED, "text.format", "may be of type \"text\" alone");
-    }
-    if (options && !cJSON_IsNull(options)) {
-        struct json_fields inner = {.root = options, .err = f->err, .status = f->status};
-        if (!cJSON_IsObject(options))
-            json_fail(&inner, STATUS_INVALID, "stream_options", "must be an object");
-        refuse_fields(&inner, "stream_options", options, stream_known);
-        json_read_bool(&inner, "include_obfuscation", &obfuscated);
-        if (obfuscated)
-            json_fail(&inner, STATUS_UNSUPPORTED, "stream_options",
-                      "may not ask for obfuscation: use TLS with padding");
-        f->status = inner.status;
-    }
+    strcpy(r->tool_choice, completion_read_defaults(f, &r->parallel_tool_calls));
+    r->truncation_auto = completion_read_choice(f, "truncation", "disabled", "auto");
+    completion_read_stream_options(f, NULL);
+    if (!text || cJSON_IsNull(text))
+        return;
+    if (!cJSON_IsObject(text))
+        json_fail(f, STATUS_INVALID, "text", "must be an object");
+    refuse_fields(f, "text", text, text_known);
+    completion_read_format(f, "text.format", cJSON_GetObjectItemCaseSensitive(text, "format"));
 }
 
 /* What the fields demand of each other. */
@@ -348,6 +311,9 @@ enum status response_request_parse(const char *json, size_t size, struct respons
                                         "priority",
                                         "timeout",
                                         "user",
+                                        "safety_identifier",
+                                        "prompt_cache_key",
+                                        "service_tier",
                                         "memory",
                                         "memory_write",
                                         "tools",

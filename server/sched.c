@@ -515,9 +515,10 @@ bool sched_gate_enter(struct sched_gate *gate, uint64_t tokens, double now, doub
     }
     gate->refused_requests += full;
     gate->refused_tokens += !full;
-    /* When nothing has started for long, what was measured before is no longer true. */
+    /* When nothing has started for long, what was measured before is no longer true: some have
+     * waited since then, or all places have been taken. */
     double each = gate->start_s > 0 ? gate->start_s : NO_RATE_S;
-    if (gate->backlogged)
+    if (gate->backlogged || !places)
         each = most(each, now - gate->last_start);
     double starts = 1;
     if (heavy && gate->start_tokens > 0)

@@ -187,9 +187,11 @@ check('errors', async () => {
         (e) => e instanceof OpenAI.BadRequestError && e.param === 'temperature' && !!e.requestID,
     );
     await assert.rejects(
-        client.chat.completions.create({ model, messages, tools: [] }),
+        client.chat.completions.create({ model, messages, functions: [] }),
         (e) =>
-            e instanceof OpenAI.BadRequestError && e.code === 'unsupported' && e.param === 'tools',
+            e instanceof OpenAI.BadRequestError &&
+            e.code === 'unsupported' &&
+            e.param === 'functions',
     );
     await assert.rejects(
         client.completions.create({ model, prompt: 'x', memory: 'mem_none' }),

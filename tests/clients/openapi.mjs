@@ -137,8 +137,11 @@ check('completions and chats', async () => {
                 body: { messages, max_tokens: 4, stream, ...more },
             });
     }
+    await ask('post', '/v1/chat/completions', {
+        body: { messages, max_tokens: 1, tools: [], response_format: { type: 'text' } },
+    });
     await ask('post', '/v1/completions', { body: {}, status: 400 });
-    await ask('post', '/v1/chat/completions', { body: { messages, tools: [] }, status: 400 });
+    await ask('post', '/v1/chat/completions', { body: { messages, functions: [] }, status: 400 });
 });
 
 check('memories', async () => {

@@ -267,12 +267,32 @@ static void test_memory(void **state)
     assert_true(daemon_get_memory(&daemon_, id).token_count == one.token_count);
 }
 
+/* What clients say though it is so anyway. */
+static void test_defaults(void **state)
+{
+    (void)state;
+    cJSON_Delete(chat(MESSAGES ",\"max_tokens\":1,\"tools\":[],\"tool_choice\":\"auto\","
+                               "\"parallel_tool_calls\":true,\"store\":false,"
+                               "\"service_tier\":\"default\",\"modalities\":[\"text\"],"
+                               "\"response_format\":{\"type\":\"text\"},"
+                               "\"safety_identifier\":\"a\",\"prompt_cache_key\":\"b\""));
+    cJSON_Delete(chat(MESSAGES ",\"max_tokens\":1,\"tool_choice\":\"none\",\"tools\":null,"
+                               "\"stream_options\":{\"include_obfuscation\":false}"));
+}
+
 static void test_refusals(void **state)
 {
     (void)state;
     refused("\"messages\":[]", "invalid", "messages");
-    refused(MESSAGES ",\"tools\":[]", "unsupported", "tools");
-    refused(MESSAGES ",\"tool_choice\":\"none\"", "unsupported", "tool_choice");
+    refused(MESSAGES ",\"tools\":[{}]", "unsupported", "tools");
+    refused(MESSAGES ",\"tool_choice\":\"required\"", "unsupported", "tool_choice");
+    refused(MESSAGES ",\"tool_choice\":{\"type\":\"function\"}", "invalid", "tool_choice");
+    refused(MESSAGES ",\"service_tier\":\"flex\"", "unsupported", "service_tier");
+    refused(MESSAGES ",\"store\":true", "unsupported", "store");
+    refused(MESSAGES ",\"metadata\":{}", "unsupported", "metadata");
+    refused(MESSAGES ",\"modalities\":[\"text\",\"audio\"]", "unsupported", "modalities");
+    refused(MESSAGES ",\"stream\":true,\"stream_options\":{\"include_obfuscation\":true}",
+            "unsupported", "stream_options");
     refused(MESSAGES ",\"response_format\":{\"type\":\"json_object\"}", "unsupported",
             "response_format");
     refused(MESSAGES ",\"model\":\"another\"", "not_found", "model");
@@ -286,6 +306,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_whole),    cmocka_unit_test(test_stream),
         cmocka_unit_test(test_logprobs), cmocka_unit_test(test_stop),
-        cmocka_unit_test(test_memory),   cmocka_unit_test(test_refusals)};
+        cmocka_unit_test(test_memory),   cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_refusals)};
     return cmocka_run_group_tests_name("chat", tests, setup, teardown);
 }

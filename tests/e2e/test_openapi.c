@@ -92,10 +92,10 @@ static void test_fields(void **state)
     static const struct {
         const char *schema, *method, *path;
         size_t count;
-    } bodies[] = {{"ResponseRequest", "POST", "/v1/responses", 34},
+    } bodies[] = {{"ResponseRequest", "POST", "/v1/responses", 37},
                   {"ConversationRequest", "POST", "/v1/conversations", 2},
                   {"CompletionRequest", "POST", "/v1/completions", 28},
-                  {"ChatRequest", "POST", "/v1/chat/completions", 27},
+                  {"ChatRequest", "POST", "/v1/chat/completions", 36},
                   {"MemoryRequest", "POST", "/v1/memories", 4},
                   {"MemoryUpdate", "PATCH", "/v1/memories/ID", 2},
                   {"BookmarkRequest", "POST", "/v1/memories/ID/turns", 2},

@@ -528,6 +528,37 @@ static void says_when(void **unused)
     assert_true(retry > 55);
 }
 
+/* Short ones were the rule until a long one came, behind which nobody waited at first: who is sent
+ * away comes again at intervals that grow with it. */
+static void says_when_after_short_ones(void **unused)
+{
+    (void)unused;
+    double retry = 0, at = 0;
+    sched_gate_init(&gate, 2, 1000, 1);
+    for (int i = 0; i < 50; i++, at += 0.01) {
+        while (gate.requests < 2)
+            assert_true(sched_gate_enter(&gate, 1, at, &retry));
+        if (gate.running)
+            sched_gate_end(&gate);
+        sched_gate_start(&gate, 1, at);
+    }
+    sched_gate_end(&gate);
+    sched_gate_start(&gate, 1, at);
+    sched_gate_end(&gate);
+    at += 10;
+    assert_true(sched_gate_enter(&gate, 1, at, &retry)); /* alone, at once, and for long */
+    sched_gate_start(&gate, 1, at);
+    assert_true(sched_gate_enter(&gate, 1, at, &retry));
+    assert_true(sched_gate_enter(&gate, 1, at, &retry));
+    const double start = at;
+    int tries = 0;
+    for (; at < start + 8; tries++) {
+        assert_false(sched_gate_enter(&gate, 1, at, &retry));
+        at += retry;
+    }
+    assert_true(tries <= 12); /* from a hundredth of a second, doubled each time */
+}
+
 int main(void)
 {
     const char *given = getenv("RAMBAD_SEED");
@@ -543,6 +574,7 @@ int main(void)
         cmocka_unit_test(bulk_leaves_room),
         cmocka_unit_test(bulk_owes_nothing),
         cmocka_unit_test(says_when),
+        cmocka_unit_test(says_when_after_short_ones),
         cmocka_unit_test(a_day),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -90,7 +90,12 @@ static void test_refusals(void **state)
         {"{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"user\",\"content\":"
          "\"a\",\"name\":\"ann\"}]}",
          "messages[1].name", STATUS_UNSUPPORTED},
-        {"{" HELLO ",\"tools\":[]}", "tools", STATUS_UNSUPPORTED},
+        {"{" HELLO ",\"tools\":[{}]}", "tools", STATUS_UNSUPPORTED},
+        {"{" HELLO ",\"tools\":1}", "tools", STATUS_UNSUPPORTED},
+        {"{" HELLO ",\"modalities\":{\"a\":1}}", "modalities", STATUS_INVALID},
+        {"{" HELLO ",\"response_format\":{}}", "response_format", STATUS_UNSUPPORTED},
+        {"{" HELLO ",\"response_format\":{\"type\":\"text\",\"strict\":1}}", "response_format",
+         STATUS_UNSUPPORTED},
         {"{" HELLO ",\"response_format\":{\"type\":\"json_object\"}}", "response_format",
          STATUS_UNSUPPORTED},
         {"{" HELLO ",\"prompt\":\"a\"}", "prompt", STATUS_UNSUPPORTED},
