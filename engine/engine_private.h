@@ -29,6 +29,8 @@ struct engine {
     enum ops_dtype memory_dtype;
     size_t state_floats; /* of one session: all layers */
     void *packed;        /* room for a packed state, memory of ops->alloc */
+    const struct engine_session
+        *packed_of; /* the rounded session whose state it is; NULL: nobody's */
     struct list sessions;
     struct model *model;        /* scratch of the forward pass */
     struct model_item *running; /* and of a step; grows to what one needs */

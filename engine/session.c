@@ -293,6 +293,8 @@ enum status engine_session_fork(const struct engine_session *session, uint64_t b
 void engine_session_destroy(struct engine_session *session)
 {
     struct engine *engine = session->engine;
+    if (engine->packed_of == session)
+        engine->packed_of = NULL;
     list_remove(&session->node);
     for (size_t i = 0; i < session->block_count; i++)
         memory_landmarks_drop(&engine->memory, session->blocks[i]);
@@ -340,12 +342,20 @@ bool engine_session_has_logits(const struct engine_session *session)
     return session->has_logits;
 }
 
-void engine_session_round(struct engine_session *session)
+/* Rounds the state, or packs what is rounded, which stays as it is. */
+static void pack(const struct engine_session *session)
 {
-    const struct engine *engine = session->engine;
-    if (!session->rounded)
+    struct engine *engine = session->engine;
+    if (!session->rounded || engine->packed_of != session)
         engine->ops->pack_state(engine->context, session->state, engine->state_floats,
                                 engine->packed);
+    engine->packed_of = session;
+}
+
+void engine_session_round(struct engine_session *session)
+{
+    if (!session->rounded)
+        pack(session);
     session->rounded = true;
 }
 
@@ -381,9 +391,8 @@ void engine_session_snapshot(const struct engine_session *session, void *out)
     char *to = out;
     memcpy(to, &header, sizeof header);
     to += sizeof header;
-    if (session->rounded) /* what is packed is rounded already, and stays as it is */
-        engine->ops->pack_state(engine->context, session->state, engine->state_floats,
-                                engine->packed);
+    if (session->rounded)
+        pack(session);
     size_t bytes = state_bytes(session);
     engine->ops->copy(engine->context, to, session->rounded ? engine->packed : session->state,
                       bytes);

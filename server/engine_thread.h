@@ -67,6 +67,8 @@ struct engine_thread_stats {
     uint64_t stalls; /* gaps that were longer */
     uint64_t sessions_idle, sessions_idle_bytes;
     uint64_t resumes_ram, resumes_disk, resumes_empty;
+    uint64_t snapshots_full, snapshots_rounded; /* given to storage */
+    uint64_t snapshot_full_bytes, snapshot_rounded_bytes;
     uint64_t prefix_hits, prefix_misses, prefix_tokens; /* tokens: that hits saved */
     uint64_t prefix_evictions, prefix_entries, prefix_bytes;
     uint64_t steps, step_rows, prefill_tokens;

@@ -272,6 +272,9 @@ void job_generate_open_empty(struct job *job);
 void job_generate_begin(struct job *job);
 /* Of the prompt and what was kept of the answer. */
 int32_t job_generate_token(const struct job *job, size_t index);
+/* The session's snapshot, malloced and counted. NULL: out of memory. */
+void *job_snapshot(struct engine_thread *thread, const struct engine_session *session,
+                   size_t *size);
 /* Queues a commit of those tokens and the session's snapshot to memory `id`. */
 STATUS_CHECKED enum status job_generate_commit(struct job *job, const char *id,
                                                const struct engine_session *session, size_t from,

@@ -109,8 +109,8 @@ static bool commit_blocks(struct job *job)
         engine_session_round(session);
         job->written[job->written_count - 1] |= STORAGE_TOKEN_MARK;
     }
-    const size_t size = engine_session_snapshot_bytes(session);
-    void *snapshot = malloc(size);
+    size_t size;
+    void *snapshot = job_snapshot(thread, session, &size);
     struct commit *commit = malloc(sizeof *commit);
     struct reply *reply = snapshot && commit ? reply_create(thread, committed, commit) : NULL;
     if (!reply) {
@@ -119,7 +119,6 @@ static bool commit_blocks(struct job *job)
         job_fail(job, STATUS_NO_MEMORY, "out of memory for a snapshot");
         return false;
     }
-    engine_session_snapshot(session, snapshot);
     *commit = (struct commit){.job = job,
                               .position = engine_session_position(session),
                               .text_bytes = job->start_text_bytes + job->written_text_bytes,

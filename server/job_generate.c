@@ -279,17 +279,30 @@ int32_t job_generate_token(const struct job *job, size_t index)
     return index < g->token_count ? g->tokens[index] : job->written[index - g->token_count];
 }
 
+void *job_snapshot(struct engine_thread *thread, const struct engine_session *session, size_t *size)
+{
+    struct engine_thread_stats *counted = &thread->counted;
+    const bool rounded = engine_session_is_rounded(session);
+    *size = engine_session_snapshot_bytes(session);
+    void *snapshot = malloc(*size);
+    if (!snapshot)
+        return NULL;
+    engine_session_snapshot(session, snapshot);
+    *(rounded ? &counted->snapshots_rounded : &counted->snapshots_full) += 1;
+    *(rounded ? &counted->snapshot_rounded_bytes : &counted->snapshot_full_bytes) += *size;
+    return snapshot;
+}
+
 enum status job_generate_commit(struct job *job, const char *id,
                                 const struct engine_session *session, size_t from, size_t to,
                                 uint64_t text_bytes, struct reply *reply)
 {
     const struct job_generate *g = &job->generate;
-    const size_t size = engine_session_snapshot_bytes(session);
-    void *snapshot = malloc(size);
+    size_t size;
+    void *snapshot = job_snapshot(job->thread, session, &size);
     int32_t *tokens = malloc((to - from + 1) * sizeof *tokens);
     enum status status = STATUS_NO_MEMORY;
     if (snapshot && tokens) {
-        engine_session_snapshot(session, snapshot);
         for (size_t i = from; i < to; i++)
             tokens[i - from] = job_generate_token(job, i);
         for (size_t i = 0; i < job->mark_count; i++)

@@ -154,6 +154,10 @@ static void write_engine(struct buf *out, const struct engine_thread_stats *s)
     const struct labelled resumes[] = {{"ram", (double)s->resumes_ram},
                                        {"disk", (double)s->resumes_disk},
                                        {"empty", (double)s->resumes_empty}};
+    const struct labelled snapshots[] = {{"full", (double)s->snapshots_full},
+                                         {"rounded", (double)s->snapshots_rounded}};
+    const struct labelled snapshot_bytes[] = {{"full", (double)s->snapshot_full_bytes},
+                                              {"rounded", (double)s->snapshot_rounded_bytes}};
     const struct metric plain[] = {
         {"sessions_idle", "Memories kept in RAM between turns.", (double)s->sessions_idle},
         {"sessions_idle_bytes", "What they take.", (double)s->sessions_idle_bytes},
@@ -178,6 +182,10 @@ static void write_engine(struct buf *out, const struct engine_thread_stats *s)
     WRITE_METRICS(out, plain);
     WRITE_LABELLED(out, "resumes_total", "Memories taken up again, by where from.", "tier",
                    resumes);
+    WRITE_LABELLED(out, "snapshots_total",
+                   "Snapshots given to the disk; turns end with a rounded one.", "state",
+                   snapshots);
+    WRITE_LABELLED(out, "snapshot_bytes_total", "Bytes of them.", "state", snapshot_bytes);
     write_tiers(out, e);
 }
 

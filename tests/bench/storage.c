@@ -24,7 +24,7 @@
 #define BLOCK_CHUNKS 64u /* of one commit: 4,096 tokens, 16 KiB of English text */
 #define SNAPSHOT \
     ((size_t)24 << 20) /* of a turn's end: state in 15 bits a number, half a chunk, logits */
-#define ROUND 32u      /* commits between two looks at what the disk gives */
+#define ROUND 16u      /* commits between two looks at what the disk gives */
 #define PICKS 8u
 #define TURNS 8u
 #define FORKS 1000u
@@ -148,7 +148,7 @@ static void compare(struct ingest *run, const char *folder, uint64_t tokens)
     const size_t block = BLOCK_CHUNKS * (KV + LANDMARK + S * 4);
     double plain[2] = {0}, ours[2] = {0}, wrote = 0;
     unsigned rounds = 0;
-    for (; rounds % 2 || run->position + 2 * ROUND * BLOCK_CHUNKS * S <= tokens; rounds++) {
+    for (; rounds % 2 || run->position < tokens; rounds++) {
         const unsigned way = rounds % 2;
         plain[way] += plain_writes(folder, run->bytes, block, ROUND / 2);
         const double io = written();

@@ -94,6 +94,9 @@ def main():
     assert grown(before, after, "rambad_forks_total") == 1
     assert grown(before, after, "rambad_requests_total", handler="completions", status="200") == 2
     assert grown(before, after, "rambad_requests_total", handler="append", status="200") == 1
+    rounded = {"state": "rounded"}  # the append's turn and two of the fork
+    assert grown(before, after, "rambad_snapshots_total", **rounded) == 3
+    assert grown(before, after, "rambad_snapshot_bytes_total", **rounded) > 0
     tiers = {}
     for tier in ("device", "host", "disk"):
         tiers[tier] = after["rambad_page_hits_total", (("tier", tier),)]

@@ -232,6 +232,9 @@ static void a_rounded_session_goes_on_as_its_snapshot(void **state)
         engine_session_snapshot(fork, copy);
         assert_memory_equal(copy, snapshot, size);
         engine_session_destroy(fork);
+        engine_session_snapshot(whole, copy); /* another one's comes between */
+        engine_session_snapshot(kept, copy);
+        assert_memory_equal(copy, snapshot, size);
         assert_int_equal(
             engine_session_create(bed.engine, &range, 1, snapshot, size - 1, &fork, &err),
             STATUS_CORRUPT);
