@@ -1,5 +1,5 @@
-/* engine_thread_private.h - the insides of the engine's thread, for engine_thread.c, live_memory.c,
- * job_generate.c and job_append.c.
+/* engine_thread_private.h - the insides of the engine's thread, for engine_thread.c, engine_run.c,
+ * live_memory.c and the jobs.
  * Thread: the engine's, unless a field says otherwise.
  *
  * Three roads lead in: jobs submitted by the loop, answers of storage (replies), and wake-ups for
@@ -27,6 +27,16 @@ struct reply {
     void (*handle_cb)(struct reply *reply, enum status status);
     enum status status;
     void *context;
+};
+
+/* Of the loop's: whether a memory can be let go of; answered once the thread has looked. */
+struct release {
+    struct list node;
+    char id[LIMITS_ID_BYTES];
+    void (*released_cb)(void *context, enum status status);
+    void *context;
+    enum status status;
+    bool answered;
 };
 
 /* A memory that is in use or kept in RAM between turns. */
@@ -190,6 +200,9 @@ struct engine_thread {
 };
 
 uint64_t engine_thread_now_ns(void);
+double engine_thread_seconds(uint64_t ns);
+/* The thread: its argument is the struct engine_thread. */
+void *engine_thread_run(void *thread);
 /* A reply whose handle_cb will run; counted as outstanding. NULL: out of memory. */
 struct reply *reply_create(struct engine_thread *thread,
                            void (*handle_cb)(struct reply *reply, enum status status),
