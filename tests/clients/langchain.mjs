@@ -87,6 +87,50 @@ check('responses', async () => {
     assert.equal(text, second.text);
 });
 
+check('responses with the whole history', async () => {
+    const responses = new ChatOpenAI({
+        ...at(url),
+        model,
+        temperature: 0,
+        maxTokens: 12,
+        useResponsesApi: true,
+    });
+    const history = [
+        new SystemMessage(
+            'You keep the lighthouse of Marrow and answer in few words what you were told. '.repeat(4),
+        ),
+        new HumanMessage("The secret code of Ada's locker is 7318042."),
+    ];
+    const first = await responses.invoke(history);
+    history.push(first, new HumanMessage("What is the secret code of Ada's locker?"));
+    const second = await responses.invoke(history);
+    const known = second.usage_metadata.input_token_details.cache_read;
+    assert.ok(known >= first.usage_metadata.input_tokens, `${known} were known`);
+});
+
+check('a conversation', async () => {
+    const call = (method, path, body) =>
+        fetch(`${url}/v1${path}`, {
+            method,
+            headers: { authorization: `Bearer ${key}`, 'content-type': 'application/json' },
+            body: body && JSON.stringify(body),
+        }).then((answer) => answer.json());
+    const conversation = await call('POST', '/conversations', {});
+    const talk = new ChatOpenAI({
+        ...at(url),
+        model,
+        temperature: 0,
+        maxTokens: 12,
+        useResponsesApi: true,
+        modelKwargs: { conversation: conversation.id },
+    });
+    await talk.invoke("The secret code of Ada's locker is 7318042.");
+    const answer = await talk.invoke("What is the secret code of Ada's locker?");
+    const items = await call('GET', `/conversations/${conversation.id}/items`);
+    assert.equal(items.data.length, 4);
+    assert.equal(items.data[0].content[0].text, answer.text);
+});
+
 check('errors', async () => {
     const wrong = new ChatOpenAI({ ...at(url), model: 'gpt-4' });
     await assert.rejects(wrong.invoke('x'), (e) => e.status === 404 || /gpt-4/.test(e.message));
