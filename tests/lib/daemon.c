@@ -19,6 +19,7 @@
 
 #include <cmocka.h>
 
+#include "tests/lib/document.h"
 #include "tests/lib/store_helper.h"
 
 #define READY_SECONDS 120 /* a large memory is found again within this, on a slow machine */
@@ -214,7 +215,10 @@ static int call(const struct daemon *daemon, const char *method, const char *pat
     curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &code);
     curl_slist_free_all(headers);
     curl_easy_cleanup(curl);
-    return result == CURLE_OK ? (int)code : 0;
+    if (result != CURLE_OK)
+        return 0;
+    document_check(method, path, (int)code);
+    return (int)code;
 }
 
 int daemon_call(const struct daemon *daemon, const char *method, const char *path, const char *type,

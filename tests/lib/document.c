@@ -1,5 +1,6 @@
 #include "tests/lib/document.h"
 
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -7,8 +8,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
+
+#define DOCUMENT "proto/openapi.yaml"
 
 /* The next line, without its end; false behind the last. */
 static bool next_line(const char **at, char line[256])
@@ -71,7 +75,7 @@ void document_open(struct document *document)
 {
     char block[4096];
     size_t size;
-    FILE *file = fopen("proto/openapi.yaml", "r");
+    FILE *file = fopen(DOCUMENT, "r");
     assert_non_null(file);
     *document = (struct document){.operation_count = 0};
     while ((size = fread(block, 1, sizeof block, file)) > 0)
@@ -151,4 +155,55 @@ void document_path(const struct operation *operation, const char *id, const char
         p++;
     }
     strcpy(to, query);
+}
+
+/* ---- every answer ---- */
+
+static struct document known; /* for the life of the process */
+static bool is_known;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void open_known(void)
+{
+    is_known = access(DOCUMENT, R_OK) == 0;
+    if (is_known)
+        document_open(&known);
+}
+
+/* Whether the path, up to its query, is of this form: {} is a part that is not empty. */
+static bool is_like(const char *path, const char *pattern)
+{
+    for (; *pattern; pattern++) {
+        if (*pattern != '{') {
+            if (*path++ != *pattern)
+                return false;
+            continue;
+        }
+        const size_t size = strcspn(path, "/?");
+        if (!size)
+            return false;
+        path += size;
+        pattern++;
+    }
+    return !*path || *path == '?';
+}
+
+void document_check(const char *method, const char *path, int status)
+{
+    bool is_operation = false, documented = false;
+    pthread_once(&once, open_known);
+    if (!is_known || !status)
+        return;
+    if (strcmp(method, "HEAD") == 0)
+        method = "GET";
+    /* A name in a path may be an id, too: either of them may answer. */
+    for (int i = 0; i < known.operation_count; i++) {
+        const struct operation *o = &known.operations[i];
+        if (strcmp(o->method, method) != 0 || !is_like(path, o->path))
+            continue;
+        is_operation = true;
+        documented |= document_has(o, status);
+    }
+    if (is_operation && !documented)
+        fail_msg("%s %s answers %d, which is not documented", method, path, status);
 }

@@ -16,6 +16,8 @@
 
 #include <cmocka.h>
 
+#include "tests/lib/document.h"
+
 void wire_open(struct wire *wire, const struct daemon *daemon)
 {
     struct sockaddr_in address = {.sin_family = AF_INET,
@@ -195,6 +197,7 @@ int wire_call(const struct daemon *daemon, const char *method, const char *path,
     wire_ask(&wire, method, path, headers, body, body ? strlen(body) : 0);
     wire_answer(&wire, answer, strcmp(method, "HEAD") == 0);
     wire_close(&wire);
+    document_check(method, path, answer->status);
     return answer->status;
 }
 
