@@ -435,7 +435,9 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument(
-        "--start",
+        "--from",
+        dest="start",
+        metavar="MODEL",
         help="a model to go on from, in the last stage, where OUT has no checkpoint",
     )
     parser.add_argument(
