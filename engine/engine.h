@@ -107,6 +107,8 @@ bool engine_session_is_rounded(const struct engine_session *session);
  * of it computes the same bits. engine_session_snapshot writes exactly
  * engine_session_snapshot_bytes bytes. */
 size_t engine_session_snapshot_bytes(const struct engine_session *session);
+/* Of the largest that any session of this model can have. Any thread. */
+size_t engine_snapshot_bytes_most(const struct engine *engine);
 void engine_session_snapshot(const struct engine_session *session, void *out);
 
 /* ---- the step ---- */

@@ -378,6 +378,14 @@ size_t engine_session_snapshot_bytes(const struct engine_session *session)
                (partial_rows(session) * c->hidden_size + (session->has_logits ? c->vocab_size : 0));
 }
 
+size_t engine_snapshot_bytes_most(const struct engine *engine)
+{
+    const struct model_config *c = &engine->config;
+    return sizeof(struct snapshot_header) +
+           sizeof(float) *
+               (engine->state_floats + (size_t)c->chunk_tokens * c->hidden_size + c->vocab_size);
+}
+
 void engine_session_snapshot(const struct engine_session *session, void *out)
 {
     const struct engine *engine = session->engine;

@@ -169,7 +169,7 @@ static void write_piece(uv_work_t *work)
     if (!move->in)
         move->status = storage_import_open(
             move->server->storage, engine_get_info(move->server->engine)->config->vocab_size,
-            move->request->key, &move->in);
+            engine_snapshot_bytes_most(move->server->engine), move->request->key, &move->in);
     if (!move->status && move->piece.size)
         move->status =
             storage_import_feed(move->in, move->piece.data, move->piece.size, &move->err);

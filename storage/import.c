@@ -9,7 +9,6 @@
 
 #define WINDOW_LOG_MOST 21 /* bounds what unpacking takes; an export uses less */
 #define UNPACK_BYTES ((size_t)128 << 10)
-#define SNAPSHOT_BYTES_MOST ((uint64_t)4 << 30) /* far above any model's */
 
 struct storage_import {
     struct storage *storage;
@@ -31,7 +30,7 @@ struct storage_import {
     uint64_t position;      /* committed */
     struct buf kv, rest;    /* K/V that wait for their landmarks; the last tokens */
     char *snapshot;
-    uint64_t snapshot_done;
+    uint64_t snapshot_done, snapshot_most;
     uint64_t turns_done, turn_before; /* the next lies before it */
 };
 
@@ -83,7 +82,7 @@ static enum status take_manifest(struct storage_import *file, const char *payloa
                          m->model, (unsigned long long)m->fingerprint, ours->model,
                          (unsigned long long)ours->fingerprint);
     if ((m->token_count > 0) != (m->snapshot_bytes > 0) || m->turn_count > LIMITS_EXPORT_TURNS ||
-        m->turn_count > m->token_count || m->snapshot_bytes > SNAPSHOT_BYTES_MOST)
+        m->turn_count > m->token_count || m->snapshot_bytes > file->snapshot_most)
         return damaged(file, "has sizes that do not fit", err);
     struct storage_memory_options options = {
         .id = file->memory, .metadata = m->metadata, .tenant = file->tenant, .ephemeral = true};
@@ -366,8 +365,8 @@ enum status storage_import_finish(struct storage_import *file, const char *id, s
     return status ? failed(status, err) : STATUS_OK;
 }
 
-enum status storage_import_open(struct storage *storage, uint32_t vocabulary, const char *tenant,
-                                struct storage_import **out)
+enum status storage_import_open(struct storage *storage, uint32_t vocabulary, size_t snapshot_bytes,
+                                const char *tenant, struct storage_import **out)
 {
     if (tenant && strlen(tenant) >= LIMITS_ID_BYTES)
         return STATUS_INVALID;
@@ -376,6 +375,7 @@ enum status storage_import_open(struct storage *storage, uint32_t vocabulary, co
         return STATUS_NO_MEMORY;
     file->storage = storage;
     file->vocabulary = vocabulary;
+    file->snapshot_most = snapshot_bytes;
     if (tenant)
         memcpy(file->tenant, tenant, strlen(tenant) + 1);
     file->next = MEMORY_FILE_MANIFEST;

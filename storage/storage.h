@@ -378,11 +378,12 @@ STATUS_CHECKED enum status storage_export_next(struct storage_export *file, stru
 void storage_export_close(struct storage_export *file);
 
 struct storage_import;
-/* `vocabulary`: how many tokens the model knows. `tenant`: whose the memory will be, NULL:
- * nobody's; copied. STATUS_INVALID: one that is too long. STATUS_DISK_FULL, STATUS_IO,
- * STATUS_NO_MEMORY. */
+/* `vocabulary`: how many tokens the model knows. `snapshot_bytes`: of its largest snapshot, so that
+ * no file has more memory taken for one. `tenant`: whose the memory will be, NULL: nobody's; copied.
+ * STATUS_INVALID: one that is too long. STATUS_DISK_FULL, STATUS_IO, STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status storage_import_open(struct storage *storage, uint32_t vocabulary,
-                                               const char *tenant, struct storage_import **out);
+                                               size_t snapshot_bytes, const char *tenant,
+                                               struct storage_import **out);
 /* The file's next bytes, as they come. STATUS_MISMATCH (another model's), STATUS_CORRUPT (altered),
  * STATUS_UNSUPPORTED (a newer format) say in `err` which part; also STATUS_DISK_FULL, STATUS_IO,
  * STATUS_NO_MEMORY. After a failure only storage_import_close may follow. */

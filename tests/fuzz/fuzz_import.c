@@ -21,6 +21,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 #define KV 24
 #define LANDMARK 8
 #define VOCABULARY 100
+#define SNAPSHOT_MOST 1024
 #define FINGERPRINT 0x1234u
 
 static struct storage *storage;
@@ -261,7 +262,7 @@ static void import(struct maker *m, uint64_t tokens, size_t piece)
     struct storage_import *file;
     struct error err = {0};
     enum status status = STATUS_OK;
-    ASSERT(!storage_import_open(storage, VOCABULARY, NULL, &file));
+    ASSERT(!storage_import_open(storage, VOCABULARY, SNAPSHOT_MOST, NULL, &file));
     for (size_t at = 0; at < m->file.size && !status; at += piece) {
         const size_t left = m->file.size - at, n = piece < left ? piece : left;
         char *exact = malloc(n); /* reading past the end is seen */

@@ -30,7 +30,7 @@ static enum status import_from(struct storage *storage, const char *id, const ch
                                size_t size, size_t piece, struct error *err)
 {
     struct storage_import *file;
-    enum status status = storage_import_open(storage, VOCABULARY, "t", &file);
+    enum status status = storage_import_open(storage, VOCABULARY, STORE_PAST_SNAPSHOT, "t", &file);
     assert_int_equal(status, STATUS_OK);
     for (size_t at = 0; !status && at < size; at += piece)
         status = storage_import_feed(file, data + at, size - at < piece ? size - at : piece, err);
@@ -309,6 +309,15 @@ static void test_foreign(void **state)
                                                frames.parts[0].size - MEMORY_FILE_HEADER_BYTES,
                                                &manifest, &err),
                      STATUS_OK);
+    /* A snapshot that no session of this model has: memory is not taken for it. */
+    manifest.snapshot_bytes = STORE_PAST_SNAPSHOT + 1;
+    json.size = 0;
+    memory_file_write_manifest(&json, &manifest);
+    seal(&frames.parts[0], json.data, json.size, 0);
+    put_together(&frames, &file);
+    assert_int_equal(import_from(storage, "c", file.data, file.size, 4096, &err), STATUS_CORRUPT);
+    assert_non_null(strstr(err.message, "part 0 (manifest)"));
+    manifest.snapshot_bytes = STORE_PAST_SNAPSHOT;
     manifest.fingerprint++;
     strcpy(manifest.model, "somebody-else");
     json.size = 0;
