@@ -499,7 +499,7 @@ static enum status head_cb(void *context, const struct http_head *head)
     if (plain_id(head->request_id))
         snprintf(r->id, sizeof r->id, "%s", head->request_id);
     else
-        server_new_id(conn->server, "req_", r->id);
+        server_new_id("req_", r->id);
     enum status status = find_handler(conn, head);
     if (!status)
         status = check_key(conn, head);
@@ -590,7 +590,7 @@ static void refuse(struct conn *conn, enum status status, const struct error *er
         return;
     conn->close_after = true;
     if (!r->id[0])
-        server_new_id(conn->server, "req_", r->id);
+        server_new_id("req_", r->id);
     if (!r->answered)
         request_fail(r, status, err);
     else if (r->streaming && !r->complete)

@@ -688,7 +688,7 @@ static void complete(struct request *request)
     }
     c->request = request;
     c->server = request->server;
-    server_new_id(c->server, request->handler == &handle_chat ? "chatcmpl-" : "cmpl-", c->id);
+    server_new_id(request->handler == &handle_chat ? "chatcmpl-" : "cmpl-", c->id);
     c->created = (int64_t)time(NULL);
     c->began_ns = request->began_ns;
     request->state = c;

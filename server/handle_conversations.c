@@ -260,7 +260,7 @@ static enum status prepare_items(struct addition *a)
 {
     const struct response_items *asked = &a->asked.items;
     for (size_t i = 0; i < asked->count; i++) {
-        server_new_id(a->server, "msg_", a->items[i].id);
+        server_new_id("msg_", a->items[i].id);
         response_items_append(asked, i, a->items[i].id, &a->texts[i]);
         a->items[i].bytes = a->texts[i].data;
         a->items[i].size = a->texts[i].size;
@@ -315,7 +315,7 @@ static void add(struct request *request, uint64_t position, bool is_new)
     a->is_new = is_new;
     a->place.position = a->place.stands = position;
     if (is_new)
-        server_new_id(request->server, PREFIX, a->id);
+        server_new_id(PREFIX, a->id);
     else
         memcpy(a->id, request->argument, sizeof a->id);
     memcpy(a->place.memory, a->id, sizeof a->id);

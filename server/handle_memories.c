@@ -118,7 +118,7 @@ static void create(struct request *request)
     struct buf bytes;
     char id[LIMITS_ID_BYTES];
     buf_init(&bytes);
-    server_new_id(request->server, "mem_", id);
+    server_new_id("mem_", id);
     if (begin_once(request, &asked, &receipt, &bytes, id)) {
         request->server->metrics.forks += asked.from[0] != 0;
         if (asked.at)

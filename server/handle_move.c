@@ -219,7 +219,7 @@ static void import_begin(struct request *request)
 {
     struct move *move = begin(request, import_gone);
     if (move)
-        server_new_id(request->server, "mem_", move->id);
+        server_new_id("mem_", move->id);
 }
 
 static void import_body(struct request *request, const char *data, size_t size)

@@ -87,7 +87,7 @@ void place_fork(struct place *place, const char *tenant, const char *metadata,
             storage_memory_close(&base);
     }
     if (!place->memory[0] || strcmp(place->memory, place->base) == 0)
-        server_new_id(place->server, "mem_", place->memory);
+        server_new_id("mem_", place->memory);
     wait_for_write(&place->wait, forked);
     const struct storage_memory_options options = {.id = place->memory,
                                                    .from = place->position ? place->base : NULL,
@@ -104,7 +104,7 @@ void place_fork(struct place *place, const char *tenant, const char *metadata,
 
 void place_new(struct place *place)
 {
-    server_new_id(place->server, "mem_", place->memory);
+    server_new_id("mem_", place->memory);
     place->is_fork = place->is_new = true;
 }
 

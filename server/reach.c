@@ -241,7 +241,7 @@ static struct reach *create(struct request *request, const char *source, uint64_
     reach->at = at;
     storage_memory_close(&memory);
     memcpy(reach->source, source, strlen(source) + 1);
-    server_new_id(request->server, "ephemeral_", reach->fork);
+    server_new_id("ephemeral_", reach->fork);
     request->state = reach;
     request->gone_cb = gone;
     request->wants_stream = strstr(request->head->accept, "text/event-stream") != NULL;
@@ -273,7 +273,7 @@ void reach_fork(struct request *request, const struct memory_request *asked)
     struct reach *reach = create(request, asked->from, asked->at);
     if (!reach)
         return;
-    server_new_id(request->server, "mem_", reach->wait->id);
+    server_new_id("mem_", reach->wait->id);
     start(reach, asked);
 }
 

@@ -699,8 +699,8 @@ void responding_create(struct request *request, bool only_counts)
     memcpy(r->key, request->key, sizeof r->key);
     memcpy(r->request_id, request->id, sizeof r->request_id);
     response_init(&r->response);
-    server_new_id(r->server, "resp_", r->response.id);
-    server_new_id(r->server, "msg_", r->response.item);
+    server_new_id("resp_", r->response.id);
+    server_new_id("msg_", r->response.item);
     r->response.created_at = (int64_t)time(NULL);
     r->response.status = RESPONSE_IN_PROGRESS;
     r->began_ns = request->began_ns;

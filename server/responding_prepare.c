@@ -140,7 +140,7 @@ static enum status make_items(struct responding *r)
         return STATUS_NO_MEMORY;
     for (size_t i = 0; i < input->count; i++) {
         char id[LIMITS_ID_BYTES];
-        server_new_id(r->server, "msg_", id);
+        server_new_id("msg_", id);
         response_items_append(input, i, id, &r->texts[i]);
         responding_set_item(&r->items[i], id, &r->texts[i]);
     }

@@ -101,12 +101,11 @@ void server_close(struct server *server)
     expiry_close(server);
 }
 
-void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES])
+void server_new_id(const char *prefix, char out[LIMITS_ID_BYTES])
 {
     static const char digits[] = "0123456789abcdef";
     static _Thread_local unsigned char random[768]; /* its first random_left bytes are unused */
     static _Thread_local size_t random_left;
-    (void)server;
     if (random_left < ID_RANDOM_BYTES) { /* a system call for many */
         ASSERT(getrandom(random, sizeof random, 0) == sizeof random);
         random_left = sizeof random;

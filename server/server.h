@@ -52,6 +52,6 @@ void server_drain(struct server *server, uint64_t deadline_ms, void (*drained_cb
 /* Closes what is left of the connections and the handles. */
 void server_close(struct server *server);
 /* `prefix` and 24 hexadecimal digits nobody can guess. Any thread. */
-void server_new_id(struct server *server, const char *prefix, char out[LIMITS_ID_BYTES]);
+void server_new_id(const char *prefix, char out[LIMITS_ID_BYTES]);
 
 #endif
