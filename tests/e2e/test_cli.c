@@ -21,9 +21,9 @@
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
 /* Seconds of work for the model, so that there is a midst, and what `ramba` calls it. */
 #ifdef __SANITIZE_THREAD__
-#define FILE_BYTES 12288
-#define FILE_NAMED "12 KiB"
-#define TOKENS_NAMED "12,288"
+#define FILE_BYTES 49152
+#define FILE_NAMED "48 KiB"
+#define TOKENS_NAMED "49,152"
 #else
 #define FILE_BYTES 120000
 #define FILE_NAMED "117 KiB"

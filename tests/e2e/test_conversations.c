@@ -98,12 +98,6 @@ static int teardown(void **state)
     return 0;
 }
 
-static void restart(void)
-{
-    daemon_kill(&daemon_);
-    daemon_start(&daemon_);
-}
-
 /* ---- tests ---- */
 
 #define USER(text) "{\"role\":\"user\",\"content\":\"" text "\"}"
@@ -155,7 +149,7 @@ static void test_same(void **state)
         assert_true(cJSON_Compare(item, answer_at(added, "data.0"), true));
         cJSON_Delete(item);
         if (!i)
-            restart();
+            daemon_restart(&daemon_);
     }
     /* What goes on from a response of it is another's. */
     char body[BODY_BYTES];
@@ -190,7 +184,7 @@ static void test_metadata(void **state)
     assert_string_equal(answer_text(updated, "metadata.c"), "d");
     assert_null(answer_at(updated, "metadata.a"));
     cJSON_Delete(of("POST", id, "", "{\"metadata\":{\"c\":1}}", 400));
-    restart();
+    daemon_restart(&daemon_);
     cJSON *again = of("GET", id, "", NULL, 200);
     assert_true(cJSON_Compare(again, updated, true));
     delete_conversation(id);
@@ -293,7 +287,7 @@ static void test_forget(void **state)
                     200));
     cJSON *response = respond(id, "And then?", "");
     delete_item(id, 2, 200);
-    restart();
+    daemon_restart(&daemon_);
     snprintf(body, sizeof body,
              "{\"items\":[" USER("A raven lives in the tower.") "," ASSISTANT(
                  "I see.") "," ASSISTANT("Yes.") "," USER("And then?") "," ASSISTANT("%s") "]}",
@@ -352,7 +346,7 @@ static void test_once(void **state)
     const char *const bodies[] = {"{}", items};
     for (int i = 0; i < 2; i++) { /* an empty one, and one with items */
         cJSON *made = once(i ? "c1" : "c0", "/v1/conversations", bodies[i]);
-        restart();
+        daemon_restart(&daemon_);
         cJSON *again = once(i ? "c1" : "c0", "/v1/conversations", bodies[i]);
         assert_true(cJSON_Compare(made, again, true));
         snprintf(id, sizeof id, "%s", answer_text(made, "id"));

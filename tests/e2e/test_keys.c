@@ -63,21 +63,6 @@ static void refuse(const char *key, const char *method, const char *path, const 
     wire_answer_close(&answer);
 }
 
-static void new_key(const char *name, char out[64])
-{
-    struct buf text;
-    const char *rambad = getenv("RAMBAD_BIN");
-    buf_init(&text);
-    assert_int_equal(
-        daemon_run(&daemon_,
-                   (const char *const[]){rambad ? rambad : "build/rambad", "key", name, keys, NULL},
-                   &text),
-        0);
-    assert_int_equal(text.size, 3 + 48 + 1);
-    snprintf(out, 64, "%.51s", buf_text(&text));
-    buf_close(&text);
-}
-
 /* What a POST of the key's makes. */
 static void make(const char *key, const char *path, const char *body, int status,
                  char id[LIMITS_ID_BYTES])
@@ -121,8 +106,8 @@ static int setup(void **state)
     snprintf(keys, sizeof keys, "%s/keys", folder);
     daemon_init(&daemon_, MODEL, folder, "data");
     daemon_.flags = flags;
-    new_key("ann", ann);
-    new_key("bob", bob);
+    daemon_new_key(&daemon_, "ann", keys, ann);
+    daemon_new_key(&daemon_, "bob", keys, bob);
     setenv("RAMBAD_API_KEY", IN_ENVIRONMENT, 1);
     daemon_start(&daemon_);
     return 0;
@@ -347,7 +332,7 @@ static void test_rotation(void **state)
     (void)state;
     char eve[64], second[64], id[LIMITS_ID_BYTES], path[128];
     refuse("rk_", "GET", "/v1/models", NULL, 401, "unauthorized", NULL);
-    new_key("eve", eve);
+    daemon_new_key(&daemon_, "eve", keys, eve);
     refuse(eve, "GET", "/v1/models", NULL, 401, "unauthorized", NULL);
     reread(eve);
     new_memory(eve, "{}", id);
@@ -356,9 +341,9 @@ static void test_rotation(void **state)
     kill(daemon_.pid, SIGHUP);
     usleep(200000);
     expect(eve, "GET", path, NULL, 200);
-    new_key("ann", ann);
-    new_key("bob", bob);
-    new_key("eve", second);
+    daemon_new_key(&daemon_, "ann", keys, ann);
+    daemon_new_key(&daemon_, "bob", keys, bob);
+    daemon_new_key(&daemon_, "eve", keys, second);
     reread(second);
     expect(second, "GET", path, NULL, 200);
     refuse(eve, "GET", path, NULL, 401, "unauthorized", NULL);

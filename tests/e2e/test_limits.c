@@ -48,20 +48,6 @@ static cJSON *call(const char *key, const char *method, const char *path, const 
     return json;
 }
 
-static void new_key(const char *name, char out[64])
-{
-    struct buf text;
-    const char *rambad = getenv("RAMBAD_BIN");
-    buf_init(&text);
-    assert_int_equal(
-        daemon_run(&daemon_,
-                   (const char *const[]){rambad ? rambad : "build/rambad", "key", name, keys, NULL},
-                   &text),
-        0);
-    snprintf(out, 64, "%.51s", buf_text(&text));
-    buf_close(&text);
-}
-
 /* Every key of the file that belongs to `name` gets this quota, and the daemon is told. */
 static void set_quota(const char *name, const char *quota)
 {
@@ -333,8 +319,8 @@ static int setup(void **state)
     snprintf(keys, sizeof keys, "%s/keys", folder);
     daemon_init(&daemon_, MODEL, folder, "data");
     daemon_.flags = flags;
-    new_key("ann", ann);
-    new_key("bob", bob);
+    daemon_new_key(&daemon_, "ann", keys, ann);
+    daemon_new_key(&daemon_, "bob", keys, bob);
     set_quota("ann", "5M");
     buf_init(&book);
     for (unsigned i = 0; i < 90000; i++)

@@ -45,17 +45,6 @@ static int bench(const char *url, const char *const *arguments, struct buf *out)
     return daemon_run(&server, argv, out);
 }
 
-static void read_file(const char *path, struct buf *out)
-{
-    char block[4096];
-    size_t got;
-    FILE *file = fopen(path, "r");
-    assert_non_null(file);
-    while ((got = fread(block, 1, sizeof block, file)) > 0)
-        buf_append(out, block, got);
-    fclose(file);
-}
-
 static void test_closed(void **state)
 {
     (void)state;
@@ -78,7 +67,7 @@ static void test_closed(void **state)
     assert_non_null(strstr(out.data, "first token, from"));
     assert_non_null(strstr(out.data, "###"));
     /* One head, two rows, each as long; what they say is what the server has counted. */
-    read_file(csv, &rows);
+    daemon_read_file(csv, &rows);
     unsigned long long complete = 0;
     size_t lines = 0, commas = 0;
     for (char *line = strtok((char *)(uintptr_t)buf_text(&rows), "\n"); line;

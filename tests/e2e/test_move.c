@@ -40,17 +40,6 @@ static void fill(const struct daemon *daemon, const char *id)
     buf_close(&text);
 }
 
-static void read_file(const char *path, struct buf *out)
-{
-    char block[65536];
-    size_t got;
-    FILE *file = fopen(path, "r");
-    assert_non_null(file);
-    while ((got = fread(block, 1, sizeof block, file)) > 0)
-        buf_append(out, block, got);
-    fclose(file);
-}
-
 static int import(const struct daemon *daemon, const char *data, size_t size, struct buf *answer)
 {
     answer->size = 0;
@@ -99,7 +88,7 @@ static void test_move(void **state)
     snprintf(path, sizeof path, "%s/memory.ramba", move->folder);
     const char *const out[] = {"export", id, path, NULL};
     assert_int_equal(daemon_ramba(&move->here, out, &answer), 0);
-    read_file(path, &file);
+    daemon_read_file(path, &file);
     print_message("a file of %zu bytes for %llu tokens\n", file.size,
                   (unsigned long long)daemon_get_memory(&move->here, id).token_count);
     test_refusals(move, &file);

@@ -52,12 +52,6 @@ static void refused(const char *path, const char *key, const char *body, int sta
     wire_answer_close(&answer);
 }
 
-static void restart(void)
-{
-    daemon_kill(&daemon_);
-    daemon_start(&daemon_);
-}
-
 static int setup(void **state)
 {
     (void)state;
@@ -81,7 +75,7 @@ static void test_create(void **state)
     assert_true(cJSON_Compare(first, again, true));
     assert_string_not_equal(answer_text(first, "id"), answer_text(other, "id"));
     cJSON_Delete(again);
-    restart();
+    daemon_restart(&daemon_);
     again = call("/v1/memories", "create", "{\"metadata\":{\"a\":\"b\"}}", 201);
     assert_true(cJSON_Compare(first, again, true));
     refused("/v1/memories", "create", "{\"metadata\":{\"a\":\"c\"}}", 409, "conflict",
@@ -124,7 +118,7 @@ static void test_append(void **state)
     cJSON *more = call(path, "l", ", and another", 200);
     assert_int_equal(answer_number(more, "text_bytes"), 31);
     cJSON_Delete(more);
-    restart();
+    daemon_restart(&daemon_);
     again = call(path, "k", "a raven on a tower", 200);
     assert_same_append(first, again);
     cJSON_Delete(again);
@@ -263,7 +257,7 @@ static void test_completion(void **state)
     cJSON *again = call("/v1/completions", "k", body, 200); /* at a temperature, it was by chance */
     assert_true(cJSON_Compare(first, again, true));
     cJSON_Delete(again);
-    restart();
+    daemon_restart(&daemon_);
     again = call("/v1/completions", "k", body, 200);
     assert_true(cJSON_Compare(first, again, true));
     cJSON_Delete(again);

@@ -115,28 +115,14 @@ static void answer_and_ask(cJSON *history, const struct said *said, const char *
     say(history, "user", next);
 }
 
-static void new_key(const char *name, char out[64])
-{
-    struct buf text;
-    const char *rambad = getenv("RAMBAD_BIN");
-    buf_init(&text);
-    assert_int_equal(
-        daemon_run(&kept,
-                   (const char *const[]){rambad ? rambad : "build/rambad", "key", name, keys, NULL},
-                   &text),
-        0);
-    snprintf(out, 64, "%.51s", buf_text(&text));
-    buf_close(&text);
-}
-
 static int setup(void **state)
 {
     (void)state;
     folder = store_helper_folder();
     snprintf(keys, sizeof keys, "%.1000s/keys", folder);
     daemon_init(&kept, MODEL, folder, "data");
-    new_key("ann", ann);
-    new_key("bob", bob);
+    daemon_new_key(&kept, "ann", keys, ann);
+    daemon_new_key(&kept, "bob", keys, bob);
     kept.flags = kept_flags;
     kept.key = ann;
     daemon_start(&kept);

@@ -141,12 +141,6 @@ static int teardown(void **state)
     return 0;
 }
 
-static void restart(void)
-{
-    daemon_kill(&daemon_);
-    daemon_start(&daemon_);
-}
-
 /* ---- tests ---- */
 
 /* What the API promises of every response; and it says what a chat says. */
@@ -212,7 +206,7 @@ static void test_chain(void **state)
     cJSON *forks[3];
     for (int i = 0; i < 3; i++) {
         if (i == 2)
-            restart();
+            daemon_restart(&daemon_);
         forks[i] = respond(
             "\"input\":\"Where is the raven?\"," GREEDY ",\"previous_response_id\":\"%s\"", ids[1]);
         assert_string_not_equal(answer_text(forks[i], "memory"), memory);
@@ -357,7 +351,7 @@ static void test_stream(void **state)
         cJSON_Delete(all);
         cJSON_Delete(rest);
         if (!i)
-            restart();
+            daemon_restart(&daemon_);
     }
     delete_response(id_of(response), 200);
     cJSON_Delete(events);
@@ -437,7 +431,7 @@ static void test_background(void **state)
     assert_true(cJSON_GetArraySize(answer_at(ended, "output")) == 1);
     cJSON *events = again(id_of(queued), 0);
     assert_true(answer_number(events, "0.sequence_number") == 1);
-    restart(); /* its events are on disk */
+    daemon_restart(&daemon_); /* its events are on disk */
     cJSON *others = again(id_of(queued), 0);
     assert_true(cJSON_Compare(events, others, true));
     cJSON_Delete(others);
@@ -472,7 +466,7 @@ static void test_background(void **state)
     assert_string_equal(answer_text(last_of(events), "response.status"), "cancelled");
     wire_answer_close(&answer);
     wire_close(&wire);
-    restart();
+    daemon_restart(&daemon_);
     cJSON *kept = get(id_of(life), "", 200);
     assert_true(cJSON_Compare(kept, answer_at(last_of(events), "response"), true));
     /* Nothing is left of its turn, and nothing goes on from it. */
@@ -494,7 +488,7 @@ static void test_cut_off(void **state)
     (void)state;
     cJSON *life = respond("\"input\":\"Tell me.\",\"background\":true,\"ignore_eos\":true,"
                           "\"max_output_tokens\":1000000");
-    restart();
+    daemon_restart(&daemon_);
     cJSON *kept = get(id_of(life), "", 200), *events = again(id_of(life), 0);
     assert_string_equal(answer_text(kept, "status"), "failed");
     assert_string_equal(answer_text(kept, "error.code"), "server_error");
@@ -751,7 +745,7 @@ static void test_once(void **state)
     assert_int_equal(daemon_call_once(&daemon_, "k1", "/v1/responses", "application/json", body,
                                       strlen(body), &first),
                      200);
-    restart();
+    daemon_restart(&daemon_);
     assert_int_equal(daemon_call_once(&daemon_, "k1", "/v1/responses", "application/json", body,
                                       strlen(body), &second),
                      200);

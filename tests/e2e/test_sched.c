@@ -274,15 +274,10 @@ static void *go_on_asking(void *context)
     return NULL;
 }
 
-static void new_key(const char *name, const char *weight, char key[128])
+static void new_key(const char *name, const char *weight, char key[64])
 {
-    struct buf out;
     char command[3072];
-    buf_init(&out);
-    const char *const argv[] = {getenv("RAMBAD_BIN"), "key", name, keys, NULL};
-    assert_int_equal(daemon_run(&daemon_, argv, &out), 0);
-    snprintf(key, 128, "%.*s", (int)strcspn(buf_text(&out), "\n"), buf_text(&out));
-    buf_close(&out);
+    daemon_new_key(&daemon_, name, keys, key);
     snprintf(command, sizeof command, "sed -i '/^%s /s/$/%s/' '%s'", name, weight, keys);
     assert_int_equal(system(command), 0);
 }

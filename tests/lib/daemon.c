@@ -151,6 +151,12 @@ void daemon_kill(struct daemon *daemon)
     daemon->pid = 0;
 }
 
+void daemon_restart(struct daemon *daemon)
+{
+    daemon_kill(daemon);
+    daemon_start(daemon);
+}
+
 void daemon_stop(struct daemon *daemon)
 {
     assert_true(daemon->pid > 0);
@@ -366,6 +372,28 @@ int daemon_ramba(const struct daemon *daemon, const char *const *arguments, stru
     for (size_t i = 0; arguments[i] && i < 14; i++)
         argv[i + 1] = arguments[i];
     return daemon_run(daemon, argv, out);
+}
+
+void daemon_new_key(const struct daemon *daemon, const char *name, const char *file, char out[64])
+{
+    const char *argv[] = {program("RAMBAD_BIN", "build/rambad"), "key", name, file, NULL};
+    struct buf text;
+    buf_init(&text);
+    assert_int_equal(daemon_run(daemon, argv, &text), 0);
+    assert_int_equal(text.size, 3 + 48 + 1); /* "sk-", digits, the line's end */
+    snprintf(out, 64, "%.51s", buf_text(&text));
+    buf_close(&text);
+}
+
+void daemon_read_file(const char *path, struct buf *out)
+{
+    char block[65536];
+    size_t got;
+    FILE *file = fopen(path, "r");
+    assert_non_null(file);
+    while ((got = fread(block, 1, sizeof block, file)) > 0)
+        buf_append(out, block, got);
+    fclose(file);
 }
 
 void daemon_check(const struct daemon *daemon)

@@ -33,6 +33,8 @@ void daemon_spawn(struct daemon *daemon);
  */
 char *daemon_begin(struct daemon *daemon, const char *model, const char *const *flags);
 void daemon_end(struct daemon *daemon, char *folder);
+/* daemon_kill and daemon_start. */
+void daemon_restart(struct daemon *daemon);
 /* kill -9, and waits for the end. Safe while another thread is in daemon_call. */
 void daemon_kill(struct daemon *daemon);
 /* SIGTERM; the daemon must end with exit code 0 within 30 seconds. */
@@ -69,9 +71,13 @@ uint64_t daemon_read_chunks(const struct daemon *daemon, const char *id, struct 
 int daemon_run(const struct daemon *daemon, const char *const *argv, struct buf *out);
 /* `ramba` with these arguments. */
 int daemon_ramba(const struct daemon *daemon, const char *const *arguments, struct buf *out);
+/* `rambad key NAME FILE`: adds a key to the file, and copies it to `out`. */
+void daemon_new_key(const struct daemon *daemon, const char *name, const char *file, char out[64]);
 /* `rambad check` of the data folder, which must find nothing. Not while the daemon runs. */
 void daemon_check(const struct daemon *daemon);
 
+/* All of a file, appended to `out`. */
+void daemon_read_file(const char *path, struct buf *out);
 double daemon_now(void); /* seconds, for differences */
 
 #endif
