@@ -41,6 +41,7 @@ extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights
     const float epsilon = x->config.norm_epsilon;
     size_t ssm = 0, conv = 0; /* from where the segments' states are said to lie */
     uint32_t short_count = 0;
+    bool done = false; /* out_proj of the long segments */
     for (uint32_t i = 0; i < rows->segment_count; i++)
         short_count += rows->segments[i].count <= CUDA_FEW_ROWS;
     if (!x->recording)
@@ -51,13 +52,13 @@ extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights
         return;
     if (short_count < rows->segment_count) { /* first: what lies in between overlaps */
         norm_long(x, w, rows, hidden);
-        cuda_mamba_blocks(x, w, rows, segments);
+        done = cuda_mamba_blocks(x, w, rows, segments, hidden);
     }
     if (short_count) {
         const struct cuda_input in = {hidden, &w->norm, epsilon, NULL, true};
         cuda_norm_linear(x, &in, &w->in_proj, &w->in_proj_bias, rows, x->projected, false);
         cuda_mamba_step(x, w, segments, rows->segment_count, ssm, conv);
     }
-    const struct cuda_input out = {x->scanned, &w->gate_norm, epsilon, x->mixed, false};
+    const struct cuda_input out = {x->scanned, &w->gate_norm, epsilon, x->mixed, done};
     cuda_norm_linear(x, &out, &w->out_proj, &w->out_proj_bias, rows, hidden, true);
 }

@@ -29,10 +29,11 @@ static inline struct mamba_shape mamba_shape_of(const struct model_config *c)
     return s;
 }
 
-/* Everything of the long segments between the norm (`normed`) and out_proj (`mixed`); `segments`:
- * all of the step's, on the device. */
-void cuda_mamba_blocks(struct ops_context *context, const struct ops_mamba_weights *weights,
-                       const struct ops_rows *rows, const struct cuda_segment *segments);
+/* Everything of the long segments between the norm (`normed`) and out_proj (`mixed`), and where it
+ * returns true out_proj too, to `hidden`; `segments`: all of the step's, on the device. */
+bool cuda_mamba_blocks(struct ops_context *context, const struct ops_mamba_weights *weights,
+                       const struct ops_rows *rows, const struct cuda_segment *segments,
+                       float *hidden);
 
 /* Segments of at most CUDA_FEW_ROWS rows, token by token, from x->projected to x->scanned:
  * convolution, recurrence and gate; the norm behind the gate is left out. States and tails lie

@@ -75,55 +75,17 @@ convolve_any(const struct mamba_shape &s, const struct inputs<T> &in,
     }
 }
 
-/* dt and decay [tokens] of one block and head: time steps, zeros behind the block's rows; log decay
- * from the block's start, the row's own included. A warp, neighbouring rows a lane. */
-template <typename T>
-static __device__ __forceinline__ void
-time_steps(const struct mamba_shape &s, const struct inputs<T> &in, const struct block &block,
-           uint32_t tokens, uint32_t h, float *dt, float *decay)
-{
-    constexpr uint32_t most = CUDA_BLOCK_TOKENS / CUDA_WARP;
-    const uint32_t lane = threadIdx.x % CUDA_WARP, each = tokens / CUDA_WARP;
-    const float rate = -expf(in.a_log[h]);
-    const float bias = in.dt_bias[h] + (in.in_bias ? in.in_bias[s.inner + s.conv + h] : 0);
-    const T *from = in.projected + s.inner + s.conv + h;
-    float steps[most], sum = 0;
-#pragma unroll
-    for (uint32_t k = 0; k < most; k++) {
-        const uint32_t t = lane * each + k;
-        const bool there = k < each && t < block.count;
-        const float step =
-            there ? cuda_softplus(cuda_float(from[(size_t)(block.row + t) * s.proj]) + bias) : 0;
-        steps[k] = there ? fminf(fmaxf(step, s.dt_min), s.dt_max) : 0;
-        sum += steps[k];
-    }
-    float before = sum; /* of the lanes up to this one */
-    for (uint32_t far = 1; far < CUDA_WARP; far *= 2) {
-        const float other = __shfl_sync(CUDA_ALL_LANES, before, lane >= far ? lane - far : lane);
-        before += lane >= far ? other : 0;
-    }
-    before -= sum;
-#pragma unroll
-    for (uint32_t k = 0; k < most; k++)
-        if (k < each) {
-            before += steps[k];
-            dt[lane * each + k] = steps[k];
-            decay[lane * each + k] = before * rate;
-        }
-}
-
-/* conv[j] = SiLU(sum_i w[j][i] xBC[t - taps + 1 + i][j] + bias) from column `first` on, rows before
- * the segment from its tail, V neighbours a thread; and, by the blocks behind `tiles`, dt and decay
- * [blocks, Hm, tokens]. Grid: blocks x tiles of columns, then of heads x slices of CONV_ROWS rows.
- */
+/* conv[j] = SiLU(sum_i w[j][i] xBC[t - taps + 1 + i][j] + bias), rows before the segment from its
+ * tail, V neighbours a thread; and, by the blocks behind `tiles`, dt and decay [blocks, Hm,
+ * tokens]. Grid: blocks x tiles of columns, then of heads x slices of CONV_ROWS rows. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(CONV_THREADS)
     convolve(struct mamba_shape s, struct inputs<T> in, const struct block *blocks,
-             const struct cuda_segment *segments, uint32_t first, uint32_t tiles, uint32_t tokens,
-             T *conv, float *dt, float *decay)
+             const struct cuda_segment *segments, uint32_t tiles, uint32_t tokens, T *conv,
+             float *dt, float *decay)
 {
+    cuda_depend_release();
     cuda_depend_wait();
-    cuda_depend_release(); /* what projected holds is there for the kernel behind this one */
     const struct block block = blocks[blockIdx.x];
     const struct cuda_segment *segment = &segments[block.segment];
     if (blockIdx.y >= tiles) {
@@ -133,7 +95,7 @@ static __global__ void __launch_bounds__(CONV_THREADS)
             time_steps(s, in, block, tokens, h, dt + at, decay + at);
         return;
     }
-    const uint32_t j = first + (blockIdx.y * CONV_THREADS + threadIdx.x) * V;
+    const uint32_t j = (blockIdx.y * CONV_THREADS + threadIdx.x) * V;
     const uint32_t row = block.row + blockIdx.z * CONV_ROWS;
     const uint32_t end = block.row + min((blockIdx.z + 1) * CONV_ROWS, block.count);
     if (j >= s.conv || row >= end)
@@ -291,24 +253,48 @@ static __global__ void __launch_bounds__(TILE_THREADS)
 /* ---- from block to block ---- */
 
 #define CARRY_AHEAD 8
+#define CARRY_THREADS 128
+
+/* The last columns of xBC become the tail. */
+template <typename T>
+static __device__ __forceinline__ void keep_tail(const struct mamba_shape &s,
+                                                 const struct cuda_segment *segment,
+                                                 const struct inputs<T> &in)
+{
+    const T *projected = in.projected + (size_t)segment->row * s.proj;
+    const uint32_t keep = s.taps - 1;
+    const uint32_t fresh = segment->count < keep ? segment->count : keep;
+    for (uint32_t j = threadIdx.x; j < s.conv; j += blockDim.x) {
+        float *tail = segment->conv + j;
+        for (uint32_t i = 0; i + fresh < keep; i++)
+            tail[(size_t)i * s.conv] = tail[(size_t)(i + fresh) * s.conv];
+        for (uint32_t i = keep - fresh; i < keep; i++)
+            tail[(size_t)i * s.conv] =
+                cuda_float(projected[(size_t)(segment->count - keep + i) * s.proj + s.inner + j]) +
+                (in.in_bias ? in.in_bias[s.inner + j] : 0);
+    }
+}
 
 /* Turns what each block adds into the state before it, and leaves the state behind the last one; V
- * neighbours a thread. Grid: tiles of a state x runs. */
-template <typename S, int V>
-static __global__ void carry_states(struct mamba_shape s, const struct run *runs, uint32_t tokens,
-                                    const struct cuda_segment *segments, const float *decay,
-                                    S *states)
+ * neighbours a thread; and the tail, by the first block. Grid: tiles of a state x runs. */
+template <typename S, int V, typename T>
+static __global__ void __launch_bounds__(CARRY_THREADS)
+    carry_states(struct mamba_shape s, struct inputs<T> in, const struct run *runs, uint32_t tokens,
+                 const struct cuda_segment *segments, const float *decay, S *states)
 {
-    cuda_depend_wait();
-    cuda_depend_release(); /* what conv holds is there for the kernel behind this one */
     const size_t elements = (size_t)s.heads * s.width * s.n;
     const size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (e >= elements)
-        return;
     const struct run run = runs[blockIdx.y];
     const uint32_t h = (uint32_t)(e / ((size_t)s.width * s.n));
     float *kept = segments[run.segment].ssm + e, state[V];
-    load<V>(kept, state);
+    if (e < elements)
+        load<V>(kept, state);
+    cuda_depend_wait();
+    cuda_depend_release(); /* what conv holds is there for the kernel behind this one */
+    if (blockIdx.x == 0)
+        keep_tail(s, segments + run.segment, in);
+    if (e >= elements)
+        return;
     for (uint32_t first = run.first; first < run.first + run.count; first += CARRY_AHEAD) {
         float added[CARRY_AHEAD][V], left[CARRY_AHEAD];
 #pragma unroll
@@ -335,37 +321,15 @@ static __global__ void carry_states(struct mamba_shape s, const struct run *runs
 
 #define GATE_THREADS 256
 
-/* The last columns of xBC become the tail; `projected`: the segment's first row. */
-template <typename T>
-static __device__ __forceinline__ void keep_tail(const struct mamba_shape &s,
-                                                 const struct cuda_segment *segment,
-                                                 const T *projected, const float *in_bias)
-{
-    const uint32_t keep = s.taps - 1;
-    const uint32_t fresh = segment->count < keep ? segment->count : keep;
-    for (uint32_t j = threadIdx.x; j < s.conv; j += GATE_THREADS) {
-        float *tail = segment->conv + j;
-        for (uint32_t i = 0; i + fresh < keep; i++)
-            tail[(size_t)i * s.conv] = tail[(size_t)(i + fresh) * s.conv];
-        for (uint32_t i = keep - fresh; i < keep; i++)
-            tail[(size_t)i * s.conv] =
-                cuda_float(projected[(size_t)(segment->count - keep + i) * s.proj + s.inner + j]) +
-                (in_bias ? in_bias[s.inner + j] : 0);
-    }
-}
-
-/* out = RMSNorm(y * SiLU(z)) of one segment, V neighbours a thread; and its tail, by the first
- * block. Grid: rows. */
+/* out = RMSNorm(y * SiLU(z)), V neighbours a thread. Grid: rows. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(GATE_THREADS)
-    gate_norm(struct mamba_shape s, const struct cuda_segment *segment, const T *projected,
-              const float *in_bias, const T *y, const float *weight, float epsilon, T *out)
+    gate_norm(struct mamba_shape s, const T *projected, const float *in_bias, const T *y,
+              const float *weight, float epsilon, T *out)
 {
     CUDA_SHARED(float, gated);
     cuda_depend_release();
     cuda_depend_wait();
-    if (blockIdx.x == 0)
-        keep_tail(s, segment, projected, in_bias);
     const T *z = projected + (size_t)blockIdx.x * s.proj;
     const T *row = y + (size_t)blockIdx.x * s.inner;
     float sum = 0;
@@ -418,16 +382,15 @@ static uint32_t cut_blocks(const struct ops_rows *rows, uint32_t tokens, uint32_
     return count;
 }
 
-/* Tensor cores. */
-static void scan_mma(struct ops_context *x, const struct work *w)
+template <typename S, int V, typename T>
+static void carry(struct ops_context *x, const struct work *w)
 {
     const struct mamba_shape s = w->shape;
-    cuda_block_states(x, w);
-    CUDA_LAUNCH_EARLY(x, (carry_states<bf16, 4>),
-                      dim3(cuda_ceil((uint64_t)s.heads * s.width * s.n / 4, 256), w->run_count),
-                      dim3(256), 0, s, w->runs, w->tokens, w->segments, x->decay,
-                      (bf16 *)(void *)x->states);
-    cuda_block_outputs(x, w);
+    CUDA_LAUNCH_EARLY(
+        x, (carry_states<S, V, T>),
+        dim3(cuda_ceil((uint64_t)s.heads * s.width * s.n / V, CARRY_THREADS), w->run_count),
+        dim3(CARRY_THREADS), 0, s, inputs_of<T>(x, w->weights), w->runs, w->tokens, w->segments,
+        x->decay, (S *)(void *)x->states);
 }
 
 template <typename T> static void scan_tiles(struct ops_context *x, const struct work *w)
@@ -437,37 +400,65 @@ template <typename T> static void scan_tiles(struct ops_context *x, const struct
     const uint32_t p_tiles = cuda_ceil(s.width, TILE), n_tiles = cuda_ceil(s.n, TILE);
     CUDA_LAUNCH(x, block_states<T>, dim3(w->block_count, s.heads, p_tiles * n_tiles),
                 dim3(TILE_THREADS), 0, s, w->blocks, conv, x->dt, x->decay, x->states);
-    CUDA_LAUNCH_EARLY(x, (carry_states<float, 1>),
-                      dim3(cuda_ceil((uint64_t)s.heads * s.width * s.n, 256), w->run_count),
-                      dim3(256), 0, s, w->runs, w->tokens, w->segments, x->decay, x->states);
+    carry<float, 1, T>(x, w);
     CUDA_LAUNCH(x, block_outputs<T>, dim3(w->block_count, s.heads, p_tiles), dim3(TILE_THREADS), 0,
                 s, w->blocks, conv, x->dt, x->decay, x->states, (const float *)w->weights->d.data,
                 (T *)(void *)x->scanned);
 }
 
 /* V: how many neighbours of a row may be read at once, everywhere. */
-template <typename T, int V>
-static void run_group(struct ops_context *x, const struct work *w, bool mma)
+template <typename T, int V> static void run_group(struct ops_context *x, const struct work *w)
 {
     const struct mamba_shape s = w->shape;
-    const uint32_t first = mma ? s.inner : 0; /* cuda_block_states has the columns before */
-    const uint32_t tiles = cuda_ceil(s.conv - first, CONV_THREADS * V);
+    const uint32_t tiles = cuda_ceil(s.conv, CONV_THREADS * V);
+    if (w->mma) {
+        cuda_block_states(x, w);
+        carry<bf16, 8, bf16>(x, w);
+        cuda_block_outputs(x, w);
+        return;
+    }
     CUDA_LAUNCH_EARLY(x, (convolve<T, V>),
                       dim3(w->block_count, tiles + cuda_ceil(s.heads, CONV_WARPS),
                            cuda_ceil(w->tokens, CONV_ROWS)),
                       dim3(CONV_THREADS), 0, s, inputs_of<T>(x, w->weights), w->blocks, w->segments,
-                      first, tiles, w->tokens, (T *)(void *)x->conv, x->dt, x->decay);
-    if (mma)
-        scan_mma(x, w);
-    else
-        scan_tiles<T>(x, w);
+                      tiles, w->tokens, (T *)(void *)x->conv, x->dt, x->decay);
+    scan_tiles<T>(x, w);
+}
+
+/* One segment's outputs. */
+template <typename T, int V>
+static void norm_segment(struct ops_context *x, const struct work *w, size_t row, uint32_t count)
+{
+    const struct mamba_shape s = w->shape;
+    const struct ops_mamba_weights *weights = w->weights;
+    CUDA_LAUNCH_EARLY(
+        x, (gate_norm<T, V>), dim3(count), dim3(GATE_THREADS), s.inner * sizeof(float), s,
+        (const T *)(const void *)x->projected + row * s.proj,
+        (const float *)weights->in_proj_bias.data,
+        (const T *)(const void *)x->scanned + row * s.inner, (const float *)weights->gate_norm.data,
+        x->config.norm_epsilon, (T *)x->mixed + row * s.inner);
+}
+
+static void project_segment(struct ops_context *x, const struct work *w, size_t row, uint32_t count,
+                            float *hidden)
+{
+    const struct mamba_shape s = w->shape;
+    struct scaled_rows rows = {};
+    rows.out = hidden + row * x->config.hidden_size;
+    rows.bias = (const float *)w->weights->out_proj_bias.data;
+    rows.parts = cuda_output_parts(s);
+    rows.squares = x->scanned + row * rows.parts;
+    rows.count = count;
+    rows.columns = x->config.hidden_size;
+    rows.depth = s.inner;
+    rows.epsilon = x->config.norm_epsilon;
+    cuda_add_scaled(x, w->weights->out_proj.data, (const bf16 *)x->mixed + row * s.inner, rows);
 }
 
 template <typename T, int V, int G>
 static void run_segments(struct ops_context *x, struct work *w, const struct ops_rows *rows,
-                         bool mma)
+                         float *hidden)
 {
-    const struct mamba_shape s = w->shape;
     const uint32_t capacity = x->max_rows / w->tokens + LIMITS_RUNNING;
     struct block *blocks = (struct block *)malloc(sizeof *blocks * capacity);
     struct run *runs = (struct run *)malloc(sizeof *runs * capacity);
@@ -478,42 +469,41 @@ static void run_segments(struct ops_context *x, struct work *w, const struct ops
         w->block_count = cut_blocks(rows, w->tokens, capacity, &next, blocks, runs, &w->run_count);
         w->blocks = (const struct block *)cuda_stage(x, blocks, sizeof *blocks * w->block_count);
         w->runs = (const struct run *)cuda_stage(x, runs, sizeof *runs * w->run_count);
-        run_group<T, V>(x, w, mma);
+        run_group<T, V>(x, w);
         for (uint32_t i = first; i < next; i++) {
             const struct ops_segment *segment = &rows->segments[i];
-            const size_t row = segment->row;
-            if (segment->count > CUDA_FEW_ROWS)
-                CUDA_LAUNCH_EARLY(x, (gate_norm<T, G>), dim3(segment->count), dim3(GATE_THREADS),
-                                  s.inner * sizeof(float), s, w->segments + i,
-                                  (const T *)(const void *)x->projected + row * s.proj,
-                                  (const float *)w->weights->in_proj_bias.data,
-                                  (const T *)(const void *)x->scanned + row * s.inner,
-                                  (const float *)w->weights->gate_norm.data, x->config.norm_epsilon,
-                                  (T *)x->mixed + row * s.inner);
+            if (segment->count <= CUDA_FEW_ROWS)
+                continue;
+            if (w->gated)
+                project_segment(x, w, segment->row, segment->count, hidden);
+            else
+                norm_segment<T, G>(x, w, segment->row, segment->count);
         }
     }
     free(blocks);
     free(runs);
 }
 
-void cuda_mamba_blocks(struct ops_context *x, const struct ops_mamba_weights *weights,
-                       const struct ops_rows *rows, const struct cuda_segment *segments)
+bool cuda_mamba_blocks(struct ops_context *x, const struct ops_mamba_weights *weights,
+                       const struct ops_rows *rows, const struct cuda_segment *segments,
+                       float *hidden)
 {
     struct work w = {};
     w.shape = mamba_shape_of(&x->config);
     w.weights = weights;
     w.segments = segments;
     const struct mamba_shape s = w.shape;
-    const bool aligned = s.proj % 8 == 0 && s.conv % 8 == 0 && s.inner % 8 == 0;
-    const bool mma = !x->wide && cuda_mamba_tiles(s);
-    w.tokens = mma ? CUDA_BLOCK_TOKENS : TILE;
+    w.mma = !x->wide && cuda_mamba_tiles(s);
+    w.gated = w.mma && cuda_adds_scaled(x);
+    w.tokens = w.mma ? CUDA_BLOCK_TOKENS : TILE;
     for (uint32_t i = 0; i < rows->segment_count; i++)
         if (rows->segments[i].count > CUDA_FEW_ROWS)
             cuda_linear_narrow(x, &weights->in_proj, &rows->segments[i], x->normed, x->projected);
     if (x->wide)
-        run_segments<float, 1, 1>(x, &w, rows, false);
-    else if (aligned)
-        run_segments<bf16, 4, 8>(x, &w, rows, mma);
+        run_segments<float, 1, 1>(x, &w, rows, hidden);
+    else if (s.proj % 8 == 0 && s.conv % 8 == 0 && s.inner % 8 == 0)
+        run_segments<bf16, 4, 8>(x, &w, rows, hidden);
     else
-        run_segments<bf16, 1, 1>(x, &w, rows, false);
+        run_segments<bf16, 1, 1>(x, &w, rows, hidden);
+    return w.gated;
 }

@@ -27,6 +27,8 @@ struct work {
     const struct block *blocks; /* on the device, like the runs */
     const struct run *runs;
     uint32_t block_count, run_count, tokens;
+    bool mma;   /* mamba_tiles.cu's kernels */
+    bool gated; /* and mamba_out.cu's */
 };
 
 /* What comes in, and what goes with it. */
@@ -50,7 +52,10 @@ static inline struct inputs<T> inputs_of(const struct ops_context *x,
 template <int V, typename T>
 static __device__ __forceinline__ void load(const T *from, float *out)
 {
-    if constexpr (V * sizeof(T) == 16) {
+    if constexpr (V * sizeof(T) == 32) {
+        cuda_load16(from, out);
+        cuda_load16(from + V / 2, out + V / 2);
+    } else if constexpr (V * sizeof(T) == 16) {
         cuda_load16(from, out);
     } else if constexpr (V * sizeof(T) == 8) {
         const uint2 v = *reinterpret_cast<const uint2 *>(from);
@@ -65,7 +70,10 @@ static __device__ __forceinline__ void load(const T *from, float *out)
 
 template <int V, typename T> static __device__ __forceinline__ void store(T *to, const float *x)
 {
-    if constexpr (V * sizeof(T) == 16 && sizeof(T) == 4) {
+    if constexpr (V * sizeof(T) == 32) {
+        store<V / 2>(to, x);
+        store<V / 2>(to + V / 2, x + V / 2);
+    } else if constexpr (V * sizeof(T) == 16 && sizeof(T) == 4) {
         *reinterpret_cast<float4 *>(to) = float4{x[0], x[1], x[2], x[3]};
     } else if constexpr (V * sizeof(T) == 16) {
         *reinterpret_cast<uint4 *>(to) = uint4{cuda_pack(x[0], x[1]), cuda_pack(x[2], x[3]),
@@ -96,14 +104,71 @@ load_column(const struct mamba_shape &s, const struct inputs<T> &in,
     }
 }
 
+/* dt and decay [tokens] of one block and head: time steps, zeros behind the block's rows; log decay
+ * from the block's start, the row's own included. A warp, neighbouring rows a lane. */
+template <typename T>
+static __device__ __forceinline__ void
+time_steps(const struct mamba_shape &s, const struct inputs<T> &in, const struct block &block,
+           uint32_t tokens, uint32_t h, float *dt, float *decay)
+{
+    constexpr uint32_t most = CUDA_BLOCK_TOKENS / CUDA_WARP;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, each = tokens / CUDA_WARP;
+    const float rate = -expf(in.a_log[h]);
+    const float bias = in.dt_bias[h] + (in.in_bias ? in.in_bias[s.inner + s.conv + h] : 0);
+    const T *from = in.projected + s.inner + s.conv + h;
+    float steps[most], sum = 0;
+#pragma unroll
+    for (uint32_t k = 0; k < most; k++) {
+        const uint32_t t = lane * each + k;
+        const bool there = k < each && t < block.count;
+        const float step =
+            there ? cuda_softplus(cuda_float(from[(size_t)(block.row + t) * s.proj]) + bias) : 0;
+        steps[k] = there ? fminf(fmaxf(step, s.dt_min), s.dt_max) : 0;
+        sum += steps[k];
+    }
+    float before = sum; /* of the lanes up to this one */
+    for (uint32_t far = 1; far < CUDA_WARP; far *= 2) {
+        const float other = __shfl_sync(CUDA_ALL_LANES, before, lane >= far ? lane - far : lane);
+        before += lane >= far ? other : 0;
+    }
+    before -= sum;
+#pragma unroll
+    for (uint32_t k = 0; k < most; k++)
+        if (k < each) {
+            before += steps[k];
+            dt[lane * each + k] = steps[k];
+            decay[lane * each + k] = before * rate;
+        }
+}
+
 /* ---- mamba_tiles.cu: bf16 ---- */
 
 /* Heads of this form go through tensor cores. */
 bool cuda_mamba_tiles(const struct mamba_shape &shape);
-/* What each block adds to the state, to x->states, from x's columns of x->projected and B's of
- * x->conv, dt and decay; on the way x's columns of x->conv. */
+/* The convolution, to x->conv; x->dt and decay; what each block adds to the state, to x->states. */
 void cuda_block_states(struct ops_context *context, const struct work *work);
-/* y of each block's rows from x->conv, dt, decay, and the states before it, to x->scanned. */
+/* y of each block's rows from x->conv, dt, decay, and the states before it. To x->scanned; or,
+ * `gated`, times SiLU(z) and the norm's weight to x->mixed, its scale yet to come: sums of squares
+ * [rows, cuda_output_parts] in x->scanned. */
 void cuda_block_outputs(struct ops_context *context, const struct work *work);
+/* How many sums of squares a row has. */
+uint32_t cuda_output_parts(const struct mamba_shape &shape);
+
+/* ---- mamba_out.cu ---- */
+
+/* out [count, columns] += row scale * x W^T (+ bias). */
+struct scaled_rows {
+    float *out;
+    const float *bias;    /* or NULL */
+    const float *squares; /* [count, parts] */
+    uint32_t count, columns, depth, parts;
+    float epsilon; /* the scale is 1 / sqrt(sum of squares / depth + epsilon) */
+};
+
+/* The device has what that takes, and the shape is one for it. */
+bool cuda_adds_scaled(const struct ops_context *context);
+/* weight [columns, depth] and x [count, depth] in bf16. */
+void cuda_add_scaled(struct ops_context *context, const void *weight, const void *x,
+                     const struct scaled_rows &rows);
 
 #endif

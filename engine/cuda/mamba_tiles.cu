@@ -7,9 +7,11 @@
 #define WIDTH 64
 #define TAPS 4
 #define PAD 8 /* elements behind a row in shared memory: eight rows fall on all banks */
-#define UNITS (WIDTH / 8)
-#define STATE_THREADS 128
-#define STRIP (TOKENS * UNITS / STATE_THREADS) /* rows that a thread convolves */
+#define CONV_THREADS 128
+#define CONV_ROWS 4 /* of B and C, that a thread convolves */
+#define STATE_THREADS 256
+#define UNIT 4                                        /* columns of x, and */
+#define STRIP (TOKENS * WIDTH / UNIT / STATE_THREADS) /* rows that a thread convolves */
 #define OUTPUT_THREADS 256
 #define OUTPUT_HEADS 4 /* that share the scores of a block */
 
@@ -25,55 +27,85 @@ static __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, siz
     }
 }
 
-/* ---- what a block adds to the state ---- */
+/* ---- the convolution ---- */
 
-/* Columns [j, j + 8) of xBC, rows [first, first + STRIP) of the block, through the convolution:
- * from `xs`, once the copies to it are done, to `out`. */
-static __device__ __forceinline__ void convolve_strip(const struct mamba_shape &s,
-                                                      const struct inputs<bf16> &in,
-                                                      const struct cuda_segment *segment,
-                                                      const struct block &block, uint32_t first,
-                                                      uint32_t j, const bf16 *xs, uint4 out[STRIP])
+/* Columns [j, j + V) of xBC, the block's rows [first, first + ROWS): `load_row` gives a row,
+ * `store_row` takes what becomes of it, zeros from `end` on; `window`: the TAPS - 1 rows before. */
+template <int ROWS, int V, typename L, typename S>
+static __device__ __forceinline__ void convolve_rows(const struct inputs<bf16> &in, uint32_t first,
+                                                     uint32_t end, uint32_t j,
+                                                     float window[TAPS][V], L load_row, S store_row)
 {
-    float weight[8 * TAPS], bias[8], window[TAPS][8];
+    float weight[V * TAPS], bias[V];
 #pragma unroll
-    for (int i = 0; i < TAPS; i++)
-        cuda_load16(in.weight + (size_t)j * TAPS + i * 8, weight + i * 8);
+    for (int i = 0; i < V * TAPS; i += 8)
+        cuda_load16(in.weight + (size_t)j * TAPS + i, weight + i);
 #pragma unroll
-    for (int v = 0; v < 8; v++)
+    for (int v = 0; v < V; v++)
         bias[v] = in.bias ? in.bias[j + v] : 0;
-    if (first == 0)
 #pragma unroll
-        for (int i = 0; i < TAPS - 1; i++)
-            load_column<8>(s, in, segment, block.row, TAPS - 1 - i, j, window[i]);
-    const auto load_row = [&](int row, float *to) {
-        cuda_load16(xs + row * (WIDTH + PAD), to);
-        if (in.in_bias)
+    for (int r = 0; r < ROWS; r++) {
+        float sum[V];
+        load_row(first + r, window[(TAPS - 1 + r) % TAPS]);
 #pragma unroll
-            for (int v = 0; v < 8; v++)
-                to[v] += in.in_bias[s.inner + j + v];
-    };
-    cuda_copy_wait<0>();
-    __syncthreads();
-    if (first)
-#pragma unroll
-        for (int i = 0; i < TAPS - 1; i++)
-            load_row((int)first - TAPS + 1 + i, window[i]);
-#pragma unroll
-    for (int r = 0; r < STRIP; r++) {
-        float sum[8];
-        load_row((int)first + r, window[(TAPS - 1 + r) % TAPS]);
-#pragma unroll
-        for (int v = 0; v < 8; v++) {
+        for (int v = 0; v < V; v++) {
             sum[v] = bias[v];
 #pragma unroll
             for (int i = 0; i < TAPS; i++)
                 sum[v] = fmaf(weight[v * TAPS + i], window[(r + i) % TAPS][v], sum[v]);
-            sum[v] = first + r < block.count ? cuda_silu_narrow(sum[v]) : 0;
+            sum[v] = first + r < end ? cuda_silu_narrow(sum[v]) : 0;
         }
-        store<8>(reinterpret_cast<bf16 *>(&out[r]), sum);
+        store_row(r, sum);
     }
 }
+
+/* in_proj's bias of V columns of xBC. */
+template <int V>
+static __device__ __forceinline__ void
+add_in_bias(const struct mamba_shape &s, const struct inputs<bf16> &in, uint32_t j, float *to)
+{
+    if (in.in_bias)
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            to[v] += in.in_bias[s.inner + j + v];
+}
+
+/* B and C of conv, CONV_ROWS rows of 8 columns a thread. Grid: blocks x parts of them. */
+static __global__ void __launch_bounds__(CONV_THREADS)
+    convolve_shared(struct mamba_shape s, struct inputs<bf16> in, const struct block *blocks,
+                    const struct cuda_segment *segments, bf16 *conv)
+{
+    cuda_depend_wait();
+    cuda_depend_release(); /* what projected holds is there for the kernel behind this one */
+    const struct block block = blocks[blockIdx.x];
+    const uint32_t units = (s.conv - s.inner) / 8, i = blockIdx.y * CONV_THREADS + threadIdx.x;
+    const uint32_t first = i / units * CONV_ROWS, j = s.inner + i % units * 8;
+    if (first >= block.count)
+        return;
+    float window[TAPS][8];
+    uint4 out[CONV_ROWS];
+    const bf16 *from = in.projected + (size_t)block.row * s.proj + s.inner + j;
+    const auto load_row = [&](uint32_t row, float *to) {
+        cuda_load16(from + (size_t)(row < block.count ? row : 0) * s.proj, to);
+        add_in_bias<8>(s, in, j, to);
+    };
+#pragma unroll
+    for (int k = 0; k < TAPS - 1; k++)
+        if (first)
+            load_row(first - TAPS + 1 + k, window[k]);
+        else
+            load_column<8>(s, in, segments + block.segment, block.row, TAPS - 1 - k, j, window[k]);
+    convolve_rows<CONV_ROWS, 8>(
+        in, first, block.count, j, window, load_row,
+        [&](int r, const float *sum) { store<8>(reinterpret_cast<bf16 *>(&out[r]), sum); });
+#pragma unroll
+    for (uint32_t r = 0; r < CONV_ROWS; r++)
+        if (first + r < block.count)
+            *reinterpret_cast<uint4 *>(conv + (size_t)(block.row + first + r) * s.conv + j) =
+                out[r];
+}
+
+/* ---- what a block adds to the state ---- */
 
 /* Two neighbours times a factor each. */
 static __device__ __forceinline__ uint32_t scaled(uint32_t pair, float first, float second)
@@ -81,80 +113,108 @@ static __device__ __forceinline__ uint32_t scaled(uint32_t pair, float first, fl
     return cuda_pack(cuda_first(pair) * first, cuda_second(pair) * second);
 }
 
+/* Of a block's rows, one head: time steps, log decays from the block's start, and what is left of
+ * each row's input at the block's end. */
+struct steps {
+    float times[TOKENS], decays[TOKENS], factors[TOKENS];
+};
+
+/* A warp. */
+static __device__ __forceinline__ void find_steps(const struct mamba_shape &s,
+                                                  const struct inputs<bf16> &in,
+                                                  const struct block &block, uint32_t h,
+                                                  struct steps *steps)
+{
+    time_steps(s, in, block, TOKENS, h, steps->times, steps->decays);
+    __syncwarp();
+    for (uint32_t t = threadIdx.x % CUDA_WARP; t < TOKENS; t += CUDA_WARP)
+        steps->factors[t] =
+            steps->times[t] * cuda_exp2((steps->decays[TOKENS - 1] - steps->decays[t]) * LOG2_E);
+}
+
 /* states[block, h] [P, N] = what the block alone adds to the state: sum over rows of (x dt decay)
- * outer B; and x of conv. A warp has half of P and half of N. Grid: blocks x heads. */
+ * outer B; on the way x of conv, dt and decay. A warp has 16 of P and half of N. Grid: blocks x
+ * heads. */
 template <int N>
 static __global__ void __launch_bounds__(STATE_THREADS, 4)
     block_states_mma(struct mamba_shape s, struct inputs<bf16> in, const struct block *blocks,
-                     const struct cuda_segment *segments, const float *dt, const float *decay,
-                     bf16 *conv, bf16 *states)
+                     const struct cuda_segment *segments, float *dt, float *decay, bf16 *conv,
+                     bf16 *states)
 {
     CUDA_SHARED(bf16, bs);
     bf16 *xs = bs + TOKENS * (N + PAD);
-    float *factors = reinterpret_cast<float *>(xs + TOKENS * (WIDTH + PAD));
+    struct steps *steps = reinterpret_cast<struct steps *>(xs + TOKENS * (WIDTH + PAD));
     const struct block block = blocks[blockIdx.x];
     const uint32_t h = blockIdx.y, group = h / (s.heads / s.groups), t = threadIdx.x;
     const uint32_t rows = (block.count + 15) / 16 * 16;
-    const uint32_t unit = t % UNITS * 8, first = t / UNITS * STRIP;
-    copy_rows(xs, in.projected + (size_t)block.row * s.proj + s.inner + h * WIDTH, s.proj, WIDTH,
+    const uint32_t unit = t % (WIDTH / UNIT) * UNIT, first = t / (WIDTH / UNIT) * STRIP;
+    const uint32_t j = h * WIDTH + unit;
+    bf16 *raw = bs; /* x before the convolution, and then B */
+    copy_rows(raw, in.projected + (size_t)block.row * s.proj + s.inner + h * WIDTH, s.proj, WIDTH,
               block.count, TOKENS);
     cuda_copy_commit();
-    uint4 x[STRIP];
-    convolve_strip(s, in, segments + block.segment, block, first, h * WIDTH + unit, xs + unit, x);
-    __syncthreads();
+    if (t < CUDA_WARP)
+        find_steps(s, in, block, h, steps);
+    float window[TAPS][UNIT];
+    if (first == 0)
 #pragma unroll
-    for (uint32_t r = 0; r < STRIP; r++) {
-        *reinterpret_cast<uint4 *>(xs + (first + r) * (WIDTH + PAD) + unit) = x[r];
-        if (first + r < block.count)
-            *reinterpret_cast<uint4 *>(conv + (size_t)(block.row + first + r) * s.conv + h * WIDTH +
-                                       unit) = x[r];
+        for (int k = 0; k < TAPS - 1; k++)
+            load_column<UNIT>(s, in, segments + block.segment, block.row, TAPS - 1 - k, j,
+                              window[k]);
+    cuda_copy_wait<0>();
+    __syncthreads();
+    if (t < TOKENS) {
+        const size_t at = ((size_t)blockIdx.x * s.heads + h) * TOKENS + t;
+        dt[at] = steps->times[t];
+        decay[at] = steps->decays[t];
     }
+    const auto load_row = [&](uint32_t row, float *to) {
+        load<UNIT>(raw + row * (WIDTH + PAD) + unit, to);
+        add_in_bias<UNIT>(s, in, j, to);
+    };
+    if (first)
+#pragma unroll
+        for (int k = 0; k < TAPS - 1; k++)
+            load_row(first - TAPS + 1 + k, window[k]);
+    bf16 *kept = conv + (size_t)(block.row + first) * s.conv + j;
+    convolve_rows<STRIP, UNIT>(
+        in, first, block.count, j, window, load_row, [&](int r, const float *sum) {
+            const uint2 x = {cuda_pack(sum[0], sum[1]), cuda_pack(sum[2], sum[3])};
+            const float factor = steps->factors[first + r];
+            *reinterpret_cast<uint2 *>(xs + (first + r) * (WIDTH + PAD) + unit) =
+                uint2{scaled(x.x, factor, factor), scaled(x.y, factor, factor)};
+            if (first + r < block.count)
+                *reinterpret_cast<uint2 *>(kept + (size_t)r * s.conv) = x;
+        });
+    __syncthreads();
     cuda_depend_wait();
     cuda_depend_release();
     copy_rows(bs, conv + (size_t)block.row * s.conv + s.inner + (size_t)group * N, s.conv, N,
               block.count, rows);
     cuda_copy_commit();
-    const size_t from = ((size_t)blockIdx.x * s.heads + h) * TOKENS;
-    factors[t] = dt[from + t] * cuda_exp2((decay[from + TOKENS - 1] - decay[from + t]) * LOG2_E);
     cuda_copy_wait<0>();
     __syncthreads();
-    const uint32_t lane = t % CUDA_WARP, top = t / CUDA_WARP / 2 * (WIDTH / 2);
+    const uint32_t lane = t % CUDA_WARP, top = t / CUDA_WARP / 2 * 16;
     const uint32_t left = t / CUDA_WARP % 2 * (N / 2);
-    float acc[2][N / 16][4] = {};
+    float acc[N / 16][4] = {};
     for (uint32_t k = 0; k < rows; k += 16) {
-        const float2 f = *reinterpret_cast<const float2 *>(factors + k + lane % 4 * 2);
-        const float2 g = *reinterpret_cast<const float2 *>(factors + k + 8 + lane % 4 * 2);
-        uint32_t a[2][4], b[4];
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            cuda_load_transposed(
-                a[m], cuda_matrix_row(xs + k * (WIDTH + PAD) + top + m * 16, WIDTH + PAD, false));
-            a[m][0] = scaled(a[m][0], f.x, f.y);
-            a[m][1] = scaled(a[m][1], f.x, f.y);
-            a[m][2] = scaled(a[m][2], g.x, g.y);
-            a[m][3] = scaled(a[m][3], g.x, g.y);
-        }
+        uint32_t a[4], b[4];
+        cuda_load_transposed(a, cuda_matrix_row(xs + k * (WIDTH + PAD) + top, WIDTH + PAD, false));
 #pragma unroll
         for (int n = 0; n < N / 32; n++) {
             cuda_load_transposed(
                 b, cuda_matrix_row(bs + k * (N + PAD) + left + n * 16, N + PAD, true));
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                cuda_mma(acc[m][2 * n], a[m], b);
-                cuda_mma(acc[m][2 * n + 1], a[m], b + 2);
-            }
+            cuda_mma(acc[2 * n], a, b);
+            cuda_mma(acc[2 * n + 1], a, b + 2);
         }
     }
     __syncthreads(); /* B's place becomes the state's, to be written in whole rows */
 #pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            bf16 *to = bs + (top + m * 16 + lane / 4) * (N + PAD) + left + n * 8 + lane % 4 * 2;
-            *reinterpret_cast<uint32_t *>(to) = cuda_pack(acc[m][n][0], acc[m][n][1]);
-            *reinterpret_cast<uint32_t *>(to + 8 * (N + PAD)) =
-                cuda_pack(acc[m][n][2], acc[m][n][3]);
-        }
+    for (int n = 0; n < N / 16; n++) {
+        bf16 *to = bs + (top + lane / 4) * (N + PAD) + left + n * 8 + lane % 4 * 2;
+        *reinterpret_cast<uint32_t *>(to) = cuda_pack(acc[n][0], acc[n][1]);
+        *reinterpret_cast<uint32_t *>(to + 8 * (N + PAD)) = cuda_pack(acc[n][2], acc[n][3]);
+    }
     __syncthreads();
     bf16 *out = states + ((size_t)blockIdx.x * s.heads + h) * WIDTH * N;
 #pragma unroll
@@ -279,33 +339,106 @@ static __device__ __forceinline__ void add_own(const uint32_t scores[TOKENS / 16
     }
 }
 
-/* y = acc + D x of a warp's rows, as far as there are `count`; `y`: the block's first row. Pairs of
- * lanes change halves, so that each writes four neighbours. */
-static __device__ __forceinline__ void write_rows(const float acc[WIDTH / 8][4], const bf16 *xs,
-                                                  float through, uint32_t count, uint32_t stride,
-                                                  bf16 *y)
+/* Where results go. */
+struct results {
+    bf16 *y; /* [rows, inner] */
+    /* Only when gated: */
+    const bf16 *projected; /* z in its first columns */
+    const float *in_bias;  /* or NULL */
+    const float *weight;   /* of the norm behind the gate */
+    float *squares;        /* [rows, parts] */
+};
+
+/* Pairs of lanes change halves of what they hold of tiles p and p + 1: two neighbours of each as
+ * products have them, or four of one as memory is read and written. */
+static __device__ __forceinline__ uint2 change_halves(uint2 own)
+{
+    const bool odd = threadIdx.x % 2;
+    const uint32_t other = __shfl_xor_sync(CUDA_ALL_LANES, odd ? own.x : own.y, 1);
+    return odd ? uint2{other, own.y} : uint2{own.x, other};
+}
+
+/* z of a warp's rows, one head, as products have them. */
+static __device__ __forceinline__ void load_gate(const struct mamba_shape &s,
+                                                 const struct results &to, uint32_t row,
+                                                 uint32_t end, uint32_t column,
+                                                 uint2 gate[2][WIDTH / 16])
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    const bf16 *from =
+        to.projected + (size_t)(row + lane / 4) * s.proj + column + lane % 4 / 2 * 4 + lane % 2 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int p = 0; p < WIDTH / 16; p++) {
+            gate[half][p] = uint2{0, 0};
+            if (row + lane / 4 + half * 8 < end)
+                gate[half][p] =
+                    *reinterpret_cast<const uint2 *>(from + (size_t)half * 8 * s.proj + p * 16);
+        }
+}
+
+/* y SiLU(z) of two neighbours; its square goes to `square`. */
+static __device__ __forceinline__ uint32_t gated(const struct results &to, uint32_t column,
+                                                 float2 y, uint32_t z, float *square)
+{
+    float2 gate = {cuda_first(z), cuda_second(z)};
+    if (to.in_bias) {
+        gate.x += to.in_bias[column];
+        gate.y += to.in_bias[column + 1];
+    }
+    y.x *= cuda_silu_narrow(gate.x);
+    y.y *= cuda_silu_narrow(gate.y);
+    *square = fmaf(y.x, y.x, fmaf(y.y, y.y, *square));
+    const float2 weight = *reinterpret_cast<const float2 *>(to.weight + column);
+    return cuda_pack(y.x * weight.x, y.y * weight.y);
+}
+
+/* y = acc + D x of a warp's rows from `row` on, up to `end`; `column`: the head's first. */
+template <bool GATED>
+static __device__ __forceinline__ void
+write_rows(const struct mamba_shape &s, const struct results &to, const float acc[WIDTH / 8][4],
+           const uint2 gate[2][WIDTH / 16], const bf16 *xs, float through, uint32_t row,
+           uint32_t end, uint32_t column, float squares[2])
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const bool odd = lane % 2;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const uint32_t row = warp * 16 + lane / 4 + half * 8;
-        const bf16 *x = xs + row * (WIDTH + PAD) + lane % 4 * 2;
-        bf16 *to = y + (size_t)row * stride + lane % 4 / 2 * 4 + odd * 8;
+        const uint32_t own = lane / 4 + half * 8, pair = lane % 4 * 2;
+        const bf16 *x = xs + (warp * 16 + own) * (WIDTH + PAD) + pair;
+        bf16 *y = to.y + (size_t)(row + own) * s.inner + column + lane % 4 / 2 * 4 + lane % 2 * 8;
 #pragma unroll
         for (int p = 0; p < WIDTH / 8; p += 2) {
-            uint32_t own[2];
+            const uint2 z = GATED ? change_halves(gate[half][p / 2]) : uint2{0, 0};
+            uint2 out;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const uint32_t in = *reinterpret_cast<const uint32_t *>(x + (p + i) * 8);
-                own[i] = cuda_pack(fmaf(through, cuda_first(in), acc[p + i][2 * half]),
-                                   fmaf(through, cuda_second(in), acc[p + i][2 * half + 1]));
+                const float2 v = {fmaf(through, cuda_first(in), acc[p + i][2 * half]),
+                                  fmaf(through, cuda_second(in), acc[p + i][2 * half + 1])};
+                (i ? out.y : out.x) =
+                    GATED ? gated(to, column + (p + i) * 8 + pair, v, i ? z.y : z.x, &squares[half])
+                          : cuda_pack(v.x, v.y);
             }
-            const uint32_t other = __shfl_xor_sync(CUDA_ALL_LANES, odd ? own[0] : own[1], 1);
-            if (row < count)
-                *reinterpret_cast<uint2 *>(to + p * 8) =
-                    odd ? uint2{other, own[1]} : uint2{own[0], other};
+            out = change_halves(out);
+            if (row + own < end)
+                *reinterpret_cast<uint2 *>(y + p * 8) = out;
         }
+    }
+}
+
+/* The sums of squares of a warp's rows over the block's heads, over the four lanes of a row. */
+static __device__ __forceinline__ void write_squares(const struct results &to, uint32_t row,
+                                                     uint32_t end, const float squares[2])
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t own = row + lane / 4 + half * 8;
+        float sum = squares[half] + __shfl_xor_sync(CUDA_ALL_LANES, squares[half], 1);
+        sum += __shfl_xor_sync(CUDA_ALL_LANES, sum, 2);
+        if (lane % 4 == 0 && own < end)
+            to.squares[(size_t)own * gridDim.y + blockIdx.y] = sum;
     }
 }
 
@@ -318,11 +451,11 @@ static __host__ __device__ constexpr uint32_t stage_elements(uint32_t n)
 /* y of a block's rows, OUTPUT_HEADS heads of one group: what came before the block, what it holds
  * itself, and D x. A warp has 16 rows. While a head is computed, the next one's x and state come;
  * at first B lies where those of the second will. Grid: blocks x parts of groups. */
-template <int N>
+template <int N, bool GATED>
 static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     block_outputs_mma(struct mamba_shape s, const struct block *blocks, const bf16 *conv,
                       const float *dt, const float *decay, const bf16 *states, const float *skip,
-                      bf16 *y)
+                      struct results to)
 {
     constexpr uint32_t stage = stage_elements(N);
     CUDA_SHARED(bf16, stages);
@@ -369,6 +502,8 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     cuda_depend_release();
     fetch_state(0);
     cuda_copy_commit();
+    const uint32_t row = block.row + warp * 16, end = block.row + block.count;
+    float squares[2] = {};
     for (uint32_t i = 0; i < heads; i++) {
         if (i + 1 < heads) {
             fetch_x(i + 1);
@@ -383,12 +518,17 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
             float acc[WIDTH / 8][4] = {};
             add_before<N>(cs, xs + TOKENS * (WIDTH + PAD), warp, cuda_exp2(own.decays[top]),
                           cuda_exp2(own.decays[top + 8]), acc);
+            uint2 gate[2][WIDTH / 16];
+            if (GATED)
+                load_gate(s, to, row, end, (first + i) * WIDTH, gate);
             add_own(scores, xs, own, acc);
-            write_rows(acc, xs, skip[first + i], block.count, s.inner,
-                       y + (size_t)block.row * s.inner + (first + i) * WIDTH);
+            write_rows<GATED>(s, to, acc, gate, xs, skip[first + i], row, end, (first + i) * WIDTH,
+                              squares);
         }
         __syncthreads();
     }
+    if (GATED && busy)
+        write_squares(to, row, end, squares);
 }
 
 /* ---- the host's side ---- */
@@ -401,26 +541,35 @@ bool cuda_mamba_tiles(const struct mamba_shape &s)
 
 template <int N> static void launch_states(struct ops_context *x, const struct work *w)
 {
-    const size_t bytes =
-        TOKENS * ((N + PAD) + (WIDTH + PAD)) * sizeof(bf16) + TOKENS * sizeof(float);
+    const struct mamba_shape s = w->shape;
+    const struct inputs<bf16> in = inputs_of<bf16>(x, w->weights);
+    bf16 *conv = (bf16 *)(void *)x->conv;
+    const size_t bytes = TOKENS * ((N + PAD) + (WIDTH + PAD)) * sizeof(bf16) + sizeof(struct steps);
+    const uint32_t threads = (s.conv - s.inner) / 8 * (TOKENS / CONV_ROWS);
+    CUDA_LAUNCH_EARLY(x, convolve_shared, dim3(w->block_count, cuda_ceil(threads, CONV_THREADS)),
+                      dim3(CONV_THREADS), 0, s, in, w->blocks, w->segments, conv);
     CUDA_ALLOW_SHARED(x, block_states_mma<N>, bytes);
-    CUDA_LAUNCH_EARLY(x, block_states_mma<N>, dim3(w->block_count, w->shape.heads),
-                      dim3(STATE_THREADS), bytes, w->shape, inputs_of<bf16>(x, w->weights),
-                      w->blocks, w->segments, x->dt, x->decay, (bf16 *)(void *)x->conv,
+    CUDA_LAUNCH_EARLY(x, block_states_mma<N>, dim3(w->block_count, s.heads), dim3(STATE_THREADS),
+                      bytes, s, in, w->blocks, w->segments, x->dt, x->decay, conv,
                       (bf16 *)(void *)x->states);
 }
 
-template <int N> static void launch_outputs(struct ops_context *x, const struct work *w)
+uint32_t cuda_output_parts(const struct mamba_shape &s)
+{
+    return cuda_ceil(s.heads / s.groups, OUTPUT_HEADS) * s.groups;
+}
+
+template <int N, bool GATED>
+static void launch_outputs(struct ops_context *x, const struct work *w, const struct results &to)
 {
     const struct mamba_shape s = w->shape;
     const size_t bytes = (2 * stage_elements(N) + TOKENS * (N + PAD)) * sizeof(bf16) +
                          OUTPUT_HEADS * sizeof(struct columns);
-    const uint32_t parts = cuda_ceil(s.heads / s.groups, OUTPUT_HEADS) * s.groups;
-    CUDA_ALLOW_SHARED(x, block_outputs_mma<N>, bytes);
-    CUDA_LAUNCH_EARLY(x, block_outputs_mma<N>, dim3(w->block_count, parts), dim3(OUTPUT_THREADS),
-                      bytes, s, w->blocks, (const bf16 *)(const void *)x->conv, x->dt, x->decay,
-                      (const bf16 *)(const void *)x->states, (const float *)w->weights->d.data,
-                      (bf16 *)(void *)x->scanned);
+    CUDA_ALLOW_SHARED(x, (block_outputs_mma<N, GATED>), bytes);
+    CUDA_LAUNCH_EARLY(x, (block_outputs_mma<N, GATED>), dim3(w->block_count, cuda_output_parts(s)),
+                      dim3(OUTPUT_THREADS), bytes, s, w->blocks,
+                      (const bf16 *)(const void *)x->conv, x->dt, x->decay,
+                      (const bf16 *)(const void *)x->states, (const float *)w->weights->d.data, to);
 }
 
 void cuda_block_states(struct ops_context *x, const struct work *w)
@@ -433,8 +582,19 @@ void cuda_block_states(struct ops_context *x, const struct work *w)
 
 void cuda_block_outputs(struct ops_context *x, const struct work *w)
 {
-    if (w->shape.n == 128)
-        launch_outputs<128>(x, w);
+    const bool gated = w->gated;
+    struct results to = {};
+    to.y = gated ? (bf16 *)x->mixed : (bf16 *)(void *)x->scanned;
+    to.projected = (const bf16 *)(const void *)x->projected;
+    to.in_bias = (const float *)w->weights->in_proj_bias.data;
+    to.weight = (const float *)w->weights->gate_norm.data;
+    to.squares = x->scanned;
+    if (w->shape.n == 128 && gated)
+        launch_outputs<128, true>(x, w, to);
+    else if (w->shape.n == 128)
+        launch_outputs<128, false>(x, w, to);
+    else if (gated)
+        launch_outputs<64, true>(x, w, to);
     else
-        launch_outputs<64>(x, w);
+        launch_outputs<64, false>(x, w, to);
 }

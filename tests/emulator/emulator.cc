@@ -6,6 +6,7 @@
 
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
+#include "engine/cuda/mamba_blocks.cuh"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -576,4 +577,26 @@ bool cuda_product(struct ops_context *x, const void *w, uint32_t n, uint32_t k, 
                 ((float *)out)[to] = how == CUDA_ADD ? ((float *)out)[to] + sum : sum;
         }
     return true;
+}
+
+/* Shapes of both kinds are tested: these, and those whose gate has its norm at once. */
+bool cuda_adds_scaled(const struct ops_context *x)
+{
+    return !x->wide && x->config.hidden_size % 512 == 0;
+}
+
+void cuda_add_scaled(struct ops_context *x, const void *weight, const void *in,
+                     const struct scaled_rows &s)
+{
+    std::vector<float> sums((size_t)s.count * s.columns);
+    cuda_product(x, weight, s.columns, s.depth, in, s.count, sums.data(), CUDA_SET);
+    for (uint32_t i = 0; i < s.count && !x->failed; i++) {
+        float square = 0;
+        for (uint32_t j = 0; j < s.parts; j++)
+            square += s.squares[(size_t)i * s.parts + j];
+        const float scale = 1 / sqrtf(square / (float)s.depth + s.epsilon);
+        for (uint32_t j = 0; j < s.columns; j++)
+            s.out[(size_t)i * s.columns + j] +=
+                scale * sums[(size_t)i * s.columns + j] + (s.bias ? s.bias[j] : 0);
+    }
 }
