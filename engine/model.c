@@ -24,8 +24,9 @@ struct model {
     char *host_landmarks;   /* [max_chunks] */
     /* Host memory. */
     int32_t *tokens;
-    const void **pages;                    /* [max_rows, Hr, K] */
-    struct memory_page **held, **row_page; /* pinned by this block; page of each pick */
+    const void **pages;        /* [max_rows, Hr, K] */
+    struct memory_page **held; /* pinned by this block; by all of the pass, the first `kept` */
+    size_t kept;               /* pages of all rows, for the group's next HSA layers; 0: none are */
     struct recent {
         uint64_t stamp, chunk;
         uint32_t item;
@@ -86,7 +87,6 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->tokens = calloc(max_rows, sizeof *m->tokens);
     m->pages = calloc(picks, sizeof *m->pages);
     m->held = calloc(picks, sizeof *m->held);
-    m->row_page = calloc(picks, sizeof *m->row_page);
     m->segments = calloc(max_rows, sizeof *m->segments);
     m->single = calloc(max_rows, sizeof *m->single);
     m->states = calloc(max_rows, sizeof *m->states);
@@ -98,9 +98,8 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->chunk_index = calloc(m->max_chunks, sizeof *m->chunk_index);
     if (!m->x || !m->q || !m->o || !m->last || !m->chunks || !m->logits || !m->host_logits ||
         !m->host_landmarks || !m->tokens || !m->picks.chunks || !m->picks.weights || !m->pages ||
-        !m->held || !m->row_page || !m->segments || !m->single || !m->states || !m->landmarks ||
-        !m->chunk_rows || !m->chunk_kv || !m->chunk_landmarks || !m->chunk_items ||
-        !m->chunk_index) {
+        !m->held || !m->segments || !m->single || !m->states || !m->landmarks || !m->chunk_rows ||
+        !m->chunk_kv || !m->chunk_landmarks || !m->chunk_items || !m->chunk_index) {
         model_destroy(engine, m);
         return STATUS_NO_MEMORY;
     }
@@ -125,7 +124,6 @@ void model_destroy(struct engine *engine, struct model *m)
     free(m->tokens);
     free(m->pages);
     free(m->held);
-    free(m->row_page);
     free(m->segments);
     free(m->single);
     free(m->states);
@@ -267,9 +265,18 @@ static void name_landmarks(struct pass *p)
                                                     .count = p->items[i].session->chunk_count};
 }
 
+/* The pages that were kept for the group's next HSA layers. */
+static void let_pages_go(struct pass *p)
+{
+    struct model *m = p->m;
+    while (m->kept)
+        memory_page_unpin(&p->engine->memory, m->held[--m->kept]);
+}
+
 static void retrieve(struct pass *p, const struct weights_layer *layer)
 {
     struct model *m = p->m;
+    let_pages_go(p);
     name_landmarks(p);
     p->engine->ops->retrieve(p->engine->context, &layer->retrieval, &p->rows, m->landmarks, m->x,
                              &m->picks);
@@ -346,75 +353,87 @@ static struct memory_page *pin_chunk(struct pass *p, struct block *b, uint32_t i
     return page;
 }
 
-/* Pins the pages of as many rows from `first` on as there is room for, at least one, and of no more
- * than PIN_ROWS: a device works on them while the next are pinned. */
-static void pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t item)
+/* Pins the pages of as many more rows from `first` on as there is room for, and of no more than
+ * PIN_ROWS: a device works on them while the next are pinned. */
+static void pin_more(struct pass *p, struct block *b, uint32_t end, uint32_t item)
 {
     struct model *m = p->m;
     const uint32_t per_row = picks_per_row(p->engine);
-    m->stamp++;
-    b->held = b->count = 0;
+    b->count = 0;
     for (uint32_t row = b->first; row < end && b->count < PIN_ROWS; row++) {
         while (row >= p->items[item].segment.row + p->items[item].segment.count)
             item++;
         for (uint32_t j = 0; j < per_row; j++) {
             const size_t at = (size_t)row * per_row + j;
-            m->row_page[at] = NULL;
+            m->pages[at] = NULL;
             if (!(m->picks.weights[at] > 0) || p->items[item].status)
                 continue;
-            m->row_page[at] = pin_chunk(p, b, item, m->picks.chunks[at]);
-            if (!m->row_page[at]) {
-                ASSERT(b->count); /* one row always fits: checked before the step */
+            const struct memory_page *page = pin_chunk(p, b, item, m->picks.chunks[at]);
+            if (!page)
                 return;
-            }
+            m->pages[at] = page->data;
         }
         b->count++;
     }
 }
 
-static void unpin_rows(struct pass *p, const struct block *b)
+/* The same when nothing is pinned: at least one row. */
+static void pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t item)
 {
-    for (size_t i = 0; i < b->held; i++)
-        memory_page_unpin(&p->engine->memory, p->m->held[i]);
+    let_pages_go(p);
+    p->m->stamp++;
+    b->held = 0;
+    pin_more(p, b, end, item);
+    ASSERT(b->count); /* one row always fits: checked before the step */
 }
 
-static void name_pages(struct pass *p, const struct block *b)
+static void unpin_rows(struct pass *p, struct block *b)
 {
-    struct model *m = p->m;
-    const size_t per_row = picks_per_row(p->engine), from = b->first * per_row;
-    for (size_t i = 0; i < b->count * per_row; i++)
-        m->pages[i] = m->row_page[from + i] ? m->row_page[from + i]->data : NULL;
+    while (b->held)
+        memory_page_unpin(&p->engine->memory, p->m->held[--b->held]);
 }
 
 static void attend_block(struct pass *p, const struct block *b)
 {
     struct model *m = p->m;
-    const size_t per_row = picks_per_row(p->engine), d = p->engine->config.hidden_size;
-    const size_t from = b->first * per_row;
-    name_pages(p, b);
+    const size_t from = b->first * picks_per_row(p->engine), d = p->engine->config.hidden_size;
     p->engine->ops->hsa_attend(p->engine->context, b->count, m->q + b->first * d,
-                               m->picks.weights + from, m->pages, m->o + b->first * d);
+                               m->picks.weights + from, m->pages + from, m->o + b->first * d);
 }
 
 /* Attends rows [first, end), which begin in `item`; where `whole`, a failed read is tried again
- * sequence by sequence, so that only the one whose chunks are damaged fails. */
+ * sequence by sequence, so that only the one whose chunks are damaged fails, and pages that could
+ * all be pinned together are kept for the group's next layers. */
 static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t item, bool whole)
 {
+    struct model *m = p->m;
+    struct memory *memory = &p->engine->memory;
     struct block b = {.first = first};
+    bool keep = whole;
+    m->stamp++;
     while (b.first < end) {
         while (b.first >= p->items[item].segment.row + p->items[item].segment.count)
             item++;
-        pin_rows(p, &b, end, item);
+        size_t loaded = b.held;
+        pin_more(p, &b, end, item);
+        if (!b.count) { /* what earlier rows read makes room */
+            unpin_rows(p, &b);
+            pin_rows(p, &b, end, item);
+            loaded = 0;
+            keep = false;
+        }
         const enum status status =
-            memory_load(&p->engine->memory, &p->engine->io, p->m->held, b.held);
-        if (!status)
+            memory_load(memory, &p->engine->io, m->held + loaded, b.held - loaded);
+        if (!status) {
             attend_block(p, &b);
-        unpin_rows(p, &b);
-        if (status && !whole) {
-            item_failed(&p->items[item], status); /* its rows read nothing from here on */
+            b.first += b.count;
             continue;
         }
-        for (uint32_t i = item; status && i < p->count; i++) {
+        unpin_rows(p, &b);
+        keep = false;
+        if (!whole)
+            item_failed(&p->items[item], status); /* its rows read nothing from here on */
+        for (uint32_t i = item; whole && i < p->count; i++) {
             const struct ops_segment *segment = &p->items[i].segment;
             const uint32_t from = segment->row > b.first ? segment->row : b.first;
             uint32_t to = segment->row + segment->count;
@@ -422,7 +441,23 @@ static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t i
             if (from < to)
                 attend_rows(p, from, to, i, false);
         }
-        b.first += b.count;
+        m->stamp++; /* nothing is pinned now */
+        b.first += whole ? b.count : 0;
+    }
+    if (keep)
+        m->kept = b.held;
+    else
+        unpin_rows(p, &b);
+}
+
+/* Rows whose pages are all pinned. */
+static void attend_kept(struct pass *p)
+{
+    struct block b = {0};
+    for (; b.first < p->rows.row_count; b.first += b.count) {
+        const uint32_t left = p->rows.row_count - b.first;
+        b.count = left < PIN_ROWS ? left : PIN_ROWS;
+        attend_block(p, &b);
     }
 }
 
@@ -431,7 +466,10 @@ static void hsa(struct pass *p, const struct weights_layer *layer)
     struct model *m = p->m;
     const struct ops *ops = p->engine->ops;
     ops->hsa_query(p->engine->context, &layer->hsa, &p->rows, m->x, m->q);
-    attend_rows(p, 0, p->rows.row_count, 0, true);
+    if (m->kept)
+        attend_kept(p);
+    else
+        attend_rows(p, 0, p->rows.row_count, 0, true);
     ops->hsa_out(p->engine->context, &layer->hsa, &p->rows, m->o, m->x);
 }
 
@@ -600,7 +638,6 @@ static void begin_part(struct pass *p, struct step *s)
     s->held = true;
     if (s->pinned.count == p->rows.row_count &&
         !memory_load(&engine->memory, &engine->io, p->m->held, s->pinned.held)) {
-        name_pages(p, &s->pinned);
         s->how =
             engine->ops->part_begin(engine->context, s->part, p->m->picks.weights, p->m->pages);
     }
@@ -758,5 +795,6 @@ void model_forward(struct engine *engine, struct model_item *items, uint32_t cou
         items[i].session->position += items[i].segment.count;
         items[i].session->rounded &= !items[i].segment.count;
     }
+    let_pages_go(&p);
     collect_picks(&p);
 }

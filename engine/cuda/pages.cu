@@ -1,6 +1,7 @@
 /* pages.cu - the device's copies of K/V pages: a pool under a budget, least recently used first
  * out. The engine names pages by where they lie in host memory. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
@@ -14,6 +15,7 @@ extern "C" {
 #define SLAB_PAGES_MOST 1024
 #define COPY_THREADS 256
 #define RECENT_PAGES 4096
+#define KNOWN 8 /* more than a slice has runs of rows: its next layer reads the same pages */
 
 struct slot {
     struct list lru;  /* every slot; the least recently used first */
@@ -34,6 +36,13 @@ struct recent {
     uint64_t stamp;
 };
 
+/* Pages that were taken together, and where they lay when `moves` was what it says. */
+struct known {
+    const void **pages, **data;
+    size_t count, capacity;
+    uint64_t moves;
+};
+
 struct cuda_pages {
     struct list lru;
     size_t stride, capacity, count; /* bytes of a page; slots at most; slots there are */
@@ -42,6 +51,9 @@ struct cuda_pages {
     void **slabs; /* device memory and slot structs in turn */
     size_t slab_count;
     uint64_t stamp;
+    uint64_t moves; /* counts pages that left their slot */
+    struct known known[KNOWN];
+    uint32_t next_known;
     struct recent recent[RECENT_PAGES]; /* taken since cuda_pages_begin: rows share pages */
     uint64_t hits, misses;
     struct copy *missing; /* to be copied here by cuda_pages_end */
@@ -151,6 +163,10 @@ void cuda_pages_close(struct ops_context *x)
     free(p->slabs);
     free(p->table);
     free(p->missing);
+    for (size_t i = 0; i < KNOWN; i++) {
+        free(p->known[i].pages);
+        free(p->known[i].data);
+    }
     free(p);
     x->pages = NULL;
 }
@@ -170,6 +186,7 @@ static void empty(struct cuda_pages *p, struct slot *slot)
         at = &(*at)->next;
     *at = slot->next;
     slot->page = NULL;
+    p->moves++;
 }
 
 void cuda_pages_forget(struct ops_context *x, const void *page)
@@ -315,6 +332,37 @@ void cuda_pages_end(struct ops_context *x)
     if (!x->failed)
         p->waiting = cuda_check(x, cudaEventRecord(p->copied, x->stream), "an event");
     p->timed = !p->waiting;
+}
+
+const void *const *cuda_pages_known(struct ops_context *x, const void *const *pages, size_t count)
+{
+    struct cuda_pages *p = x->pages;
+    for (const struct known *known = p->known; known < p->known + KNOWN && !x->failed; known++)
+        if (known->moves == p->moves && known->count == count &&
+            memcmp(known->pages, pages, count * sizeof *pages) == 0) {
+            for (size_t i = 0; i < count; i++)
+                p->hits += pages[i] != NULL;
+            return known->data;
+        }
+    return NULL;
+}
+
+void cuda_pages_remember(struct ops_context *x, const void *const *pages, const void *const *data,
+                         size_t count)
+{
+    struct cuda_pages *p = x->pages;
+    struct known *known = &p->known[p->next_known++ % KNOWN];
+    if (count > known->capacity) {
+        free(known->pages);
+        free(known->data);
+        known->pages = (const void **)malloc(count * sizeof *pages);
+        known->data = (const void **)malloc(count * sizeof *data);
+        known->capacity = known->pages && known->data ? count : 0;
+    }
+    known->count = count <= known->capacity ? count : 0;
+    known->moves = p->moves;
+    memcpy(known->pages, pages, known->count * sizeof *pages);
+    memcpy(known->data, data, known->count * sizeof *data);
 }
 
 struct ops_page_stats cuda_page_stats(const struct ops_context *x)
