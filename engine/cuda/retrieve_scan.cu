@@ -13,6 +13,7 @@
 #define WARP_LANDMARKS 32
 #define SCORED (LANDMARKS / 2) /* landmarks whose scores lie in shared memory at once */
 #define SCORE_STRIDE (SCORED + 1)
+#define LEAST_SPLITS 4
 #define PARTS (THREADS / QUERIES) /* threads of a row, each with a list of its own */
 
 /* 128 rows of a slab, `stride` elements apart; rows from `count` on zeros. */
@@ -179,8 +180,12 @@ uint32_t cuda_scan_lists(const struct ops_context *x, uint32_t row_count, uint64
 {
     const uint32_t blocks = cuda_ceil(row_count, QUERIES) * x->config.retrieval_heads;
     const uint32_t tiles = cuda_ceil(seen ? seen : 1, LANDMARKS);
-    const uint32_t splits = (uint32_t)x->multiprocessors / blocks;
-    return PARTS * (splits < 1 ? 1 : splits < tiles ? splits : tiles);
+    const uint32_t most = (uint32_t)x->multiprocessors / blocks;
+    uint32_t splits = LEAST_SPLITS; /* by powers of two: what grows seldom is seldom asked for */
+    while (splits < tiles && splits < most)
+        splits *= 2;
+    splits = splits < most ? splits : most;
+    return PARTS * (splits ? splits : 1);
 }
 
 void cuda_scan_rows(struct ops_context *x, const struct cuda_segment *segment,
