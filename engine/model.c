@@ -450,24 +450,14 @@ static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t i
         unpin_rows(p, &b);
 }
 
-/* Rows whose pages are all pinned. */
-static void attend_kept(struct pass *p)
-{
-    struct block b = {0};
-    for (; b.first < p->rows.row_count; b.first += b.count) {
-        const uint32_t left = p->rows.row_count - b.first;
-        b.count = left < PIN_ROWS ? left : PIN_ROWS;
-        attend_block(p, &b);
-    }
-}
-
 static void hsa(struct pass *p, const struct weights_layer *layer)
 {
     struct model *m = p->m;
     const struct ops *ops = p->engine->ops;
     ops->hsa_query(p->engine->context, &layer->hsa, &p->rows, m->x, m->q);
+    const struct block all = {.count = p->rows.row_count};
     if (m->kept)
-        attend_kept(p);
+        attend_block(p, &all);
     else
         attend_rows(p, 0, p->rows.row_count, 0, true);
     ops->hsa_out(p->engine->context, &layer->hsa, &p->rows, m->o, m->x);

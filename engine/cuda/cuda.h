@@ -213,10 +213,10 @@ void *cuda_pages_take(struct ops_context *context, const void *page);
 void *cuda_pages_create(struct ops_context *context, const void *page);
 /* All of the kernel's pages are taken: those that are missing come now, in one copy. */
 void cuda_pages_end(struct ops_context *context);
-/* Where exactly these pages lie, when they were taken together not long ago and none has moved
- * since; else NULL. Valid until the next of these calls. NULLs among the pages stay NULL. */
-const void *const *cuda_pages_known(struct ops_context *context, const void *const *pages,
-                                    size_t count);
+/* Where these pages lie, to `data`, when they were taken not long ago, in runs that were remembered,
+ * and none has moved since; else false. NULLs among the pages stay NULL. */
+bool cuda_pages_known(struct ops_context *context, const void *const *pages, size_t count,
+                      const void **data);
 /* What cuda_pages_take gave for them. */
 void cuda_pages_remember(struct ops_context *context, const void *const *pages,
                          const void *const *data, size_t count);

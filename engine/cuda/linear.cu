@@ -131,20 +131,85 @@ void cuda_linear_narrow(struct ops_context *x, const struct ops_tensor *weight,
 
 /* ---- norms ---- */
 
-#define NORM_THREADS 256
+#define NORM_WARPS 8
+
+/* Neighbours of a row. */
+template <int V> struct values {
+    float at[V];
+};
+
+template <int V> static __device__ __forceinline__ struct values<V> load_values(const float *from) {
+    struct values<V> v;
+    if constexpr (V == 4)
+        cuda_load16(from, v.at);
+    else
+        v.at[0] = *from;
+    return v;
+}
+
+template <int V>
+static __device__ __forceinline__ void store_values(float *to, const struct values<V> &v)
+{
+    if constexpr (V == 4)
+        *reinterpret_cast<float4 *>(to) = float4{v.at[0], v.at[1], v.at[2], v.at[3]};
+    else
+        *to = v.at[0];
+}
+
+template <int V>
+static __device__ __forceinline__ void store_values(bf16 *to, const struct values<V> &v)
+{
+    if constexpr (V == 4)
+        *reinterpret_cast<uint2 *>(to) =
+            uint2{cuda_pack(v.at[0], v.at[1]), cuda_pack(v.at[2], v.at[3])};
+    else
+        *to = cuda_bf16(v.at[0]);
+}
+
+/* A warp a row, V neighbours a lane at a time. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(NORM_WARPS *CUDA_WARP)
+    norm_rows(const float *x, const float *weight, uint32_t n, float epsilon, uint32_t row_count,
+              T *out)
+{
+    const uint32_t row = blockIdx.x * NORM_WARPS + threadIdx.x / CUDA_WARP;
+    const uint32_t first = threadIdx.x % CUDA_WARP * V;
+    cuda_depend_wait();
+    cuda_depend_release();
+    if (row >= row_count)
+        return;
+    const float *from = x + (size_t)row * n;
+    T *to = out + (size_t)row * n;
+    float sum = 0;
+#pragma unroll 8
+    for (uint32_t i = first; i < n; i += CUDA_WARP * V) {
+        const struct values<V> v = load_values<V>(from + i);
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            sum = fmaf(v.at[k], v.at[k], sum);
+    }
+    const float scale = 1 / sqrtf(cuda_warp_sum(sum) / (float)n + epsilon);
+#pragma unroll 4
+    for (uint32_t i = first; i < n; i += CUDA_WARP * V) {
+        struct values<V> v = load_values<V>(from + i);
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            v.at[k] *= scale * (weight ? weight[i + k] : 1);
+        store_values(to + i, v);
+    }
+}
 
 template <typename T>
-static __global__ void __launch_bounds__(NORM_THREADS)
-    norm_rows(const float *x, const float *weight, uint32_t n, float epsilon, T *out)
+static void launch_norm(struct ops_context *x, const float *in, const float *weight, uint32_t n,
+                        float epsilon, uint32_t row_count, T *out)
 {
-    const float *row = x + (size_t)blockIdx.x * n;
-    T *to = out + (size_t)blockIdx.x * n;
-    float sum = 0;
-    for (uint32_t i = threadIdx.x; i < n; i += NORM_THREADS)
-        sum = fmaf(row[i], row[i], sum);
-    const float scale = 1 / sqrtf(cuda_block_sum(sum) / (float)n + epsilon);
-    for (uint32_t i = threadIdx.x; i < n; i += NORM_THREADS)
-        cuda_store(to + i, row[i] * scale * (weight ? weight[i] : 1));
+    const dim3 grid(cuda_ceil(row_count, NORM_WARPS)), block(NORM_WARPS * CUDA_WARP);
+    if (n % 4 == 0)
+        CUDA_LAUNCH_EARLY(x, (norm_rows<T, 4>), grid, block, 0, in, weight, n, epsilon, row_count,
+                          out);
+    else
+        CUDA_LAUNCH_EARLY(x, (norm_rows<T, 1>), grid, block, 0, in, weight, n, epsilon, row_count,
+                          out);
 }
 
 template <typename T> static __global__ void narrow(const float *x, size_t count, T *out)
@@ -157,8 +222,7 @@ template <typename T> static __global__ void narrow(const float *x, size_t count
 void cuda_norm_floats(struct ops_context *x, const float *in, const struct ops_tensor *weight,
                       uint32_t n, float epsilon, uint32_t row_count, float *out)
 {
-    CUDA_LAUNCH(x, norm_rows<float>, dim3(row_count), dim3(NORM_THREADS), 0, in,
-                (const float *)weight->data, n, epsilon, out);
+    launch_norm(x, in, (const float *)weight->data, n, epsilon, row_count, out);
 }
 
 void cuda_norm(struct ops_context *x, const float *in, const struct ops_tensor *weight, uint32_t n,
@@ -167,8 +231,7 @@ void cuda_norm(struct ops_context *x, const float *in, const struct ops_tensor *
     if (x->wide)
         cuda_norm_floats(x, in, weight, n, epsilon, row_count, (float *)out);
     else
-        CUDA_LAUNCH(x, norm_rows<bf16>, dim3(row_count), dim3(NORM_THREADS), 0, in,
-                    (const float *)weight->data, n, epsilon, (bf16 *)out);
+        launch_norm(x, in, (const float *)weight->data, n, epsilon, row_count, (bf16 *)out);
 }
 
 void cuda_narrow(struct ops_context *x, const float *in, size_t count, void *out)

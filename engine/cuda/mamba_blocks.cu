@@ -253,7 +253,7 @@ static __global__ void __launch_bounds__(TILE_THREADS)
 /* ---- from block to block ---- */
 
 #define CARRY_AHEAD 8
-#define CARRY_THREADS 128
+#define CARRY_THREADS 256
 
 /* The last columns of xBC become the tail. */
 template <typename T>
@@ -413,7 +413,7 @@ template <typename T, int V> static void run_group(struct ops_context *x, const 
     const uint32_t tiles = cuda_ceil(s.conv, CONV_THREADS * V);
     if (w->mma) {
         cuda_block_states(x, w);
-        carry<bf16, 8, bf16>(x, w);
+        carry<bf16, 4, bf16>(x, w);
         cuda_block_outputs(x, w);
         return;
     }

@@ -52,10 +52,7 @@ static inline struct inputs<T> inputs_of(const struct ops_context *x,
 template <int V, typename T>
 static __device__ __forceinline__ void load(const T *from, float *out)
 {
-    if constexpr (V * sizeof(T) == 32) {
-        cuda_load16(from, out);
-        cuda_load16(from + V / 2, out + V / 2);
-    } else if constexpr (V * sizeof(T) == 16) {
+    if constexpr (V * sizeof(T) == 16) {
         cuda_load16(from, out);
     } else if constexpr (V * sizeof(T) == 8) {
         const uint2 v = *reinterpret_cast<const uint2 *>(from);
@@ -70,10 +67,7 @@ static __device__ __forceinline__ void load(const T *from, float *out)
 
 template <int V, typename T> static __device__ __forceinline__ void store(T *to, const float *x)
 {
-    if constexpr (V * sizeof(T) == 32) {
-        store<V / 2>(to, x);
-        store<V / 2>(to + V / 2, x + V / 2);
-    } else if constexpr (V * sizeof(T) == 16 && sizeof(T) == 4) {
+    if constexpr (V * sizeof(T) == 16 && sizeof(T) == 4) {
         *reinterpret_cast<float4 *>(to) = float4{x[0], x[1], x[2], x[3]};
     } else if constexpr (V * sizeof(T) == 16) {
         *reinterpret_cast<uint4 *>(to) = uint4{cuda_pack(x[0], x[1]), cuda_pack(x[2], x[3]),

@@ -179,12 +179,12 @@ static __global__ void __launch_bounds__(STATE_THREADS, 4)
     bf16 *kept = conv + (size_t)(block.row + first) * s.conv + j;
     convolve_rows<STRIP, UNIT>(
         in, first, block.count, j, window, load_row, [&](int r, const float *sum) {
+            const uint2 x = {cuda_pack(sum[0], sum[1]), cuda_pack(sum[2], sum[3])};
             const float factor = steps->factors[first + r];
             *reinterpret_cast<uint2 *>(xs + (first + r) * (WIDTH + PAD) + unit) =
-                uint2{cuda_pack(sum[0] * factor, sum[1] * factor),
-                      cuda_pack(sum[2] * factor, sum[3] * factor)};
+                uint2{scaled(x.x, factor, factor), scaled(x.y, factor, factor)};
             if (first + r < block.count)
-                store<UNIT>(kept + (size_t)r * s.conv, sum);
+                *reinterpret_cast<uint2 *>(kept + (size_t)r * s.conv) = x;
         });
     __syncthreads();
     cuda_depend_wait();

@@ -334,17 +334,25 @@ void cuda_pages_end(struct ops_context *x)
     p->timed = !p->waiting;
 }
 
-const void *const *cuda_pages_known(struct ops_context *x, const void *const *pages, size_t count)
+bool cuda_pages_known(struct ops_context *x, const void *const *pages, size_t count,
+                      const void **data)
 {
     struct cuda_pages *p = x->pages;
-    for (const struct known *known = p->known; known < p->known + KNOWN && !x->failed; known++)
-        if (known->moves == p->moves && known->count == count &&
-            memcmp(known->pages, pages, count * sizeof *pages) == 0) {
-            for (size_t i = 0; i < count; i++)
-                p->hits += pages[i] != NULL;
-            return known->data;
+    size_t at = 0;
+    for (size_t before = SIZE_MAX; at < count && at != before;) {
+        before = at;
+        for (size_t i = 0; i < KNOWN && at == before; i++) {
+            const struct known *known = &p->known[i];
+            if (known->moves != p->moves || !known->count || known->count > count - at ||
+                memcmp(known->pages, pages + at, known->count * sizeof *pages) != 0)
+                continue;
+            memcpy(data + at, known->data, known->count * sizeof *data);
+            at += known->count;
         }
-    return NULL;
+    }
+    for (size_t i = 0; i < count && at == count; i++)
+        p->hits += pages[i] != NULL;
+    return at == count && !x->failed;
 }
 
 void cuda_pages_remember(struct ops_context *x, const void *const *pages, const void *const *data,
