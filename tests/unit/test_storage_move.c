@@ -1,4 +1,5 @@
 /* Memories that leave a store as a file and come into another: whole, or not at all. */
+#include <malloc.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -520,6 +521,114 @@ static int teardown(void **state)
     return 0;
 }
 
+/* ---- memory in use ---- */
+
+#define LARGE_KV 16384u /* of a chunk: what lies in it cannot be packed */
+#define LARGE_TOKENS 64u
+
+static struct storage *open_large(const char *folder, const char *name)
+{
+    char path[1100];
+    struct storage *storage;
+    struct error err = {0};
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    const struct storage_options options = {.path = path,
+                                            .kv_bytes = LARGE_KV,
+                                            .landmark_bytes = 1024,
+                                            .chunk_tokens = LARGE_TOKENS,
+                                            .model_name = "large"};
+    assert_int_equal(storage_open(&options, &storage, &err), STATUS_OK);
+    return storage;
+}
+
+/* A memory "a" of so many chunks, some a turn. */
+static void write_large(struct storage *storage, uint64_t chunks)
+{
+    static unsigned char kv[LARGE_KV], landmark[1024];
+    static int32_t tokens[100 * LARGE_TOKENS];
+    struct storage_memory memory;
+    assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
+    assert_int_equal(storage_memory_get(storage, "a", &memory), STATUS_OK);
+    storage_memory_close(&memory);
+    for (uint64_t i = 0; i < chunks; i += 100) {
+        for (uint64_t c = i; c < i + 100; c++) {
+            store_fill(kv, sizeof kv, memory.branch, c);
+            store_fill(landmark, sizeof landmark, ~memory.branch, c);
+            assert_int_equal(storage_append(storage, memory.branch, c, kv, landmark, NULL, NULL),
+                             STATUS_OK);
+        }
+        for (uint64_t t = 0; t < 100 * LARGE_TOKENS; t++)
+            tokens[t] = store_token(1, i * LARGE_TOKENS + t);
+        const struct storage_commit commit = {.id = "a",
+                                              .position = (i + 100) * LARGE_TOKENS,
+                                              .tokens = tokens,
+                                              .token_count = 100 * LARGE_TOKENS,
+                                              .text_bytes = i,
+                                              .snapshot = "s",
+                                              .snapshot_bytes = 1};
+        assert_int_equal(store_commit(storage, &commit), STATUS_OK);
+    }
+}
+
+static size_t allocated(void)
+{
+    const struct mallinfo2 now = mallinfo2();
+    return now.uordblks + now.hblkhd;
+}
+
+/* The most memory that a move of so many chunks from one store to another has in use. */
+static size_t move_large(const char *folder, const char *from, const char *to, uint64_t chunks,
+                         uint64_t *file_bytes)
+{
+    struct storage *here = open_large(folder, from), *there = open_large(folder, to);
+    struct storage_export *out;
+    struct storage_import *in;
+    struct storage_memory memory;
+    struct error err = {0};
+    struct buf part;
+    bool done = false;
+    size_t most = 0;
+    write_large(here, chunks);
+    malloc_trim(0);
+    const size_t before = allocated();
+    buf_init(&part);
+    *file_bytes = 0;
+    assert_int_equal(storage_export_open(here, "a", &out), STATUS_OK);
+    assert_int_equal(storage_import_open(there, VOCABULARY, 1, NULL, &in), STATUS_OK);
+    while (!done) {
+        part.size = 0;
+        assert_int_equal(storage_export_next(out, &part, &done), STATUS_OK);
+        *file_bytes += part.size;
+        assert_int_equal(storage_import_feed(in, part.data, part.size, &err), STATUS_OK);
+        const size_t now = allocated();
+        most = now > before && now - before > most ? now - before : most;
+    }
+    storage_export_close(out);
+    assert_int_equal(storage_import_finish(in, "b", &err), STATUS_OK);
+    storage_import_close(in);
+    buf_close(&part);
+    assert_int_equal(storage_memory_get(there, "b", &memory), STATUS_OK);
+    assert_int_equal(memory.chunk_count, chunks);
+    storage_memory_close(&memory);
+    storage_close(here);
+    storage_close(there);
+    return most;
+}
+
+/* However long the memory is, a move takes a few parts of it at a time. */
+static void test_bounded(void **state)
+{
+    uint64_t few, many;
+    const size_t short_one = move_large(*state, "a", "b", 200, &few);
+    const size_t long_one = move_large(*state, "c", "d", 4000, &many);
+    print_message("%llu MB of file: %zu KB in use; %llu MB: %zu KB\n",
+                  (unsigned long long)few >> 20, short_one >> 10, (unsigned long long)many >> 20,
+                  long_one >> 10);
+    assert_true(many > 15 * few);
+    assert_true(long_one < short_one + 4 * LIMITS_MIB);
+    assert_true(long_one < 24 * LIMITS_MIB);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -529,6 +638,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_foreign, setup, teardown),
         cmocka_unit_test_setup_teardown(test_turns, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bad_turns, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_bounded, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
