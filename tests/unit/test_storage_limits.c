@@ -1,4 +1,5 @@
-/* Memories that are over, by a clock that jumps, and quotas by memory and by tenant. */
+/* Memories that are over, by a clock that jumps; quotas by memory and by tenant; a map that is full
+ * and is made larger for deletes while others read. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -54,6 +55,7 @@ struct limits {
     struct storage *storage;
     int64_t wall, mono;
     uint64_t memory_quota;
+    size_t map_bytes;
 };
 
 static int64_t clock_cb(void *context, bool monotonic)
@@ -69,6 +71,7 @@ static void open_store(struct limits *limits)
     options.clock_cb = clock_cb;
     options.clock_context = limits;
     options.memory_quota = limits->memory_quota;
+    options.map_bytes = limits->map_bytes;
     assert_int_equal(storage_open(&options, &limits->storage, &err), STATUS_OK);
 }
 
@@ -627,6 +630,85 @@ static void test_left_over(void **state)
     assert_left_over(limits, "o1 o2 ");
 }
 
+/* ---- a full map under load ---- */
+
+struct reader {
+    pthread_t thread;
+    struct storage *storage;
+    const struct store_past *kept; /* never written again */
+    bool stop;                     /* atomic */
+    unsigned long reads, wrong;
+};
+
+static void *read_on(void *context)
+{
+    struct reader *reader = context;
+    int32_t tokens[100];
+    while (!__atomic_load_n(&reader->stop, __ATOMIC_ACQUIRE)) {
+        const uint64_t from = reader->reads++ * 37 % (reader->kept->count - 100);
+        uint64_t position;
+        void *snapshot = NULL;
+        size_t size;
+        if (storage_read_tokens(reader->storage, reader->kept->id, from, 100, tokens) ||
+            memcmp(tokens, reader->kept->tokens + from, sizeof tokens) != 0 ||
+            storage_snapshot(reader->storage, reader->kept->id, &snapshot, &size, &position) ||
+            position != reader->kept->count)
+            reader->wrong++;
+        free(snapshot);
+    }
+    return NULL;
+}
+
+/* Again and again the map is full, and is made larger so that a delete goes through. Those who read
+ * meanwhile see what they saw before. */
+static void test_full_under_load(void **state)
+{
+    struct limits *limits = *state;
+    struct store_past *kept = calloc(1, sizeof *kept), *more = calloc(1, sizeof *more);
+    struct reader readers[3];
+    unsigned full = 0;
+    limits->map_bytes = 2 * LIMITS_MIB;
+    open_store(limits);
+    strcpy(kept->id, "kept");
+    assert_int_equal(store_create(limits->storage, "kept", NULL), STATUS_OK);
+    for (unsigned i = 0; i < 5; i++)
+        assert_int_equal(write_more(limits, kept, 100), STATUS_OK);
+    for (size_t i = 0; i < 3; i++) {
+        readers[i] = (struct reader){.storage = limits->storage, .kept = kept, .reads = i * 1000};
+        assert_int_equal(pthread_create(&readers[i].thread, NULL, read_on, &readers[i]), 0);
+    }
+    for (unsigned round = 0; round < 6; round++) {
+        enum status status = STATUS_OK;
+        char ids[16][LIMITS_ID_BYTES];
+        unsigned count = 0;
+        for (; !status && count < 16; count++) {
+            *more = (struct store_past){0};
+            snprintf(more->id, sizeof more->id, "more%u", count);
+            memcpy(ids[count], more->id, sizeof more->id);
+            status = store_create(limits->storage, more->id, NULL);
+            while (!status && more->count + 200 < STORE_PAST_TOKENS)
+                status = write_more(limits, more, 200);
+        }
+        assert_int_equal(status, STATUS_DISK_FULL);
+        full += status == STATUS_DISK_FULL;
+        while (count-- > 0) {
+            status = store_remove(limits->storage, ids[count]);
+            assert_true(status == STATUS_OK || status == STATUS_NOT_FOUND);
+        }
+        wait_collected(limits);
+    }
+    for (size_t i = 0; i < 3; i++) {
+        __atomic_store_n(&readers[i].stop, true, __ATOMIC_RELEASE);
+        pthread_join(readers[i].thread, NULL);
+        assert_int_equal(readers[i].wrong, 0);
+        assert_true(readers[i].reads > i * 1000 + 100);
+    }
+    assert_int_equal(full, 6);
+    store_past_assert(limits->storage, kept);
+    free(kept);
+    free(more);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -639,6 +721,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_quota_settled, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quota_of_kept, setup, teardown),
         cmocka_unit_test_setup_teardown(test_left_over, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_full_under_load, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
