@@ -292,7 +292,7 @@ int main(int argc, char **argv)
     chunk_ram_init(&run.ram);
     snprintf(path, sizeof path, "%s/model.safetensors", argv[1]);
     const struct engine_options options = {.model_path = argv[1],
-                                           .backend = ENGINE_BACKEND_CPU,
+                                           .backend = ENGINE_BACKEND_AUTO,
                                            .threads = 2,
                                            .host_memory_bytes = (size_t)1 << 30,
                                            .random_weights_seed = access(path, R_OK) ? 1 : 0,
@@ -323,7 +323,7 @@ int main(int argc, char **argv)
     ASSERT(run.tokens);
     ASSERT(!engine_session_create(run.engine, &range, 1, NULL, 0, &run.session, &err));
     const double seconds = read_on(&run, BEFORE);
-    printf("%s: %.0f tokens/s\n", info->model_name, BEFORE / seconds);
+    printf("%s, %s: %.0f tokens/s\n", info->model_name, info->backend, BEFORE / seconds);
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
         turns_of(&run, lengths[i]);
     rounded_form(&run);
