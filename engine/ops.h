@@ -159,6 +159,9 @@ struct ops {
     /* Rounds `count` numbers of a state in place to what their packed form holds, and writes that
      * to `packed` (memory of alloc): see packed.h. The same bits in every backend. */
     void (*pack_state)(struct ops_context *context, float *state, size_t count, void *packed);
+    /* And back. */
+    void (*unpack_state)(struct ops_context *context, const void *packed, size_t count,
+                         float *state);
 
     /* out[row] = table[tokens[row]], [rows, d]. */
     void (*embed)(struct ops_context *context, const struct ops_tensor *table,

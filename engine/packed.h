@@ -1,4 +1,4 @@
-/* packed.h - a recurrent state in 15 bits a number: what it looks like, and back to floats.
+/* packed.h - a recurrent state in 15 bits a number: what it looks like.
  * Thread: any (pure functions). Owns nothing. Private to engine/.
  *
  * Numbers go by blocks of PACKED_BLOCK that share a power of two: number = q * 2^e, |q| < 2^14,
@@ -42,7 +42,5 @@ static inline float packed_power(int e)
     memcpy(&power, &bits, sizeof power);
     return power;
 }
-/* Numbers [from, from + n) of `count` packed ones; `from` is a multiple of PACKED_BLOCK. */
-void packed_unpack(const void *packed, size_t count, size_t from, size_t n, float *out);
 
 #endif

@@ -8,8 +8,7 @@
 #include "engine/packed.h"
 #include "proto/base/assert.h"
 
-#define SNAPSHOT_MAGIC 0x31534d52u        /* "RMS1" */
-#define UNPACKED_FLOATS ((size_t)1 << 18) /* of a state that is restored, at a time */
+#define SNAPSHOT_MAGIC 0x31534d52u /* "RMS1" */
 
 enum { SNAPSHOT_FULL = 1, SNAPSHOT_PACKED = 2 }; /* versions */
 
@@ -142,22 +141,13 @@ static void take(const struct engine *engine, void *to, const char **from, size_
     *from += bytes;
 }
 
-/* The same with a packed state. STATUS_NO_MEMORY. */
-static enum status take_packed(struct engine_session *s, const char **from)
+/* The same with a packed state. */
+static void take_packed(struct engine_session *s, const char **from)
 {
-    const struct engine *engine = s->engine;
-    const size_t count = engine->state_floats;
-    float *floats = malloc(UNPACKED_FLOATS * sizeof *floats);
-    if (!floats)
-        return STATUS_NO_MEMORY;
-    for (size_t done = 0; done < count; done += UNPACKED_FLOATS) {
-        const size_t n = count - done < UNPACKED_FLOATS ? count - done : UNPACKED_FLOATS;
-        packed_unpack(*from, count, done, n, floats);
-        engine->ops->copy(engine->context, s->state + done, floats, n * sizeof *floats);
-    }
-    free(floats);
-    *from += packed_bytes(count);
-    return STATUS_OK;
+    struct engine *engine = s->engine;
+    take(engine, engine->packed, from, packed_bytes(engine->state_floats));
+    engine->ops->unpack_state(engine->context, engine->packed, engine->state_floats, s->state);
+    engine->packed_of = s;
 }
 
 static enum status restore(struct engine_session *s, const void *snapshot, size_t size,
@@ -185,8 +175,8 @@ static enum status restore(struct engine_session *s, const void *snapshot, size_
     const char *from = (const char *)snapshot + sizeof header;
     if (!s->rounded)
         take(engine, s->state, &from, engine->state_floats * sizeof *s->state);
-    else if (take_packed(s, &from))
-        return error_set(err, STATUS_NO_MEMORY, "out of memory for a snapshot");
+    else
+        take_packed(s, &from);
     take(engine, s->partial, &from, partial_rows(s) * c->hidden_size * sizeof *s->partial);
     if (s->has_logits)
         memcpy(s->logits, from, c->vocab_size * sizeof *s->logits);

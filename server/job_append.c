@@ -134,10 +134,11 @@ static bool commit_blocks(struct job *job)
                                          .text_bytes = commit->text_bytes,
                                          .snapshot = snapshot,
                                          .snapshot_bytes = size,
+                                         .takes_snapshot = true,
                                          .goes_on = job->turn_open};
     const enum status status = storage_commit(thread->storage, &write, reply_done_cb, reply);
-    free(snapshot);
     if (status) {
+        free(snapshot);
         reply_cancel(reply);
         free(commit);
         if (status != STATUS_BUSY)

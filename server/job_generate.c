@@ -323,12 +323,14 @@ enum status job_generate_commit(struct job *job, const char *id,
                                              .text_bytes = text_bytes,
                                              .snapshot = snapshot,
                                              .snapshot_bytes = size,
+                                             .takes_snapshot = true,
                                              .keep = g->keep,
                                              .settles = g->settles || g->makes};
         status = storage_commit(job->thread->storage, &write, reply_done_cb, reply);
         buf_close(&answer);
     }
-    free(snapshot);
+    if (status)
+        free(snapshot);
     free(tokens);
     return status;
 }

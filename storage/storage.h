@@ -174,13 +174,15 @@ struct storage_commit {
     uint64_t text_bytes;     /* bytes of text appended to the memory so far, in all */
     const void *snapshot;    /* replaces the memory's snapshot */
     size_t snapshot_bytes;   /* at least 1 */
+    bool takes_snapshot;     /* it is malloced, and not copied but taken when this succeeds */
     const struct storage_receipt *receipt; /* NULL: none */
     const struct storage_keep *keep;       /* NULL: nothing; its object is of this turn */
     bool settles; /* the memory was ephemeral, and is so no longer */
     bool goes_on; /* with the turn of the last commit, whose place in the history this takes */
 };
 
-/* Makes the memory's new position durable together with everything queued before it. Copied.
+/* Makes the memory's new position durable together with everything queued before it. Copied, but
+ * for a snapshot that is taken.
  * The callback gets STATUS_CONFLICT as said above, STATUS_INVALID when a chunk before `position`
  * was never appended, STATUS_NOT_FOUND, STATUS_DISK_FULL, STATUS_MEMORY_QUOTA, STATUS_KEY_QUOTA
  * (as an append does), STATUS_IO. A commit that fails also

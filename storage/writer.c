@@ -66,6 +66,7 @@ struct item {
     struct storage_expires expires; /* create, update */
     size_t metadata_size;           /* create, update: in `payload` */
     struct storage_commit commit;
+    void *snapshot; /* of a commit that took it; freed with the item */
     bool has_receipt;
     struct storage_receipt receipt; /* its bytes are in `payload` */
     unsigned char payload[];
@@ -489,6 +490,7 @@ static void carry_out_group(struct writer *writer, struct list *group)
         struct item *item = LIST_ENTRY(node, struct item, node);
         if (item->done_cb)
             item->done_cb(item->context, item->status);
+        free(item->snapshot);
         free(item);
     }
     list_init(group);
@@ -920,8 +922,9 @@ enum status storage_commit(struct storage *storage, const struct storage_commit 
         (commit->token_count && !commit->tokens) || commit->token_count > commit->position)
         return STATUS_INVALID;
     size_t token_bytes = commit->token_count * sizeof *commit->tokens;
+    const size_t copied_bytes = commit->takes_snapshot ? 0 : commit->snapshot_bytes;
     const size_t receipt_bytes = commit->receipt ? commit->receipt->size : 0;
-    const size_t keep_at = token_bytes + commit->snapshot_bytes + receipt_bytes;
+    const size_t keep_at = token_bytes + copied_bytes + receipt_bytes;
     struct item *item = new_keep_item(ITEM_COMMIT, keep_at, commit->keep, done_cb, context);
     if (!item)
         return STATUS_NO_MEMORY;
@@ -934,9 +937,14 @@ enum status storage_commit(struct storage *storage, const struct storage_commit 
     item->commit.keep = NULL; /* packed behind the rest */
     if (token_bytes)
         memcpy(item->payload, commit->tokens, token_bytes);
-    memcpy(item->payload + token_bytes, commit->snapshot, commit->snapshot_bytes);
     item->commit.tokens = (const int32_t *)(const void *)item->payload;
-    item->commit.snapshot = item->payload + token_bytes;
-    set_receipt(item, commit->receipt, token_bytes + commit->snapshot_bytes);
+    if (commit->takes_snapshot) {
+        item->snapshot = (void *)(uintptr_t)commit->snapshot;
+        item->bytes += commit->snapshot_bytes;
+    } else {
+        memcpy(item->payload + token_bytes, commit->snapshot, commit->snapshot_bytes);
+        item->commit.snapshot = item->payload + token_bytes;
+    }
+    set_receipt(item, commit->receipt, token_bytes + copied_bytes);
     return enqueue(storage, item);
 }

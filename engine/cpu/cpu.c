@@ -187,6 +187,7 @@ const struct ops *ops_cpu(void)
         .release_host = cpu_release,
         .copy = cpu_copy,
         .pack_state = cpu_pack_state,
+        .unpack_state = cpu_unpack_state,
         .embed = cpu_embed,
         .mamba = cpu_mamba,
         .encode_chunks = cpu_encode_chunks,

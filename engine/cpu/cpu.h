@@ -68,6 +68,7 @@ void cpu_norm_rows(struct ops_context *context, const float *x, const float *wei
 float cpu_softplus(float x);
 
 void cpu_pack_state(struct ops_context *context, float *state, size_t count, void *packed);
+void cpu_unpack_state(struct ops_context *context, const void *packed, size_t count, float *state);
 void cpu_embed(struct ops_context *context, const struct ops_tensor *table, const int32_t *tokens,
                uint32_t row_count, float *out);
 void cpu_mamba(struct ops_context *context, const struct ops_mamba_weights *weights,

@@ -452,6 +452,7 @@ static struct ops make_table(void)
     table.page_stats = cuda_page_stats;
     table.copy = cuda_copy;
     table.pack_state = cuda_pack_state;
+    table.unpack_state = cuda_unpack_state;
     table.embed = cuda_embed;
     table.mamba = cuda_mamba;
     table.encode_chunks = cuda_encode_chunks;

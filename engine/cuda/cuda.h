@@ -229,6 +229,7 @@ struct ops_page_stats cuda_page_stats(const struct ops_context *context);
 
 extern "C" {
 void cuda_pack_state(struct ops_context *context, float *state, size_t count, void *packed);
+void cuda_unpack_state(struct ops_context *context, const void *packed, size_t count, float *state);
 void cuda_embed(struct ops_context *context, const struct ops_tensor *table, const int32_t *tokens,
                 uint32_t row_count, float *out);
 void cuda_mamba(struct ops_context *context, const struct ops_mamba_weights *weights,

@@ -1,6 +1,6 @@
-/* pack_state.cu - rounds a state to its packed form: see packed.h. Eight threads a block of
- * numbers, eight numbers a thread: their 120 bits are 15 whole bytes, which are put together in
- * shared memory, so that the words leave in rows. */
+/* pack_state.cu - rounds a state to its packed form, and back: see packed.h. Eight threads a block
+ * of numbers, eight numbers a thread: their 120 bits are 15 whole bytes, which are put together and
+ * taken apart in shared memory, so that the words come and go in rows. */
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
 
@@ -76,10 +76,51 @@ static __global__ void __launch_bounds__(THREADS)
         out[i] = from[i];
 }
 
+static __global__ void __launch_bounds__(THREADS)
+    unpack(const unsigned char *words, const signed char *scales, size_t count, size_t blocks,
+           float *state)
+{
+    __shared__ __align__(8) unsigned char staged[GROUP * PACKED_WORD_BYTES];
+    const size_t first = (size_t)blockIdx.x * GROUP;
+    const size_t block = first + threadIdx.x / LANES;
+    const size_t at = ((size_t)blockIdx.x * THREADS + threadIdx.x) * EACH;
+    const size_t here = blocks - first < GROUP ? blocks - first : GROUP;
+    const unsigned *from = (const unsigned *)(words + first * PACKED_WORD_BYTES);
+    for (size_t i = threadIdx.x; i < here * PACKED_WORD_BYTES / 4; i += THREADS)
+        ((unsigned *)staged)[i] = from[i];
+    __syncthreads();
+    if (block >= blocks)
+        return;
+    const unsigned char *mine = staged + threadIdx.x * PACKED_BITS;
+    unsigned long long four[2] = {0, 0};
+    for (int i = 0; i < 8; i++)
+        four[0] |= (unsigned long long)mine[i] << 8 * i;
+    for (int i = 0; i < 7; i++)
+        four[1] |= (unsigned long long)mine[8 + i] << 8 * i;
+    four[1] = four[1] << 4 | four[0] >> 60;
+    const int e = scales[block];
+    const float scale = e == PACKED_NOT_FINITE ? __uint_as_float(0x7fc00000u) : power_of_two(e);
+    for (int i = 0; i < EACH; i++) {
+        const unsigned bits = (unsigned)(four[i / 4] >> i % 4 * PACKED_BITS);
+        const int q = (int)(bits << (32 - PACKED_BITS)) >> (32 - PACKED_BITS);
+        if (at + i < count)
+            state[at + i] = (float)q * scale;
+    }
+}
+
 extern "C" void cuda_pack_state(struct ops_context *x, float *state, size_t count, void *packed)
 {
     const size_t blocks = packed_blocks(count);
     unsigned char *words = (unsigned char *)packed;
     CUDA_LAUNCH(x, pack, cuda_ceil(blocks, GROUP), THREADS, 0, state, count, blocks, words,
                 (signed char *)words + blocks * PACKED_WORD_BYTES);
+}
+
+extern "C" void cuda_unpack_state(struct ops_context *x, const void *packed, size_t count,
+                                  float *state)
+{
+    const size_t blocks = packed_blocks(count);
+    const unsigned char *words = (const unsigned char *)packed;
+    CUDA_LAUNCH(x, unpack, cuda_ceil(blocks, GROUP), THREADS, 0, words,
+                (const signed char *)words + blocks * PACKED_WORD_BYTES, count, blocks, state);
 }

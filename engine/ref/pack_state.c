@@ -1,4 +1,4 @@
-/* pack_state.c - rounds a state to its packed form: see packed.h. */
+/* pack_state.c - rounds a state to its packed form, and takes it from there: see packed.h. */
 #include <math.h>
 #include <string.h>
 
@@ -41,5 +41,24 @@ void ref_pack_state(struct ops_context *context, float *state, size_t count, voi
                     (unsigned char)(((unsigned)q >> bit & 1) << to % 8);
             }
         }
+    }
+}
+
+void ref_unpack_state(struct ops_context *context, const void *packed, size_t count, float *state)
+{
+    (void)context;
+    const unsigned char *words = packed;
+    const signed char *scales =
+        (const signed char *)words + packed_blocks(count) * PACKED_WORD_BYTES;
+    for (size_t i = 0; i < count; i++) {
+        const size_t block = i / PACKED_BLOCK;
+        int q = 0;
+        for (size_t bit = 0; bit < PACKED_BITS; bit++) {
+            const size_t from = i % PACKED_BLOCK * PACKED_BITS + bit;
+            q |= (words[block * PACKED_WORD_BYTES + from / 8] >> from % 8 & 1) << bit;
+        }
+        if (q > PACKED_MOST) /* two's complement */
+            q -= 1 << PACKED_BITS;
+        state[i] = scales[block] == PACKED_NOT_FINITE ? NAN : ldexpf((float)q, scales[block]);
     }
 }

@@ -115,6 +115,7 @@ const struct ops *ops_ref(void)
         .release_host = ref_release,
         .copy = ref_copy,
         .pack_state = ref_pack_state,
+        .unpack_state = ref_unpack_state,
         .embed = ref_embed,
         .mamba = ref_mamba,
         .encode_chunks = ref_encode_chunks,

@@ -47,6 +47,7 @@ float ref_softplus(float x);
 void ref_softmax(float *x, size_t n, bool extra);
 
 void ref_pack_state(struct ops_context *context, float *state, size_t count, void *packed);
+void ref_unpack_state(struct ops_context *context, const void *packed, size_t count, float *state);
 void ref_embed(struct ops_context *context, const struct ops_tensor *table, const int32_t *tokens,
                uint32_t row_count, float *out);
 void ref_mamba(struct ops_context *context, const struct ops_mamba_weights *weights,

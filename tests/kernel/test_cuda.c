@@ -318,6 +318,12 @@ static void check_pack(struct bed *b)
     b->cuda->copy(b->cuda_context, words, device, bytes);
     same(b, "pack_state, packed", words, packed, bytes);
     free(words);
+    float *again = to_device(b, NULL, count * sizeof *x);
+    b->cuda->unpack_state(b->cuda_context, device, count, again);
+    got = to_host(b, again, count);
+    same(b, "unpack_state", got, x, count * sizeof *x);
+    free(got);
+    release(b, again);
     free(packed);
     free(x);
     release(b, device);

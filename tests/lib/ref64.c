@@ -35,6 +35,7 @@
 #define ref_softplus ref64_softplus
 #define ref_softmax ref64_softmax
 #define ref_pack_state ref64_pack_state
+#define ref_unpack_state ref64_unpack_state
 #define ref_embed ref64_embed
 #define ref_mamba ref64_mamba
 #define ref_encode_chunks ref64_encode_chunks

@@ -82,9 +82,10 @@ static void mark_tokens(const struct store_past *past, uint64_t count, int32_t *
 enum status store_past_try_commit(struct storage *storage, const struct store_past *past,
                                   const char *id, uint64_t position, bool goes_on)
 {
-    unsigned char kv[KV], landmark[LANDMARK], snapshot[STORE_PAST_SNAPSHOT];
+    unsigned char kv[KV], landmark[LANDMARK], *snapshot = malloc(STORE_PAST_SNAPSHOT);
     int32_t marked[STORE_PAST_TOKENS];
     struct storage_memory memory = store_past_get(storage, id);
+    assert_non_null(snapshot);
     mark_tokens(past, position, marked);
     for (uint64_t i = memory.token_count / STORE_PAST_CHUNK; i < position / STORE_PAST_CHUNK; i++) {
         chunk_of(past, i, kv, landmark);
@@ -99,8 +100,12 @@ enum status store_past_try_commit(struct storage *storage, const struct store_pa
                                     .text_bytes = position * 3,
                                     .snapshot = snapshot,
                                     .snapshot_bytes = STORE_PAST_SNAPSHOT,
+                                    .takes_snapshot = position % 2,
                                     .goes_on = goes_on};
-    return store_commit(storage, &commit);
+    const enum status status = store_commit(storage, &commit);
+    if (!commit.takes_snapshot)
+        free(snapshot);
+    return status;
 }
 
 void store_past_commit(struct storage *storage, const struct store_past *past, const char *id,
