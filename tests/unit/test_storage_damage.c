@@ -1,5 +1,6 @@
-/* Damage on disk: every byte of every record and of its key flipped, every record taken away;
- * `check` must notice each time and name the part, and a read must never hand out what is wrong. */
+/* Damage on disk, and formats that are not ours: every byte of every record and of its key flipped,
+ * every record taken away; `check` must notice each time and name the part, and a read must never
+ * hand out what is wrong. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -9,6 +10,7 @@
 #include <cmocka.h>
 #include <lmdb.h>
 
+#include "storage/record.h"
 #include "tests/lib/store_helper.h"
 
 /* Small sizes: a test runs over every byte. */
@@ -527,12 +529,124 @@ static void test_repair(void **state)
     assert_false(is_noticed(*state));
 }
 
+/* ---- formats ---- */
+
+/* The first record says another format. */
+static void set_format(const char *path, uint32_t format)
+{
+    static const char key[] = "format";
+    struct record record = {.key_size = sizeof key - 1};
+    struct record_meta meta;
+    struct raw raw = raw_open(path, 0);
+    MDB_val k = {sizeof key - 1, (void *)(uintptr_t)key}, value;
+    struct buf buf;
+    assert_int_equal(mdb_get(raw.txn, raw.dbi, &k, &value), 0);
+    assert_int_equal(record_meta_decode(key, sizeof key - 1, value.mv_data, value.mv_size, &meta),
+                     STATUS_OK);
+    raw_close(&raw);
+    meta.format = format;
+    buf_init(&buf);
+    record_meta_encode(&buf, key, sizeof key - 1, &meta);
+    memcpy(record.key, key, sizeof key - 1);
+    memcpy(record.value, buf.data, buf.size);
+    record.size = buf.size;
+    raw_put(path, 0, &record);
+    buf_close(&buf);
+}
+
+static void drop_table(const char *path, const char *name)
+{
+    for (size_t db = 0; db < DB_COUNT; db++) {
+        if (strcmp(dbs[db].name, name) != 0)
+            continue;
+        struct raw raw = raw_open(path, db);
+        assert_int_equal(mdb_drop(raw.txn, raw.dbi, 1), 0);
+        raw_close(&raw);
+    }
+}
+
+/* A store of each older format: it lacks the tables that came later. What it holds is there when it
+ * is opened, and a marker says what was done. (Format 1 has records of its own: see storage_turns.)
+ */
+static void test_older_formats(void **state)
+{
+    static const struct {
+        uint32_t format;
+        const char *lacks[4];
+    } formats[] = {{2, {"receipt", "object", "item", "expiry"}},
+                   {3, {"receipt", "object", "item", "expiry"}},
+                   {4, {"object", "item", "expiry"}},
+                   {5, {"expiry"}},
+                   {6, {NULL}}};
+    char path[1200], text[64];
+    struct storage *storage = open_at(*state);
+    struct store_wait wait;
+    store_wait_init(&wait);
+    const struct storage_expires never = {0};
+    assert_int_equal(store_wait_finish(&wait, storage_memory_update(storage, "b", NULL, &never,
+                                                                    store_wait_cb, &wait)),
+                     STATUS_OK);
+    storage_close(storage);
+    copy_file(*state, "data.mdb", "whole");
+    assert_int_equal(formats[sizeof formats / sizeof *formats - 1].format, RECORD_FORMAT - 1);
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) {
+        struct storage_check_report report;
+        struct error err = {0};
+        copy_file(*state, "whole", "data.mdb");
+        for (size_t t = 0; t < 4 && formats[i].lacks[t]; t++)
+            drop_table(*state, formats[i].lacks[t]);
+        set_format(*state, formats[i].format);
+        assert_int_equal(storage_check(*state, NULL, NULL, &report, &err), STATUS_UNSUPPORTED);
+        assert_non_null(strstr(err.message, "rambad serve brings it"));
+        storage = open_at(*state);
+        assert_int_equal(read_memory(storage, "a"), 18);
+        assert_int_equal(read_memory(storage, "b"), 18);
+        write_to(storage, "a", 22); /* with a receipt, an object and its item */
+        storage_close(storage);
+        assert_false(is_noticed(*state));
+        snprintf(path, sizeof path, "%s/MIGRATED-FROM-%u", (char *)*state, formats[i].format);
+        FILE *marker = fopen(path, "r");
+        assert_non_null(marker);
+        assert_non_null(fgets(text, sizeof text, marker));
+        fclose(marker);
+        assert_int_equal(remove(path), 0);
+        storage_close(open_at(*state)); /* once is enough */
+        assert_null(fopen(path, "r"));
+    }
+}
+
+/* A newer one is refused by whoever comes, and left as it is. */
+static void test_newer_format(void **state)
+{
+    struct storage_options options = {.path = *state,
+                                      .kv_bytes = KV,
+                                      .landmark_bytes = LANDMARK,
+                                      .chunk_tokens = S,
+                                      .model_name = "m"};
+    struct storage_check_report report;
+    struct storage *storage;
+    uint64_t changes;
+    char command[2400];
+    struct error errors[3] = {0};
+    set_format(*state, RECORD_FORMAT + 1);
+    copy_file(*state, "data.mdb", "newer");
+    assert_int_equal(storage_open(&options, &storage, &errors[0]), STATUS_UNSUPPORTED);
+    assert_int_equal(storage_check(*state, NULL, NULL, &report, &errors[1]), STATUS_UNSUPPORTED);
+    assert_int_equal(storage_repair(*state, true, NULL, NULL, &changes, &errors[2]),
+                     STATUS_UNSUPPORTED);
+    for (int i = 0; i < 3; i++)
+        assert_non_null(strstr(errors[i].message, "newer than this program's"));
+    snprintf(command, sizeof command, "cmp %s/data.mdb %s/newer", (char *)*state, (char *)*state);
+    assert_int_equal(system(command), 0);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_every_byte),   TEST(test_every_byte_of_keys), TEST(test_every_record_missing),
-        TEST(test_every_length), TEST(test_reads_of_damage),    TEST(test_repair),
+        TEST(test_every_byte),    TEST(test_every_byte_of_keys), TEST(test_every_record_missing),
+        TEST(test_every_length),  TEST(test_reads_of_damage),    TEST(test_repair),
+        TEST(test_older_formats), TEST(test_newer_format),
     };
     return cmocka_run_group_tests_name("storage_damage", tests, NULL, NULL);
 }
