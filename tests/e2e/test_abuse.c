@@ -311,6 +311,6 @@ int main(void)
         cmocka_unit_test(test_smuggling),    cmocka_unit_test(test_resets),
         cmocka_unit_test(test_keepalive),    cmocka_unit_test(test_flood_drain),
     };
-    cmocka_set_test_filter(getenv("RAMBAD_TEST")); /* such as test_flood; NULL: all */
+    daemon_choose_tests();
     return cmocka_run_group_tests(tests, setup, teardown);
 }

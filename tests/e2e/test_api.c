@@ -802,6 +802,6 @@ int main(void)
         cmocka_unit_test(test_side_by_side),  cmocka_unit_test(test_appends_side_by_side),
         cmocka_unit_test(test_full_queue),
     };
-    cmocka_set_test_filter(getenv("RAMBAD_TEST"));
+    daemon_choose_tests();
     return cmocka_run_group_tests(tests, setup, teardown);
 }

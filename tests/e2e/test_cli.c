@@ -347,6 +347,6 @@ int main(void)
         cmocka_unit_test(test_progress),   cmocka_unit_test(test_server_dies),
         cmocka_unit_test(test_interrupt),
     };
-    cmocka_set_test_filter(getenv("RAMBAD_TEST"));
+    daemon_choose_tests();
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -750,6 +750,6 @@ int main(void)
         cmocka_unit_test(test_slow_reader),
         cmocka_unit_test(test_metrics),
     };
-    cmocka_set_test_filter(getenv("RAMBAD_TEST")); /* such as test_slow*; NULL: all */
+    daemon_choose_tests();
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -385,6 +385,12 @@ void daemon_new_key(const struct daemon *daemon, const char *name, const char *f
     buf_close(&text);
 }
 
+void daemon_choose_tests(void)
+{
+    const char *name = getenv("RAMBAD_TEST");
+    cmocka_set_test_filter(name && name[0] ? name : NULL);
+}
+
 void daemon_read_file(const char *path, struct buf *out)
 {
     char block[65536];

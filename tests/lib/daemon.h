@@ -76,6 +76,9 @@ void daemon_new_key(const struct daemon *daemon, const char *name, const char *f
 /* `rambad check` of the data folder, which must find nothing. Not while the daemon runs. */
 void daemon_check(const struct daemon *daemon);
 
+/* For main: RAMBAD_TEST=test_drain* runs the tests of that name alone; without it, or empty: all.
+ */
+void daemon_choose_tests(void);
 /* All of a file, appended to `out`. */
 void daemon_read_file(const char *path, struct buf *out);
 double daemon_now(void); /* seconds, for differences */
