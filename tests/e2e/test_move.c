@@ -1,26 +1,32 @@
 /* A memory moves: out of one daemon as a file, into another by the command line, and goes on there
  * token for token as if it had never moved. Files that are cut, altered or another model's are
- * refused, and the daemon goes on. */
+ * refused, and the daemon goes on. One that a kill -9 meets on its way in is there whole or not at
+ * all; RAMBAD_SEED repeats the moments. */
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
 #include "tests/lib/daemon.h"
 #include "tests/lib/store_helper.h"
+#include "tests/lib/wire.h"
 
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
 #define OTHER_MODEL "tests/golden/encoder1-kv1-gqa-bf16"
 #define TURNS 3
+#define KILLS 12
 
 struct move {
     char *folder;
-    struct daemon here, there, foreign;
+    struct daemon here, there, foreign, killed;
 };
 
 static struct client_completion ask(const struct daemon *daemon, const char *id, unsigned turn)
@@ -130,12 +136,114 @@ static void test_move(void **state)
     buf_close(&answer);
 }
 
+/* ---- kills ---- */
+
+struct upload {
+    pthread_t thread;
+    const struct daemon *daemon;
+    const struct buf *file;
+    int code;
+    double seconds;
+};
+
+static void *upload_main(void *context)
+{
+    struct upload *upload = context;
+    struct buf answer;
+    const double start = daemon_now();
+    buf_init(&answer);
+    upload->code =
+        daemon_call(upload->daemon, "POST", "/v1/memories/import", "application/octet-stream",
+                    upload->file->data, upload->file->size, &answer);
+    upload->seconds = daemon_now() - start;
+    buf_close(&answer);
+    return NULL;
+}
+
+/* Deletes all memories. Each must be the one of the file; returns how many there were. */
+static unsigned take_back(const struct daemon *daemon, const struct client_memory *expected,
+                          const struct buf *chunks)
+{
+    struct client_memory_list list;
+    struct buf answer;
+    buf_init(&answer);
+    assert_int_equal(daemon_call(daemon, "GET", "/v1/memories", NULL, NULL, 0, &answer), 200);
+    assert_int_equal(client_json_memory_list(answer.data, answer.size, &list), STATUS_OK);
+    const unsigned count = (unsigned)list.count;
+    for (size_t i = 0; i < list.count; i++) {
+        struct buf got;
+        char path[160];
+        buf_init(&got);
+        assert_int_equal(list.items[i].token_count, expected->token_count);
+        assert_int_equal(list.items[i].text_bytes, expected->text_bytes);
+        daemon_read_chunks(daemon, list.items[i].id, &got);
+        assert_int_equal(got.size, chunks->size);
+        assert_memory_equal(got.data, chunks->data, got.size);
+        snprintf(path, sizeof path, "/v1/memories/%s", list.items[i].id);
+        got.size = 0;
+        assert_int_equal(daemon_call(daemon, "DELETE", path, NULL, NULL, 0, &got), 200);
+        buf_close(&got);
+    }
+    client_json_memory_list_close(&list);
+    buf_close(&answer);
+    return count;
+}
+
+static void test_kills(void **state)
+{
+    struct move *move = *state;
+    const char *given = getenv("RAMBAD_SEED");
+    char id[LIMITS_ID_BYTES], path[160];
+    unsigned seed = 0, whole = 0, kills = 0;
+    struct buf file, chunks;
+    if (given)
+        seed = (unsigned)strtoul(given, NULL, 10);
+    else
+        assert_int_equal(getrandom(&seed, sizeof seed, 0), sizeof seed);
+    print_message("RAMBAD_SEED=%u\n", seed);
+    buf_init(&file);
+    buf_init(&chunks);
+    daemon_start(&move->here);
+    daemon_create_memory(&move->here, NULL, id);
+    fill(&move->here, id);
+    const struct client_memory memory = daemon_get_memory(&move->here, id);
+    daemon_read_chunks(&move->here, id, &chunks);
+    snprintf(path, sizeof path, "/v1/memories/%s/export", id);
+    assert_int_equal(daemon_call(&move->here, "GET", path, NULL, NULL, 0, &file), 200);
+    daemon_stop(&move->here);
+    daemon_start(&move->killed);
+    struct upload upload = {.daemon = &move->killed, .file = &file};
+    upload_main(&upload); /* how long it takes, to aim at */
+    assert_int_equal(upload.code, 201);
+    assert_int_equal(take_back(&move->killed, &memory, &chunks), 1);
+    double likely = upload.seconds;
+    for (unsigned i = 0; i < KILLS; i++) {
+        assert_int_equal(pthread_create(&upload.thread, NULL, upload_main, &upload), 0);
+        usleep((useconds_t)(likely * 1.1e6 * (double)rand_r(&seed) / RAND_MAX));
+        daemon_kill(&move->killed);
+        pthread_join(upload.thread, NULL);
+        daemon_start(&move->killed);
+        const unsigned count = take_back(&move->killed, &memory, &chunks);
+        assert_true(count <= 1 && (upload.code != 201 || count == 1));
+        whole += count;
+        kills += upload.code == 0;
+    }
+    print_message("%u imports cut by a kill of %u, %u there whole\n", kills, KILLS, whole);
+    assert_true(kills > 0);
+    wire_wait_metric(&move->killed, "rambad_branches_to_collect", 0);
+    daemon_stop(&move->killed);
+    daemon_check(&move->killed);
+    buf_close(&file);
+    buf_close(&chunks);
+}
+
 static int teardown(void **state)
 {
     struct move *move = *state;
     daemon_kill(&move->here);
     daemon_kill(&move->there);
     daemon_kill(&move->foreign);
+    daemon_kill(&move->killed);
     return 0;
 }
 
@@ -148,8 +256,10 @@ int main(void)
     daemon_init(&move->here, MODEL, move->folder, "here");
     daemon_init(&move->there, MODEL, move->folder, "there");
     daemon_init(&move->foreign, OTHER_MODEL, move->folder, "foreign");
+    daemon_init(&move->killed, MODEL, move->folder, "killed");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_move, NULL, teardown, move),
+        cmocka_unit_test_prestate_setup_teardown(test_kills, NULL, teardown, move),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     store_helper_remove(move->folder);
