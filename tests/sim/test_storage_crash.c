@@ -6,7 +6,8 @@
  * fault, and hold exactly what was acknowledged by then, or one operation more.
  *
  * Faults: the same run again and again, in each another call fails: ENOSPC, EIO, a short write,
- * once or from there on. Whatever the run says, what it acknowledged is there afterwards.
+ * once or from there on. Whatever the run says, what it acknowledged is there afterwards. The same
+ * for a store that is brought to our format, and for one that is repaired.
  *
  * RAMBAD_LONG=1 takes every cut point several times and every fault; RAMBAD_SEED repeats a run. */
 #include <dlfcn.h>
@@ -25,6 +26,7 @@
 #include <unistd.h>
 
 #include <cmocka.h>
+#include <lmdb.h>
 
 #include "proto/base/hash.h"
 #include "tests/lib/preload/io_shim.h"
@@ -353,13 +355,27 @@ static void faulty_run(const char *path, int report)
 
 static const int crashes[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL}; /* cmocka catches them */
 
-static void one_fault(const char *folder, long at, int error, enum io_shim_fault fault, int stays,
-                      bool *over)
+struct fault {
+    int error;
+    enum io_shim_fault kind;
+    int stays;
+};
+static const struct fault fault_kinds[] = {{ENOSPC, IO_SHIM_ERROR, 0},
+                                           {EIO, IO_SHIM_ERROR, 0},
+                                           {EIO, IO_SHIM_SHORT, 0},
+                                           {ENOSPC, IO_SHIM_ERROR, 1},
+                                           {EIO, IO_SHIM_ERROR, 1}};
+#define FAULT_KINDS (sizeof fault_kinds / sizeof *fault_kinds)
+
+/* Runs `run` on the store at `path` in a process of its own, in which call `at` fails. It ends by
+ * itself, or (a commit half written) with a message; it does not crash. Returns what it wrote down
+ * in its report, 0 for nothing. */
+static uint32_t run_with_fault(const char *folder, const char *path, long at,
+                               const struct fault *fault, void (*run)(const char *path, int report))
 {
-    char path[1024], name[1024];
-    uint32_t acknowledged = 0;
+    char name[1024];
+    uint32_t told = 0;
     int how;
-    snprintf(path, sizeof path, "%s/faults", folder);
     snprintf(name, sizeof name, "%s/report", folder);
     int report = open(name, O_RDWR | O_CREAT | O_TRUNC, 0600);
     assert_true(report >= 0);
@@ -372,49 +388,182 @@ static void one_fault(const char *folder, long at, int error, enum io_shim_fault
         /* A crash or a failed assertion is the end of this process, for the other one to tell. */
         for (size_t i = 0; i < sizeof crashes / sizeof *crashes; i++)
             signal(crashes[i], SIG_DFL);
-        shim->break_at(at, error, fault, stays);
-        faulty_run(path, report);
+        shim->break_at(at, fault->error, fault->kind, fault->stays);
+        run(path, report);
+        _exit(LOST);
     }
     assert_int_equal(waitpid(pid, &how, 0), pid);
-    (void)!pread(report, &acknowledged, sizeof acknowledged, 0); /* nothing: none */
+    (void)!pread(report, &told, sizeof told, 0);
     close(report);
-    /* It ends by itself, or (a commit half written) with a message; it does not crash. */
     if (!WIFEXITED(how) || (WEXITSTATUS(how) != 0 && WEXITSTATUS(how) != 1))
-        fail_msg("fault at call %ld (%s): the run ended with %s %d", at, strerror(error),
-                 WIFEXITED(how) ? "code" : "signal",
+        fail_msg("fault at call %ld (%s, %s): the run ended with %s %d", at, strerror(fault->error),
+                 fault->stays ? "stays" : "once", WIFEXITED(how) ? "code" : "signal",
                  WIFEXITED(how) ? WEXITSTATUS(how) : WTERMSIG(how));
+    return told;
+}
+
+static bool one_fault(const char *folder, long at, const struct fault *fault)
+{
+    char path[1024], name[1024];
+    snprintf(path, sizeof path, "%s/faults", folder);
+    const uint32_t acknowledged = run_with_fault(folder, path, at, fault, faulty_run);
     if (!verify(path, acknowledged))
         fail_msg("fault at call %ld (%s, %s): %u operations were acknowledged, and are not there",
-                 at, strerror(error), stays ? "stays" : "once", acknowledged);
-    *over = acknowledged == FAULT_OPERATIONS;
+                 at, strerror(fault->error), fault->stays ? "stays" : "once", acknowledged);
     snprintf(name, sizeof name, "%.900s/data.mdb", path);
     unlink(name);
+    return acknowledged == FAULT_OPERATIONS;
 }
 
 static void test_faults(void **state)
 {
-    static const struct {
-        int error;
-        enum io_shim_fault fault;
-        int stays;
-    } kinds[] = {{ENOSPC, IO_SHIM_ERROR, 0},
-                 {EIO, IO_SHIM_ERROR, 0},
-                 {EIO, IO_SHIM_SHORT, 0},
-                 {ENOSPC, IO_SHIM_ERROR, 1},
-                 {EIO, IO_SHIM_ERROR, 1}};
     unsigned count = 0;
-    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+    for (size_t k = 0; k < FAULT_KINDS; k++) {
         /* To the first call that the run no longer makes: then it goes through whole, several times
          * in a row, as a fault that is got over (a reserve that cannot be made) does too. */
         unsigned whole = 0;
         const long step = is_long ? 1 : 3;
-        for (long at = (long)(seed % (uint64_t)step); whole < 12; at += step, count++) {
-            bool over;
-            one_fault(*state, at, kinds[k].error, kinds[k].fault, kinds[k].stays, &over);
-            whole = over ? whole + 1 : 0;
-        }
+        for (long at = (long)(seed % (uint64_t)step); whole < 12; at += step, count++)
+            whole = one_fault(*state, at, &fault_kinds[k]) ? whole + 1 : 0;
     }
     print_message("%u runs with a fault\n", count);
+}
+
+/* ---- faults of a migration and of a repair ---- */
+
+static void copy_file(const char *from, const char *to)
+{
+    char command[2300];
+    snprintf(command, sizeof command, "cp %s %s", from, to);
+    assert_int_equal(system(command), 0);
+}
+
+/* So many calls there were: the fault came, unless it was to be at a later one. A run that ends
+ * before it can say so has met it. */
+static void tell_calls(int report)
+{
+    const char *name;
+    const uint32_t calls = (uint32_t)shim->calls(&name);
+    if (syscall(SYS_pwrite64, report, &calls, sizeof calls, 0L) < 0)
+        _exit(LOST);
+}
+
+static void migrate(const char *path, int report)
+{
+    struct storage_options options = store_past_options(path);
+    struct storage *storage;
+    struct error err = {0};
+    const enum status status = storage_open(&options, &storage, &err);
+    tell_calls(report);
+    if (!status)
+        storage_close(storage);
+    _exit(!status || err.message[0] ? 0 : LOST);
+}
+
+static void repair(const char *path, int report)
+{
+    struct error err = {0};
+    uint64_t changes;
+    const enum status status = storage_repair(path, true, NULL, NULL, &changes, &err);
+    tell_calls(report);
+    _exit(!status || err.message[0] ? 0 : LOST);
+}
+
+/* A store of the first format, with a memory of 100 tokens and a fork of it of 130. Whatever fails
+ * on the way to our format, it is of one of the two afterwards, and whole. */
+static void test_migration_faults(void **state)
+{
+    char path[1024], data[1100];
+    struct store_past *past = calloc(1, sizeof *past);
+    unsigned count = 0;
+    for (uint64_t i = 0; i < 130; i++)
+        past->tokens[i] = store_token(1, i);
+    past->is_turn[100] = past->is_turn[130] = true;
+    past->unmarked = 130;
+    snprintf(path, sizeof path, "%s/old", (const char *)*state);
+    snprintf(data, sizeof data, "%s/data.mdb", path);
+    assert_int_equal(mkdir(path, 0700), 0);
+    for (size_t k = 0; k < FAULT_KINDS; k++)
+        for (long at = 0, calls = 0; !calls || calls > at - 1; at++, count++) {
+            copy_file("tests/golden/store-format-1/data.mdb", data);
+            calls = run_with_fault(*state, path, at, &fault_kinds[k], migrate);
+            struct storage *storage = store_past_open(path);
+            strcpy(past->id, "old");
+            past->count = 100;
+            store_past_assert(storage, past);
+            strcpy(past->id, "old fork");
+            past->count = 130;
+            store_past_assert(storage, past);
+            storage_close(storage);
+            store_past_check(path);
+        }
+    print_message("%u migrations with a fault\n", count);
+    assert_true(count > 50);
+    free(past);
+}
+
+/* One byte of the newest turn's snapshot is wrong: the memory can go back to the turn before. */
+static void damage(const char *path)
+{
+    MDB_env *env;
+    MDB_txn *txn;
+    MDB_dbi dbi;
+    MDB_cursor *cursor;
+    MDB_val key, value;
+    assert_int_equal(mdb_env_create(&env), 0);
+    assert_int_equal(mdb_env_set_maxdbs(env, 32), 0);
+    assert_int_equal(mdb_env_open(env, path, 0, 0600), 0);
+    assert_int_equal(mdb_txn_begin(env, NULL, 0, &txn), 0);
+    assert_int_equal(mdb_dbi_open(txn, "snapshot", 0, &dbi), 0);
+    assert_int_equal(mdb_cursor_open(txn, dbi, &cursor), 0);
+    assert_int_equal(mdb_cursor_get(cursor, &key, &value, MDB_LAST), 0);
+    unsigned char *bytes = malloc(value.mv_size);
+    memcpy(bytes, value.mv_data, value.mv_size);
+    bytes[value.mv_size / 2] ^= 4;
+    value.mv_data = bytes;
+    assert_int_equal(mdb_cursor_put(cursor, &key, &value, MDB_CURRENT), 0);
+    mdb_cursor_close(cursor);
+    assert_int_equal(mdb_txn_commit(txn), 0);
+    mdb_env_close(env);
+    free(bytes);
+}
+
+/* Whatever fails of a repair, another one makes the store whole, and no less of it is left. */
+static void test_repair_faults(void **state)
+{
+    char path[1024], data[1100], kept[1100];
+    struct store_past *past = calloc(1, sizeof *past);
+    unsigned count = 0;
+    snprintf(path, sizeof path, "%s/damaged", (const char *)*state);
+    snprintf(data, sizeof data, "%s/data.mdb", path);
+    snprintf(kept, sizeof kept, "%s/kept", (const char *)*state);
+    struct storage *storage = store_past_open(path);
+    strcpy(past->id, "a");
+    assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
+    store_past_write(storage, past, 50, 1, false);
+    struct store_past *longer = malloc(sizeof *longer);
+    *longer = *past;
+    store_past_write(storage, longer, 30, 1, false);
+    storage_close(storage);
+    damage(path);
+    copy_file(data, kept);
+    for (size_t k = 0; k < FAULT_KINDS; k++)
+        for (long at = 0, calls = 0; !calls || calls > at - 1; at++, count++) {
+            struct error err = {0};
+            uint64_t changes;
+            copy_file(kept, data);
+            calls = run_with_fault(*state, path, at, &fault_kinds[k], repair);
+            if (storage_repair(path, true, NULL, NULL, &changes, &err))
+                fail_msg("fault at call %ld, then repaired again: %s", at, err.message);
+            store_past_check(path);
+            storage = store_past_open(path);
+            store_past_assert(storage, past);
+            storage_close(storage);
+        }
+    print_message("%u repairs with a fault\n", count);
+    assert_true(count > 20);
+    free(past);
+    free(longer);
 }
 
 /* ---- a folder that cannot be written ---- */
@@ -488,6 +637,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_images, setup, teardown),
         cmocka_unit_test_setup_teardown(test_faults, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_migration_faults, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_repair_faults, setup, teardown),
         cmocka_unit_test_setup_teardown(test_read_only_folder, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
