@@ -295,7 +295,9 @@ static enum status submit(struct engine_thread *thread, const struct job *job,
 
 double engine_thread_retry_after(struct engine_thread *engine_thread)
 {
-    return engine_thread->retry_after > 0 ? engine_thread->retry_after : 1;
+    const double seconds = engine_thread->retry_after > 0 ? engine_thread->retry_after : 1;
+    engine_thread->retry_after = 0;
+    return seconds;
 }
 
 enum status job_submit_generate(struct engine_thread *engine_thread,

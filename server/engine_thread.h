@@ -41,7 +41,7 @@ void engine_thread_close(struct engine_thread *engine_thread, void (*closed_cb)(
 const struct engine *engine_thread_engine(const struct engine_thread *engine_thread);
 
 /* Seconds after which a job that was just refused with STATUS_BUSY may be sent again, by what was
- * measured. Loop thread. */
+ * measured; told once. One second where nothing was, as for the store's full queue. Loop thread. */
 double engine_thread_retry_after(struct engine_thread *engine_thread);
 
 /* A memory was deleted or is about to be: drops its idle session. `busy_cb` answers on the loop

@@ -559,7 +559,8 @@ static bool hold_up(struct wire *wire, bool changes)
     char path[128];
     struct wire_answer answer;
     struct pollfd look = {.events = POLLIN};
-    const double before = wire_metric(&daemon_, "rambad_writer_queue_bytes"), start = daemon_now();
+    const double start = daemon_now();
+    double before = wire_metric(&daemon_, "rambad_writer_queue_bytes");
     snprintf(path, sizeof path, "/v1/memories/%s%s", world.fork,
              changes ? "" : "/turns?position=1000000");
     wire_open(wire, &daemon_);
@@ -567,11 +568,16 @@ static bool hold_up(struct wire *wire, bool changes)
              changes ? "{\"metadata\":{}}" : NULL, changes ? 15 : 0);
     look.fd = wire->fd;
     while (poll(&look, 1, 1) == 0) {
-        if (wire_metric(&daemon_, "rambad_writer_queue_bytes") > before)
+        const double now = wire_metric(&daemon_, "rambad_writer_queue_bytes");
+        if (now > before)
             return true;
+        before = now; /* one that was on its way is done */
         assert_true(daemon_now() - start < WIRE_SECONDS);
     }
     assert_int_equal(wire_answer(wire, &answer, false), 429);
+    /* Not what the engine's queue told others. */
+    assert_true(wire_header(&answer, "retry-after-ms", path, sizeof path));
+    assert_string_equal(path, "1001");
     wire_answer_close(&answer);
     wire_close(wire);
     return false;
@@ -592,6 +598,7 @@ static void reach_full_queues(void)
     wire_close(&running);
     wire_wait_metric(&daemon_, "rambad_jobs_running", 0);
 
+    wire_wait_metric(&daemon_, "rambad_writer_queue_bytes", 0);
     set_disk("stalled");
     while (count < 64 && hold_up(&held[count], count == 0))
         count++;
