@@ -31,12 +31,12 @@ struct chunk_read {
 
 struct chunk_io {
     void *context;
-    /* How many appends would be accepted now. */
+    /* How many appends will be accepted until it is asked again, whatever others write. */
     size_t (*append_room)(void *context);
     /* Append one finished chunk: `kv` (engine_info.kv_bytes) and `landmark`
      * (engine_info.landmark_bytes) are copied. Never waits for the disk. Once it is durable, or
      * has failed, the implementer lets the engine's thread call engine_chunk_durable(key).
-     * STATUS_OK, STATUS_BUSY (queue full), STATUS_CLOSED. */
+     * STATUS_OK, STATUS_BUSY (more than append_room said), STATUS_CLOSED, STATUS_NO_MEMORY. */
     enum status (*append)(void *context, struct chunk_key key, const void *kv,
                           const void *landmark);
     /* Read `count` chunks' K/V in one batch, each into reads[i].kv; waits. STATUS_OK, STATUS_IO,

@@ -67,8 +67,8 @@ static enum status append(void *context, struct chunk_key key, const void *kv, c
     if (!answer)
         return STATUS_NO_MEMORY;
     *answer = (struct answer){.store = store, .key = key};
-    const enum status status =
-        storage_append(store->storage, key.branch, key.index, kv, landmark, append_done, answer);
+    const enum status status = storage_append_promised(store->storage, key.branch, key.index, kv,
+                                                       landmark, append_done, answer);
     if (status)
         free(answer);
     else

@@ -160,6 +160,12 @@ STATUS_CHECKED enum status storage_append(struct storage *storage, uint64_t bran
                                           storage_done_cb done_cb, void *context);
 /* Appends that would be accepted now. */
 size_t storage_append_room(struct storage *storage);
+/* The same as an append, for the one thread that has asked storage_append_room just before, and for no
+ * more than it was told: what others have queued since does not turn it away. */
+STATUS_CHECKED enum status storage_append_promised(struct storage *storage, uint64_t branch,
+                                                   uint64_t index, const void *kv,
+                                                   const void *landmark,
+                                                   storage_done_cb done_cb, void *context);
 
 /* On a token of a commit: behind it the caller did more to its state than to read the token, and
  * whoever reads the tokens again to get to the same state has to do that there, too. Kept with the

@@ -575,7 +575,8 @@ enum status writer_start(struct storage *storage, struct error *err)
     pthread_cond_init(&writer->wake, &attributes);
     pthread_condattr_destroy(&attributes);
     storage->writer = writer;
-    /* Signals are the main thread's business, but for that of a page which it cannot read itself. */
+    /* Signals are the main thread's business, but for that of a page which it cannot read itself.
+     */
     sigfillset(&all);
     sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -660,17 +661,17 @@ static struct item *new_keep_item(enum item_kind kind, size_t before,
     return item;
 }
 
-/* Takes the item on success and frees it otherwise. */
-static enum status enqueue(struct storage *storage, struct item *item)
+/* Takes the item on success and frees it otherwise. What was promised a place has one. */
+static enum status enqueue_promised(struct storage *storage, struct item *item, bool is_promised)
 {
     struct writer *writer = storage->writer;
     enum status status = STATUS_OK;
     pthread_mutex_lock(&writer->mutex);
     if (writer->closing) {
         status = STATUS_CLOSED;
-    } else if (writer->queue_items >= LIMITS_WRITER_QUEUE_ITEMS ||
-               (writer->queue_items > 0 &&
-                writer->queue_bytes + item->bytes > storage->queue_bytes)) {
+    } else if (!is_promised && (writer->queue_items >= LIMITS_WRITER_QUEUE_ITEMS ||
+                                (writer->queue_items > 0 &&
+                                 writer->queue_bytes + item->bytes > storage->queue_bytes))) {
         status = STATUS_BUSY;
     } else {
         if (list_empty(&writer->queue))
@@ -685,6 +686,11 @@ static enum status enqueue(struct storage *storage, struct item *item)
     if (status)
         free(item);
     return status;
+}
+
+static enum status enqueue(struct storage *storage, struct item *item)
+{
+    return enqueue_promised(storage, item, false);
 }
 
 static enum status set_id(char out[LIMITS_ID_BYTES], const char *id)
@@ -878,8 +884,9 @@ enum status writer_put_turns(struct storage *storage, const char *id,
     return enqueue(storage, item);
 }
 
-enum status storage_append(struct storage *storage, uint64_t branch, uint64_t index, const void *kv,
-                           const void *landmark, storage_done_cb done_cb, void *context)
+static enum status append(struct storage *storage, uint64_t branch, uint64_t index, const void *kv,
+                          const void *landmark, bool is_promised, storage_done_cb done_cb,
+                          void *context)
 {
     if (!storage->writer)
         return STATUS_CLOSED;
@@ -891,7 +898,20 @@ enum status storage_append(struct storage *storage, uint64_t branch, uint64_t in
     item->index = index;
     item->kv = memcpy(item->payload, kv, storage->kv_bytes);
     item->landmark = memcpy(item->payload + storage->kv_bytes, landmark, storage->landmark_bytes);
-    return enqueue(storage, item);
+    return enqueue_promised(storage, item, is_promised);
+}
+
+enum status storage_append(struct storage *storage, uint64_t branch, uint64_t index, const void *kv,
+                           const void *landmark, storage_done_cb done_cb, void *context)
+{
+    return append(storage, branch, index, kv, landmark, false, done_cb, context);
+}
+
+enum status storage_append_promised(struct storage *storage, uint64_t branch, uint64_t index,
+                                    const void *kv, const void *landmark, storage_done_cb done_cb,
+                                    void *context)
+{
+    return append(storage, branch, index, kv, landmark, true, done_cb, context);
 }
 
 size_t storage_append_room(struct storage *storage)
@@ -903,7 +923,9 @@ size_t storage_append_room(struct storage *storage)
     pthread_mutex_lock(&writer->mutex);
     size_t free_bytes =
         writer->queue_bytes < storage->queue_bytes ? storage->queue_bytes - writer->queue_bytes : 0;
-    size_t free_items = LIMITS_WRITER_QUEUE_ITEMS - writer->queue_items;
+    size_t free_items = writer->queue_items < LIMITS_WRITER_QUEUE_ITEMS
+                            ? LIMITS_WRITER_QUEUE_ITEMS - writer->queue_items
+                            : 0;
     size_t room = free_bytes / each < free_items ? free_bytes / each : free_items;
     if (room == 0 && writer->queue_items == 0)
         room = 1;

@@ -741,6 +741,14 @@ static void test_full_queue(void **state)
     assert_int_equal(status, STATUS_BUSY);
     assert_true(accepted >= room);
     assert_int_equal(storage_append_room(storage), 0);
+    /* What was promised when there was room is taken though others have filled it. */
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(
+            storage_append_promised(storage, a, accepted++, kv, landmark, gate_cb, &gate),
+            STATUS_OK);
+    assert_int_equal(storage_append_room(storage), 0);
+    assert_int_equal(storage_append(storage, a, accepted, kv, landmark, gate_cb, &gate),
+                     STATUS_BUSY);
     pthread_mutex_unlock(&gate.mutex);
     /* A write larger than the queue is not locked out for ever. */
     unsigned char *snapshot = calloc(1, 200000);
