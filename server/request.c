@@ -146,6 +146,11 @@ static void append_error(struct buf *out, const struct request *request, enum st
 {
     if (status == STATUS_KEY_QUOTA || status == STATUS_MEMORY_QUOTA)
         append_quota(out, request, status);
+    else if (status == STATUS_BUSY && !(err && err->message[0])) /* the engine's queue says more */
+        answer_json_error(out, status,
+                          "too much waits for the disk (--write-queue); come again after the time "
+                          "in retry-after",
+                          "");
     else
         answer_json_error(out, status, err && err->message[0] ? err->message : status_text(status),
                           err ? err->param : "");
