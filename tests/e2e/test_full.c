@@ -175,8 +175,7 @@ int main(void)
     daemon_init(&full->daemon, MODEL, full->folder, "data");
     full->daemon.flags = flags;
     buf_init(&full->text);
-    for (unsigned i = 0; i < 60000; i++)
-        buf_append_format(&full->text, "%u. ", i * i % 977);
+    daemon_write_book(&full->text, 60000);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate_setup_teardown(test_full, NULL, teardown, full),
         cmocka_unit_test_prestate_setup_teardown(test_cut, NULL, teardown, full),

@@ -91,8 +91,7 @@ static void live(struct past *past)
     struct buf text;
     buf_init(&text);
     daemon_create_memory(&past->daemon, NULL, past->id);
-    for (unsigned i = 0; i < 6000; i++)
-        buf_append_format(&text, "%u. ", i * i % 977);
+    daemon_write_book(&text, 6000);
     daemon_append_text(&past->daemon, past->id, text.data, text.size);
     for (unsigned i = 0; i < TURNS; i++) {
         if (i > 0) {

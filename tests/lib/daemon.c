@@ -281,6 +281,12 @@ struct client_memory daemon_get_memory(const struct daemon *daemon, const char *
     return memory;
 }
 
+void daemon_write_book(struct buf *out, unsigned words)
+{
+    for (unsigned i = 0; i < words; i++)
+        buf_append_format(out, "%u. ", i * i % 977);
+}
+
 void daemon_append_text(const struct daemon *daemon, const char *id, const char *text, size_t size)
 {
     char path[160];

@@ -57,6 +57,8 @@ int daemon_append(const struct daemon *daemon, const char *path, const char *tex
 /* The calls that every test makes; they must succeed. */
 void daemon_create_memory(const struct daemon *daemon, const char *from, char id[LIMITS_ID_BYTES]);
 struct client_memory daemon_get_memory(const struct daemon *daemon, const char *id);
+/* So many words of text, not twice the same for long. */
+void daemon_write_book(struct buf *out, unsigned words);
 void daemon_append_text(const struct daemon *daemon, const char *id, const char *text, size_t size);
 /* What the memory says to `prompt`, greedily; its turn when `write`. Close it with
  * client_json_completion_close. */
