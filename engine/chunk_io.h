@@ -40,7 +40,8 @@ struct chunk_io {
     enum status (*append)(void *context, struct chunk_key key, const void *kv,
                           const void *landmark);
     /* Read `count` chunks' K/V in one batch, each into reads[i].kv; waits. STATUS_OK, STATUS_IO,
-     * STATUS_CORRUPT (a chunk is missing or its checksum is wrong), STATUS_NO_MEMORY. */
+     * STATUS_CORRUPT (a chunk is missing or its checksum is wrong), STATUS_NO_MEMORY. Called by the
+     * engine's thread or by its loader's, never while another call is under way. */
     enum status (*read)(void *context, const struct chunk_read *reads, size_t count);
     /* Read the landmarks of chunks [first, first + count) of `branch`, contiguous, into `out`
      * [count * landmark_bytes]; waits. The same codes. */

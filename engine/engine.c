@@ -52,7 +52,8 @@ static enum status open_backend(struct engine *engine, const struct engine_optio
                                     .threads = threads,
                                     .max_rows = max_rows,
                                     .memory_dtype = engine->memory_dtype,
-                                    .device_memory_bytes = options->device_memory_bytes};
+                                    .device_memory_bytes = options->device_memory_bytes,
+                                    .landmarks_fp8 = options->landmarks_fp8};
     const enum engine_backend backend = options->backend;
     engine->ops = backend == ENGINE_BACKEND_REF ? ops_ref() : ops_cpu();
     if (cuda_table() && (backend == ENGINE_BACKEND_CUDA || backend == ENGINE_BACKEND_AUTO)) {
@@ -66,6 +67,8 @@ static enum status open_backend(struct engine *engine, const struct engine_optio
         return error_set(err, STATUS_UNSUPPORTED,
                          "this build has no CUDA backend; use --backend cpu");
     }
+    if (options->landmarks_fp8)
+        return error_set(err, STATUS_UNSUPPORTED, "landmarks in fp8 need the CUDA backend");
     return engine->ops->open(&ops, &engine->context, err);
 }
 
@@ -121,14 +124,14 @@ static void fill_info(struct engine *engine, const struct engine_options *option
                                                      (size_t)(c->conv_kernel - 1) * c->conv_size);
 }
 
-static enum status open_pages(struct engine *engine, size_t budget, uint32_t max_rows,
-                              struct error *err)
+static enum status open_pages(struct engine *engine, const struct engine_options *options,
+                              uint32_t max_rows, struct error *err)
 {
     const struct model_config *c = &engine->config;
     /* One row's picks, and what a step may complete twice over: while it waits for the disk. */
     const size_t least = (size_t)c->retrieval_heads * c->topk +
                          2 * (max_rows / c->chunk_tokens + LIMITS_RUNNING + 1);
-    const size_t pages = budget / engine->info.kv_bytes;
+    const size_t budget = options->host_memory_bytes, pages = budget / engine->info.kv_bytes;
     if (pages < least)
         return error_set(err, STATUS_INVALID,
                          "the host memory budget of %zu bytes is too small: this model needs at "
@@ -136,7 +139,8 @@ static enum status open_pages(struct engine *engine, size_t budget, uint32_t max
                          budget, least * engine->info.kv_bytes, least, engine->info.kv_bytes);
     const enum status status =
         memory_open(&engine->memory, engine->ops, engine->context, engine->info.kv_bytes, pages,
-                    engine->info.landmark_bytes * OPS_LANDMARK_BLOCK);
+                    engine->info.landmark_bytes * OPS_LANDMARK_BLOCK,
+                    options->landmarks_fp8 ? engine->ops->narrow_bytes(engine->context) : 0);
     return status ? error_set(err, status, "out of memory for the page table") : STATUS_OK;
 }
 
@@ -167,7 +171,7 @@ enum status engine_open(const struct engine_options *options, struct engine **ou
     status = place_weights(engine, err);
     if (status)
         goto out;
-    status = open_pages(engine, options->host_memory_bytes, max_rows, err);
+    status = open_pages(engine, options, max_rows, err);
     if (!status) {
         status = model_create(engine, max_rows, &engine->model);
         if (status)
@@ -247,6 +251,8 @@ static void publish_stats(struct engine *engine)
     struct engine_stats *s = &engine->counted;
     s->page_hits = engine->memory.hits;
     s->page_misses = engine->memory.misses;
+    s->pages_expected = engine->memory.expected;
+    s->pages_expected_hits = engine->memory.expected_hits;
     s->page_evictions = engine->memory.evictions;
     s->page_read_bytes = engine->memory.read_bytes;
     s->page_read_ns = engine->memory.read_ns;
@@ -260,8 +266,10 @@ static void publish_stats(struct engine *engine)
         s->device_pages = device.resident;
         s->device_page_hits = device.hits;
         s->device_page_misses = device.misses;
-        s->device_copy_bytes = device.misses * engine->memory.kv_bytes;
+        s->device_copy_bytes = (device.misses + device.predicted) * engine->memory.kv_bytes;
         s->device_copy_ns = device.copy_ns;
+        s->device_pages_expected = device.predicted;
+        s->device_pages_expected_hits = device.predicted_hits;
     }
     pthread_mutex_lock(&engine->stats_lock);
     engine->stats = *s;
@@ -282,10 +290,13 @@ static void sample(struct engine_step_item *item)
 {
     if (item->status || !item->sampler)
         return;
-    if (item->session->away && sampler_takes_largest(item->sampler))
+    if (item->session->drawn)
+        sampler_accept(item->sampler, item->session->token, &item->result);
+    else if (item->session->away && sampler_takes_largest(item->sampler))
         sampler_accept(item->sampler, item->session->largest, &item->result);
     else
         sampler_sample(item->sampler, session_logits(item->session), &item->result);
+    item->session->drawn = false;
 }
 
 enum status engine_step(struct engine *engine, struct engine_step_item *items, size_t count)

@@ -36,6 +36,8 @@ struct engine_options {
     size_t host_memory_bytes;    /* budget of resident K/V pages, of all sessions together */
     size_t device_memory_bytes;  /* a GPU's own copies of K/V pages; 0: an eighth of its memory */
     enum engine_dtype memory_dtype; /* chunk memories and landmarks; BF16 halves everything */
+    bool landmarks_fp8;    /* a GPU scans landmarks in fp8 and scores the best again in bf16, which
+                              then lie in the host's memory; bf16 memory alone */
     uint32_t slice_tokens; /* most rows of one sequence in one step; 0: LIMITS_SLICE_TOKENS */
     struct chunk_io io;    /* copied */
     /* Weights of random numbers for the shape in config.json when the folder holds none: for
@@ -160,6 +162,14 @@ struct engine_stats {
     /* A GPU's own copies of pages, and what copying them there took; zeros without one. */
     uint64_t device_page_capacity, device_pages, device_page_hits, device_page_misses;
     uint64_t device_copy_bytes, device_copy_ns;
+    /* With a GPU: chunks read by tokens that came one at a time, and of these what the token before
+     * had read too; pages brought because of that before a token asked for them, and those that one
+     * then did, from disk to the host and from the host to the device; steps in which sequences
+     * went on without others, whose pages were on their way. */
+    uint64_t picks, picks_repeated;
+    uint64_t pages_expected, pages_expected_hits;
+    uint64_t device_pages_expected, device_pages_expected_hits;
+    uint64_t steps_divided;
 };
 /* Any thread: a consistent enough copy for metrics. */
 void engine_get_stats(const struct engine *engine, struct engine_stats *stats);

@@ -14,7 +14,7 @@
 
 struct memory_slab {
     struct list node;
-    void *data;
+    void *data, *narrow;
     uint32_t used;
     struct memory_landmarks blocks[SLAB_BLOCKS];
 };
@@ -48,12 +48,13 @@ static void free_page(struct memory *memory, struct memory_page *page)
 }
 
 enum status memory_open(struct memory *memory, const struct ops *ops, struct ops_context *context,
-                        size_t kv_bytes, size_t capacity, size_t block_bytes)
+                        size_t kv_bytes, size_t capacity, size_t block_bytes, size_t narrow_bytes)
 {
     *memory = (struct memory){.ops = ops,
                               .context = context,
                               .kv_bytes = kv_bytes,
                               .block_bytes = block_bytes,
+                              .narrow_bytes = narrow_bytes,
                               .capacity = capacity};
     list_init(&memory->lru);
     list_init(&memory->landmark_slabs);
@@ -62,7 +63,9 @@ enum status memory_open(struct memory *memory, const struct ops *ops, struct ops
         size *= 2;
     memory->table = calloc(size, sizeof *memory->table);
     memory->table_mask = size - 1;
-    return memory->table ? STATUS_OK : STATUS_NO_MEMORY;
+    if (!memory->table)
+        return STATUS_NO_MEMORY;
+    return ops->prefetch ? loader_create(&memory->loader) : STATUS_OK;
 }
 
 void memory_close(struct memory *memory)
@@ -75,6 +78,7 @@ void memory_close(struct memory *memory)
     free(memory->slabs);
     free(memory->table);
     free(memory->reads);
+    loader_destroy(memory->loader);
     *memory = (struct memory){0};
 }
 
@@ -158,8 +162,8 @@ struct memory_page *memory_page_create(struct memory *memory, struct chunk_key k
     return page;
 }
 
-struct memory_page *memory_page_pin(struct memory *memory, struct chunk_key key, uint64_t stamp,
-                                    bool *added)
+static struct memory_page *pin(struct memory *memory, struct chunk_key key, uint64_t stamp,
+                               bool *added)
 {
     struct memory_page *page = find(memory, key);
     *added = false;
@@ -170,16 +174,38 @@ struct memory_page *memory_page_pin(struct memory *memory, struct chunk_key key,
             list_remove(&page->lru);
             memory->pinned++;
         }
-        memory->hits++;
     } else {
         page = enter(memory, key);
         if (!page)
             return NULL;
         page->unread = true;
-        memory->misses++;
     }
     page->stamp = stamp;
     *added = true;
+    return page;
+}
+
+struct memory_page *memory_page_pin(struct memory *memory, struct chunk_key key, uint64_t stamp,
+                                    bool *added)
+{
+    struct memory_page *page = pin(memory, key, stamp, added);
+    if (!page || !*added)
+        return page;
+    memory->hits += !page->unread;
+    memory->misses += page->unread;
+    memory->expected_hits += page->expected;
+    page->expected = false;
+    return page;
+}
+
+struct memory_page *memory_page_expect(struct memory *memory, struct chunk_key key, uint64_t stamp,
+                                       bool *added)
+{
+    struct memory_page *page = pin(memory, key, stamp, added);
+    if (page && *added && page->unread) {
+        page->expected = true;
+        memory->expected++;
+    }
     return page;
 }
 
@@ -225,26 +251,24 @@ static bool reserve_reads(struct memory *memory, size_t count)
     return true;
 }
 
-enum status memory_load(struct memory *memory, const struct chunk_io *io,
-                        struct memory_page *const *pages, size_t count)
+/* What is unread among `pages` into memory->reads; how many. `*status`: whether there was room. */
+static size_t list_unread(struct memory *memory, struct memory_page *const *pages, size_t count,
+                          enum status *status)
 {
-    size_t missing = 0;
+    size_t missing = 0, at = 0;
     for (size_t i = 0; i < count; i++)
         missing += pages[i]->unread;
-    if (!missing)
-        return STATUS_OK;
-    enum status status = STATUS_NO_MEMORY;
-    if (reserve_reads(memory, missing)) {
-        struct chunk_read *reads = memory->reads;
-        size_t at = 0;
-        for (size_t i = 0; i < count; i++)
-            if (pages[i]->unread)
-                reads[at++] = (struct chunk_read){.key = pages[i]->key, .kv = pages[i]->data};
-        const uint64_t begin = now_ns();
-        status = io->read(io->context, reads, missing);
-        memory->read_ns += now_ns() - begin;
-        memory->read_bytes += missing * memory->kv_bytes;
-    }
+    *status = reserve_reads(memory, missing) ? STATUS_OK : STATUS_NO_MEMORY;
+    for (size_t i = 0; i < count && !*status; i++)
+        if (pages[i]->unread)
+            memory->reads[at++] = (struct chunk_read){.key = pages[i]->key, .kv = pages[i]->data};
+    return missing;
+}
+
+/* The unread among `pages` were read, or could not be. */
+static void end_reads(struct memory *memory, struct memory_page *const *pages, size_t count,
+                      enum status status)
+{
     for (size_t i = 0; i < count; i++) {
         if (!pages[i]->unread)
             continue;
@@ -254,6 +278,52 @@ enum status memory_load(struct memory *memory, const struct chunk_io *io,
         if (status)
             drop(memory, pages[i]);
     }
+}
+
+bool memory_load_begin(struct memory *memory, const struct chunk_io *io,
+                       struct memory_page *const *pages, size_t count)
+{
+    enum status status;
+    ASSERT(!memory->loading);
+    const size_t missing = memory->loader ? list_unread(memory, pages, count, &status) : 0;
+    if (!missing || status)
+        return false;
+    memory->loading = pages;
+    memory->loading_count = count;
+    memory->read_bytes += missing * memory->kv_bytes;
+    loader_begin(memory->loader, io, memory->reads, missing);
+    return true;
+}
+
+enum status memory_load_end(struct memory *memory)
+{
+    if (!memory->loading)
+        return STATUS_OK;
+    const uint64_t begin = now_ns(); /* what went on beside the reading is not counted */
+    const enum status status = loader_end(memory->loader);
+    memory->read_ns += now_ns() - begin;
+    end_reads(memory, memory->loading, memory->loading_count, status);
+    memory->loading = NULL;
+    return status;
+}
+
+enum status memory_load(struct memory *memory, const struct chunk_io *io,
+                        struct memory_page *const *pages, size_t count)
+{
+    enum status status = memory_load_end(memory);
+    for (size_t i = 0; status && i < count; i++)
+        if (pages[i]->dead)
+            return status; /* it was among those that could not be read */
+    const size_t missing = list_unread(memory, pages, count, &status);
+    if (!missing)
+        return STATUS_OK;
+    if (!status) {
+        const uint64_t begin = now_ns();
+        status = io->read(io->context, memory->reads, missing);
+        memory->read_ns += now_ns() - begin;
+        memory->read_bytes += missing * memory->kv_bytes;
+    }
+    end_reads(memory, pages, count, status);
     return status;
 }
 
@@ -288,17 +358,33 @@ void memory_forget(struct memory *memory, uint64_t branch, uint64_t first)
 
 /* ---- landmark blocks ---- */
 
+static void free_slab(struct memory *memory, struct memory_slab *slab)
+{
+    if (slab && slab->data && memory->narrow_bytes)
+        memory->ops->release_host(memory->context, slab->data);
+    else if (slab && slab->data)
+        memory->ops->release(memory->context, slab->data);
+    if (slab && slab->narrow)
+        memory->ops->release(memory->context, slab->narrow);
+    free(slab);
+}
+
 static struct memory_slab *make_slab(struct memory *memory)
 {
+    const size_t bytes = SLAB_BLOCKS * memory->block_bytes, narrow = memory->narrow_bytes;
     struct memory_slab *slab = calloc(1, sizeof *slab);
     if (slab)
-        slab->data = memory->ops->alloc(memory->context, SLAB_BLOCKS * memory->block_bytes);
-    if (!slab || !slab->data) {
-        free(slab);
+        slab->data = narrow ? memory->ops->alloc_host(memory->context, bytes)
+                            : memory->ops->alloc(memory->context, bytes);
+    if (slab && slab->data && narrow)
+        slab->narrow = memory->ops->alloc(memory->context, SLAB_BLOCKS * narrow);
+    if (!slab || !slab->data || (narrow && !slab->narrow)) {
+        free_slab(memory, slab);
         return NULL;
     }
     for (size_t i = 0; i < SLAB_BLOCKS; i++) {
         slab->blocks[i].data = (char *)slab->data + i * memory->block_bytes;
+        slab->blocks[i].narrow = narrow ? (char *)slab->narrow + i * narrow : NULL;
         slab->blocks[i].slab = slab;
     }
     list_push_front(&memory->landmark_slabs, &slab->node);
@@ -335,6 +421,5 @@ void memory_landmarks_drop(struct memory *memory, struct memory_landmarks *block
         list_push_front(&memory->landmark_slabs, &slab->node);
         return;
     }
-    memory->ops->release(memory->context, slab->data);
-    free(slab);
+    free_slab(memory, slab);
 }

@@ -11,6 +11,7 @@
 #include <stdbool.h>
 
 #include "engine/chunk_io.h"
+#include "engine/loader.h"
 #include "engine/ops.h"
 #include "proto/base/list.h"
 
@@ -20,6 +21,7 @@ struct memory_page {
     uint32_t pins;
     bool unacknowledged;      /* one of the pins waits for the disk */
     bool unread;              /* named by a top-k, its bytes not here yet */
+    bool expected;            /* read before anybody asked for it */
     bool dead;                /* no longer in the table; freed with its last pin */
     uint64_t stamp;           /* of the block of rows that pinned it last */
     struct memory_page *next; /* in its hash chain, or in the free list */
@@ -30,7 +32,8 @@ struct memory_page {
  * the backend a slab at a time: a device hands out memory slowly, and waits to take it back. */
 struct memory_landmarks {
     uint32_t references; /* 0: free */
-    void *data;          /* memory of ops->alloc */
+    void *data;          /* memory of ops->alloc; where blocks have twins, of ops->alloc_host */
+    void *narrow;        /* the twin (see ops_landmarks), or NULL */
     struct memory_slab *slab;
 };
 
@@ -38,6 +41,7 @@ struct memory {
     const struct ops *ops;
     struct ops_context *context;
     size_t kv_bytes, block_bytes;
+    size_t narrow_bytes;                /* of a block's twin; 0: there are none */
     size_t capacity, allocated, pinned; /* pages */
     struct memory_page **table;
     size_t table_mask;
@@ -47,16 +51,20 @@ struct memory {
     size_t slab_count;
     struct list landmark_slabs; /* those with free blocks first */
     size_t landmark_bytes;      /* of the blocks in use */
-    struct chunk_read *reads;   /* of one memory_load; grows to what one needs */
+    struct chunk_read *reads;   /* of one load; grows to what one needs */
     size_t read_capacity;
+    struct loader *loader;              /* NULL: the backend has no use for one */
+    struct memory_page *const *loading; /* what it reads, or NULL */
+    size_t loading_count;
+    uint64_t expected, expected_hits; /* pages read before they were asked for; and then were */
     uint64_t hits, misses, evictions, read_bytes, read_ns;
 };
 
-/* `capacity` pages at most, and any number of landmark blocks of `block_bytes`; memory is taken as
- * it is first needed. STATUS_NO_MEMORY. */
+/* `capacity` pages at most, and any number of landmark blocks of `block_bytes`, each with a twin of
+ * `narrow_bytes` unless that is 0; memory is taken as it is first needed. STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status memory_open(struct memory *memory, const struct ops *ops,
                                        struct ops_context *context, size_t kv_bytes,
-                                       size_t capacity, size_t block_bytes);
+                                       size_t capacity, size_t block_bytes, size_t narrow_bytes);
 /* Every block has been dropped before. */
 void memory_close(struct memory *memory);
 
@@ -68,9 +76,19 @@ struct memory_page *memory_page_create(struct memory *memory, struct chunk_key k
  * `*added` says whether this call pinned it. NULL: no room. */
 struct memory_page *memory_page_pin(struct memory *memory, struct chunk_key key, uint64_t stamp,
                                     bool *added);
+/* The same for a page that will be asked for, perhaps: no hit and no miss. */
+struct memory_page *memory_page_expect(struct memory *memory, struct chunk_key key, uint64_t stamp,
+                                       bool *added);
 void memory_page_unpin(struct memory *memory, struct memory_page *page);
-/* Reads what is unread among `pages`, in one batch. On failure the unread ones leave the table
- * (and still need their unpin). */
+/* Begins to read what is unread among `pages` (borrowed, like io, until memory_load_end), beside
+ * what the engine does; false: nothing is, or there is no loader. Until the end no call of the io
+ * is made but by the other functions here. */
+bool memory_load_begin(struct memory *memory, const struct chunk_io *io,
+                       struct memory_page *const *pages, size_t count);
+/* Waits for it; as memory_load. Nothing under way: STATUS_OK. */
+enum status memory_load_end(struct memory *memory);
+/* Reads what is unread among `pages`, in one batch, behind one that is under way. On failure the
+ * unread ones leave the table (and still need their unpin). */
 STATUS_CHECKED enum status memory_load(struct memory *memory, const struct chunk_io *io,
                                        struct memory_page *const *pages, size_t count);
 /* The chunk is on disk, or never will be (then its page is dropped). */

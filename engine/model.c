@@ -3,59 +3,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/engine_private.h"
+#include "engine/model_private.h"
 #include "engine/sampler.h"
 #include "proto/base/assert.h"
 
-#define LOGIT_ROWS 32 /* rows whose logits are computed, and come to the host, together */
-#define PIN_ROWS 1024 /* rows whose pages are pinned together, at most */
-#define RECENT_PAGES 4096
-
-struct model {
-    uint32_t max_rows, max_chunks;
-    uint64_t stamp; /* counts blocks of rows that pin pages */
-    /* Memory of ops->alloc. */
-    float *x, *q, *o, *last;
-    float *chunks; /* [max_chunks, S, d]: of chunks that began in an earlier step */
-    float *logits; /* [LOGIT_ROWS, V], or of all rows of a step in parts */
-    /* Memory of ops->alloc_host, which a device copies to without a detour. */
-    struct ops_picks picks; /* [max_rows, Hr, K] */
-    float *host_logits;     /* [LOGIT_ROWS, V] */
-    char *host_landmarks;   /* [max_chunks] */
-    /* Host memory. */
-    int32_t *tokens;
-    const void **pages;        /* [max_rows, Hr, K] */
-    struct memory_page **held; /* pinned by this block; by all of the pass, the first `kept` */
-    size_t kept;               /* pages of all rows, for the group's next HSA layers; 0: none are */
-    struct recent {
-        uint64_t stamp, chunk;
-        uint32_t item;
-        struct memory_page *page;
-    } recent[RECENT_PAGES]; /* of this block, by chunk: neighbouring rows read the same */
-    struct ops_segment *segments, *single;
-    struct ops_mamba_state *states;
-    struct ops_landmarks *landmarks;
-    const float **chunk_rows;
-    void **chunk_kv, **chunk_landmarks;
-    struct model_item **chunk_items;
-    uint64_t *chunk_index;
-    struct { /* of a step in parts, [OPS_STEP_ROWS] each */
-        uint64_t positions[OPS_STEP_ROWS];
-        float *states[OPS_STEP_ROWS], *kept[OPS_STEP_ROWS], *logits[OPS_STEP_ROWS];
-        int32_t largest[OPS_STEP_ROWS];
-    } step;
-};
-
-/* A forward pass under way. */
-struct pass {
-    struct engine *engine;
-    struct model *m;
-    struct model_item *items;
-    uint32_t count;
-    struct ops_rows rows;
-};
-
-static uint32_t picks_per_row(const struct engine *engine)
+uint32_t model_picks_per_row(const struct engine *engine)
 {
     return engine->config.retrieval_heads * engine->config.topk;
 }
@@ -67,7 +19,7 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     struct model *m = calloc(1, sizeof *m);
     if (!m)
         return STATUS_NO_MEMORY;
-    const size_t d = c->hidden_size, picks = (size_t)max_rows * picks_per_row(engine);
+    const size_t d = c->hidden_size, picks = (size_t)max_rows * model_picks_per_row(engine);
     m->max_rows = max_rows;
     /* Each sequence may complete one chunk that it had begun, and those that its rows hold. */
     m->max_chunks = max_rows / c->chunk_tokens + LIMITS_RUNNING + 1;
@@ -75,6 +27,8 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->q = ops->alloc(engine->context, max_rows * d * sizeof(float));
     m->o = ops->alloc(engine->context, max_rows * d * sizeof(float));
     m->last = ops->alloc(engine->context, LOGIT_ROWS * d * sizeof(float));
+    if (ops->step_begin)
+        m->waiting = ops->alloc(engine->context, OPS_STEP_ROWS * d * sizeof(float));
     m->chunks = ops->alloc(engine->context, m->max_chunks * c->chunk_tokens * d * sizeof(float));
     const size_t logit_rows = ops->step_begin ? OPS_STEP_ROWS : LOGIT_ROWS;
     m->logits = ops->alloc(engine->context, logit_rows * c->vocab_size * sizeof(float));
@@ -86,7 +40,16 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
         ops->alloc_host(engine->context, m->max_chunks * engine->info.landmark_bytes);
     m->tokens = calloc(max_rows, sizeof *m->tokens);
     m->pages = calloc(picks, sizeof *m->pages);
-    m->held = calloc(picks, sizeof *m->held);
+    const size_t step_picks = (size_t)OPS_STEP_ROWS * model_picks_per_row(engine);
+    const size_t most = picks > step_picks ? picks : step_picks;
+    m->held = calloc(most, sizeof *m->held);
+    m->waiting_held = calloc(most, sizeof *m->waiting_held);
+    m->expected_capacity = step_picks;
+    m->expected = calloc(step_picks, sizeof *m->expected);
+    m->ahead_held = calloc(step_picks, sizeof *m->ahead_held);
+    m->waiting_picks.chunks = calloc(step_picks, sizeof *m->waiting_picks.chunks);
+    m->waiting_picks.weights = calloc(step_picks, sizeof *m->waiting_picks.weights);
+    m->row_page = calloc(step_picks, sizeof *m->row_page);
     m->segments = calloc(max_rows, sizeof *m->segments);
     m->single = calloc(max_rows, sizeof *m->single);
     m->states = calloc(max_rows, sizeof *m->states);
@@ -98,8 +61,11 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->chunk_index = calloc(m->max_chunks, sizeof *m->chunk_index);
     if (!m->x || !m->q || !m->o || !m->last || !m->chunks || !m->logits || !m->host_logits ||
         !m->host_landmarks || !m->tokens || !m->picks.chunks || !m->picks.weights || !m->pages ||
-        !m->held || !m->segments || !m->single || !m->states || !m->landmarks || !m->chunk_rows ||
-        !m->chunk_kv || !m->chunk_landmarks || !m->chunk_items || !m->chunk_index) {
+        !m->held || !m->waiting_held || !m->ahead_held || !m->expected ||
+        !m->waiting_picks.chunks || !m->waiting_picks.weights || (ops->step_begin && !m->waiting) ||
+        !m->row_page || !m->segments || !m->single || !m->states || !m->landmarks ||
+        !m->chunk_rows || !m->chunk_kv || !m->chunk_landmarks || !m->chunk_items ||
+        !m->chunk_index) {
         model_destroy(engine, m);
         return STATUS_NO_MEMORY;
     }
@@ -113,7 +79,7 @@ void model_destroy(struct engine *engine, struct model *m)
 {
     if (!m)
         return;
-    float *device[] = {m->x, m->q, m->o, m->last, m->chunks, m->logits};
+    float *device[] = {m->x, m->q, m->o, m->last, m->waiting, m->chunks, m->logits};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i])
             engine->ops->release(engine->context, device[i]);
@@ -124,6 +90,12 @@ void model_destroy(struct engine *engine, struct model *m)
     free(m->tokens);
     free(m->pages);
     free(m->held);
+    free(m->waiting_held);
+    free(m->ahead_held);
+    free(m->expected);
+    free(m->waiting_picks.chunks);
+    free(m->waiting_picks.weights);
+    free(m->row_page);
     free(m->segments);
     free(m->single);
     free(m->states);
@@ -136,7 +108,7 @@ void model_destroy(struct engine *engine, struct model *m)
     free(m);
 }
 
-static void item_failed(struct model_item *item, enum status status)
+void model_item_failed(struct model_item *item, enum status status)
 {
     if (!item->status)
         item->status = status;
@@ -145,7 +117,7 @@ static void item_failed(struct model_item *item, enum status status)
 /* ---- chunks ---- */
 
 /* A chunk of `item` is whole in scratch slot `n`: gives it a page and a landmark. */
-static void place_chunk(struct pass *p, struct model_item *item, uint32_t n)
+void model_place_chunk(struct pass *p, struct model_item *item, uint32_t n)
 {
     struct model *m = p->m;
     struct engine_session *s = item->session;
@@ -155,7 +127,7 @@ static void place_chunk(struct pass *p, struct model_item *item, uint32_t n)
     struct memory_page *page = status ? NULL : memory_page_create(&p->engine->memory, key);
     if (!page) {
         /* Room was checked before the step; only the system's own memory can be short here. */
-        item_failed(item, STATUS_NO_MEMORY);
+        model_item_failed(item, STATUS_NO_MEMORY);
         m->chunk_items[n] = NULL;
         return;
     }
@@ -189,29 +161,13 @@ static uint32_t gather_chunks(struct pass *p)
             if (whole) {
                 ASSERT(n < m->max_chunks);
                 m->chunk_rows[n] = take < s ? slot : from;
-                place_chunk(p, item, n);
+                model_place_chunk(p, item, n);
                 n += m->chunk_items[n] != NULL;
             }
             row += take;
             left -= take;
             filled = 0;
         }
-    }
-    return n;
-}
-
-/* Of a step in parts: each row is in the chunk under way already, and some of them are whole. */
-static uint32_t whole_chunks(struct pass *p)
-{
-    struct model *m = p->m;
-    uint32_t n = 0;
-    for (uint32_t i = 0; i < p->count; i++) {
-        struct engine_session *session = p->items[i].session;
-        if ((session->position + 1) % p->engine->config.chunk_tokens)
-            continue;
-        m->chunk_rows[n] = session->partial;
-        place_chunk(p, &p->items[i], n);
-        n += m->chunk_items[n] != NULL;
     }
     return n;
 }
@@ -232,7 +188,7 @@ static void copy_landmarks(struct pass *p, uint32_t n)
 }
 
 /* Encodes and keeps the `n` chunks that were collected. */
-static void append_chunks(struct pass *p, const struct weights_layer *layer, uint32_t n)
+void model_append_chunks(struct pass *p, const struct weights_layer *layer, uint32_t n)
 {
     struct engine *engine = p->engine;
     struct model *m = p->m;
@@ -241,6 +197,12 @@ static void append_chunks(struct pass *p, const struct weights_layer *layer, uin
     engine->ops->encode_chunks(engine->context, &layer->chunking, n, m->chunk_rows, m->chunk_kv,
                                m->chunk_landmarks);
     engine->counted.chunks_encoded += n;
+    for (uint32_t first = 0, end; first < n; first = end) { /* chunks of an item are neighbours */
+        for (end = first + 1; end < n && m->chunk_items[end] == m->chunk_items[first]; end++)
+            ;
+        session_landmarks_written(m->chunk_items[first]->session, m->chunk_index[first],
+                                  end - first);
+    }
     copy_landmarks(p, n);
     engine_must_work(engine);
     for (uint32_t i = 0; i < n; i++) {
@@ -250,7 +212,7 @@ static void append_chunks(struct pass *p, const struct weights_layer *layer, uin
             engine->io.append(engine->io.context, key, m->chunk_kv[i],
                               m->host_landmarks + i * engine->info.landmark_bytes);
         if (status) { /* room was asked for before the step, so this is not a full queue */
-            item_failed(m->chunk_items[i], status);
+            model_item_failed(m->chunk_items[i], status);
             memory_durable(&engine->memory, key, true);
         }
     }
@@ -258,10 +220,11 @@ static void append_chunks(struct pass *p, const struct weights_layer *layer, uin
 
 /* ---- retrieval and HSA ---- */
 
-static void name_landmarks(struct pass *p)
+void model_name_landmarks(struct pass *p)
 {
     for (uint32_t i = 0; i < p->count; i++)
         p->m->landmarks[i] = (struct ops_landmarks){.blocks = p->items[i].session->block_data,
+                                                    .narrow = p->items[i].session->narrow_data,
                                                     .count = p->items[i].session->chunk_count};
 }
 
@@ -273,11 +236,11 @@ static void let_pages_go(struct pass *p)
         memory_page_unpin(&p->engine->memory, m->held[--m->kept]);
 }
 
-static void retrieve(struct pass *p, const struct weights_layer *layer)
+void model_retrieve(struct pass *p, const struct weights_layer *layer)
 {
     struct model *m = p->m;
     let_pages_go(p);
-    name_landmarks(p);
+    model_name_landmarks(p);
     p->engine->ops->retrieve(p->engine->context, &layer->retrieval, &p->rows, m->landmarks, m->x,
                              &m->picks);
 }
@@ -305,14 +268,14 @@ static enum status try_picks(struct pass *p, uint32_t group)
         if (!item->step->want_picks)
             continue;
         const size_t row = item->segment.row + item->segment.count - 1;
-        for (uint32_t j = 0; j < picks_per_row(engine); j++) {
-            const size_t at = row * picks_per_row(engine) + j;
+        for (uint32_t j = 0; j < model_picks_per_row(engine); j++) {
+            const size_t at = row * model_picks_per_row(engine) + j;
             if (!(p->m->picks.weights[at] > 0))
                 continue;
             if (engine->pick_count == engine->pick_capacity && !grow_picks(engine))
                 return STATUS_NO_MEMORY;
             engine->noted[engine->pick_count++] =
-                (struct engine_noted_pick){.item = i,
+                (struct engine_noted_pick){.item = p->first + i,
                                            .pick = {.group = group,
                                                     .head = j / c->topk,
                                                     .chunk = p->m->picks.chunks[at],
@@ -322,22 +285,46 @@ static enum status try_picks(struct pass *p, uint32_t group)
     return STATUS_OK;
 }
 
-/* Notes what the last row of each item read, for items that ask. */
-static void note_picks(struct pass *p, uint32_t group)
+static bool holds_pick(const uint64_t *picks, uint32_t count, uint64_t chunk)
 {
-    const enum status status = try_picks(p, group);
-    for (uint32_t i = 0; status && i < p->count; i++)
-        item_failed(&p->items[i], status);
+    for (uint32_t i = 0; i < count; i++)
+        if (picks[i] == chunk)
+            return true;
+    return false;
 }
 
-/* A run of rows whose pages are pinned together. */
-struct block {
-    uint32_t first, count;
-    size_t held;
-};
+/* Keeps what the last row of item `i` read, after a look at what the token before it did. */
+static void keep_picks(struct pass *p, uint32_t i, uint32_t group)
+{
+    struct engine_session *session = p->items[i].session;
+    const struct ops_segment *segment = &p->items[i].segment;
+    const uint32_t per_row = model_picks_per_row(p->engine);
+    const size_t from = (size_t)(segment->row + segment->count - 1) * per_row;
+    const float *weights = p->m->picks.weights + from;
+    const uint64_t *chunks = p->m->picks.chunks + from;
+    if (!session->last_picks)
+        return;
+    uint64_t *last = session->last_picks + (size_t)group * per_row;
+    for (uint32_t j = 0; j < per_row && segment->count == 1; j++) {
+        p->engine->counted.picks += weights[j] > 0;
+        p->engine->counted.picks_repeated += weights[j] > 0 && holds_pick(last, per_row, chunks[j]);
+    }
+    for (uint32_t j = 0; j < per_row; j++)
+        last[j] = weights[j] > 0 ? chunks[j] : SESSION_NO_PICK;
+}
+
+void model_note_picks(struct pass *p, uint32_t group)
+{
+    for (uint32_t i = 0; i < p->count; i++)
+        keep_picks(p, i, group);
+    const enum status status = try_picks(p, group);
+    for (uint32_t i = 0; status && i < p->count; i++)
+        model_item_failed(&p->items[i], status);
+}
 
 /* The page of a chunk, pinned; NULL: no room. */
-static struct memory_page *pin_chunk(struct pass *p, struct block *b, uint32_t item, uint64_t chunk)
+struct memory_page *model_pin_chunk(struct pass *p, struct block *b, uint32_t item, uint64_t chunk,
+                                    bool expected)
 {
     struct model *m = p->m;
     struct recent *recent = &m->recent[chunk % RECENT_PAGES];
@@ -345,9 +332,11 @@ static struct memory_page *pin_chunk(struct pass *p, struct block *b, uint32_t i
         return recent->page;
     const struct chunk_key key = {session_branch_of(p->items[item].session, chunk), chunk};
     bool added;
-    struct memory_page *page = memory_page_pin(&p->engine->memory, key, m->stamp, &added);
+    struct memory_page *page = expected
+                                   ? memory_page_expect(&p->engine->memory, key, m->stamp, &added)
+                                   : memory_page_pin(&p->engine->memory, key, m->stamp, &added);
     if (added)
-        m->held[b->held++] = page;
+        b->pages[b->held++] = page;
     if (page)
         *recent = (struct recent){m->stamp, chunk, item, page};
     return page;
@@ -358,7 +347,8 @@ static struct memory_page *pin_chunk(struct pass *p, struct block *b, uint32_t i
 static void pin_more(struct pass *p, struct block *b, uint32_t end, uint32_t item)
 {
     struct model *m = p->m;
-    const uint32_t per_row = picks_per_row(p->engine);
+    const uint32_t per_row = model_picks_per_row(p->engine);
+    const size_t named = (size_t)OPS_STEP_ROWS * per_row;
     b->count = 0;
     for (uint32_t row = b->first; row < end && b->count < PIN_ROWS; row++) {
         while (row >= p->items[item].segment.row + p->items[item].segment.count)
@@ -366,19 +356,22 @@ static void pin_more(struct pass *p, struct block *b, uint32_t end, uint32_t ite
         for (uint32_t j = 0; j < per_row; j++) {
             const size_t at = (size_t)row * per_row + j;
             m->pages[at] = NULL;
+            if (at < named)
+                m->row_page[at] = NULL;
             if (!(m->picks.weights[at] > 0) || p->items[item].status)
                 continue;
-            const struct memory_page *page = pin_chunk(p, b, item, m->picks.chunks[at]);
+            struct memory_page *page = model_pin_chunk(p, b, item, m->picks.chunks[at], false);
             if (!page)
                 return;
             m->pages[at] = page->data;
+            if (at < named)
+                m->row_page[at] = page;
         }
         b->count++;
     }
 }
 
-/* The same when nothing is pinned: at least one row. */
-static void pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t item)
+void model_pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t item)
 {
     let_pages_go(p);
     p->m->stamp++;
@@ -387,16 +380,17 @@ static void pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t ite
     ASSERT(b->count); /* one row always fits: checked before the step */
 }
 
-static void unpin_rows(struct pass *p, struct block *b)
+void model_unpin_rows(struct pass *p, struct block *b)
 {
     while (b->held)
-        memory_page_unpin(&p->engine->memory, p->m->held[--b->held]);
+        memory_page_unpin(&p->engine->memory, b->pages[--b->held]);
 }
 
 static void attend_block(struct pass *p, const struct block *b)
 {
     struct model *m = p->m;
-    const size_t from = b->first * picks_per_row(p->engine), d = p->engine->config.hidden_size;
+    const size_t from = b->first * model_picks_per_row(p->engine);
+    const size_t d = p->engine->config.hidden_size;
     p->engine->ops->hsa_attend(p->engine->context, b->count, m->q + b->first * d,
                                m->picks.weights + from, m->pages + from, m->o + b->first * d);
 }
@@ -408,7 +402,7 @@ static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t i
 {
     struct model *m = p->m;
     struct memory *memory = &p->engine->memory;
-    struct block b = {.first = first};
+    struct block b = {.first = first, .pages = m->held};
     bool keep = whole;
     m->stamp++;
     while (b.first < end) {
@@ -417,22 +411,22 @@ static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t i
         size_t loaded = b.held;
         pin_more(p, &b, end, item);
         if (!b.count) { /* what earlier rows read makes room */
-            unpin_rows(p, &b);
-            pin_rows(p, &b, end, item);
+            model_unpin_rows(p, &b);
+            model_pin_rows(p, &b, end, item);
             loaded = 0;
             keep = false;
         }
         const enum status status =
-            memory_load(memory, &p->engine->io, m->held + loaded, b.held - loaded);
+            memory_load(memory, &p->engine->io, b.pages + loaded, b.held - loaded);
         if (!status) {
             attend_block(p, &b);
             b.first += b.count;
             continue;
         }
-        unpin_rows(p, &b);
+        model_unpin_rows(p, &b);
         keep = false;
         if (!whole)
-            item_failed(&p->items[item], status); /* its rows read nothing from here on */
+            model_item_failed(&p->items[item], status); /* its rows read nothing from here on */
         for (uint32_t i = item; whole && i < p->count; i++) {
             const struct ops_segment *segment = &p->items[i].segment;
             const uint32_t from = segment->row > b.first ? segment->row : b.first;
@@ -447,10 +441,10 @@ static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t i
     if (keep)
         m->kept = b.held;
     else
-        unpin_rows(p, &b);
+        model_unpin_rows(p, &b);
 }
 
-static void hsa(struct pass *p, const struct weights_layer *layer)
+void model_hsa(struct pass *p, const struct weights_layer *layer)
 {
     struct model *m = p->m;
     const struct ops *ops = p->engine->ops;
@@ -518,7 +512,7 @@ static void logits_of(struct pass *p, struct model_item *const *items, uint32_t 
 }
 
 /* Of each item that wants them, LOGIT_ROWS items at a time. */
-static void last_logits(struct pass *p)
+void model_last_logits(struct pass *p)
 {
     struct model_item *wanting[LOGIT_ROWS];
     uint32_t n = 0;
@@ -551,195 +545,18 @@ static void run_layers(struct pass *p)
             mamba++;
             break;
         case MODEL_LAYER_CHUNKING:
-            append_chunks(p, layer, gather_chunks(p));
+            model_append_chunks(p, layer, gather_chunks(p));
             break;
         case MODEL_LAYER_RETRIEVAL: {
-            retrieve(p, layer);
-            note_picks(p, group++);
+            model_retrieve(p, layer);
+            model_note_picks(p, group++);
             break;
         }
         case MODEL_LAYER_HSA:
-            hsa(p, layer);
+            model_hsa(p, layer);
             break;
         }
     }
-}
-
-/* ---- a step in parts ----
- * Every sequence goes on by one token, and the backend repeats what it noted of an earlier step:
- * see ops_step. The order is that of run_layers, but that chunks are encoded once the first
- * retrieval is done, which could not see them: the token that ends a chunk does not read it. */
-
-struct step {
-    struct ops_step ops;
-    enum ops_part how;
-    uint32_t part;
-    struct block pinned; /* pages of the part under way */
-    bool held;           /* they are pinned */
-};
-
-static bool goes_in_parts(const struct pass *p)
-{
-    bool fits = p->engine->ops->step_begin && p->count <= OPS_STEP_ROWS;
-    for (uint32_t i = 0; i < p->count && fits; i++)
-        fits = p->items[i].segment.count == 1 && !p->items[i].step->targets;
-    return fits;
-}
-
-static void begin_step(struct pass *p, struct step *s)
-{
-    struct model *m = p->m;
-    const struct model_config *c = &p->engine->config;
-    for (uint32_t i = 0; i < p->count; i++) {
-        const struct engine_session *session = p->items[i].session;
-        m->step.positions[i] = session->position;
-        m->step.states[i] = session->state;
-        m->step.kept[i] = session->partial + session->position % c->chunk_tokens * c->hidden_size;
-        m->step.logits[i] = session->step_logits;
-    }
-    name_landmarks(p);
-    s->ops = (struct ops_step){.count = p->count,
-                               .tokens = m->tokens,
-                               .positions = m->step.positions,
-                               .states = m->step.states,
-                               .kept = m->step.kept,
-                               .logits = m->step.logits,
-                               .landmarks = m->landmarks};
-    p->engine->ops->step_begin(p->engine->context, &s->ops);
-    s->how = p->engine->ops->part_begin(p->engine->context, 0, NULL, NULL);
-}
-
-static void let_go(struct pass *p, struct step *s)
-{
-    if (s->held)
-        unpin_rows(p, &s->pinned);
-    s->held = false;
-}
-
-/* The part behind a retrieval: with all its pages at once, or, where they do not fit or cannot be
- * read, plainly, where each HSA layer goes by as many rows as fit. */
-static void begin_part(struct pass *p, struct step *s)
-{
-    struct engine *engine = p->engine;
-    s->pinned = (struct block){.first = 0};
-    s->how = OPS_PART_PLAIN;
-    s->part++;
-    pin_rows(p, &s->pinned, p->rows.row_count, 0);
-    s->held = true;
-    if (s->pinned.count == p->rows.row_count &&
-        !memory_load(&engine->memory, &engine->io, p->m->held, s->pinned.held)) {
-        s->how =
-            engine->ops->part_begin(engine->context, s->part, p->m->picks.weights, p->m->pages);
-    }
-    if (s->how == OPS_PART_PLAIN)
-        let_go(p, s);
-}
-
-static void end_part(struct pass *p, struct step *s, struct ops_picks *picks, int32_t *largest)
-{
-    if (s->how != OPS_PART_PLAIN)
-        p->engine->ops->part_end(p->engine->context, picks, largest);
-    let_go(p, s);
-}
-
-/* An HSA layer whose pages the part was given. */
-static void noted_hsa(struct pass *p, const struct weights_layer *layer)
-{
-    struct model *m = p->m;
-    const struct ops *ops = p->engine->ops;
-    ops->hsa_query(p->engine->context, &layer->hsa, &p->rows, m->x, m->q);
-    ops->hsa_attend(p->engine->context, p->rows.row_count, m->q, m->picks.weights, m->pages, m->o);
-    ops->hsa_out(p->engine->context, &layer->hsa, &p->rows, m->o, m->x);
-}
-
-/* Logits that the step left on the device, for all items; what a sampler must look at comes to the
- * host in few copies. */
-static void end_logits(struct pass *p)
-{
-    struct model *m = p->m;
-    const size_t v = p->engine->config.vocab_size;
-    for (uint32_t first = 0; first < p->count; first += LOGIT_ROWS) {
-        const uint32_t left = p->count - first, n = left < LOGIT_ROWS ? left : LOGIT_ROWS;
-        bool wanted = false;
-        for (uint32_t i = first; i < first + n; i++) {
-            struct engine_session *session = p->items[i].session;
-            const struct engine_step_item *step = p->items[i].step;
-            session->has_logits = step->want_logits || step->sampler;
-            session->away = true;
-            session->largest = m->step.largest[i];
-            wanted |= step->sampler && !sampler_takes_largest(step->sampler);
-        }
-        if (wanted)
-            p->engine->ops->copy(p->engine->context, m->host_logits, m->logits + first * v,
-                                 n * v * sizeof(float));
-        for (uint32_t i = first; i < first + n && wanted; i++) {
-            const struct engine_step_item *step = p->items[i].step;
-            if (!step->sampler || sampler_takes_largest(step->sampler))
-                continue;
-            memcpy(p->items[i].session->logits, m->host_logits + (i - first) * v,
-                   v * sizeof(float));
-            p->items[i].session->away = false;
-        }
-    }
-}
-
-static void step_logits(struct pass *p, struct step *s)
-{
-    struct engine *engine = p->engine;
-    if (s->how == OPS_PART_PLAIN) {
-        last_logits(p);
-        return;
-    }
-    if (s->how == OPS_PART_RECORD)
-        engine->ops->logits(engine->context, &engine->weights.final_norm, &engine->weights.head,
-                            &p->rows, p->m->x, p->m->logits);
-    end_part(p, s, NULL, p->m->step.largest);
-    end_logits(p);
-}
-
-static void step_retrieve(struct pass *p, struct step *s, const struct weights_layer *layer,
-                          const struct weights_layer *chunking)
-{
-    if (s->how != OPS_PART_REPLAY)
-        retrieve(p, layer);
-    end_part(p, s, &p->m->picks, NULL);
-    if (s->part == 0)
-        append_chunks(p, chunking, whole_chunks(p));
-    name_landmarks(p); /* blocks may lie elsewhere now */
-    note_picks(p, s->part);
-    begin_part(p, s);
-}
-
-static void run_step(struct pass *p)
-{
-    struct engine *engine = p->engine;
-    struct model *m = p->m;
-    struct step s = {0};
-    const struct weights_layer *chunking = NULL;
-    uint32_t mamba = 0;
-    begin_step(p, &s);
-    if (s.how != OPS_PART_REPLAY)
-        engine->ops->embed(engine->context, &engine->weights.embeddings, m->tokens, p->count, m->x);
-    for (uint32_t i = 0; i < engine->config.layer_count; i++) {
-        const struct weights_layer *layer = &engine->weights.layers[i];
-        if (layer->kind == MODEL_LAYER_RETRIEVAL)
-            step_retrieve(p, &s, layer, chunking);
-        else if (layer->kind == MODEL_LAYER_CHUNKING)
-            chunking = layer;
-        mamba += layer->kind == MODEL_LAYER_MAMBA;
-        if (s.how == OPS_PART_REPLAY)
-            continue;
-        if (layer->kind == MODEL_LAYER_MAMBA) {
-            for (uint32_t j = 0; j < p->count; j++)
-                m->states[j] = p->items[j].session->layers[mamba - 1];
-            engine->ops->mamba(engine->context, &layer->mamba, &p->rows, m->states, m->x);
-        } else if (layer->kind == MODEL_LAYER_CHUNKING) {
-            engine->ops->keep_rows(engine->context, m->x);
-        } else if (layer->kind == MODEL_LAYER_HSA) {
-            s.how == OPS_PART_PLAIN ? hsa(p, layer) : noted_hsa(p, layer);
-        }
-    }
-    step_logits(p, &s);
 }
 
 /* Picks were noted group by group; items want theirs in one piece. */
@@ -771,15 +588,15 @@ void model_forward(struct engine *engine, struct model_item *items, uint32_t cou
     }
     ASSERT(row <= m->max_rows);
     p.rows = (struct ops_rows){.segments = m->segments, .segment_count = count, .row_count = row};
-    if (goes_in_parts(&p)) {
-        run_step(&p);
+    if (model_goes_in_parts(&p)) {
+        model_run_step(&p);
     } else {
         engine->ops->embed(engine->context, &engine->weights.embeddings, m->tokens, row, m->x);
         run_layers(&p);
         for (uint32_t i = 0; i < count; i++)
             if (items[i].step->targets)
                 score_targets(&p, &items[i]);
-        last_logits(&p);
+        model_last_logits(&p);
     }
     for (uint32_t i = 0; i < count; i++) {
         items[i].session->position += items[i].segment.count;

@@ -16,6 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "engine/sampler.h"
 #include "proto/model_config.h"
 #include "proto/status.h"
 
@@ -76,11 +77,14 @@ struct ops_hsa_weights {
 /* The landmarks of one sequence: blocks of OPS_LANDMARK_BLOCK chunks each [block, r], the dtype of
  * the memory. When enable_lmk_norm, each head's part is already divided by its root mean square, so
  * that the scan need not repeat it; k_norm's weight, each retrieval layer's own, goes to the query
- * (q * w) . m = q . (w * m). */
+ * (q * w) . m = q . (w * m).
+ * With landmarks_fp8 the blocks are memory of `alloc_host`, and each has a twin, memory of `alloc`
+ * of narrow_bytes, which is scanned in its place; only the best few are read from the block. */
 #define OPS_LANDMARK_BLOCK 256
 struct ops_landmarks {
     const void *const *blocks;
-    uint64_t count; /* chunks */
+    uint64_t count;            /* chunks */
+    const void *const *narrow; /* the twins; NULL without landmarks_fp8 */
 };
 
 /* What retrieval gives for a row: for each retrieval head the K picks ordered by chunk index,
@@ -104,6 +108,13 @@ struct ops_step {
     const struct ops_landmarks *landmarks;
 };
 
+/* A token to be drawn from a row of logits. */
+struct ops_draw {
+    struct sampler_draw how;
+    uint32_t row;
+    int32_t largest; /* the row's largest logit */
+};
+
 /* How a part of a step goes. */
 enum ops_part {
     OPS_PART_PLAIN,  /* the ops are called and run, as in any other call */
@@ -114,7 +125,8 @@ enum ops_part {
 /* A device's own copies of K/V pages; in pages. */
 struct ops_page_stats {
     uint64_t capacity, resident, hits, misses; /* now, now; since `open` */
-    uint64_t copy_ns; /* that the device took to copy those it missed */
+    uint64_t copy_ns;                          /* that the device took to copy those it missed */
+    uint64_t predicted, predicted_hits; /* copied before they were asked for; and then were */
 };
 
 /* Context of an open backend: worker threads, scratch memory. */
@@ -126,6 +138,7 @@ struct ops_options {
     uint32_t max_rows;           /* of one step */
     enum ops_dtype memory_dtype; /* of K/V pages and landmarks */
     size_t device_memory_bytes;  /* budget of a device's own copies of K/V pages; 0: its choice */
+    bool landmarks_fp8;          /* with narrow_landmarks alone */
 };
 
 struct ops {
@@ -153,6 +166,21 @@ struct ops {
     void (*host_wrote)(struct ops_context *context, const void *page);
     /* Of those copies. NULL: it keeps none. */
     struct ops_page_stats (*page_stats)(const struct ops_context *context);
+    /* Copies of host pages on their way beside the work of the device: `pages` (NULLs are left
+     * out) that it lacks, as many as there is room for. They stay as they are until fetched
+     * returns, which waits for them. `predicted`: nobody has asked for them yet. `holds`: whether a
+     * copy is there, or on its way. All NULL where there are no copies. */
+    void (*prefetch)(struct ops_context *context, const void *const *pages, size_t count,
+                     bool predicted);
+    void (*fetched)(struct ops_context *context);
+    bool (*holds)(const struct ops_context *context, const void *page);
+    /* Bytes of the device's memory in use, by whomever. NULL: there is no device. */
+    size_t (*device_bytes)(struct ops_context *context);
+    /* Bytes of a landmark block's twin in fp8, and landmarks [first, first + count) of a block,
+     * which are there now, into it. NULL: the backend scans what it is given. */
+    size_t (*narrow_bytes)(const struct ops_context *context);
+    void (*narrow_landmarks)(struct ops_context *context, const void *block, uint32_t first,
+                             uint32_t count, void *twin);
     /* Any direction between memory of `alloc` and the host's; complete when it returns. */
     void (*copy)(struct ops_context *context, void *to, const void *from, size_t bytes);
 
@@ -200,9 +228,10 @@ struct ops {
 
     /* Steps in parts that are noted once and then repeated as a whole, each up to a retrieval, the
      * last one up to the logits; all NULL where a backend has no such thing. Between step_begin and
-     * the last part_end `step` stays as it is. A part other than the first is given the picks'
-     * weights and pages; PLAIN there when the pages do not fit the device all at once. While a part
-     * is noted, ops take from `step` what differs from step to step, whatever they are called with,
+     * the last part_end `step` stays as it is; between two parts step_begin may be called again,
+     * and the step goes on with other rows. A part other than the first is given the picks' weights
+     * and pages; PLAIN there when the pages do not fit the device all at once. While a part is
+     * noted, ops take from `step` what differs from step to step, whatever they are called with,
      * and the other arguments are the same in every step: `picks` (memory of alloc_host), buffers,
      * weights. part_end runs a part that was noted, waits, and gives the picks of a retrieval, or
      * the token of each row's largest logit (the lowest of equal ones). */
@@ -212,6 +241,11 @@ struct ops {
     void (*part_end)(struct ops_context *context, struct ops_picks *picks, int32_t *largest);
     /* Within a step, noted: each row of x goes to its place in `kept`. */
     void (*keep_rows)(struct ops_context *context, const float *x);
+
+    /* The token of each draw from `logits` [rows, V], to the bit as sampler_sample draws it.
+     * NULL: the backend cannot. */
+    void (*draw)(struct ops_context *context, const struct ops_draw *draws, uint32_t count,
+                 const float *logits, int32_t *tokens);
 
     /* logits[rows, V] = lm_head(RMSNorm(x)) for the given x rows. */
     void (*logits)(struct ops_context *context, const struct ops_tensor *norm,

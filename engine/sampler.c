@@ -1,7 +1,5 @@
-/* sampler.c - see sampler.h.
- * Every number that the choice of a token depends on comes from IEEE additions, multiplications
- * and divisions in a fixed order, and from an exponential of our own: the C library's differs from
- * machine to machine in the last bit. */
+/* sampler.c - see sampler.h, and sampler_weight.h for the numbers that the choice of a token
+ * depends on. */
 #include "engine/sampler.h"
 
 #include <float.h>
@@ -9,13 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/sampler_weight.h"
 #include "proto/base/assert.h"
 #include "proto/base/buf.h"
 
 #define BIAS_BAN (-100.0f)
 
 struct candidate {
-    double weight; /* probability, not normalised; the most probable token has 1 */
+    uint64_t weight;
     int32_t token;
 };
 
@@ -29,6 +28,7 @@ struct sampler {
     int32_t *touched;    /* the tokens seen, each once */
     size_t touched_count;
     float *logits;                /* [vocab_size] a copy to work on */
+    uint64_t *weights;            /* [vocab_size] */
     struct candidate *candidates; /* [vocab_size] */
 };
 
@@ -99,8 +99,8 @@ static uint64_t rotate(uint64_t value, int by)
     return (value << by) | (value >> (64 - by));
 }
 
-/* xoshiro256**; returns 53 random bits as a number in [0, 1). */
-static double random_next(uint64_t s[4])
+/* xoshiro256**; returns 53 random bits. */
+static uint64_t random_next(uint64_t s[4])
 {
     const uint64_t result = rotate(s[1] * 5, 7) * 9, shifted = s[1] << 17;
     s[2] ^= s[0];
@@ -109,7 +109,7 @@ static double random_next(uint64_t s[4])
     s[0] ^= s[3];
     s[2] ^= shifted;
     s[3] = rotate(s[3], 45);
-    return (double)(result >> 11) * 0x1p-53;
+    return result >> 11;
 }
 
 enum status sampler_create(const struct sampler_params *params, int32_t vocab_size,
@@ -128,8 +128,10 @@ enum status sampler_create(const struct sampler_params *params, int32_t vocab_si
     s->seen = calloc(size, sizeof *s->seen);
     s->touched = malloc(size * sizeof *s->touched);
     s->logits = malloc(size * sizeof *s->logits);
+    s->weights = malloc(size * sizeof *s->weights);
     s->candidates = malloc(size * sizeof *s->candidates);
-    if (!s->bias || !s->generated || !s->seen || !s->touched || !s->logits || !s->candidates) {
+    if (!s->bias || !s->generated || !s->seen || !s->touched || !s->logits || !s->weights ||
+        !s->candidates) {
         sampler_destroy(s);
         return STATUS_NO_MEMORY;
     }
@@ -149,6 +151,7 @@ void sampler_destroy(struct sampler *s)
     free(s->seen);
     free(s->touched);
     free(s->logits);
+    free(s->weights);
     free(s->candidates);
     free(s);
 }
@@ -161,37 +164,12 @@ void sampler_observe(struct sampler *s, int32_t token)
     s->touched[s->touched_count++] = token;
 }
 
-/* A logit that is no number takes no part. */
-static float clean(float logit)
-{
-    if (logit > FLT_MAX)
-        return FLT_MAX;
-    return logit >= -FLT_MAX ? logit : -INFINITY;
-}
-
-/* e^x for x <= 0. With x = k ln 2 + r and |r| <= ln 2 / 2 the series to r^13 is good to 2^-53;
- * under 2^-1000 the result is taken as 0. */
-static double exponential(double x)
-{
-    if (!(x > -690))
-        return 0;
-    const double k = floor(x * 1.4426950408889634 + 0.5);
-    const double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
-    double sum = 1;
-    for (int i = 13; i > 0; i--)
-        sum = 1 + sum * r / i;
-    const uint64_t bits = (uint64_t)((int64_t)k + 1023) << 52;
-    double power;
-    memcpy(&power, &bits, sizeof power);
-    return sum * power;
-}
-
 /* Bias, then the three penalties, on s->logits. */
 static void adjust(struct sampler *s, const float *logits)
 {
     const struct sampler_params *p = &s->params;
     for (int32_t i = 0; i < s->vocab_size; i++)
-        s->logits[i] = clean(logits[i]);
+        s->logits[i] = sampler_clean(logits[i]);
     for (size_t i = 0; i < p->bias_count; i++) {
         float *logit = &s->logits[s->bias[i].token];
         *logit = s->bias[i].bias <= BIAS_BAN ? -INFINITY : *logit + s->bias[i].bias;
@@ -205,7 +183,7 @@ static void adjust(struct sampler *s, const float *logits)
         logit -= p->frequency_penalty * count;
         if (count > 0)
             logit -= p->presence_penalty;
-        s->logits[token] = clean(logit);
+        s->logits[token] = sampler_clean(logit);
     }
 }
 
@@ -252,9 +230,9 @@ static void sort(struct candidate *candidates, size_t count)
     }
 }
 
-static double total_weight(const struct candidate *candidates, size_t count)
+static uint64_t total_weight(const struct candidate *candidates, size_t count)
 {
-    double sum = 0;
+    uint64_t sum = 0;
     for (size_t i = 0; i < count; i++)
         sum += candidates[i].weight;
     return sum;
@@ -264,7 +242,8 @@ static double total_weight(const struct candidate *candidates, size_t count)
  * tokens under (1 - top_p) / count of the total make up no more than 1 - top_p of it. */
 static size_t drop_tail(struct candidate *candidates, size_t count, double top_p)
 {
-    const double least = (1 - top_p) * total_weight(candidates, count) / (double)count * 0.999;
+    const double total = (double)total_weight(candidates, count);
+    const uint64_t least = (uint64_t)((1 - top_p) * total / (double)count * 0.999);
     size_t kept = 0;
     for (size_t i = 0; i < count; i++)
         if (candidates[i].weight >= least)
@@ -272,58 +251,60 @@ static size_t drop_tail(struct candidate *candidates, size_t count, double top_p
     return kept;
 }
 
-/* top_k, top_p, min_p, each on what the one before has left. Returns how many are left, at least
- * one. */
-static size_t filter(const struct sampler_params *p, struct candidate *candidates, size_t count)
+/* top_k, top_p, min_p, each on what the one before has left, which is always the beginning of the
+ * order. Returns the last that is left. */
+static struct candidate filter(const struct sampler_params *p, struct candidate *candidates,
+                               size_t count)
 {
     const bool by_k = p->top_k > 0 && (size_t)p->top_k < count, by_p = p->top_p < 1;
-    double wanted = (double)p->top_p * total_weight(candidates, count);
+    struct candidate last = {1, INT32_MAX}; /* all that weigh anything */
+    uint64_t wanted = sampler_share(p->top_p, total_weight(candidates, count));
     if (by_p && !by_k)
         count = drop_tail(candidates, count, (double)p->top_p);
     if (by_p || by_k)
         sort(candidates, count);
     if (by_k) {
-        count = (size_t)p->top_k;
-        wanted = (double)p->top_p * total_weight(candidates, count);
+        last = candidates[p->top_k - 1];
+        wanted = sampler_share(p->top_p, total_weight(candidates, (size_t)p->top_k));
     }
     if (by_p) {
-        double sum = 0;
+        uint64_t sum = 0;
         size_t kept = 0;
-        while (kept < count && (kept == 0 || sum < wanted))
+        while (sum < wanted)
             sum += candidates[kept++].weight;
-        count = kept;
+        last = candidates[kept - 1];
     }
-    if (p->min_p > 0) { /* The most probable token has weight 1, and top_k and top_p keep it. */
-        size_t kept = 0;
-        for (size_t i = 0; i < count; i++)
-            if (candidates[i].weight >= (double)p->min_p)
-                candidates[kept++] = candidates[i];
-        count = kept;
-    }
-    return count;
+    const struct candidate least = {sampler_least(p->min_p), INT32_MAX};
+    return comes_before(&least, &last) ? least : last;
 }
 
 static int32_t draw(struct sampler *s)
 {
     const int32_t best = largest(s->logits, s->vocab_size);
-    const double top = (double)s->logits[best];
-    if (s->params.temperature == 0 || top < -FLT_MAX)
+    const float top = s->logits[best];
+    if (s->params.temperature == 0)
+        return best;
+    const uint64_t random = random_next(s->random);
+    if (top < -FLT_MAX)
         return best;
     size_t count = 0;
     for (int32_t i = 0; i < s->vocab_size; i++) {
-        const double weight =
-            exponential(((double)s->logits[i] - top) / (double)s->params.temperature);
-        if (weight > 0)
-            s->candidates[count++] = (struct candidate){weight, i};
+        s->weights[i] = sampler_weight(s->logits[i], top, s->params.temperature);
+        if (s->weights[i])
+            s->candidates[count++] = (struct candidate){s->weights[i], i};
     }
-    count = filter(&s->params, s->candidates, count);
-    double left = random_next(s->random) * total_weight(s->candidates, count);
-    for (size_t i = 0; i < count; i++) {
-        left -= s->candidates[i].weight;
-        if (left < 0)
-            return s->candidates[i].token;
+    const struct candidate last = filter(&s->params, s->candidates, count);
+    count = 0;
+    for (int32_t i = 0; i < s->vocab_size; i++) {
+        const struct candidate own = {s->weights[i], i};
+        if (!comes_before(&last, &own))
+            s->candidates[count++] = own;
     }
-    return s->candidates[count - 1].token; /* Rounding used up the last one. */
+    uint64_t left = sampler_point(random, total_weight(s->candidates, count));
+    size_t at = 0;
+    while (left >= s->candidates[at].weight)
+        left -= s->candidates[at++].weight;
+    return s->candidates[at].token;
 }
 
 float sampler_score(const float *logits, int32_t vocab_size, int32_t target,
@@ -332,7 +313,7 @@ float sampler_score(const float *logits, int32_t vocab_size, int32_t target,
     double largest_logit = -INFINITY, sum = 0;
     uint32_t count = 0;
     for (int32_t i = 0; i < vocab_size; i++) {
-        const float logit = clean(logits[i]);
+        const float logit = sampler_clean(logits[i]);
         largest_logit = (double)logit > largest_logit ? (double)logit : largest_logit;
         if (count == top_count && (count == 0 || logit <= top[count - 1].logprob))
             continue;
@@ -342,7 +323,7 @@ float sampler_score(const float *logits, int32_t vocab_size, int32_t target,
         top[at] = (struct sampler_top){i, logit};
     }
     for (int32_t i = 0; i < vocab_size; i++)
-        sum += exponential((double)clean(logits[i]) - largest_logit);
+        sum += sampler_exponential((double)sampler_clean(logits[i]) - largest_logit);
     /* A row without one number has no distribution: every log probability is then -infinity. */
     const double base = sum > 0 ? largest_logit + log(sum) : 0;
     for (uint32_t i = 0; i < count; i++)
@@ -351,14 +332,35 @@ float sampler_score(const float *logits, int32_t vocab_size, int32_t target,
         top[i] = (struct sampler_top){-1, -INFINITY};
     if (target < 0 || target >= vocab_size)
         return -INFINITY;
-    return (float)((double)clean(logits[target]) - base);
+    return (float)((double)sampler_clean(logits[target]) - base);
+}
+
+/* Nothing but the logits themselves is looked at, and nothing but a token is asked for. */
+static bool is_plain(const struct sampler *s)
+{
+    const struct sampler_params *p = &s->params;
+    return !p->bias_count && p->repetition_penalty == 1 && p->frequency_penalty == 0 &&
+           p->presence_penalty == 0 && !p->want_logprobs;
 }
 
 bool sampler_takes_largest(const struct sampler *s)
 {
+    return s->params.temperature == 0 && is_plain(s);
+}
+
+bool sampler_draws_plainly(const struct sampler *s)
+{
+    return s->params.temperature > 0 && is_plain(s);
+}
+
+struct sampler_draw sampler_next_draw(struct sampler *s)
+{
     const struct sampler_params *p = &s->params;
-    return p->temperature == 0 && !p->bias_count && p->repetition_penalty == 1 &&
-           p->frequency_penalty == 0 && p->presence_penalty == 0 && !p->want_logprobs;
+    return (struct sampler_draw){.random = random_next(s->random),
+                                 .temperature = p->temperature,
+                                 .top_p = p->top_p,
+                                 .min_p = p->min_p,
+                                 .top_k = (uint32_t)p->top_k};
 }
 
 void sampler_accept(struct sampler *s, int32_t token, struct sampler_result *result)

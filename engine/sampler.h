@@ -18,7 +18,8 @@ struct sampler_bias {
 
 /* Applied in this order: logit bias, repetition penalty (history and generated tokens, the form of
  * CTRL: positive logits divided, negative multiplied), frequency and presence penalties (generated
- * tokens only, as OpenAI defines them), temperature, top_k, top_p, min_p. */
+ * tokens only, as OpenAI defines them), temperature, top_k, top_p, min_p. A token under 2^-44 of
+ * the most probable one is never drawn. */
 struct sampler_params {
     float temperature;        /* 0: greedy; ties go to the lowest token id */
     int32_t top_k;            /* 0: off */
@@ -61,6 +62,16 @@ void sampler_observe(struct sampler *sampler, int32_t token);
 /* Whether the next token is that of the largest logit as the model gave it, the lowest of equal
  * ones, and nothing else is asked: who knows it need not have the logits, only tell it. */
 bool sampler_takes_largest(const struct sampler *sampler);
+/* Whether the next token is drawn from the logits as the model gave them, and nothing else is
+ * asked: who has them can draw it by sampler_weight.h from sampler_next_draw, which takes the
+ * random number that sampler_sample would, and tell the sampler. */
+bool sampler_draws_plainly(const struct sampler *sampler);
+struct sampler_draw {
+    uint64_t random; /* 53 bits */
+    float temperature, top_p, min_p;
+    uint32_t top_k; /* 0: off */
+};
+struct sampler_draw sampler_next_draw(struct sampler *sampler);
 void sampler_accept(struct sampler *sampler, int32_t token, struct sampler_result *result);
 /* Picks from `logits` [vocab_size] (borrowed, unchanged) and counts the token as generated. */
 void sampler_sample(struct sampler *sampler, const float *logits, struct sampler_result *result);

@@ -62,6 +62,13 @@ const float *session_logits(struct engine_session *session)
     return session->logits;
 }
 
+static void set_block(struct engine_session *session, size_t at, struct memory_landmarks *block)
+{
+    session->blocks[at] = block;
+    session->block_data[at] = block->data;
+    session->narrow_data[at] = block->narrow;
+}
+
 static enum status add_block(struct engine_session *session)
 {
     struct engine *engine = session->engine;
@@ -76,14 +83,31 @@ static enum status add_block(struct engine_session *session)
         if (!data)
             return STATUS_NO_MEMORY;
         session->block_data = data;
+        data = realloc(session->narrow_data, capacity * sizeof *session->narrow_data);
+        if (!data)
+            return STATUS_NO_MEMORY;
+        session->narrow_data = data;
         session->block_capacity = capacity;
     }
     struct memory_landmarks *block = memory_landmarks_take(&engine->memory);
     if (!block)
         return STATUS_NO_MEMORY;
-    session->blocks[session->block_count] = block;
-    session->block_data[session->block_count++] = block->data;
+    set_block(session, session->block_count++, block);
     return STATUS_OK;
+}
+
+void session_landmarks_written(struct engine_session *session, uint64_t first, uint64_t count)
+{
+    const struct engine *engine = session->engine;
+    for (uint64_t end = first + count, next; engine->memory.narrow_bytes && first < end;
+         first = next) {
+        const struct memory_landmarks *block = session->blocks[first / OPS_LANDMARK_BLOCK];
+        next = (first / OPS_LANDMARK_BLOCK + 1) * OPS_LANDMARK_BLOCK;
+        next = next < end ? next : end;
+        engine->ops->narrow_landmarks(engine->context, block->data,
+                                      (uint32_t)(first % OPS_LANDMARK_BLOCK),
+                                      (uint32_t)(next - first), block->narrow);
+    }
 }
 
 enum status session_add_landmark(struct engine_session *session, void **landmark)
@@ -117,8 +141,13 @@ static struct engine_session *make(struct engine *engine, const struct chunk_ran
     s->logits = calloc(c->vocab_size, sizeof *s->logits);
     if (engine->ops->step_begin)
         s->step_logits = engine->ops->alloc(engine->context, c->vocab_size * sizeof(float));
+    const size_t picks = (size_t)c->group_count * c->retrieval_heads * c->topk;
+    if (engine->ops->prefetch)
+        s->last_picks = malloc(picks * sizeof *s->last_picks);
+    for (size_t i = 0; s->last_picks && i < picks; i++)
+        s->last_picks[i] = SESSION_NO_PICK;
     if (!s->ranges || !s->state || !s->layers || !s->partial || !s->logits ||
-        (engine->ops->step_begin && !s->step_logits)) {
+        (engine->ops->step_begin && !s->step_logits) || (engine->ops->prefetch && !s->last_picks)) {
         engine_session_destroy(s);
         return NULL;
     }
@@ -202,6 +231,7 @@ static enum status read_landmarks(struct engine_session *s, void *host)
         if (status)
             return status;
         engine->ops->copy(engine->context, to, host, (end - at) * engine->info.landmark_bytes);
+        session_landmarks_written(s, at, end - at);
         s->chunk_count = end;
     }
     return STATUS_OK;
@@ -267,12 +297,14 @@ enum status engine_session_fork(const struct engine_session *session, uint64_t b
         }
         if ((i + 1) * (uint64_t)OPS_LANDMARK_BLOCK <= session->chunk_count) {
             memory_landmarks_drop(&engine->memory, s->blocks[i]);
-            s->blocks[i] = session->blocks[i];
-            s->block_data[i] = session->block_data[i];
+            set_block(s, i, session->blocks[i]);
             s->blocks[i]->references++;
         } else {
             engine->ops->copy(engine->context, s->blocks[i]->data, session->blocks[i]->data,
                               landmark_block_bytes(engine));
+            if (s->blocks[i]->narrow)
+                engine->ops->copy(engine->context, s->blocks[i]->narrow, session->blocks[i]->narrow,
+                                  engine->memory.narrow_bytes);
         }
     }
     s->chunk_count = session->chunk_count;
@@ -290,9 +322,11 @@ void engine_session_destroy(struct engine_session *session)
         memory_landmarks_drop(&engine->memory, session->blocks[i]);
     free(session->blocks);
     free(session->block_data);
+    free(session->narrow_data);
     free(session->ranges);
     free(session->layers);
     free(session->logits);
+    free(session->last_picks);
     if (session->state)
         engine->ops->release(engine->context, session->state);
     if (session->partial)
@@ -313,7 +347,7 @@ static size_t session_bytes(const struct engine *engine, size_t block_count)
     return sizeof(struct engine_session) +
            sizeof(float) *
                (engine->state_floats + c->vocab_size + (size_t)c->chunk_tokens * c->hidden_size) +
-           block_count * landmark_block_bytes(engine);
+           block_count * (landmark_block_bytes(engine) + engine->memory.narrow_bytes);
 }
 
 size_t engine_session_bytes(const struct engine_session *session)

@@ -7,6 +7,8 @@
 #include "engine/engine.h"
 #include "engine/memory.h"
 
+#define SESSION_NO_PICK UINT64_MAX
+
 struct engine_session {
     struct engine *engine;
     struct list node; /* in the engine's sessions */
@@ -19,16 +21,17 @@ struct engine_session {
     struct ops_mamba_state *layers; /* [mamba_count], into state */
     float *partial; /* [S, d]: hidden states of the chunk not complete yet; ops->alloc */
     struct memory_landmarks **blocks;
-    const void **block_data; /* [block_count], what ops_landmarks wants */
+    const void **block_data, **narrow_data; /* [block_count], what ops_landmarks wants */
     size_t block_count, block_capacity;
     uint64_t chunk_count;
+    uint64_t *last_picks; /* [groups, Hr, K] of the last token; NULL where nobody asks */
     bool has_logits;
     float *logits; /* [V], host memory */
     /* Where the backend takes steps: [V], ops->alloc; the last logits are there while `away`, and
      * `largest` is the token of the largest one. */
     float *step_logits;
-    bool away;
-    int32_t largest;
+    bool away, drawn; /* drawn: `token` is what the last step's sampler draws */
+    int32_t largest, token;
 };
 
 /* The branch that holds chunk `index` of the session. */
@@ -36,6 +39,9 @@ uint64_t session_branch_of(const struct engine_session *session, uint64_t index)
 /* The last logits in host memory, [V]; brought there first when they are away. Borrowed until the
  * next step. */
 const float *session_logits(struct engine_session *session);
+/* The landmarks of chunks [first, first + count) are written: their twins follow, where there are
+ * any. */
+void session_landmarks_written(struct engine_session *session, uint64_t first, uint64_t count);
 /* Where the landmark of the next chunk goes; chunk_count grows by one. STATUS_NO_MEMORY. */
 STATUS_CHECKED enum status session_add_landmark(struct engine_session *session, void **landmark);
 

@@ -49,6 +49,9 @@ static const struct setting settings[] = {
      FIELD(session_memory)},
     {"memory-dtype", "TYPE", "bf16", "bf16 or fp32: how chunk memories are kept", TEXT,
      FIELD(memory_dtype)},
+    {"landmarks", "FORM", "bf16",
+     "fp8: a GPU keeps them in half the memory and scores the best few again in bf16", TEXT,
+     FIELD(landmarks)},
     {"running", "N", TEXT_OF(LIMITS_RUNNING), "sequences generated at once, at most 32", COUNT,
      FIELD(running)},
     {"queue", "N", TEXT_OF(LIMITS_QUEUE_REQUESTS), "requests that may wait; then 429", COUNT,
@@ -248,6 +251,7 @@ static enum status check(const struct config *c, struct error *err)
 {
     static const char *const backends[] = {"auto", "cpu", "ref", "cuda", NULL};
     static const char *const dtypes[] = {"bf16", "fp32", NULL};
+    static const char *const landmarks[] = {"bf16", "fp8", NULL};
     static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
     if (c->port > 65535)
         return error_set_param(err, STATUS_INVALID, "port", "port: at most 65535");
@@ -257,6 +261,9 @@ static enum status check(const struct config *c, struct error *err)
     if (!one_of(c->memory_dtype, dtypes))
         return error_set_param(err, STATUS_INVALID, "memory-dtype",
                                "memory-dtype: bf16 or fp32, not %s", c->memory_dtype);
+    if (!one_of(c->landmarks, landmarks))
+        return error_set_param(err, STATUS_INVALID, "landmarks", "landmarks: bf16 or fp8, not %s",
+                               c->landmarks);
     if (!one_of(c->log_level, levels))
         return error_set_param(err, STATUS_INVALID, "log-level",
                                "log-level: debug, info, warn or error, not %s", c->log_level);

@@ -142,6 +142,15 @@ static void write_tiers(struct buf *out, const struct engine_stats *e)
     WRITE_LABELLED(out, "page_hits_total", "Chunks wanted that were found there.", "tier", hits);
     WRITE_LABELLED(out, "page_misses_total", "Chunks wanted that the next tier had to give.",
                    "tier", misses);
+    const struct labelled expected[] = {{"host", (double)e->device_pages_expected},
+                                        {"disk", (double)e->pages_expected}};
+    const struct labelled expected_hits[] = {{"host", (double)e->device_pages_expected_hits},
+                                             {"disk", (double)e->pages_expected_hits}};
+    WRITE_LABELLED(out, "page_expected_total",
+                   "Chunks brought from there because the token before had read them.", "tier",
+                   expected);
+    WRITE_LABELLED(out, "page_expected_hits_total", "Those that a token then read.", "tier",
+                   expected_hits);
     WRITE_LABELLED(out, "page_read_bytes_total", "Bytes that went from there to the tier above.",
                    "tier", bytes);
     WRITE_LABELLED(out, "page_read_seconds_total", "Time that this took.", "tier", seconds);
@@ -178,6 +187,12 @@ static void write_engine(struct buf *out, const struct engine_thread_stats *s)
         {"pages_pinned", "Chunk pages that wait for the disk or are in use.",
          (double)e->pages_pinned},
         {"page_evictions_total", "Pages that made room.", (double)e->page_evictions},
+        {"picks_total", "On a GPU: chunks that tokens read, which came one at a time.",
+         (double)e->picks},
+        {"picks_repeated_total", "Those that the token before had read, too.",
+         (double)e->picks_repeated},
+        {"steps_divided_total", "Steps whose sequences with missing pages went after the others.",
+         (double)e->steps_divided},
     };
     WRITE_METRICS(out, plain);
     WRITE_LABELLED(out, "resumes_total", "Memories taken up again, by where from.", "tier",

@@ -6,6 +6,7 @@
 
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
+#include "engine/cuda/retrieve.cuh"
 
 extern "C" {
 #include "engine/bf16.h"
@@ -13,6 +14,7 @@ extern "C" {
 #include "proto/base/log.h"
 }
 
+#define HOST_HEAD 256                 /* in front of host memory: its size */
 #define STAGE_BYTES ((size_t)4 << 20) /* several slices' pages: each refill waits */
 
 /* ---- failures ---- */
@@ -40,7 +42,8 @@ bool cuda_check(struct ops_context *x, cudaError_t error, const char *what)
 void cuda_launched(struct ops_context *x, const char *kernel)
 {
     cudaError_t error = cudaGetLastError();
-    if (x->fail_launch && --x->fail_launch == 0)
+    if (x->fail_launch && (!x->fail_kernel || strstr(kernel, x->fail_kernel)) &&
+        --x->fail_launch == 0)
         error = cudaErrorLaunchFailure;
     cuda_check(x, error, kernel);
 }
@@ -86,19 +89,31 @@ void *cuda_alloc_host(struct ops_context *x, size_t bytes)
     void *memory = NULL;
     if (x->failed)
         return NULL;
-    const cudaError_t error = cudaHostAlloc(&memory, bytes ? bytes : 1, cudaHostAllocPortable);
+    const cudaError_t error = cudaHostAlloc(&memory, HOST_HEAD + bytes, cudaHostAllocPortable);
     if (error == cudaErrorMemoryAllocation) {
         cudaGetLastError();
         return NULL;
     }
-    return cuda_check(x, error, "cudaHostAlloc") ? memory : NULL;
+    if (!cuda_check(x, error, "cudaHostAlloc"))
+        return NULL;
+    *(size_t *)memory = bytes;
+    return (char *)memory + HOST_HEAD;
+}
+
+void cuda_free_host(void *memory)
+{
+    if (memory)
+        cudaFreeHost((char *)memory - HOST_HEAD);
 }
 
 static void cuda_release_host(struct ops_context *x, void *memory)
 {
-    cuda_pages_forget_all(x);
-    if (memory)
-        cuda_check(x, cudaFreeHost(memory), "cudaFreeHost");
+    if (!memory)
+        return;
+    cuda_wait(x); /* for kernels that read it */
+    cuda_fetched(x);
+    cuda_pages_forget_range(x, memory, *(size_t *)((char *)memory - HOST_HEAD));
+    cuda_free_host(memory);
 }
 
 void cuda_wait(struct ops_context *x)
@@ -148,7 +163,7 @@ static bool stage_open(struct ops_context *x, size_t bytes)
 static void free_retired(struct ops_context *x)
 {
     for (uint32_t i = 0; i < x->retired_count; i += 2) {
-        cudaFreeHost(x->retired[i]);
+        cuda_free_host(x->retired[i]);
         cudaFree(x->retired[i + 1]);
     }
     x->retired_count = 0;
@@ -305,6 +320,9 @@ static bool take_memory(struct ops_context *x)
     x->query_narrow = x->wide ? NULL : cuda_take(x, rows * c->retrieval_dim * 2);
     x->pick_chunks = (uint64_t *)cuda_take(x, picks * sizeof *x->pick_chunks);
     x->pick_weights = (float *)cuda_take(x, picks * sizeof *x->pick_weights);
+    x->draw_weights =
+        (uint64_t *)cuda_take(x, (size_t)CUDA_DRAWS * c->vocab_size * sizeof *x->draw_weights);
+    x->drawn = (int32_t *)cuda_take(x, CUDA_DRAWS * sizeof *x->drawn);
     x->encoder_x = (float *)cuda_take(x, encoded * d * 4);
     x->encoder_q = (float *)cuda_take(x, encoded * widest * 4);
     x->encoder_k = (float *)cuda_take(x, encoded * kv * 4);
@@ -315,9 +333,10 @@ static bool take_memory(struct ops_context *x)
     x->encoder_summary = cuda_take(x, CUDA_CHUNKS * d * element);
     return x->normed && x->mixed && x->projected && x->conv && x->scanned && x->scales &&
            x->arrived && x->dt && x->decay && x->states && x->query &&
-           (x->wide || x->query_narrow) && x->pick_chunks && x->pick_weights && x->encoder_x &&
-           x->encoder_q && x->encoder_k && x->encoder_v && x->encoder_up && x->encoder_y &&
-           x->encoder_kv && x->encoder_summary && stage_open(x, STAGE_BYTES);
+           (x->wide || x->query_narrow) && x->pick_chunks && x->pick_weights && x->draw_weights &&
+           x->drawn && x->encoder_x && x->encoder_q && x->encoder_k && x->encoder_v &&
+           x->encoder_up && x->encoder_y && x->encoder_kv && x->encoder_summary &&
+           cuda_codes_open(x) && stage_open(x, STAGE_BYTES);
 }
 
 static void cuda_close(struct ops_context *x)
@@ -326,19 +345,20 @@ static void cuda_close(struct ops_context *x)
         cudaStreamSynchronize(x->stream);
     cuda_step_close(x);
     cuda_pages_close(x);
+    cuda_codes_close(x);
     cuda_products_close(x);
-    void *all[] = {x->scales,     x->arrived,     x->normed,          x->mixed,
-                   x->projected,  x->conv,        x->scanned,         x->dt,
-                   x->decay,      x->states,      x->query,           x->query_narrow,
-                   x->candidates, x->pick_chunks, x->pick_weights,    x->encoder_x,
-                   x->encoder_q,  x->encoder_k,   x->encoder_v,       x->encoder_up,
-                   x->encoder_y,  x->encoder_kv,  x->encoder_summary, x->stage_device};
+    void *all[] = {x->scales,       x->arrived,     x->normed,          x->mixed,
+                   x->projected,    x->conv,        x->scanned,         x->dt,
+                   x->decay,        x->states,      x->query,           x->query_narrow,
+                   x->candidates,   x->pick_chunks, x->pick_weights,    x->encoder_x,
+                   x->encoder_q,    x->encoder_k,   x->encoder_v,       x->encoder_up,
+                   x->encoder_y,    x->encoder_kv,  x->encoder_summary, x->stage_device,
+                   x->draw_weights, x->drawn};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (all[i])
             cudaFree(all[i]);
     free_retired(x);
-    if (x->stage_host)
-        cudaFreeHost(x->stage_host);
+    cuda_free_host(x->stage_host);
     for (size_t i = 0; i < x->placed_count; i++)
         cudaFree(x->placed[i]);
     free(x->placed);
@@ -347,14 +367,18 @@ static void cuda_close(struct ops_context *x)
     free(x);
 }
 
-/* RAMBAD_CUDA_FAULT=alloc:N or launch:N makes the N-th allocation or launch from here on fail. */
+/* RAMBAD_CUDA_FAULT=alloc:N or launch:N makes the N-th allocation or launch from here on fail,
+ * launch:N:KERNEL the N-th launch of that kernel. */
 static void read_fault(struct ops_context *x)
 {
     const char *fault = getenv("RAMBAD_CUDA_FAULT");
     if (fault && strncmp(fault, "alloc:", 6) == 0)
         x->fail_alloc = atol(fault + 6);
-    if (fault && strncmp(fault, "launch:", 7) == 0)
+    if (fault && strncmp(fault, "launch:", 7) == 0) {
+        const char *kernel = strchr(fault + 7, ':');
         x->fail_launch = atol(fault + 7);
+        x->fail_kernel = kernel ? kernel + 1 : NULL; /* the environment stays */
+    }
 }
 
 /* Chooses the device and makes the stream. */
@@ -382,8 +406,8 @@ static enum status open_device(struct ops_context *x, struct error *err)
                          cudaGetErrorString(error));
     x->multiprocessors = device.multiProcessorCount;
     x->early = device.major >= 9;
-    snprintf(x->description, sizeof x->description, "cuda (%.100s, %s)", device.name,
-             x->wide ? "fp32" : "bf16");
+    snprintf(x->description, sizeof x->description, "cuda (%.100s, %s%s)", device.name,
+             x->wide ? "fp32" : "bf16", x->fp8 ? ", landmarks fp8" : "");
     return STATUS_OK;
 }
 
@@ -394,11 +418,14 @@ static enum status cuda_open(const struct ops_options *options, struct ops_conte
     if (c->retrieval_dim < 2)
         return error_set(err, STATUS_UNSUPPORTED,
                          "the CUDA backend needs a retrieval_dim of at least 2");
+    if (options->landmarks_fp8 && options->memory_dtype == OPS_FP32)
+        return error_set(err, STATUS_INVALID, "landmarks in fp8 stand for bf16 ones, not for fp32");
     struct ops_context *x = (struct ops_context *)calloc(1, sizeof *x);
     if (!x)
         return error_set(err, STATUS_NO_MEMORY, "out of memory");
     x->config = *c;
     x->wide = options->memory_dtype == OPS_FP32;
+    x->fp8 = options->landmarks_fp8;
     x->max_rows = options->max_rows;
     x->page_bytes = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim * (x->wide ? 4 : 2);
     x->page_budget = options->device_memory_bytes;
@@ -422,6 +449,13 @@ static enum status cuda_open(const struct ops_options *options, struct ops_conte
     }
     *out = x;
     return STATUS_OK;
+}
+
+static size_t cuda_device_bytes(struct ops_context *x)
+{
+    size_t available = 0, total = 0;
+    return cuda_check(x, cudaMemGetInfo(&available, &total), "cudaMemGetInfo") ? total - available
+                                                                               : 0;
 }
 
 static const char *cuda_describe(const struct ops_context *x)
@@ -450,6 +484,12 @@ static struct ops make_table(void)
     table.release_host = cuda_release_host;
     table.host_wrote = cuda_pages_forget;
     table.page_stats = cuda_page_stats;
+    table.prefetch = cuda_prefetch;
+    table.fetched = cuda_fetched;
+    table.holds = cuda_holds;
+    table.device_bytes = cuda_device_bytes;
+    table.narrow_bytes = cuda_narrow_bytes;
+    table.narrow_landmarks = cuda_narrow_landmarks;
     table.copy = cuda_copy;
     table.pack_state = cuda_pack_state;
     table.unpack_state = cuda_unpack_state;
@@ -464,6 +504,7 @@ static struct ops make_table(void)
     table.part_begin = cuda_part_begin;
     table.part_end = cuda_part_end;
     table.keep_rows = cuda_keep_rows;
+    table.draw = cuda_draw;
     table.logits = cuda_logits;
     return table;
 }

@@ -23,6 +23,7 @@ extern "C" {
 #define CUDA_FEW_ROWS 8       /* up to here a segment's rows share each weight as it is read */
 #define CUDA_BLOCK_TOKENS 128 /* of a block of the chunked (SSD) form, at most */
 #define CUDA_CHUNKS 16        /* chunks encoded together, always: see encode_chunks.cu */
+#define CUDA_DRAWS 32         /* tokens drawn together */
 #define CUDA_RETIRED 16       /* staging buffers outgrown within one op */
 #define CUDA_STAGED 512       /* staged arrays remembered by their content */
 
@@ -40,6 +41,7 @@ struct cuda_staged { /* an array that is on the device already */
 struct ops_context {
     struct model_config config;
     bool wide;
+    bool fp8; /* landmarks have twins on the device: see retrieve_fp8.cu */
     uint32_t max_rows;
     int multiprocessors;
     bool recording; /* a part of a step is being recorded: see step.cu */
@@ -49,6 +51,7 @@ struct ops_context {
     enum status failed; /* sticky */
     char failure[400];
     long fail_alloc, fail_launch; /* tests: the n-th from here on fails; 0: none */
+    const char *fail_kernel;      /* of the launches of this kernel alone, or NULL */
     /* Small arrays on their way to the device: pinned memory and its twin. */
     char *stage_host, *stage_device;
     size_t stage_bytes, stage_used;
@@ -76,7 +79,11 @@ struct ops_context {
     void *query_narrow; /* the same in bf16, unless wide */
     struct cuda_candidate *candidates;
     size_t candidate_capacity;
-    uint64_t *pick_chunks; /* [max_rows, Hr, K] */
+    struct cuda_candidate *kept; /* [max_rows, Hr, cuda_kept]: with fp8, like: */
+    uint16_t *expanded;          /* bf16 landmarks of a part of a scan */
+    uint64_t *draw_weights;      /* [CUDA_DRAWS, V] */
+    int32_t *drawn;              /* [CUDA_DRAWS] */
+    uint64_t *pick_chunks;       /* [max_rows, Hr, K] */
     float *pick_weights;
     /* Of CUDA_CHUNKS chunks, S + 1 rows each. */
     float *encoder_x, *encoder_q, *encoder_k, *encoder_v, *encoder_up;
@@ -95,6 +102,7 @@ struct cuda_segment {
     uint32_t row, count;
     float *ssm, *conv;         /* mamba */
     const void *const *blocks; /* retrieve: device array of landmark blocks */
+    const void *const *narrow; /* and of their twins, with fp8 */
     uint64_t chunk_count;
 };
 
@@ -118,6 +126,7 @@ void *cuda_take(struct ops_context *context, size_t bytes);
 void cuda_give(struct ops_context *context, void *memory);
 /* Pinned host memory, which kernels reach; NULL when there is none. */
 void *cuda_alloc_host(struct ops_context *context, size_t bytes);
+void cuda_free_host(void *memory);
 /* Begins an op: staged arrays of earlier ops may be overwritten from here on. */
 void cuda_begin(struct ops_context *context);
 /* The device's copy of a small array, which nobody writes to, valid until the next cuda_begin; NULL
@@ -178,6 +187,9 @@ void cuda_narrow(struct ops_context *context, const float *x, size_t count, void
 /* Landmark blocks as a device array, staged. */
 const void *const *cuda_stage_blocks(struct ops_context *context,
                                      const struct ops_landmarks *landmarks);
+/* Their twins likewise; NULL without fp8. */
+const void *const *cuda_stage_narrow(struct ops_context *context,
+                                     const struct ops_landmarks *landmarks);
 
 /* ---- step.cu: what the ops take from the step while they are recorded ---- */
 
@@ -202,8 +214,8 @@ enum status cuda_pages_open(struct ops_context *context, struct error *err);
 void cuda_pages_close(struct ops_context *context);
 /* The host wrote to `page`: the device's copy of it is stale. */
 void cuda_pages_forget(struct ops_context *context, const void *page);
-/* Host memory of pages goes: other pages may come to lie where they lay. */
-void cuda_pages_forget_all(struct ops_context *context);
+/* Host memory goes: other pages may come to lie where its pages lay. */
+void cuda_pages_forget_range(struct ops_context *context, const void *memory, size_t bytes);
 /* Device copies of pages that one kernel reads together: begin, then take each. */
 void cuda_pages_begin(struct ops_context *context);
 /* The device's copy, filled by cuda_pages_end when it is missing; NULL: no room beside those taken
@@ -240,6 +252,13 @@ void cuda_encode_chunks(struct ops_context *context, const struct ops_chunking_w
 void cuda_retrieve(struct ops_context *context, const struct ops_retrieval_weights *weights,
                    const struct ops_rows *rows, const struct ops_landmarks *landmarks,
                    const float *x, struct ops_picks *picks);
+void cuda_prefetch(struct ops_context *context, const void *const *pages, size_t count,
+                   bool predicted);
+void cuda_fetched(struct ops_context *context);
+bool cuda_holds(const struct ops_context *context, const void *page);
+size_t cuda_narrow_bytes(const struct ops_context *context);
+void cuda_narrow_landmarks(struct ops_context *context, const void *block, uint32_t first,
+                           uint32_t count, void *twin);
 void cuda_hsa_query(struct ops_context *context, const struct ops_hsa_weights *weights,
                     const struct ops_rows *rows, const float *x, float *q);
 void cuda_hsa_attend(struct ops_context *context, uint32_t row_count, const float *q,
@@ -250,6 +269,8 @@ void cuda_step_begin(struct ops_context *context, const struct ops_step *step);
 enum ops_part cuda_part_begin(struct ops_context *context, uint32_t part, const float *weights,
                               const void *const *pages);
 void cuda_part_end(struct ops_context *context, struct ops_picks *picks, int32_t *largest);
+void cuda_draw(struct ops_context *context, const struct ops_draw *draws, uint32_t count,
+               const float *logits, int32_t *tokens);
 void cuda_keep_rows(struct ops_context *context, const float *x);
 void cuda_logits(struct ops_context *context, const struct ops_tensor *norm,
                  const struct ops_tensor *head, const struct ops_rows *rows, const float *x,

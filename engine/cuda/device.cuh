@@ -12,29 +12,32 @@
 #define CUDA_WARP 32
 #define CUDA_ALL_LANES 0xffffffffu
 
-/* Launches `kernel` on the context's stream unless the device has failed, and checks the launch.
- * An empty grid launches nothing. */
+/* Launches `kernel` on a stream, or on the context's, unless the device has failed, and checks the
+ * launch. An empty grid launches nothing. */
 #ifdef __CUDACC__
-#define CUDA_LAUNCH(context, kernel, grid, block, shared, ...)                                    \
-    do {                                                                                          \
-        const dim3 launch_grid = grid, launch_block = block;                                      \
-        if (!(context)->failed && launch_grid.x && launch_grid.y && launch_grid.z) {              \
-            auto launch_kernel = kernel;                                                          \
-            launch_kernel<<<launch_grid, launch_block, shared, (context)->stream>>>(__VA_ARGS__); \
-            cuda_launched(context, #kernel);                                                      \
-        }                                                                                         \
-    } while (0)
-#else
-#define CUDA_LAUNCH(context, kernel, grid, block, shared, ...)                       \
+#define CUDA_LAUNCH_ON(context, on, kernel, grid, block, shared, ...)                \
     do {                                                                             \
         const dim3 launch_grid = grid, launch_block = block;                         \
         if (!(context)->failed && launch_grid.x && launch_grid.y && launch_grid.z) { \
-            emulator_launch(#kernel, launch_grid, launch_block, shared,              \
+            auto launch_kernel = kernel;                                             \
+            launch_kernel<<<launch_grid, launch_block, shared, on>>>(__VA_ARGS__);   \
+            cuda_launched(context, #kernel);                                         \
+        }                                                                            \
+    } while (0)
+#else
+#define CUDA_LAUNCH_ON(context, on, kernel, grid, block, shared, ...)                \
+    do {                                                                             \
+        const dim3 launch_grid = grid, launch_block = block;                         \
+        if (!(context)->failed && launch_grid.x && launch_grid.y && launch_grid.z) { \
+            emulator_launch(on, #kernel, launch_grid, launch_block, shared,          \
                             [=] { (kernel)(__VA_ARGS__); });                         \
             cuda_launched(context, #kernel);                                         \
         }                                                                            \
     } while (0)
 #endif
+
+#define CUDA_LAUNCH(context, kernel, grid, block, shared, ...) \
+    CUDA_LAUNCH_ON(context, (context)->stream, kernel, grid, block, shared, __VA_ARGS__)
 
 /* Launches a kernel that may begin before the kernel in front of it on the stream has ended: it
  * calls cuda_depend_wait before it touches anything that others write, and until then may fetch

@@ -1,5 +1,9 @@
 /* pages.cu - the device's copies of K/V pages: a pool under a budget, least recently used first
- * out. The engine names pages by where they lie in host memory. */
+ * out. The engine names pages by where they lie in host memory.
+ *
+ * What a kernel needs comes on the context's stream, in front of it. What is asked for ahead comes
+ * in batches on a stream of its own; whoever then takes such a slot, for its page or for another,
+ * first makes the context's stream wait for the batch. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -16,12 +20,19 @@ extern "C" {
 #define COPY_THREADS 256
 #define RECENT_PAGES 4096
 #define KNOWN 8 /* more than a slice has runs of rows: its next layer reads the same pages */
+#define BATCH_MOST 1024 /* pages that come ahead together */
+
+/* How a page came: with the kernel that reads it (or somebody has taken it since); on the stream of
+ * copies, asked for or predicted. */
+enum arrival { COUNTED, ASKED, PREDICTED };
 
 struct slot {
     struct list lru;  /* every slot; the least recently used first */
     const void *page; /* NULL: empty */
     void *data;
-    uint64_t stamp;    /* of the kernel that reads it */
+    uint64_t stamp; /* of the kernel that reads it */
+    uint64_t batch; /* that brings it, of those on the stream of copies */
+    enum arrival come;
     struct slot *next; /* in its hash chain */
 };
 
@@ -62,6 +73,14 @@ struct cuda_pages {
     bool waiting;              /* for them: nobody has yet */
     bool timed;                /* they are in copy_ns */
     uint64_t copy_ns;
+    /* The stream of copies. */
+    cudaStream_t stream;
+    cudaEvent_t reached;       /* where the context's stream was */
+    cudaEvent_t left, fetched; /* around the last batch */
+    struct copy *batch;        /* [BATCH_MOST], pinned */
+    uint64_t batches, joined;  /* the last one; the last that the context's stream is behind */
+    bool under_way;            /* one that the host has not waited for */
+    uint64_t predicted, predicted_hits;
 };
 
 static struct slot **chain(const struct cuda_pages *p, const void *page)
@@ -138,9 +157,15 @@ enum status cuda_pages_open(struct ops_context *x, struct error *err)
     if (!p->table)
         return error_set(err, STATUS_NO_MEMORY, "out of memory for the page table");
     p->timed = true;
-    if (!cuda_check(x, cudaEventCreateWithFlags(&p->began, cudaEventDefault), "an event") ||
-        !cuda_check(x, cudaEventCreateWithFlags(&p->copied, cudaEventDefault), "an event"))
+    cudaEvent_t *const events[] = {&p->began, &p->copied, &p->reached, &p->left, &p->fetched};
+    for (size_t i = 0; i < sizeof events / sizeof *events; i++)
+        cuda_check(x, cudaEventCreateWithFlags(events[i], cudaEventDefault), "an event");
+    cuda_check(x, cudaStreamCreateWithFlags(&p->stream, cudaStreamNonBlocking), "a stream");
+    if (x->failed)
         return error_set(err, x->failed, "%s", x->failure);
+    p->batch = (struct copy *)cuda_alloc_host(x, BATCH_MOST * sizeof *p->batch);
+    if (!p->batch)
+        return error_set(err, STATUS_NO_MEMORY, "out of memory for the list of pages to come");
     while (p->count < least)
         if (!grow(x))
             return error_set(err, STATUS_NO_MEMORY, "out of GPU memory for %zu pages", least);
@@ -152,14 +177,19 @@ void cuda_pages_close(struct ops_context *x)
     struct cuda_pages *p = x->pages;
     if (!p)
         return;
+    if (p->stream) {
+        cudaStreamSynchronize(p->stream);
+        cudaStreamDestroy(p->stream);
+    }
+    cuda_free_host(p->batch);
     for (size_t i = 0; i < p->slab_count; i += 2) {
         cudaFree(p->slabs[i]);
         free(p->slabs[i + 1]);
     }
-    if (p->began)
-        cudaEventDestroy(p->began);
-    if (p->copied)
-        cudaEventDestroy(p->copied);
+    const cudaEvent_t events[] = {p->began, p->copied, p->reached, p->left, p->fetched};
+    for (size_t i = 0; i < sizeof events / sizeof *events; i++)
+        if (events[i])
+            cudaEventDestroy(events[i]);
     free(p->slabs);
     free(p->table);
     free(p->missing);
@@ -199,12 +229,12 @@ void cuda_pages_forget(struct ops_context *x, const void *page)
     list_push_front(&x->pages->lru, &slot->lru);
 }
 
-void cuda_pages_forget_all(struct ops_context *x)
+void cuda_pages_forget_range(struct ops_context *x, const void *memory, size_t bytes)
 {
     struct cuda_pages *p = x->pages;
     for (struct list *node = p->lru.next; node != &p->lru; node = node->next) {
         struct slot *slot = LIST_ENTRY(node, struct slot, lru);
-        if (slot->page)
+        if (slot->page && (uintptr_t)slot->page - (uintptr_t)memory < bytes)
             empty(p, slot);
     }
 }
@@ -214,31 +244,59 @@ void cuda_pages_begin(struct ops_context *x)
     x->pages->stamp++;
 }
 
+/* The context's stream goes on only behind the batch that brings the slot's page. */
+static void join(struct ops_context *x, const struct slot *slot)
+{
+    struct cuda_pages *p = x->pages;
+    if (slot->batch <= p->joined)
+        return;
+    cuda_check(x, cudaStreamWaitEvent(x->stream, p->fetched, 0), "the wait for a copy");
+    p->joined = p->batches;
+}
+
+static void touch(struct cuda_pages *p, struct slot *slot)
+{
+    list_remove(&slot->lru);
+    list_push_back(&p->lru, &slot->lru);
+}
+
+/* A slot for a page that has none; NULL: no room beside those of the stamp, and, with `batch`, of
+ * that batch. */
+static struct slot *take_new(struct ops_context *x, const void *page, uint64_t batch)
+{
+    struct cuda_pages *p = x->pages;
+    struct slot *slot = LIST_ENTRY(p->lru.next, struct slot, lru);
+    if ((slot->page || slot->stamp == p->stamp) && grow(x))
+        slot = LIST_ENTRY(p->lru.next, struct slot, lru);
+    if (slot->stamp == p->stamp || (batch && slot->batch == batch))
+        return NULL;
+    if (slot->page)
+        empty(p, slot);
+    slot->page = page;
+    slot->come = COUNTED;
+    struct slot **at = chain(p, page);
+    slot->next = *at;
+    *at = slot;
+    touch(p, slot);
+    return slot;
+}
+
 /* A slot that holds `page`; `*fresh` when its content must still come. */
 static struct slot *take(struct ops_context *x, const void *page, bool *fresh)
 {
     struct cuda_pages *p = x->pages;
-    struct slot *slot = x->failed ? NULL : find(p, page);
     *fresh = false;
     if (x->failed)
         return NULL;
-    if (!slot) {
-        slot = LIST_ENTRY(p->lru.next, struct slot, lru);
-        if ((slot->page || slot->stamp == p->stamp) && grow(x))
-            slot = LIST_ENTRY(p->lru.next, struct slot, lru);
-        if (slot->stamp == p->stamp)
-            return NULL;
-        if (slot->page)
-            empty(p, slot);
-        slot->page = page;
-        struct slot **at = chain(p, page);
-        slot->next = *at;
-        *at = slot;
+    struct slot *slot = find(p, page);
+    if (slot)
+        touch(p, slot);
+    else if ((slot = take_new(x, page, 0)))
         *fresh = true;
-    }
+    else
+        return NULL;
+    join(x, slot);
     slot->stamp = p->stamp;
-    list_remove(&slot->lru);
-    list_push_back(&p->lru, &slot->lru);
     return slot;
 }
 
@@ -275,8 +333,10 @@ void *cuda_pages_take(struct ops_context *x, const void *page)
     struct slot *slot = take(x, page, &fresh);
     if (!slot)
         return NULL;
-    p->hits += !fresh;
+    p->hits += !fresh && slot->come != ASKED; /* which was a miss when it was asked for */
     p->misses += fresh;
+    p->predicted_hits += slot->come == PREDICTED;
+    slot->come = COUNTED;
     if (fresh && !note_missing(x, slot->data, page))
         return NULL;
     *recent = (struct recent){page, slot->data, p->stamp};
@@ -311,8 +371,19 @@ static void count_time(struct cuda_pages *p)
         p->copy_ns += (uint64_t)(ms * 1e6f);
 }
 
-/* All that is missing in one launch, read from where the host keeps it: pages are small, and a copy
- * call for each would cost more than its bytes. */
+/* All in one launch, read from where the host keeps them: pages are small, and a copy call for each
+ * would cost more than its bytes. */
+static void launch_copies(struct ops_context *x, cudaStream_t stream, const struct copy *copies,
+                          size_t count)
+{
+    const dim3 grid((unsigned)count), block(COPY_THREADS);
+    if (x->page_bytes % sizeof(uint4) == 0)
+        CUDA_LAUNCH_ON(x, stream, copy_pages<uint4>, grid, block, 0, copies,
+                       x->page_bytes / sizeof(uint4));
+    else
+        CUDA_LAUNCH_ON(x, stream, copy_pages<uint32_t>, grid, block, 0, copies, x->page_bytes / 4);
+}
+
 void cuda_pages_end(struct ops_context *x)
 {
     struct cuda_pages *p = x->pages;
@@ -320,15 +391,11 @@ void cuda_pages_end(struct ops_context *x)
     p->missing_count = 0;
     if (x->failed || !count)
         return;
-    const struct copy *copies =
-        (const struct copy *)cuda_stage(x, p->missing, count * sizeof *p->missing);
-    const dim3 grid((unsigned)count), block(COPY_THREADS);
     count_time(p); /* those before; a step that nobody waited for is not counted */
     cuda_check(x, cudaEventRecord(p->began, x->stream), "an event");
-    if (x->page_bytes % sizeof(uint4) == 0)
-        CUDA_LAUNCH(x, copy_pages<uint4>, grid, block, 0, copies, x->page_bytes / sizeof(uint4));
-    else
-        CUDA_LAUNCH(x, copy_pages<uint32_t>, grid, block, 0, copies, x->page_bytes / 4);
+    launch_copies(x, x->stream,
+                  (const struct copy *)cuda_stage(x, p->missing, count * sizeof *p->missing),
+                  count);
     if (!x->failed)
         p->waiting = cuda_check(x, cudaEventRecord(p->copied, x->stream), "an event");
     p->timed = !p->waiting;
@@ -373,6 +440,71 @@ void cuda_pages_remember(struct ops_context *x, const void *const *pages, const 
     memcpy(known->data, data, known->count * sizeof *data);
 }
 
+/* ---- ahead ---- */
+
+extern "C" void cuda_fetched(struct ops_context *x)
+{
+    struct cuda_pages *p = x->pages;
+    if (x->failed || !p->under_way)
+        return;
+    p->under_way = false;
+    p->joined = p->batches;
+    float ms;
+    if (cuda_check(x, cudaEventSynchronize(p->fetched), "copies of pages to the GPU") &&
+        cudaEventElapsedTime(&ms, p->left, p->fetched) == cudaSuccess)
+        p->copy_ns += (uint64_t)(ms * 1e6f);
+}
+
+/* A page of the batch `count` long; false: no room for it, nor for others. */
+static bool add_ahead(struct ops_context *x, const void *page, bool predicted, size_t *count)
+{
+    struct cuda_pages *p = x->pages;
+    struct slot *slot = find(p, page);
+    if (slot) {
+        touch(p, slot);
+        return true;
+    }
+    if (*count == BATCH_MOST || !(slot = take_new(x, page, p->batches + 1)))
+        return false;
+    slot->batch = p->batches + 1;
+    slot->come = predicted ? PREDICTED : ASKED;
+    p->batch[*count].to = slot->data;
+    p->batch[(*count)++].from = page;
+    p->predicted += predicted;
+    p->misses += !predicted;
+    return true;
+}
+
+extern "C" void cuda_prefetch(struct ops_context *x, const void *const *pages, size_t count,
+                              bool predicted)
+{
+    struct cuda_pages *p = x->pages;
+    size_t n = 0;
+    if (x->recording) /* the streams would become one recording */
+        return;
+    cuda_fetched(x); /* the list of the batch before is free */
+    if (x->failed)
+        return;
+    for (size_t i = 0; i < count; i++)
+        if (pages[i] && !add_ahead(x, pages[i], predicted, &n))
+            break;
+    if (!n || x->failed)
+        return;
+    /* Behind everything that may still read what lay in the slots. */
+    cuda_check(x, cudaEventRecord(p->reached, x->stream), "an event");
+    cuda_check(x, cudaStreamWaitEvent(p->stream, p->reached, 0), "the wait of a copy");
+    cuda_check(x, cudaEventRecord(p->left, p->stream), "an event");
+    launch_copies(x, p->stream, p->batch, n);
+    cuda_check(x, cudaEventRecord(p->fetched, p->stream), "an event");
+    p->batches++;
+    p->under_way = true;
+}
+
+extern "C" bool cuda_holds(const struct ops_context *x, const void *page)
+{
+    return find(x->pages, page);
+}
+
 struct ops_page_stats cuda_page_stats(const struct ops_context *x)
 {
     struct ops_page_stats out = {};
@@ -381,6 +513,8 @@ struct ops_page_stats cuda_page_stats(const struct ops_context *x)
     out.hits = x->pages->hits;
     out.misses = x->pages->misses;
     out.copy_ns = x->pages->copy_ns;
+    out.predicted = x->pages->predicted;
+    out.predicted_hits = x->pages->predicted_hits;
     return out;
 }
 

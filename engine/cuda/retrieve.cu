@@ -145,8 +145,7 @@ static __global__ void __launch_bounds__(MERGE_WARPS *CUDA_WARP)
 
 /* ---- the host's side ---- */
 
-/* Room for the candidates of a call. */
-static bool reserve(struct ops_context *x, size_t count)
+bool cuda_reserve_candidates(struct ops_context *x, size_t count)
 {
     if (count <= x->candidate_capacity)
         return true;
@@ -166,6 +165,14 @@ const void *const *cuda_stage_blocks(struct ops_context *x, const struct ops_lan
     return blocks ? (const void *const *)cuda_stage(x, landmarks->blocks,
                                                     blocks * sizeof *landmarks->blocks)
                   : NULL;
+}
+
+const void *const *cuda_stage_narrow(struct ops_context *x, const struct ops_landmarks *landmarks)
+{
+    const uint64_t blocks = (landmarks->count + OPS_LANDMARK_BLOCK - 1) / OPS_LANDMARK_BLOCK;
+    return blocks && x->fp8 ? (const void *const *)cuda_stage(x, landmarks->narrow,
+                                                              blocks * sizeof *landmarks->narrow)
+                            : NULL;
 }
 
 /* Rows of each long segment in groups of SCAN_ROWS, staged; `*longest`: most visible chunks of a
@@ -224,9 +231,13 @@ static void scan_segments(struct ops_context *x, const struct ops_retrieval_weig
         const struct ops_segment *host = &rows->segments[i];
         if (host->count <= CUDA_FEW_ROWS)
             continue;
+        if (x->fp8) {
+            cuda_scan_codes(x, w, segments + i, host, &landmarks[i]);
+            continue;
+        }
         const uint64_t seen = visible(s, host->position + host->count - 1, landmarks[i].count);
         const uint32_t lists = cuda_scan_lists(x, host->count, seen);
-        if (!reserve(x, (size_t)host->count * s.heads * lists * CUDA_SCAN_LIST))
+        if (!cuda_reserve_candidates(x, (size_t)host->count * s.heads * lists * CUDA_SCAN_LIST))
             return;
         cuda_scan_rows(x, segments + i, host, lists, x->candidates);
         cuda_merge_rows(x, w, x->candidates, host->row, host->count, lists * CUDA_SCAN_LIST);
@@ -244,7 +255,7 @@ static void scan_groups(struct ops_context *x, const struct ops_retrieval_weight
     const uint32_t useful = cuda_ceil(longest ? longest : 1, SCAN_WARPS * 4);
     blocks = blocks < useful ? blocks : useful;
     const uint32_t each = blocks * SCAN_WARPS * s.topk;
-    if (!reserve(x, (size_t)rows->row_count * s.heads * each))
+    if (!cuda_reserve_candidates(x, (size_t)rows->row_count * s.heads * each))
         return;
     const dim3 grid(blocks, group_count, s.heads), block(SCAN_WARPS * CUDA_WARP);
     const size_t shared = sizeof(struct cuda_candidate) * SCAN_WARPS * SCAN_ROWS * s.topk;
@@ -283,6 +294,13 @@ static void scan_long(struct ops_context *x, const struct ops_retrieval_weights 
         scan_groups(x, w, rows, groups, group_count, longest, segments);
 }
 
+/* Whether a segment's rows are scanned each by itself: short ones, and where landmarks are in fp8
+ * all that the scan on tensor cores does not cover. */
+static bool is_short(const struct ops_context *x, const struct ops_segment *segment)
+{
+    return segment->count <= CUDA_FEW_ROWS || (x->fp8 && !cuda_scans_rows(x));
+}
+
 /* Rows of short segments, each by itself. */
 static void scan_short(struct ops_context *x, const struct ops_retrieval_weights *w,
                        const struct ops_rows *rows, const struct cuda_segment *segments)
@@ -294,10 +312,9 @@ static void scan_short(struct ops_context *x, const struct ops_retrieval_weights
         return;
     }
     for (uint32_t i = 0; i < rows->segment_count; i++)
-        for (uint32_t t = 0;
-             rows->segments[i].count <= CUDA_FEW_ROWS && t < rows->segments[i].count; t++)
+        for (uint32_t t = 0; is_short(x, &rows->segments[i]) && t < rows->segments[i].count; t++)
             own[count++] = (struct scan_row){rows->segments[i].row + t, i};
-    if (count && reserve(x, cuda_retrieve_room(x, count))) {
+    if (count && cuda_reserve_candidates(x, cuda_retrieve_room(x, count))) {
         const struct scan_row *staged =
             (const struct scan_row *)cuda_stage(x, own, sizeof *own * count);
         cuda_retrieve_rows(x, w, segments, staged, count, x->candidates, x->pick_chunks,
@@ -314,6 +331,7 @@ static const struct cuda_segment *stage_segments(struct ops_context *x, const st
     for (uint32_t i = 0; own && i < rows->segment_count; i++) {
         own[i].chunk_count = landmarks[i].count;
         own[i].blocks = cuda_stage_blocks(x, &landmarks[i]);
+        own[i].narrow = cuda_stage_narrow(x, &landmarks[i]);
     }
     const struct cuda_segment *staged =
         own ? (const struct cuda_segment *)cuda_stage(x, own, sizeof *own * rows->segment_count)
@@ -339,7 +357,8 @@ extern "C" void cuda_retrieve(struct ops_context *x, const struct ops_retrieval_
     const struct cuda_segment *segments = stage_segments(x, rows, landmarks);
     if (segments) {
         scan_short(x, w, rows, segments);
-        scan_long(x, w, rows, landmarks, segments);
+        if (!x->fp8 || cuda_scans_rows(x))
+            scan_long(x, w, rows, landmarks, segments);
     }
     cuda_copy_out(x, picks->chunks, x->pick_chunks, count * sizeof *picks->chunks);
     cuda_copy_out(x, picks->weights, x->pick_weights, count * sizeof *picks->weights);

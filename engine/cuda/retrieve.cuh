@@ -47,6 +47,84 @@ static __device__ __forceinline__ struct cuda_candidate no_candidate(void)
     return none;
 }
 
+/* The better of two lanes' candidates, over a warp. */
+static __device__ __forceinline__ struct cuda_candidate cuda_warp_best(struct cuda_candidate best)
+{
+#pragma unroll
+    for (int step = CUDA_WARP / 2; step; step /= 2) {
+        struct cuda_candidate other;
+        other.score = __shfl_xor_sync(CUDA_ALL_LANES, best.score, step);
+        other.chunk = __shfl_xor_sync(CUDA_ALL_LANES, best.chunk, step);
+        if (before(other, best))
+            best = other;
+    }
+    return best;
+}
+
+/* Puts a candidate into a list of `length` in order, where it is better than the last one. */
+static __device__ __forceinline__ void cuda_insert(struct cuda_candidate *list, uint32_t length,
+                                                   const struct cuda_candidate &found)
+{
+    uint32_t at = length - 1;
+    for (; at && before(found, list[at - 1]); at--)
+        list[at] = list[at - 1];
+    list[at] = found;
+}
+
+/* The best of a block's WARPS, in order: lane w follows the list of warp w. One warp. */
+template <int WARPS>
+static __device__ __forceinline__ void cuda_merge_warps(const struct cuda_candidate *lists,
+                                                        uint32_t length, struct cuda_candidate *out)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    uint32_t at = 0;
+    for (uint32_t i = 0; i < length; i++) {
+        const struct cuda_candidate own =
+            lane < WARPS && at < length ? lists[lane * length + at] : no_candidate();
+        const struct cuda_candidate best = cuda_warp_best(own);
+        at += best.chunk == own.chunk;
+        if (lane == 0)
+            out[i] = best;
+        if (best.chunk == CUDA_NO_CHUNK) { /* nothing but these */
+            for (i += 1 + lane; i < length; i += CUDA_WARP)
+                out[i] = best;
+            break;
+        }
+    }
+}
+
+/* The best of `lists` lists of `length`, in order, into `best` (shared memory); returns how many
+ * there are. A thread of THREADS follows each list; `winners`: shared, one for each warp. */
+template <int THREADS>
+static __device__ __forceinline__ uint32_t cuda_merge_lists(const struct cuda_candidate *candidates,
+                                                            uint32_t length, uint32_t lists,
+                                                            struct cuda_candidate *winners,
+                                                            struct cuda_candidate *best)
+{
+    const struct cuda_candidate *list = candidates + (size_t)threadIdx.x * length;
+    uint32_t at = 0, found = 0;
+    struct cuda_candidate own = threadIdx.x < lists ? list[0] : no_candidate();
+    for (; found < length; found++) {
+        const struct cuda_candidate mine = cuda_warp_best(own);
+        if (threadIdx.x % CUDA_WARP == 0)
+            winners[threadIdx.x / CUDA_WARP] = mine;
+        __syncthreads();
+        struct cuda_candidate top = winners[0];
+        for (uint32_t i = 1; i < THREADS / CUDA_WARP; i++)
+            if (before(winners[i], top))
+                top = winners[i];
+        __syncthreads();
+        if (top.chunk == CUDA_NO_CHUNK)
+            break;
+        if (threadIdx.x == 0)
+            best[found] = top;
+        if (own.chunk == top.chunk)
+            own = ++at < length ? list[at] : no_candidate();
+    }
+    __syncthreads();
+    return found;
+}
+
 struct weighing {
     bool softmax;
     float pos_decay;
@@ -96,6 +174,14 @@ struct scan_row {
     uint32_t row, segment;
 };
 
+static __device__ __forceinline__ struct scan_row cuda_row_of(const struct scan_row *rows,
+                                                              uint32_t i)
+{
+    struct scan_row row;
+    row.row = row.segment = i;
+    return rows ? rows[i] : row;
+}
+
 /* Picks of `row_count` rows, each by itself, from x->query as the product left it. `rows` NULL:
  * row i is all of segment i. */
 void cuda_retrieve_rows(struct ops_context *context, const struct ops_retrieval_weights *weights,
@@ -112,6 +198,26 @@ size_t cuda_retrieve_room(const struct ops_context *context, uint32_t row_count)
 void cuda_merge_rows(struct ops_context *context, const struct ops_retrieval_weights *weights,
                      const struct cuda_candidate *candidates, size_t row, uint32_t row_count,
                      uint32_t count);
+
+/* Room for the candidates of a call in x->candidates. */
+bool cuda_reserve_candidates(struct ops_context *context, size_t count);
+
+/* ---- retrieve_fp8.cu ---- */
+
+/* How many candidates of a row and head are looked at again; topk where landmarks are bf16. */
+uint32_t cuda_kept(const struct ops_context *context);
+/* cuda_retrieve_rows with landmarks in fp8, whose scan goes by `blocks` a row. `done`: queries are
+ * scaled already. */
+void cuda_retrieve_codes(struct ops_context *context, const struct ops_retrieval_weights *weights,
+                         const struct cuda_segment *segments, const struct scan_row *rows,
+                         uint32_t row_count, uint32_t blocks, bool done,
+                         struct cuda_candidate *candidates, uint64_t *chunks, float *shares);
+/* Picks of a long segment with landmarks in fp8, into x->pick_chunks and _weights. */
+void cuda_scan_codes(struct ops_context *context, const struct ops_retrieval_weights *weights,
+                     const struct cuda_segment *segment, const struct ops_segment *host,
+                     const struct ops_landmarks *landmarks);
+bool cuda_codes_open(struct ops_context *context);
+void cuda_codes_close(struct ops_context *context);
 
 /* ---- retrieve_scan.cu ---- */
 

@@ -8,37 +8,6 @@
 #define MERGE_THREADS 256
 #define SCAN_BLOCKS MERGE_THREADS /* of a row and head at most: the merge has a thread for each */
 
-static __device__ __forceinline__ struct scan_row row_of(const struct scan_row *rows, uint32_t i)
-{
-    struct scan_row row;
-    row.row = row.segment = i;
-    return rows ? rows[i] : row;
-}
-
-/* Puts a candidate into a list of `topk` in order, where it is better than the last one. */
-static __device__ __forceinline__ void insert(struct cuda_candidate *list, uint32_t topk,
-                                              const struct cuda_candidate &found)
-{
-    uint32_t at = topk - 1;
-    for (; at && before(found, list[at - 1]); at--)
-        list[at] = list[at - 1];
-    list[at] = found;
-}
-
-/* The better of two lanes' candidates, over a warp. */
-static __device__ __forceinline__ struct cuda_candidate warp_best(struct cuda_candidate best)
-{
-#pragma unroll
-    for (int step = CUDA_WARP / 2; step; step /= 2) {
-        struct cuda_candidate other;
-        other.score = __shfl_xor_sync(CUDA_ALL_LANES, best.score, step);
-        other.chunk = __shfl_xor_sync(CUDA_ALL_LANES, best.chunk, step);
-        if (before(other, best))
-            best = other;
-    }
-    return best;
-}
-
 struct query_norm { /* both NULL without enable_lmk_norm */
     const float *q, *k;
 };
@@ -121,27 +90,6 @@ static __device__ __forceinline__ void score_plain(const float *query, const T *
     }
 }
 
-/* The best of a block's warps, in order: lane w follows the list of warp w. One warp. */
-static __device__ __forceinline__ void merge_warps(const struct cuda_candidate *lists,
-                                                   uint32_t topk, struct cuda_candidate *out)
-{
-    const uint32_t lane = threadIdx.x % CUDA_WARP;
-    uint32_t at = 0;
-    for (uint32_t i = 0; i < topk; i++) {
-        const struct cuda_candidate own =
-            lane < SCAN_WARPS && at < topk ? lists[lane * topk + at] : no_candidate();
-        const struct cuda_candidate best = warp_best(own);
-        at += best.chunk == own.chunk;
-        if (lane == 0)
-            out[i] = best;
-        if (best.chunk == CUDA_NO_CHUNK) { /* nothing but these */
-            for (i += 1 + lane; i < topk; i += CUDA_WARP)
-                out[i] = best;
-            break;
-        }
-    }
-}
-
 /* LOADS 0: plain. Grid: blocks of a row x rows x heads. */
 template <typename T, int LOADS>
 static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
@@ -155,7 +103,7 @@ static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
     cuda_depend_release();
     if (!early)
         cuda_depend_wait();
-    const struct scan_row at = row_of(rows, blockIdx.y);
+    const struct scan_row at = cuda_row_of(rows, blockIdx.y);
     const struct cuda_segment segment = segments[at.segment];
     const uint64_t seen =
         visible(s, segment.position + (at.row - segment.row), segment.chunk_count);
@@ -194,7 +142,7 @@ static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
             if (chunk + i >= seen || !before(found, worst))
                 continue;
             if (lane == 0)
-                insert(best, s.topk, found);
+                cuda_insert(best, s.topk, found);
             __syncwarp();
             worst = best[s.topk - 1];
             __syncwarp();
@@ -202,9 +150,9 @@ static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
     }
     __syncthreads();
     if (warp == 0)
-        merge_warps(lists, s.topk,
-                    candidates +
-                        (((size_t)blockIdx.y * s.heads + h) * gridDim.x + blockIdx.x) * s.topk);
+        cuda_merge_warps<SCAN_WARPS>(
+            lists, s.topk,
+            candidates + (((size_t)blockIdx.y * s.heads + h) * gridDim.x + blockIdx.x) * s.topk);
 }
 
 /* The best of a row and head: a thread follows the list of each block. Grid: rows x heads. */
@@ -215,33 +163,13 @@ static __global__ void __launch_bounds__(MERGE_THREADS)
 {
     __shared__ struct cuda_candidate winners[MERGE_THREADS / CUDA_WARP], best[LIMITS_TOPK],
         ordered[LIMITS_TOPK];
-    const uint32_t warp = threadIdx.x / CUDA_WARP;
     cuda_depend_release();
     cuda_depend_wait();
-    const struct cuda_candidate *list =
-        candidates + (((size_t)blockIdx.x * heads + blockIdx.y) * blocks + threadIdx.x) * topk;
-    uint32_t at = 0, found = 0;
-    struct cuda_candidate own = threadIdx.x < blocks ? list[0] : no_candidate();
-    for (; found < topk; found++) {
-        const struct cuda_candidate mine = warp_best(own);
-        if (threadIdx.x % CUDA_WARP == 0)
-            winners[warp] = mine;
-        __syncthreads();
-        struct cuda_candidate top = winners[0];
-        for (uint32_t i = 1; i < MERGE_THREADS / CUDA_WARP; i++)
-            if (before(winners[i], top))
-                top = winners[i];
-        __syncthreads();
-        if (top.chunk == CUDA_NO_CHUNK)
-            break;
-        if (threadIdx.x == 0)
-            best[found] = top;
-        if (own.chunk == top.chunk)
-            own = ++at < topk ? list[at] : no_candidate();
-    }
-    __syncthreads();
-    const size_t row = (size_t)row_of(rows, blockIdx.x).row * heads + blockIdx.y;
-    if (warp == 0)
+    const uint32_t found = cuda_merge_lists<MERGE_THREADS>(
+        candidates + ((size_t)blockIdx.x * heads + blockIdx.y) * blocks * topk, topk, blocks,
+        winners, best);
+    const size_t row = (size_t)cuda_row_of(rows, blockIdx.x).row * heads + blockIdx.y;
+    if (threadIdx.x / CUDA_WARP == 0)
         weigh(w, topk, found, best, ordered, chunks + row * topk, shares + row * topk);
 }
 
@@ -255,7 +183,7 @@ static uint32_t blocks_of(const struct ops_context *x, uint32_t row_count)
 
 size_t cuda_retrieve_room(const struct ops_context *x, uint32_t row_count)
 {
-    return (size_t)row_count * x->config.retrieval_heads * blocks_of(x, row_count) * x->config.topk;
+    return (size_t)row_count * x->config.retrieval_heads * blocks_of(x, row_count) * cuda_kept(x);
 }
 
 void cuda_retrieve_rows(struct ops_context *x, const struct ops_retrieval_weights *weights,
@@ -268,6 +196,11 @@ void cuda_retrieve_rows(struct ops_context *x, const struct ops_retrieval_weight
     const dim3 grid(blocks, row_count, s.heads), block(SCAN_WARPS * CUDA_WARP);
     const size_t shared = sizeof *candidates * SCAN_WARPS * s.topk;
     const bool early = x->early && x->recording;
+    if (x->fp8) {
+        cuda_retrieve_codes(x, weights, segments, rows, row_count, blocks, false, candidates,
+                            chunks, shares);
+        return;
+    }
     struct query_norm norm = {NULL, NULL};
     if (x->config.landmark_norm)
         norm = {(const float *)weights->q_norm.data, (const float *)weights->k_norm.data};

@@ -30,6 +30,7 @@ struct cuda_step {
     int32_t *largest;         /* [rows], pinned */
     cudaGraphExec_t *graphs;  /* [parts][OPS_STEP_ROWS] */
     uint32_t parts, part;
+    bool renamed; /* the segments are not those of the part before */
     struct ops_step step;
 };
 
@@ -174,10 +175,8 @@ void cuda_step_close(struct ops_context *x)
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i])
             cudaFree(device[i]);
-    if (s->host_memory)
-        cudaFreeHost(s->host_memory);
-    if (s->largest)
-        cudaFreeHost(s->largest);
+    cuda_free_host(s->host_memory);
+    cuda_free_host(s->largest);
     free(s->graphs);
     free(s);
     x->step = NULL;
@@ -190,6 +189,7 @@ extern "C" void cuda_step_begin(struct ops_context *x, const struct ops_step *st
     struct cuda_step *s = x->step;
     ASSERT(step->count && step->count <= OPS_STEP_ROWS);
     s->step = *step;
+    s->renamed = true;
     memcpy(s->host.tokens, step->tokens, step->count * sizeof *step->tokens);
     for (uint32_t i = 0; i < step->count; i++) {
         s->host.kept[i] = step->kept[i];
@@ -213,12 +213,13 @@ static void launch_fetch(struct ops_context *x)
     const size_t picks = (size_t)count * x->config.retrieval_heads * x->config.topk;
     struct fetch f = {};
     uint32_t n = 0;
-    if (s->part + 1 < s->parts) /* it ends in a retrieval */
-        add_table(&f, &n, d->segments, h->segments, count * sizeof *h->segments);
+    /* All of it in every part: between two, the step may have become one of other sequences. */
+    add_table(&f, &n, d->segments, h->segments, count * sizeof *h->segments);
+    if (s->part + 1 == s->parts)
+        add_table(&f, &n, d->logits, h->logits, count * sizeof *h->logits);
     if (s->part == 0) {
         add_table(&f, &n, d->tokens, h->tokens, count * sizeof *h->tokens);
         add_table(&f, &n, d->kept, h->kept, count * sizeof *h->kept);
-        add_table(&f, &n, d->logits, h->logits, count * sizeof *h->logits);
     } else {
         add_table(&f, &n, d->weights, h->weights, picks * sizeof *h->weights);
         add_table(&f, &n, d->pages, h->pages, picks * sizeof *h->pages);
@@ -236,6 +237,7 @@ static void fill_segments(struct ops_context *x)
         segment->count = 1;
         segment->ssm = segment->conv = s->step.states[i];
         segment->blocks = cuda_stage_blocks(x, &s->step.landmarks[i]);
+        segment->narrow = cuda_stage_narrow(x, &s->step.landmarks[i]);
         segment->chunk_count = s->step.landmarks[i].count;
     }
 }
@@ -270,8 +272,9 @@ extern "C" enum ops_part cuda_part_begin(struct ops_context *x, uint32_t part, c
     cuda_begin(x);
     if (pages && !fill_pages(x, weights, pages))
         return OPS_PART_PLAIN;
-    if (part + 1 < s->parts)
+    if (part + 1 < s->parts || s->renamed)
         fill_segments(x);
+    s->renamed = false;
     if (x->failed)
         return OPS_PART_PLAIN;
     if (*graph_of(s))

@@ -8,10 +8,11 @@
  * long the calls took in steps without these waits, so where the sum of `host` is close to the
  * step's time, launches bound it. Decoding is greedy, each token the one before it gave.
  *
- *   bench_cuda [--csv FILE] [--only WHAT-ROWS-CONTEXT] [--plain]
+ *   bench_cuda [--csv FILE] [--only WHAT-ROWS-CONTEXT] [--plain] [--fp8]
  * Prints a table, and writes the same as CSV; `--only decode-1-4096` for one row, or a part of its
- * name for some; --plain for decoding without recorded parts. Exits with 77 without a GPU. Runs
- * from the repository's root. */
+ * name for some; --plain for decoding without recorded parts; --fp8 with landmarks in fp8. Each row
+ * says how much of the device's memory is in use with its sequences open, and how much of that
+ * their landmarks are. Exits with 77 without a GPU. Runs from the repository's root. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -180,6 +181,7 @@ static struct clock {
     unsigned calls;
 } clocks[OP_COUNT];
 static const struct ops *real;
+static const struct engine *measured;
 static bool waiting; /* for the device, after each op */
 
 static void end(struct ops_context *context, enum op op, double begin)
@@ -283,6 +285,7 @@ static void timed_end(struct ops_context *x, struct ops_picks *picks, int32_t *l
 
 static void set_clocks(struct engine *engine)
 {
+    measured = engine;
     real = engine->ops;
     clocked = *real;
     if (plain)
@@ -313,8 +316,16 @@ struct row {
     int steps, waited; /* behind these */
 };
 
+/* Bytes of the device that hold landmarks. */
+static double landmarks_on_device(const struct memory *memory)
+{
+    const double blocks = (double)memory->landmark_bytes / (double)memory->block_bytes;
+    return blocks * (double)(memory->narrow_bytes ? memory->narrow_bytes : memory->block_bytes);
+}
+
 static void report(const struct row *r)
 {
+    const double used = (double)real->device_bytes(measured->context);
     const double floor = fmax(r->bytes / bandwidth, r->operations / rate);
     printf("%-8s %5u rows, context %9llu: %9.3f ms, floor %8.3f ms (%s), %7.1fx; %6.0f GB/s, "
            "%6.1f TFLOP/s, %8.0f tok/s\n",
@@ -325,6 +336,10 @@ static void report(const struct row *r)
         fprintf(csv, "%s,%u,%llu,step,1,%.6f,,%.6f,%.3f,%.0f,%.0f\n", r->what, r->rows,
                 (unsigned long long)r->context, r->seconds * 1e3, floor * 1e3, r->seconds / floor,
                 r->bytes, r->operations);
+    if (csv)
+        fprintf(csv, "%s,%u,%llu,device_bytes,,,,,,%.0f,\n%s,%u,%llu,landmark_bytes,,,,,,%.0f,\n",
+                r->what, r->rows, (unsigned long long)r->context, used, r->what, r->rows,
+                (unsigned long long)r->context, landmarks_on_device(&measured->memory));
     double whole = 0, host = 0;
     for (int i = 0; i < OP_COUNT; i++) {
         whole += r->device[i].seconds / r->waited;
@@ -342,8 +357,10 @@ static void report(const struct row *r)
                     (unsigned long long)r->context, op_names[i],
                     r->device[i].calls / (unsigned)r->waited, ms, calling);
     }
-    printf("; each waited for %.3f ms, calls alone %.3f ms, of them recorded parts %.3f ms\n",
-           whole * 1e3, host * 1e3, r->host[OP_PARTS].seconds / r->steps * 1e3);
+    printf("; each waited for %.3f ms, calls alone %.3f ms, of them recorded parts %.3f ms\n"
+           "          %.0f MB of the device in use, %.1f MB of them landmarks\n",
+           whole * 1e3, host * 1e3, r->host[OP_PARTS].seconds / r->steps * 1e3, used * 1e-6,
+           landmarks_on_device(&measured->memory) * 1e-6);
     fflush(stdout);
 }
 
@@ -472,8 +489,10 @@ static double decode_bytes(const struct engine_info *info, uint32_t batch, uint6
 {
     const struct model_config *c = info->config;
     const double state = 8.0 * c->mamba_count * c->inner_size * c->state_size;
+    const struct memory *memory = &measured->memory;
+    const size_t block = memory->narrow_bytes ? memory->narrow_bytes : memory->block_bytes;
     const double landmarks =
-        (double)context / c->chunk_tokens * (double)info->landmark_bytes * info->group_count;
+        (double)context / c->chunk_tokens * (double)block / OPS_LANDMARK_BLOCK * info->group_count;
     const double pages = hsa_layers(c) * c->topk * (double)info->kv_bytes;
     return (double)info->weight_bytes - 2 * encoder_weights(c) +
            batch * (state + landmarks + pages);
@@ -644,19 +663,21 @@ int main(int argc, char **argv)
     struct fake fake = {0};
     struct engine *engine;
     struct error err = {0};
-    const struct engine_options options = {.model_path = "tests/bench/ramba-370m",
-                                           .backend = ENGINE_BACKEND_CUDA,
-                                           .host_memory_bytes = (size_t)1 << 30,
-                                           .slice_tokens = 4096,
-                                           .io = {.context = &fake,
-                                                  .append_room = append_room,
-                                                  .append = append,
-                                                  .read = read_chunks,
-                                                  .read_landmarks = read_landmarks},
-                                           .random_weights_seed = 1};
+    struct engine_options options = {.model_path = "tests/bench/ramba-370m",
+                                     .backend = ENGINE_BACKEND_CUDA,
+                                     .host_memory_bytes = (size_t)1 << 30,
+                                     .slice_tokens = 4096,
+                                     .io = {.context = &fake,
+                                            .append_room = append_room,
+                                            .append = append,
+                                            .read = read_chunks,
+                                            .read_landmarks = read_landmarks},
+                                     .random_weights_seed = 1};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--plain") == 0)
             plain = true;
+        else if (strcmp(argv[i], "--fp8") == 0)
+            options.landmarks_fp8 = true;
         else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc)
             only = argv[++i];
         else if (strcmp(argv[i], "--csv") == 0 && i + 1 < argc)

@@ -48,8 +48,8 @@ struct alignas(16) uint4 {
 /* Of the thread that runs. */
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
-                     const std::function<void()> &kernel);
+void emulator_launch(struct emulator_stream *stream, const char *name, dim3 grid, dim3 block,
+                     size_t shared_bytes, const std::function<void()> &kernel);
 void *emulator_shared(void);
 /* Every lane gives a word and gets all 32 of them; a barrier of the warp. */
 const uint64_t *emulator_exchange(uint64_t word);
@@ -154,7 +154,9 @@ static inline void __threadfence(void)
 {
 }
 
-/* ---- the runtime ---- */
+/* ---- the runtime ----
+ * Work on the first stream is done at once, on others when it is waited for: whoever does not wait
+ * is seen. */
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
 typedef struct emulator_stream *cudaStream_t;
@@ -186,6 +188,7 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);

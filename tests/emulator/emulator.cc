@@ -170,10 +170,46 @@ struct emulator_graph {
     std::vector<kept_launch> launches;
 };
 
+struct emulator_stream {
+    bool late; /* its work is done when somebody waits for it */
+    std::vector<kept_launch> launches;
+};
+
+struct emulator_event {
+    emulator_stream *stream; /* that it was recorded on */
+    std::chrono::steady_clock::time_point when;
+};
+
+static unsigned streams; /* open */
+
 static emulator_graph *recording;
 
-void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
-                     const std::function<void()> &kernel)
+static void run_grid(const kept_launch &l)
+{
+    e.name = l.name;
+    e.kernel = &l.kernel;
+    e.count = l.block.x * l.block.y * l.block.z;
+    gridDim = l.grid;
+    blockDim = l.block;
+    for (unsigned z = 0; z < l.grid.z; z++)
+        for (unsigned y = 0; y < l.grid.y; y++)
+            for (unsigned x = 0; x < l.grid.x; x++) {
+                blockIdx = dim3(x, y, z);
+                memset(shared_memory, 0xff, l.shared_bytes);
+                run_block();
+            }
+}
+
+static void flush(emulator_stream *stream)
+{
+    std::vector<kept_launch> launches;
+    launches.swap(stream->launches);
+    for (const kept_launch &l : launches)
+        run_grid(l);
+}
+
+void emulator_launch(emulator_stream *stream, const char *name, dim3 grid, dim3 block,
+                     size_t shared_bytes, const std::function<void()> &kernel)
 {
     const size_t threads = (size_t)block.x * block.y * block.z;
     if (threads > THREADS || !threads || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu ||
@@ -182,22 +218,17 @@ void emulator_launch(const char *name, dim3 grid, dim3 block, size_t shared_byte
                 grid.x, grid.y, grid.z, block.x, block.y, block.z, shared_bytes);
         abort();
     }
-    if (recording) {
-        recording->launches.push_back({name, grid, block, shared_bytes, kernel});
-        return;
+    const kept_launch launch = {name, grid, block, shared_bytes, kernel};
+    if (recording && stream->late) {
+        fprintf(stderr, "emulator: %s: on another stream while a graph is recorded\n", name);
+        abort();
     }
-    e.name = name;
-    e.kernel = &kernel;
-    e.count = (unsigned)threads;
-    gridDim = grid;
-    blockDim = block;
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                blockIdx = dim3(x, y, z);
-                memset(shared_memory, 0xff, shared_bytes);
-                run_block();
-            }
+    if (recording)
+        recording->launches.push_back(launch);
+    else if (stream->late)
+        stream->launches.push_back(launch);
+    else
+        run_grid(launch);
 }
 
 /* ---- tensor cores, asynchronous copies ---- */
@@ -393,9 +424,10 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *mem
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t)
+                            cudaStream_t stream)
 {
     cudaPointerAttributes a, b;
+    flush(stream);
     if (recording) {
         fprintf(stderr, "emulator: a copy while a graph is recorded\n");
         abort();
@@ -412,40 +444,50 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
     return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t)
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream)
 {
+    flush(stream);
     memset(to, value, bytes);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
-    *out = (cudaStream_t)&e;
+    *out = new emulator_stream{streams++ > 0, {}};
     return cudaSuccess;
 }
-
-struct emulator_event {
-    std::chrono::steady_clock::time_point when;
-};
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
-    *out = new emulator_event;
+    *out = new emulator_event();
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t)
+cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
+    flush(stream);
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamDestroy(cudaStream_t)
+cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
+    delete stream;
+    streams--;
     return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t)
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned)
 {
+    return cudaEventSynchronize(event);
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
+{
+    if (recording) {
+        fprintf(stderr, "emulator: an event while a graph is recorded\n");
+        abort();
+    }
+    event->stream = stream;
     event->when = std::chrono::steady_clock::now();
     return cudaSuccess;
 }
@@ -461,8 +503,10 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
     return cudaSuccess;
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t)
+cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
+    if (event->stream)
+        flush(event->stream);
     return cudaSuccess;
 }
 
@@ -494,7 +538,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsign
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t)
 {
     for (const kept_launch &l : graph->launches)
-        emulator_launch(l.name, l.grid, l.block, l.shared_bytes, l.kernel);
+        run_grid(l);
     return cudaSuccess;
 }
 

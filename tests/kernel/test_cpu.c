@@ -411,8 +411,8 @@ static void check_retrieve(struct bed *bed)
         /* The chunks that the segment's own rows complete are there already, and not visible. */
         segments[i].position = chunks[i] * s + i % s;
         segments[i].position -= segments[i].position > segments[i].count ? segments[i].count : 0;
-        landmarks[i] = (struct ops_landmarks){blocks, chunks[i]};
-        wide_landmarks[i] = (struct ops_landmarks){wide_blocks, chunks[i]};
+        landmarks[i] = (struct ops_landmarks){.blocks = blocks, .count = chunks[i]};
+        wide_landmarks[i] = (struct ops_landmarks){.blocks = wide_blocks, .count = chunks[i]};
     }
     const size_t count = (size_t)rows.row_count * c->retrieval_heads * c->topk;
     const float *x = numbers(bed, (size_t)rows.row_count * d, 1);

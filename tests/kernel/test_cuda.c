@@ -18,6 +18,7 @@
 #include "engine/bf16.h"
 #include "engine/ops.h"
 #include "engine/packed.h"
+#include "engine/sampler_weight.h"
 #include "proto/base/assert.h"
 #include "proto/limits.h"
 
@@ -53,7 +54,7 @@ static float *random_floats(size_t count, float scale)
 
 struct bed {
     struct model_config config;
-    bool wide;
+    bool wide, fp8; /* fp8: landmarks */
     const struct ops *ref, *cuda;
     struct ops_context *ref_context, *cuda_context;
     void *owned[256]; /* host memory of weights */
@@ -92,16 +93,18 @@ static struct model_config make_config(uint32_t d, uint32_t heads, uint32_t kv_h
     return c;
 }
 
-static enum status bed_open(struct bed *b, const struct model_config *config, bool wide,
+static enum status bed_open(struct bed *b, const struct model_config *config, bool wide, bool fp8,
                             uint32_t max_rows, size_t device_bytes, struct error *err)
 {
-    *b = (struct bed){.config = *config, .wide = wide, .ref = ops_ref(), .cuda = ops_cuda()};
-    const struct ops_options options = {.config = &b->config,
-                                        .threads = 1,
-                                        .max_rows = max_rows,
-                                        .memory_dtype = wide ? OPS_FP32 : OPS_BF16,
-                                        .device_memory_bytes = device_bytes};
+    *b = (struct bed){
+        .config = *config, .wide = wide, .fp8 = fp8, .ref = ops_ref(), .cuda = ops_cuda()};
+    struct ops_options options = {.config = &b->config,
+                                  .threads = 1,
+                                  .max_rows = max_rows,
+                                  .memory_dtype = wide ? OPS_FP32 : OPS_BF16,
+                                  .device_memory_bytes = device_bytes};
     ASSERT(!b->ref->open(&options, &b->ref_context, err));
+    options.landmarks_fp8 = fp8;
     const enum status status = b->cuda->open(&options, &b->cuda_context, err);
     if (status)
         b->ref->close(b->ref_context);
@@ -185,8 +188,11 @@ static void verdict(const struct bed *b, const char *what, bool passed, const ch
     checks++;
     failures += !passed || broken;
     printf("%-4s %-4s %-30s %-22s seed %-6llu %s%s%s\n", passed && !broken ? "ok" : "FAIL",
-           b->wide ? "fp32" : "bf16", current, what, (unsigned long long)current_seed, text,
-           broken ? "; BROKEN: " : "", broken ? err.message : "");
+           b->wide  ? "fp32"
+           : b->fp8 ? "fp8"
+                    : "bf16",
+           current, what, (unsigned long long)current_seed, text, broken ? "; BROKEN: " : "",
+           broken ? err.message : "");
     fflush(stdout);
 }
 
@@ -532,8 +538,8 @@ static void check_encode(struct bed *b, uint32_t count)
 struct scan { /* one sequence's landmarks, in both worlds */
     uint64_t count;
     char *host;
-    void *device;
-    const void *blocks[64], *device_blocks[64];
+    void *device, *twins; /* with fp8 `device` is the host's memory too */
+    const void *blocks[64], *device_blocks[64], *narrow[64];
 };
 
 /* Every seventh landmark repeats the one three before it, so that there are exact ties. */
@@ -564,11 +570,61 @@ static void make_scan(struct bed *b, struct scan *scan, uint64_t count)
         }
         free(row);
     }
-    scan->device = to_device(b, scan->host, (blocks + 1) * block);
+    const size_t narrow = b->fp8 ? b->cuda->narrow_bytes(b->cuda_context) : 0;
+    if (b->fp8) {
+        scan->device = b->cuda->alloc_host(b->cuda_context, (blocks + 1) * block);
+        ASSERT(scan->device);
+        memcpy(scan->device, scan->host, (blocks + 1) * block);
+        scan->twins = to_device(b, NULL, (blocks + 1) * narrow);
+    } else {
+        scan->device = to_device(b, scan->host, (blocks + 1) * block);
+    }
     for (size_t i = 0; i < blocks; i++) {
         scan->blocks[i] = scan->host + i * block;
         scan->device_blocks[i] = (char *)scan->device + i * block;
+        scan->narrow[i] = (char *)scan->twins + i * narrow;
+        const size_t left = (size_t)count - i * OPS_LANDMARK_BLOCK, first = left < 3 ? left : 3;
+        for (size_t at = 0; b->fp8 && at < 2; at++) /* in two parts */
+            b->cuda->narrow_landmarks(
+                b->cuda_context, scan->device_blocks[i], (uint32_t)(at ? first : 0),
+                (uint32_t)(at ? (left < OPS_LANDMARK_BLOCK ? left : OPS_LANDMARK_BLOCK) - first
+                              : first),
+                (void *)(uintptr_t)scan->narrow[i]);
     }
+}
+
+static void drop_scan(struct bed *b, struct scan *scan)
+{
+    free(scan->host);
+    if (b->fp8)
+        b->cuda->release_host(b->cuda_context, scan->device);
+    else
+        release(b, scan->device);
+    if (scan->twins)
+        release(b, scan->twins);
+}
+
+/* It is the twins that are scanned: a pick whose twin is wiped out is not found again. */
+static bool wiped_is_missed(struct bed *b, const struct ops_retrieval_weights *w,
+                            const struct ops_rows *rows, const struct ops_landmarks *landmarks,
+                            const float *x, uint32_t segment, const struct ops_picks *picks)
+{
+    const size_t r = b->config.retrieval_dim, topk = b->config.topk;
+    const size_t row = rows->segments[segment].row + rows->segments[segment].count - 1;
+    uint64_t *own = picks->chunks + row * b->config.retrieval_heads * topk;
+    const uint64_t chunk = own[0];
+    void *zeros = calloc(1, r);
+    ASSERT(zeros);
+    b->cuda->copy(b->cuda_context,
+                  (char *)(uintptr_t)landmarks[segment].narrow[chunk / OPS_LANDMARK_BLOCK] +
+                      chunk % OPS_LANDMARK_BLOCK * r,
+                  zeros, r);
+    b->cuda->retrieve(b->cuda_context, w, rows, landmarks, x, (struct ops_picks *)(uintptr_t)picks);
+    free(zeros);
+    for (size_t i = 0; i < topk; i++)
+        if (own[i] == chunk)
+            return false;
+    return true;
 }
 
 static uint64_t visible(const struct model_config *c, uint64_t position, uint64_t count)
@@ -705,7 +761,7 @@ static void check_retrieve(struct bed *b, const uint32_t *counts, const uint64_t
     uint64_t most = 0;
     for (uint32_t i = 0; i < n; i++) {
         make_scan(b, &scans[i], chunks[i]);
-        landmarks[i] = (struct ops_landmarks){scans[i].device_blocks, chunks[i]};
+        landmarks[i] = (struct ops_landmarks){scans[i].device_blocks, chunks[i], scans[i].narrow};
         /* The last rows see everything, or all but a part of it. */
         segments[i].position = chunks[i] * c->chunk_tokens + random_below(c->chunk_tokens);
         segments[i].position -= segments[i].position < counts[i] ? segments[i].position : counts[i];
@@ -733,15 +789,92 @@ static void check_retrieve(struct bed *b, const uint32_t *counts, const uint64_t
             }
     verdict(b, "retrieve", !e.wrong, "%zu wrong, gap %.1e, weights within %.1e (allowed %.0e) %s",
             e.wrong, e.worst_gap, e.worst_weight, slack, e.first);
-    for (uint32_t i = 0; i < n; i++) {
-        free(scans[i].host);
-        release(b, scans[i].device);
-    }
+    for (uint32_t i = 0; b->fp8 && i < 2; i++) /* a short segment and a long one */
+        verdict(b, "retrieve, a twin wiped",
+                wiped_is_missed(b, &device, &rows, landmarks, gx, i, &picks), "segment of %u rows",
+                counts[i]);
+    for (uint32_t i = 0; i < n; i++)
+        drop_scan(b, &scans[i]);
     release(b, gx);
     free(x);
     free(picks.chunks);
     free(picks.weights);
     free(scores);
+}
+
+/* ---- drawing ---- */
+
+#define DRAW_ROWS 37
+
+/* Logits of every sort: normal, flat with many ties, spread far, with no numbers among them. */
+static void make_logits(float *row, uint32_t v, uint32_t sort)
+{
+    for (uint32_t i = 0; i < v; i++) {
+        row[i] = random_normal() * (sort % 4 == 2 ? 40 : 3);
+        if (sort % 4 == 1)
+            row[i] = (float)random_below(3) / 4;
+        if (sort % 4 == 3 && random_below(3) == 0)
+            row[i] = random_below(2) ? NAN : -INFINITY;
+        if (sort == 7)
+            row[i] = NAN;
+        if (sort == 11 && i == v / 2)
+            row[i] = INFINITY;
+    }
+}
+
+static int32_t largest_logit(const float *row, uint32_t v)
+{
+    uint32_t best = 0;
+    for (uint32_t i = 1; i < v; i++)
+        if (sampler_clean(row[i]) > sampler_clean(row[best]))
+            best = i;
+    return (int32_t)best;
+}
+
+/* What the device draws is what the sampler draws, token for token. */
+static void check_draw(struct bed *b)
+{
+    const uint32_t v = b->config.vocab_size;
+    float *logits = malloc((size_t)DRAW_ROWS * v * sizeof *logits);
+    struct sampler *samplers[DRAW_ROWS], *twins[DRAW_ROWS];
+    struct ops_draw draws[DRAW_ROWS];
+    int32_t got[DRAW_ROWS];
+    uint32_t different = 0, distinct = 0;
+    ASSERT(logits);
+    for (uint32_t i = 0; i < DRAW_ROWS; i++) {
+        struct sampler_params params;
+        sampler_params_default(&params);
+        make_logits(logits + (size_t)i * v, v, i % 12);
+        params.temperature = (float)(1 + random_below(20)) / 10;
+        params.top_k = random_below(2) ? (int32_t)random_below(v + 20) : 0;
+        params.top_p = random_below(2) ? (float)random_below(1001) / 1000 : 1;
+        params.min_p = random_below(3) ? 0 : (float)random_below(1001) / 1000;
+        params.seed = current_seed * 100 + i;
+        ASSERT(!sampler_create(&params, (int32_t)v, &samplers[i]));
+        ASSERT(sampler_draws_plainly(samplers[i]));
+        ASSERT(!sampler_create(&params, (int32_t)v, &twins[i]));
+        draws[i] = (struct ops_draw){.row = i, .largest = largest_logit(logits + (size_t)i * v, v)};
+    }
+    float *device = to_device(b, logits, (size_t)DRAW_ROWS * v * sizeof *logits);
+    for (int round = 0; round < 4; round++) {
+        struct sampler_result want;
+        for (uint32_t i = 0; i < DRAW_ROWS; i++)
+            draws[i].how = sampler_next_draw(twins[i]);
+        b->cuda->draw(b->cuda_context, draws, DRAW_ROWS, device, got);
+        for (uint32_t i = 0; i < DRAW_ROWS; i++) {
+            sampler_sample(samplers[i], logits + (size_t)i * v, &want);
+            different += got[i] != want.token;
+            distinct += got[i] != draws[i].largest;
+        }
+    }
+    verdict(b, "draw", !different && distinct, "%u of %u tokens differ, %u are not the largest",
+            different, 4 * DRAW_ROWS, distinct);
+    for (uint32_t i = 0; i < DRAW_ROWS; i++) {
+        sampler_destroy(samplers[i]);
+        sampler_destroy(twins[i]);
+    }
+    release(b, device);
+    free(logits);
 }
 
 /* ---- attention over pages ---- */
@@ -828,6 +961,31 @@ struct job {
     bool small_pool; /* a device pool of just what one row reads */
 };
 
+static const uint32_t scan_rows[] = {1, 37, 10, 9, 150, 1, 3};
+
+static void check_scans(struct bed *b)
+{
+    const uint64_t chunks[] = {300, 700, 0, 1, 520, 2049, b->config.topk};
+    check_retrieve(b, scan_rows, chunks, b->config.hidden_size >= 1024 ? 3 : 7);
+}
+
+/* Retrieval with landmarks in fp8, which is all that differs then. */
+static void run_fp8(const struct job *job, uint64_t seed)
+{
+    struct bed b;
+    struct error err = {0};
+    snprintf(current, sizeof current, "%s", job->name);
+    current_seed = seed;
+    random_state = seed * 0x9e3779b97f4a7c15u + 2;
+    if (bed_open(&b, &job->config, false, true, job->max_rows, 0, &err)) {
+        printf("FAIL %s: cannot open: %s\n", job->name, err.message);
+        failures++;
+        return;
+    }
+    check_scans(&b);
+    bed_close(&b);
+}
+
 static void run_job(const struct job *job, bool wide, uint64_t seed)
 {
     struct bed b;
@@ -839,7 +997,7 @@ static void run_job(const struct job *job, bool wide, uint64_t seed)
     const size_t page = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim * (wide ? 4 : 2);
     const size_t least = c->retrieval_heads * c->topk > 16 ? c->retrieval_heads * c->topk : 16;
     const size_t budget = job->small_pool ? least * ((page + 255) / 256 * 256) : 0;
-    const enum status status = bed_open(&b, c, wide, job->max_rows, budget, &err);
+    const enum status status = bed_open(&b, c, wide, false, job->max_rows, budget, &err);
     if (status) {
         printf("FAIL %s: cannot open: %s\n", job->name, err.message);
         failures++;
@@ -853,9 +1011,9 @@ static void run_job(const struct job *job, bool wide, uint64_t seed)
     check_mamba(&b, few, 5);
     check_mamba(&b, large ? many + 1 : many, large ? 3 : 9);
     check_encode(&b, large ? 2 : 18);
-    const uint32_t rows[] = {1, 37, 10, 9, 150, 1, 3};
-    const uint64_t chunks[] = {300, 700, 0, 1, 520, 2049, c->topk};
-    check_retrieve(&b, rows, chunks, large ? 3 : 7);
+    check_scans(&b);
+    if (!wide)
+        check_draw(&b);
     check_hsa(&b, large ? 5 : 33);
     check_hsa(&b, 1);
     bed_close(&b);
@@ -868,7 +1026,7 @@ static void check_fault(const struct model_config *c, const char *fault)
     struct error err = {0};
     snprintf(current, sizeof current, "fault %s", fault);
     setenv("RAMBAD_CUDA_FAULT", fault, 1);
-    const enum status status = bed_open(&b, c, false, 64, 0, &err);
+    const enum status status = bed_open(&b, c, false, false, 64, 0, &err);
     unsetenv("RAMBAD_CUDA_FAULT");
     if (status) { /* an allocation of the opening itself */
         const bool passed = status == STATUS_NO_MEMORY && err.message[0];
@@ -907,6 +1065,7 @@ static void make_jobs(void)
     c->qk_norm = c->softmax1 = c->landmark_norm = c->encoder_prenorm = c->use_bias = true;
     c->encoder_layers = 2;
     c = add_job("d128, no encoder, softmax", make_config(128, 4, 4, 17, 1, 13, 3), true);
+    c->vocab_size = 5003;
     c->encoder_layers = 0;
     c->softmax_weights = c->pos_decay = c->mask_slide_window = true;
     c->slide_window = 5 * c->chunk_tokens;
@@ -921,7 +1080,7 @@ static void make_jobs(void)
 int main(int argc, char **argv)
 {
     uint64_t seed = (uint64_t)time(NULL) % 100000;
-    bool large = true;
+    bool large = true, narrow_only = false;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc)
             seed = strtoull(argv[++i], NULL, 10);
@@ -929,11 +1088,13 @@ int main(int argc, char **argv)
             only = argv[++i];
         else if (strcmp(argv[i], "--small") == 0)
             large = false;
+        else if (strcmp(argv[i], "--narrow") == 0) /* fp32 left out */
+            narrow_only = true;
     }
     make_jobs();
     struct bed b;
     struct error err = {0};
-    const enum status status = bed_open(&b, &jobs[0].config, true, 16, 0, &err);
+    const enum status status = bed_open(&b, &jobs[0].config, true, false, 16, 0, &err);
     if (status == STATUS_UNSUPPORTED) {
         printf("SKIPPED: %s\n", err.message);
         return 77;
@@ -945,10 +1106,12 @@ int main(int argc, char **argv)
     printf("%s, seed %llu\n", b.cuda->describe(b.cuda_context), (unsigned long long)seed);
     bed_close(&b);
     for (size_t i = 0; i < job_count; i++)
-        for (int wide = 1; wide >= 0; wide--)
-            if ((!only || strstr(jobs[i].name, only)) &&
-                (large || jobs[i].config.hidden_size < 256))
-                run_job(&jobs[i], wide, seed + i);
+        if ((!only || strstr(jobs[i].name, only)) && (large || jobs[i].config.hidden_size < 256)) {
+            if (!narrow_only)
+                run_job(&jobs[i], true, seed + i);
+            run_job(&jobs[i], false, seed + i);
+            run_fp8(&jobs[i], seed + i);
+        }
     const char *const faults[] = {"alloc:1", "alloc:7", "launch:1", "launch:3"};
     for (size_t i = 0; !only && i < sizeof faults / sizeof *faults; i++)
         check_fault(&jobs[0].config, faults[i]);

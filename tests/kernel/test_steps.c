@@ -1,8 +1,8 @@
 /* Decoding on a device that records its steps (ops.h: step_begin): whatever runs beside a sequence,
- * whatever the budgets, recorded or op by op, it computes the same bits; and the token that the
- * device finds is the sampler's own. And a device that fails, at whatever launch or allocation,
- * ends the process with a clear word or refuses to open; it gives no token. Exits with 77 where
- * there is no GPU. */
+ * whatever the budgets, recorded or op by op, it computes the same bits; and the tokens that the
+ * device finds and draws are the sampler's own. And a device that fails, at whatever launch or
+ * allocation, ends the process with a clear word or refuses to open; it gives no token. Exits with
+ * 77 where there is no GPU. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,8 +14,9 @@
 #include "tests/lib/chunk_ram.h"
 
 #define SEQUENCES 5
-#define TOKENS 18 /* of each: chunks are completed on the way */
-#define PROMPT 70
+#define SLICE 32
+#define TOKENS 18  /* of each: chunks are completed on the way */
+#define PROMPT 400 /* at most */
 
 struct sequence {
     struct engine_session *session;
@@ -24,9 +25,25 @@ struct sequence {
     uint32_t done;
 };
 
+struct kind { /* of engine */
+    const char *model;
+    enum engine_dtype dtype;
+    bool fp8;        /* landmarks */
+    uint32_t prompt; /* tokens of the first sequence; the others have `step` more each */
+    uint32_t step;
+    bool pages_move; /* with small budgets: what is read does not stay in memory */
+};
+
 struct way { /* to run the same sequences */
     const char *name;
-    bool plain, together, tight;
+    bool plain, together;
+    enum { AMPLE, SMALL, LEAST } budgets;
+};
+
+static const struct kind kinds[] = {
+    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, false, 31, 13, false},
+    {"tests/golden/noencoder-kv2-groups2-bias", ENGINE_DTYPE_FP32, false, 330, 13, true},
+    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, true, 70, 20, false},
 };
 
 static int failures;
@@ -35,6 +52,11 @@ static int failures;
 static bool takes_part(const struct way *way, uint32_t i, uint32_t j)
 {
     return way->together ? (i * 7 + j) % 4 != 0 : i % SEQUENCES == j;
+}
+
+static bool is_greedy(uint32_t j)
+{
+    return j % 2 == 0;
 }
 
 static int32_t largest(const float *logits, uint32_t count)
@@ -46,25 +68,38 @@ static int32_t largest(const float *logits, uint32_t count)
     return (int32_t)best;
 }
 
-static void start(struct engine *engine, struct chunk_ram *ram, struct sequence *s, uint32_t j)
+static void start(struct engine *engine, struct chunk_ram *ram, const struct kind *kind,
+                  struct sequence *s, uint32_t j)
 {
     const struct chunk_range range = {.branch = 1 + j};
-    struct sampler_params greedy;
+    struct sampler_params params;
     struct error err;
     int32_t prompt[PROMPT];
-    const uint32_t length = j ? 11 + 13 * j : PROMPT;
+    const uint32_t length = kind->prompt + kind->step * (SEQUENCES - 1 - j);
+    ASSERT(length <= PROMPT);
     for (uint32_t i = 0; i < length; i++)
         prompt[i] = (int32_t)((i * 37 + j * 101 + 11) % 251);
-    sampler_params_default(&greedy);
+    sampler_params_default(&params);
+    if (!is_greedy(j)) { /* drawn on the device, or, op by op, by the sampler */
+        params.temperature = 0.7f + 0.1f * (float)j;
+        params.top_p = j == 1 ? 0.9f : 1;
+        params.top_k = j == 3 ? 40 : 0;
+        params.seed = j;
+    }
     *s = (struct sequence){0};
     ASSERT(!engine_session_create(engine, &range, 1, NULL, 0, &s->session, &err));
-    ASSERT(!sampler_create(&greedy, (int32_t)engine_get_info(engine)->config->vocab_size,
+    ASSERT(!sampler_create(&params, (int32_t)engine_get_info(engine)->config->vocab_size,
                            &s->sampler));
-    struct engine_step_item item = {
-        .session = s->session, .tokens = prompt, .token_count = length, .sampler = s->sampler};
-    ASSERT(!engine_step(engine, &item, 1) && !item.status);
-    chunk_ram_acknowledge(ram, engine);
-    s->token = item.result.token;
+    for (uint32_t at = 0, n; at < length; at += n) {
+        n = length - at < SLICE ? length - at : SLICE;
+        struct engine_step_item item = {.session = s->session,
+                                        .tokens = prompt + at,
+                                        .token_count = n,
+                                        .sampler = at + n == length ? s->sampler : NULL};
+        ASSERT(!engine_step(engine, &item, 1) && !item.status);
+        chunk_ram_acknowledge(ram, engine);
+        s->token = item.result.token;
+    }
 }
 
 /* One step of those that take part; logits[sequence][token] [V]. */
@@ -91,33 +126,57 @@ static void step(struct engine *engine, struct chunk_ram *ram, struct sequence *
         float *to = logits + ((size_t)(s - sequences) * TOKENS + s->done++) * v;
         memcpy(to, session_logits(s->session), v * sizeof *to);
         s->token = items[j].result.token;
-        if (s->token != largest(to, v) && !failures++)
+        if (is_greedy((uint32_t)(s - sequences)) && s->token != largest(to, v) && !failures++)
             printf("FAIL %s: token %d, the largest logit is that of %d\n", way->name, s->token,
                    largest(to, v));
     }
 }
 
+/* With small budgets everything that can happen to pages did happen. */
+static void check_moves(const struct engine_stats *s)
+{
+    const struct {
+        const char *what;
+        uint64_t count;
+    } all[] = {{"pages read from the disk", s->page_misses},
+               {"read before they were asked for", s->pages_expected},
+               {"and then were", s->pages_expected_hits},
+               {"copied to the device before they were asked for", s->device_pages_expected},
+               {"and then were", s->device_pages_expected_hits},
+               {"picks like those of the token before", s->picks_repeated},
+               {"steps divided", s->steps_divided}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        printf("    %s: %llu\n", all[i].what, (unsigned long long)all[i].count);
+        failures += !all[i].count;
+    }
+}
+
 /* The logits of every sequence at every token; NULL: no GPU. */
-static float *run(const char *model, enum engine_dtype dtype, const struct way *way)
+static float *run(const struct kind *kind, const struct way *way)
 {
     struct chunk_ram ram;
     struct engine *engine = NULL;
     struct error err = {0};
     struct ops table;
     chunk_ram_init(&ram);
-    struct engine_options options = {.model_path = model,
+    struct engine_options options = {.model_path = kind->model,
                                      .backend = ENGINE_BACKEND_CUDA,
                                      .threads = 1,
                                      .host_memory_bytes = (size_t)64 << 20,
-                                     .memory_dtype = dtype,
-                                     .slice_tokens = 96,
+                                     .memory_dtype = kind->dtype,
+                                     .landmarks_fp8 = kind->fp8,
+                                     .slice_tokens = SLICE,
                                      .io = chunk_ram_io(&ram)};
     enum status status = engine_open(&options, &engine, &err);
-    if (way->tight && !status) { /* again, with the least that it takes */
+    if (way->budgets != AMPLE &&
+        !status) { /* again, with the least that it takes, or little more */
         const struct engine_info *info = engine_get_info(engine);
         const size_t picks = info->config->retrieval_heads * info->config->topk;
         const size_t page = (info->kv_bytes + 255) / 256 * 256;
-        options.device_memory_bytes = (picks > 16 ? picks : 16) * page;
+        options.device_memory_bytes = (way->budgets == SMALL ? SEQUENCES * picks + 8
+                                       : picks > 16          ? picks
+                                                             : 16) *
+                                      page;
         options.host_memory_bytes =
             (picks + 2 * ((options.slice_tokens + LIMITS_RUNNING) / info->config->chunk_tokens +
                           LIMITS_RUNNING + 1)) *
@@ -130,7 +189,7 @@ static float *run(const char *model, enum engine_dtype dtype, const struct way *
         exit(77);
     }
     if (status) {
-        printf("FAIL cannot open %s: %s\n", model, err.message);
+        printf("FAIL cannot open %s: %s\n", kind->model, err.message);
         exit(1);
     }
     chunk_ram_attach(&ram, engine);
@@ -143,7 +202,7 @@ static float *run(const char *model, enum engine_dtype dtype, const struct way *
     struct sequence sequences[SEQUENCES];
     ASSERT(logits);
     for (uint32_t j = 0; j < SEQUENCES; j++)
-        start(engine, &ram, &sequences[j], j);
+        start(engine, &ram, kind, &sequences[j], j);
     for (uint32_t i = 0; i < SEQUENCES * TOKENS + 1; i++)
         step(engine, &ram, sequences, way, i, logits);
     for (uint32_t j = 0; j < SEQUENCES; j++) {
@@ -153,46 +212,113 @@ static float *run(const char *model, enum engine_dtype dtype, const struct way *
     }
     struct engine_stats stats;
     engine_get_stats(engine, &stats);
-    printf("%s, %s, %s: %llu device page hits, %llu misses\n", model,
+    printf("%s, %s, %s: %llu device page hits, %llu misses\n", kind->model,
            engine_get_info(engine)->backend, way->name, (unsigned long long)stats.device_page_hits,
            (unsigned long long)stats.device_page_misses);
-    const uint64_t bytes = stats.device_page_misses * engine_get_info(engine)->kv_bytes;
+    const uint64_t bytes = (stats.device_page_misses + stats.device_pages_expected) *
+                           engine_get_info(engine)->kv_bytes;
     if (stats.device_copy_bytes != bytes || !stats.device_copy_ns != !bytes) {
         failures++;
-        printf("FAIL %s, %s: %llu bytes copied to the device in %llu ns\n", model, way->name,
+        printf("FAIL %s, %s: %llu bytes copied to the device in %llu ns\n", kind->model, way->name,
                (unsigned long long)stats.device_copy_bytes,
                (unsigned long long)stats.device_copy_ns);
     }
+    if (way->budgets == SMALL && kind->pages_move)
+        check_moves(&stats);
     engine_close(engine);
     chunk_ram_close(&ram);
     return logits;
 }
 
-static void compare(const char *model, enum engine_dtype dtype, size_t v)
+static void compare(const struct kind *kind, size_t v)
 {
     static const struct way ways[] = {
-        {"together, recorded", false, true, false},
-        {"together, op by op", true, true, false},
-        {"together, recorded, least budgets", false, true, true},
-        {"alone, recorded", false, false, false},
+        {"together, recorded", false, true, AMPLE},
+        {"together, op by op", true, true, AMPLE},
+        {"together, recorded, small budgets", false, true, SMALL},
+        {"together, recorded, least budgets", false, true, LEAST},
+        {"alone, recorded", false, false, AMPLE},
     };
-    float *want = run(model, dtype, &ways[0]);
+    float *want = run(kind, &ways[0]);
     for (size_t i = 1; i < sizeof ways / sizeof *ways; i++) {
-        float *got = run(model, dtype, &ways[i]);
+        float *got = run(kind, &ways[i]);
         size_t at = 0, all = (size_t)SEQUENCES * TOKENS * v;
         while (at < all && memcmp(&got[at], &want[at], sizeof *got) == 0)
             at++;
         if (at < all && ++failures)
-            printf("FAIL %s, %s: logit %zu of sequence %zu, token %zu: %.9g, %s: %.9g\n", model,
-                   ways[i].name, at % v, at / v / TOKENS, at / v % TOKENS, (double)got[at],
-                   ways[0].name, (double)want[at]);
+            printf("FAIL %s, %s: logit %zu of sequence %zu, token %zu: %.9g, %s: %.9g\n",
+                   kind->model, ways[i].name, at % v, at / v / TOKENS, at / v % TOKENS,
+                   (double)got[at], ways[0].name, (double)want[at]);
         free(got);
     }
     free(want);
 }
 
+/* The logits behind one more token. */
+static const float *after(struct engine *engine, struct engine_session *session)
+{
+    const int32_t token = 77;
+    struct engine_step_item item = {
+        .session = session, .tokens = &token, .token_count = 1, .want_logits = true};
+    ASSERT(!engine_step(engine, &item, 1) && !item.status);
+    return session_logits(session);
+}
+
+/* With landmarks in fp8: a fork and a session taken up again from its snapshot go on as the session
+ * itself does, of whose chunks only a part is looked at again. */
+static void check_copies(void)
+{
+    static const struct kind kind = {
+        "tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, true, PROMPT, 0, false};
+    struct chunk_ram ram;
+    struct engine *engine;
+    struct error err = {0};
+    struct sequence s;
+    chunk_ram_init(&ram);
+    const struct engine_options options = {.model_path = kind.model,
+                                           .backend = ENGINE_BACKEND_CUDA,
+                                           .threads = 1,
+                                           .host_memory_bytes = (size_t)64 << 20,
+                                           .landmarks_fp8 = true,
+                                           .slice_tokens = SLICE,
+                                           .io = chunk_ram_io(&ram)};
+    ASSERT(!engine_open(&options, &engine, &err));
+    chunk_ram_attach(&ram, engine);
+    start(engine, &ram, &kind, &s, 0);
+    const struct model_config *c = engine_get_info(engine)->config;
+    ASSERT(PROMPT / c->chunk_tokens > 2 * c->topk);
+    const struct chunk_range range = {.branch = 1};
+    struct engine_session *copies[2];
+    const size_t bytes = engine_session_snapshot_bytes(s.session), v = c->vocab_size;
+    void *snapshot = malloc(bytes);
+    ASSERT(snapshot);
+    engine_session_snapshot(s.session, snapshot);
+    ASSERT(!engine_session_fork(s.session, 2, &copies[0]));
+    ASSERT(!engine_session_create(engine, &range, 1, snapshot, bytes, &copies[1], &err));
+    const float *want = after(engine, s.session);
+    for (size_t i = 0; i < 2; i++) {
+        if (memcmp(after(engine, copies[i]), want, v * sizeof *want) != 0) {
+            failures++;
+            printf("FAIL landmarks in fp8: a %s goes on otherwise\n",
+                   i ? "restored session" : "fork");
+        }
+        engine_session_destroy(copies[i]);
+    }
+    free(snapshot);
+    engine_session_destroy(s.session);
+    sampler_destroy(s.sampler);
+    engine_close(engine);
+    chunk_ram_close(&ram);
+}
+
+struct fault {
+    const char *what;
+    size_t kind;
+    struct way way;
+};
+
 /* What a process says in which a launch or an allocation fails, and how it ends. */
-static void check_fault(const char *fault)
+static void check_fault(const struct fault *f)
 {
     int ends[2], status;
     char said[8192];
@@ -202,11 +328,10 @@ static void check_fault(const char *fault)
     const pid_t child = fork();
     ASSERT(child >= 0);
     if (!child) {
-        static const struct way way = {"faulty", false, true, false};
         ASSERT(dup2(ends[1], STDERR_FILENO) >= 0 && dup2(ends[1], STDOUT_FILENO) >= 0);
         close(ends[0]);
-        setenv("RAMBAD_CUDA_FAULT", fault, 1);
-        run("tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, &way);
+        setenv("RAMBAD_CUDA_FAULT", f->what, 1);
+        run(&kinds[f->kind], &f->way);
         exit(0);
     }
     close(ends[1]);
@@ -223,21 +348,43 @@ static void check_fault(const char *fault)
     const bool refused = strstr(said, "cannot open") && strstr(said, "memory");
     if (!WIFEXITED(status) || WEXITSTATUS(status) != 1 || (!broken && !refused)) {
         failures++;
-        printf("FAIL %s: status %d, said: %s\n", fault, status, said);
+        printf("FAIL %s: status %d, said: %s\n", f->what, status, said);
     } else {
-        printf("%s: %s\n", fault, broken ? "broken, and said so" : "refused to open");
+        printf("%s: %s\n", f->what, broken ? "broken, and said so" : "refused to open");
     }
 }
 
 int main(void)
 {
-    /* Launches of the prompts, of a part as it is recorded, of a replay; allocations of all. */
-    static const char *const faults[] = {"launch:1",   "launch:30", "launch:120", "launch:220",
-                                         "launch:240", "alloc:2",   "alloc:20",   "alloc:60"};
+    static const struct way way = {"faulty", false, true, AMPLE},
+                            small = {"faulty, small budgets", false, true, SMALL};
+    /* Launches of the prompts, of a part as it is recorded, of a replay; of pages on their way, of
+     * tokens drawn, of what landmarks in fp8 take; allocations of all. */
+    const struct fault faults[] = {
+        {"launch:1", 0, way},
+        {"launch:30", 0, way},
+        {"launch:120", 0, way},
+        {"launch:220", 0, way},
+        {"launch:240", 0, way},
+        {"launch:1:copy_pages", 1, small},
+        {"launch:25:copy_pages", 1, small},
+        {"launch:1:weigh_tokens", 0, way},
+        {"launch:5:choose_tokens", 0, way},
+        {"launch:2:narrow_landmarks", 2, way},
+        {"launch:1:expand_landmarks", 2, way},
+        {"launch:1:keep_best", 2, way},
+        {"launch:1:scan_codes", 2, way},
+        {"launch:2:rescore_rows", 2, way},
+        {"alloc:2", 0, way},
+        {"alloc:20", 0, way},
+        {"alloc:60", 0, way},
+        {"alloc:10", 2, way},
+    };
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
-        check_fault(faults[i]);
-    compare("tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, 256);
-    compare("tests/golden/noencoder-kv2-groups2-bias", ENGINE_DTYPE_FP32, 256);
+        check_fault(&faults[i]);
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        compare(&kinds[i], 256);
+    check_copies();
     printf("%d failed\n", failures);
     return failures != 0;
 }

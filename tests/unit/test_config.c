@@ -111,6 +111,7 @@ static void test_refusals(void **state)
                  {"--device-memory", "half", "device-memory"},
                  {"--backend", "quantum", "backend"},
                  {"--memory-dtype", "fp64", "memory-dtype"},
+                 {"--landmarks", "int4", "landmarks"},
                  {"--log-level", "loud", "log-level"},
                  {"--data", "", "data"},
                  {"--running", "0", "running"},
@@ -150,7 +151,8 @@ static const char *other_value(const char *name, const char *kind)
         const char *of, *value;
     } values[] = {
         {"backend", "ref"}, {"chat-template", "none"}, {"ADDRESS", "10.1.2.3"}, {"ORIGIN", "*"},
-        {"TYPE", "fp32"},   {"LEVEL", "debug"},        {"SIZE", "3G"},          {"", "1"}};
+        {"TYPE", "fp32"},   {"FORM", "fp8"},           {"LEVEL", "debug"},      {"SIZE", "3G"},
+        {"", "1"}};
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         if (strcmp(values[i].of, name) == 0 || strcmp(values[i].of, kind) == 0)
             return values[i].value;

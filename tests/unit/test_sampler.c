@@ -258,7 +258,7 @@ static void the_same_seed_gives_the_same_tokens(void **state)
         sum = sum * 31 + (uint64_t)token;
     }
     assert_true(different > 150);
-    assert_int_equal(sum, 0x3d1562588547f209u); /* kept: every machine and compiler must give it */
+    assert_int_equal(sum, 0x938222e3d262c462u); /* kept: every machine and compiler must give it */
     sampler_destroy(a);
     sampler_destroy(b);
     sampler_destroy(c);
