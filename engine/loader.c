@@ -6,6 +6,8 @@
 
 #include "proto/base/assert.h"
 
+enum loader_state { IDLE, ASKED, DONE, LEAVING };
+
 struct loader {
     pthread_t thread;
     pthread_mutex_t lock;
@@ -13,7 +15,7 @@ struct loader {
     const struct chunk_io *io;
     const struct chunk_read *reads;
     size_t count;
-    enum { IDLE, ASKED, DONE, LEAVING } state;
+    enum loader_state state;
     enum status status;
 };
 
@@ -52,7 +54,7 @@ enum status loader_create(struct loader **out)
     return STATUS_OK;
 }
 
-static void change(struct loader *l, int state)
+static void change(struct loader *l, enum loader_state state)
 {
     pthread_mutex_lock(&l->lock);
     ASSERT(l->state == IDLE);

@@ -156,7 +156,7 @@ static bool find_late(const struct pass *p, const struct step *s, bool *late)
     const size_t weights = engine->info.weight_bytes / (engine->config.group_count + 1);
     size_t lacking = 0;
     uint32_t late_count = 0;
-    bool unread[OPS_STEP_ROWS] = {0}, lacks[OPS_STEP_ROWS] = {0}, any_unread = false;
+    bool unread[OPS_STEP_ROWS] = {0}, lacks[OPS_STEP_ROWS] = {0};
     if (s->divided || p->count < 2 || !engine->ops->prefetch)
         return false;
     for (uint32_t i = 0; i < p->count; i++)
@@ -174,7 +174,6 @@ static bool find_late(const struct pass *p, const struct step *s, bool *late)
     for (uint32_t i = 0; i < p->count; i++) {
         late[i] = unread[i] || (lacks[i] && many);
         late_count += late[i];
-        any_unread |= unread[i];
     }
     /* Later parts of those that go on need pages beside those of the others. */
     return late_count && late_count < p->count &&
