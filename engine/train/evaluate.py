@@ -422,7 +422,8 @@ def write(base, name, seed, rows):
         writer.writerows(rows)
     with open(base + ".json", "w") as file:
         json.dump({"model": name, "seed": seed, "rows": rows}, file, indent=1)
-    names = [name for name in names if name not in ("length", "cases", "each")]
+    beside = ("length", "cases", "each")
+    names = [name for name in names if name not in beside and not name.endswith(" again")]
     plot(rows, names, f"{name}: held-out books", base + ".png")
 
 
