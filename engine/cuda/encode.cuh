@@ -9,9 +9,16 @@ struct encoder_heads {
     uint32_t heads, kv_heads, width, positions;
 };
 
-/* encoder_y of `count` chunks from encoder_q, _k and _v as the products left them, on tensor cores.
- * False: the form is not covered, nothing was done. */
-bool cuda_encode_attention(struct ops_context *context, const struct encoder_heads &heads,
-                           uint32_t count, const float *q_norm, const float *k_norm);
+/* Rows as products left them, and what comes to them: biases (NULL: none), norms of heads. */
+struct encoder_inputs {
+    const float *q, *k, *v;
+    const float *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;
+};
+
+/* The form on tensor cores covers this. */
+bool cuda_encodes_tiles(const struct ops_context *context, const struct encoder_heads &heads);
+/* encoder_y of `count` chunks. */
+void cuda_encode_attention(struct ops_context *context, const struct encoder_heads &heads,
+                           uint32_t count, const struct encoder_inputs &in);
 
 #endif

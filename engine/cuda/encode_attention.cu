@@ -9,43 +9,70 @@
 #define WARPS (POSITIONS / 16)
 #define LOG2_E 1.4426950408889634f
 
-/* Rows `stride` apart, each through its norm, rotated by its position (half-rotation layout, theta
- * 10,000) and times `scale`; rows from `count` on zeros. A lane owns whole pairs. `norm` NULL: the
- * rows as they are. */
+#define AHEAD 8 /* rows of a warp that are on their way together; a warp has 16 in all */
+
+/* Rows of one head as a product left them, `stride` apart. */
+struct head_rows {
+    const float *from, *bias; /* bias NULL: none */
+    size_t stride;
+    const float *norm; /* NULL: neither normed nor rotated */
+    float scale;
+};
+
+/* The rows with their bias, through their norm, rotated by their position (half-rotation layout,
+ * theta 10,000) and times `scale`; rows from `count` on zeros. A lane owns whole pairs. */
 template <int HD>
-static __device__ __forceinline__ void load_head(bf16 *to, const float *from, size_t stride,
-                                                 uint32_t count, const float *norm, float scale)
+static __device__ __forceinline__ void load_head(bf16 *to, const struct head_rows &rows,
+                                                 uint32_t count)
 {
     constexpr int pairs = HD / 2 / CUDA_WARP;
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    float turn[pairs];
+    float turn[pairs], left[pairs], right[pairs]; /* biases, of the halves of a row */
 #pragma unroll
-    for (int i = 0; i < pairs; i++)
-        turn[i] = powf(10000.0f, -(float)(2 * (lane + i * CUDA_WARP)) / (float)HD);
-    for (uint32_t t = warp; t < POSITIONS; t += WARPS) {
-        float a[pairs], b[pairs], sum = 0;
+    for (int i = 0; i < pairs; i++) {
+        const uint32_t column = lane + i * CUDA_WARP;
+        turn[i] = powf(10000.0f, -(float)(2 * column) / (float)HD);
+        left[i] = rows.bias ? rows.bias[column] : 0;
+        right[i] = rows.bias ? rows.bias[HD / 2 + column] : 0;
+    }
+    for (uint32_t first = warp; first < POSITIONS; first += AHEAD * WARPS) {
+        float a[AHEAD][pairs], b[AHEAD][pairs];
 #pragma unroll
-        for (int i = 0; i < pairs; i++) {
-            const uint32_t column = lane + i * CUDA_WARP;
-            a[i] = t < count ? from[t * stride + column] : 0;
-            b[i] = t < count ? from[t * stride + HD / 2 + column] : 0;
-            sum = fmaf(a[i], a[i], fmaf(b[i], b[i], sum));
-        }
-        const float level =
-            norm ? scale / sqrtf(cuda_warp_sum(sum) / (float)HD + MODEL_MEMORY_EPSILON) : 1;
+        for (int r = 0; r < AHEAD; r++)
 #pragma unroll
-        for (int i = 0; i < pairs; i++) {
-            const uint32_t column = lane + i * CUDA_WARP;
-            if (norm) {
-                float sine, cosine;
-                sincosf((float)t * turn[i], &sine, &cosine);
-                const float x = a[i] * level * norm[column];
-                const float y = b[i] * level * norm[HD / 2 + column];
-                a[i] = x * cosine - y * sine;
-                b[i] = y * cosine + x * sine;
+            for (int i = 0; i < pairs; i++) {
+                const uint32_t t = first + r * WARPS, column = lane + i * CUDA_WARP;
+                const float *row = rows.from + t * rows.stride + column;
+                a[r][i] = t < count ? row[0] + left[i] : 0;
+                b[r][i] = t < count ? row[HD / 2] + right[i] : 0;
             }
-            cuda_store(to + cuda_swizzled<HD>(t, column), a[i]);
-            cuda_store(to + cuda_swizzled<HD>(t, HD / 2 + column), b[i]);
+#pragma unroll
+        for (int r = 0; r < AHEAD; r++) {
+            const uint32_t t = first + r * WARPS;
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < pairs; i++)
+                sum = fmaf(a[r][i], a[r][i], fmaf(b[r][i], b[r][i], sum));
+            const float level =
+                rows.norm
+                    ? rows.scale / sqrtf(cuda_warp_sum(sum) / (float)HD + MODEL_MEMORY_EPSILON)
+                    : 1;
+#pragma unroll
+            for (int i = 0; i < pairs; i++) {
+                const uint32_t column = lane + i * CUDA_WARP;
+                float x = a[r][i], y = b[r][i];
+                if (rows.norm) {
+                    float sine, cosine;
+                    sincosf((float)t * turn[i], &sine, &cosine);
+                    x *= level * rows.norm[column];
+                    y *= level * rows.norm[HD / 2 + column];
+                    const float turned = x * cosine - y * sine;
+                    y = y * cosine + x * sine;
+                    x = turned;
+                }
+                cuda_store(to + cuda_swizzled<HD>(t, column), x);
+                cuda_store(to + cuda_swizzled<HD>(t, HD / 2 + column), y);
+            }
         }
     }
 }
@@ -53,8 +80,7 @@ static __device__ __forceinline__ void load_head(bf16 *to, const float *from, si
 /* out = softmax(Q K^T / sqrt(hd)) V. Grid: chunks x heads. */
 template <int HD>
 static __global__ void __launch_bounds__(WARPS *CUDA_WARP)
-    attend(struct encoder_heads s, const float *q, const float *k, const float *v,
-           const float *q_norm, const float *k_norm, bf16 *out)
+    attend(struct encoder_heads s, struct encoder_inputs in, bf16 *out)
 {
     CUDA_SHARED(bf16, queries);
     bf16 *keys = queries + POSITIONS * HD, *values = keys + POSITIONS * HD;
@@ -62,9 +88,15 @@ static __global__ void __launch_bounds__(WARPS *CUDA_WARP)
     const uint32_t h = blockIdx.y, n = s.positions, g = h / (s.heads / s.kv_heads);
     const size_t row = (size_t)blockIdx.x * n, wide = (size_t)s.heads * HD,
                  narrow = (size_t)s.kv_heads * HD;
-    load_head<HD>(queries, q + row * wide + h * HD, wide, n, q_norm, LOG2_E / sqrtf((float)HD));
-    load_head<HD>(keys, k + row * narrow + g * HD, narrow, n, k_norm, 1);
-    load_head<HD>(values, v + row * narrow + g * HD, narrow, n, NULL, 1);
+    const struct head_rows q = {in.q + row * wide + h * HD, in.q_bias ? in.q_bias + h * HD : NULL,
+                                wide, in.q_norm, LOG2_E / sqrtf((float)HD)};
+    const struct head_rows k = {in.k + row * narrow + g * HD, in.k_bias ? in.k_bias + g * HD : NULL,
+                                narrow, in.k_norm, 1};
+    const struct head_rows v = {in.v + row * narrow + g * HD, in.v_bias ? in.v_bias + g * HD : NULL,
+                                narrow, NULL, 1};
+    load_head<HD>(queries, q, n);
+    load_head<HD>(keys, k, n);
+    load_head<HD>(values, v, n);
     __syncthreads();
     float scores[POSITIONS / 8][4] = {}, acc[HD / 8][4] = {};
 #pragma unroll
@@ -134,22 +166,24 @@ static __global__ void __launch_bounds__(WARPS *CUDA_WARP)
 
 template <int HD>
 static void launch(struct ops_context *x, const struct encoder_heads &s, uint32_t count,
-                   const float *q_norm, const float *k_norm)
+                   const struct encoder_inputs &in)
 {
     const size_t bytes = 3 * POSITIONS * HD * sizeof(bf16);
     CUDA_ALLOW_SHARED(x, attend<HD>, bytes);
-    CUDA_LAUNCH(x, attend<HD>, dim3(count, s.heads), dim3(WARPS * CUDA_WARP), bytes, s,
-                x->encoder_q, x->encoder_k, x->encoder_v, q_norm, k_norm, (bf16 *)x->encoder_y);
+    CUDA_LAUNCH(x, attend<HD>, dim3(count, s.heads), dim3(WARPS * CUDA_WARP), bytes, s, in,
+                (bf16 *)x->encoder_y);
 }
 
-bool cuda_encode_attention(struct ops_context *x, const struct encoder_heads &s, uint32_t count,
-                           const float *q_norm, const float *k_norm)
+bool cuda_encodes_tiles(const struct ops_context *x, const struct encoder_heads &s)
 {
-    if (x->wide || s.positions > POSITIONS || (s.width != 64 && s.width != 128))
-        return false;
+    return !x->wide && s.positions <= POSITIONS && (s.width == 64 || s.width == 128);
+}
+
+void cuda_encode_attention(struct ops_context *x, const struct encoder_heads &s, uint32_t count,
+                           const struct encoder_inputs &in)
+{
     if (s.width == 64)
-        launch<64>(x, s, count, q_norm, k_norm);
+        launch<64>(x, s, count, in);
     else
-        launch<128>(x, s, count, q_norm, k_norm);
-    return true;
+        launch<128>(x, s, count, in);
 }

@@ -8,6 +8,7 @@
 
 #define ATTENTION_WARPS 8
 #define HEAD_WARPS 8
+#define LANDMARK_THREADS 256
 
 /* Rows of the chunks one after another, each with an empty row for its summary; chunks from `count`
  * on are zeros. Grid: rows of CUDA_CHUNKS chunks. */
@@ -150,21 +151,21 @@ static __global__ void write_pages(const float *k, const float *v, const float *
 }
 
 /* One head of one chunk's landmark, divided by its root mean square when `normed`. Grid: chunks x
- * retrieval heads; a warp. */
+ * retrieval heads. */
 template <typename T>
-static __global__ void write_landmarks(const float *m, bool normed, uint32_t width,
-                                       T *const *landmarks)
+static __global__ void __launch_bounds__(LANDMARK_THREADS)
+    write_landmarks(const float *m, bool normed, uint32_t width, T *const *landmarks)
 {
     const size_t at = (size_t)blockIdx.y * width;
     const float *from = m + (size_t)blockIdx.x * gridDim.y * width + at;
     float scale = 1;
     if (normed) {
         float sum = 0;
-        for (uint32_t i = threadIdx.x; i < width; i += CUDA_WARP)
+        for (uint32_t i = threadIdx.x; i < width; i += LANDMARK_THREADS)
             sum = fmaf(from[i], from[i], sum);
-        scale = 1 / sqrtf(cuda_warp_sum(sum) / (float)width + MODEL_MEMORY_EPSILON);
+        scale = 1 / sqrtf(cuda_block_sum(sum) / (float)width + MODEL_MEMORY_EPSILON);
     }
-    for (uint32_t i = threadIdx.x; i < width; i += CUDA_WARP)
+    for (uint32_t i = threadIdx.x; i < width; i += LANDMARK_THREADS)
         cuda_store(landmarks[blockIdx.x] + at + i, from[i] * scale);
 }
 
@@ -177,22 +178,35 @@ static void product(struct ops_context *x, const struct ops_tensor *weight,
     cuda_linear(x, weight, bias, &rows, in, out, add);
 }
 
-/* encoder_y from encoder_q, _k and _v. */
+/* encoder_y from the normed rows in it. */
 template <typename T>
 static void attend(struct ops_context *x, const struct ops_encoder_layer *w, uint32_t count)
 {
     const struct model_config *c = &x->config;
     const uint32_t n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
     const struct encoder_heads s = {c->heads, c->encoder_kv_heads, c->head_dim, n};
-    const float *q_norm = (const float *)w->q_norm.data, *k_norm = (const float *)w->k_norm.data;
-    if (cuda_encode_attention(x, s, count, q_norm, k_norm))
+    const struct encoder_inputs in = {x->encoder_q,
+                                      x->encoder_k,
+                                      x->encoder_v,
+                                      (const float *)w->q_bias.data,
+                                      (const float *)w->k_bias.data,
+                                      (const float *)w->v_bias.data,
+                                      (const float *)w->q_norm.data,
+                                      (const float *)w->k_norm.data};
+    const bool tiles = cuda_encodes_tiles(x, s); /* which add the biases themselves */
+    product(x, &w->q, tiles ? NULL : &w->q_bias, x->encoder_y, x->encoder_q, false);
+    product(x, &w->k, tiles ? NULL : &w->k_bias, x->encoder_y, x->encoder_k, false);
+    product(x, &w->v, tiles ? NULL : &w->v_bias, x->encoder_y, x->encoder_v, false);
+    if (tiles) {
+        cuda_encode_attention(x, s, count, in);
         return;
+    }
     const size_t q_heads = (size_t)rows * c->heads, k_heads = (size_t)rows * c->encoder_kv_heads;
     const dim3 head_block(HEAD_WARPS * CUDA_WARP);
     CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(q_heads, HEAD_WARPS)), head_block, 0, x->encoder_q,
-                q_norm, c->heads, c->head_dim, n, q_heads);
+                in.q_norm, c->heads, c->head_dim, n, q_heads);
     CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(k_heads, HEAD_WARPS)), head_block, 0, x->encoder_k,
-                k_norm, c->encoder_kv_heads, c->head_dim, n, k_heads);
+                in.k_norm, c->encoder_kv_heads, c->head_dim, n, k_heads);
     CUDA_LAUNCH(x, attend_chunk<T>, dim3(count, c->heads, cuda_ceil(n, ATTENTION_WARPS)),
                 dim3(ATTENTION_WARPS * CUDA_WARP), ATTENTION_WARPS * n * sizeof(float), s,
                 1 / sqrtf((float)c->head_dim), x->encoder_q, x->encoder_k, x->encoder_v,
@@ -206,9 +220,6 @@ static void encoder_layer(struct ops_context *x, const struct ops_encoder_layer 
     const uint32_t d = c->hidden_size, n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
     T *y = (T *)x->encoder_y;
     cuda_norm(x, x->encoder_x, &w->input_norm, d, MODEL_MEMORY_EPSILON, rows, y);
-    product(x, &w->q, &w->q_bias, y, x->encoder_q, false);
-    product(x, &w->k, &w->k_bias, y, x->encoder_k, false);
-    product(x, &w->v, &w->v_bias, y, x->encoder_v, false);
     attend<T>(x, w, count);
     product(x, &w->o, NULL, y, x->encoder_x, true);
     cuda_norm(x, x->encoder_x, &w->post_norm, d, MODEL_MEMORY_EPSILON, rows, y);
@@ -268,7 +279,7 @@ static void write_memory(struct ops_context *x, const struct ops_chunking_weight
         single[i] = (struct ops_segment){i, 1, 0};
     const struct ops_rows rows = {single, CUDA_CHUNKS, CUDA_CHUNKS};
     cuda_linear(x, &w->landmark, NULL, &rows, summaries, x->encoder_q, false);
-    CUDA_LAUNCH(x, write_landmarks<T>, dim3(count, c->retrieval_heads), dim3(CUDA_WARP), 0,
+    CUDA_LAUNCH(x, write_landmarks<T>, dim3(count, c->retrieval_heads), dim3(LANDMARK_THREADS), 0,
                 x->encoder_q, c->landmark_norm, width, staged_landmarks);
 }
 
