@@ -216,12 +216,14 @@ void cuda_pages_close(struct ops_context *context);
 void cuda_pages_forget(struct ops_context *context, const void *page);
 /* Host memory goes: other pages may come to lie where its pages lay. */
 void cuda_pages_forget_range(struct ops_context *context, const void *memory, size_t bytes);
-/* Device copies of pages that one kernel reads together: begin, then take each. */
+/* Device copies of pages that one kernel reads together: begin, then take them. */
 void cuda_pages_begin(struct ops_context *context);
-/* The device's copy, filled by cuda_pages_end when it is missing; NULL: no room beside those taken
- * since cuda_pages_begin (or a failure). */
-void *cuda_pages_take(struct ops_context *context, const void *page);
-/* Like cuda_pages_take, but the content is about to be written on the device. */
+/* Where the device's copies of `count` pages lie, to `data` (NULL for NULL); those that are missing
+ * are filled by cuda_pages_end. Returns how many it took: less than all when there is no room
+ * beside those taken since cuda_pages_begin (or after a failure). */
+size_t cuda_pages_take(struct ops_context *context, const void *const *pages, size_t count,
+                       const void **data);
+/* The device's copy of one page, whose content is about to be written there; NULL: no room. */
 void *cuda_pages_create(struct ops_context *context, const void *page);
 /* All of the kernel's pages are taken: those that are missing come now, in one copy. */
 void cuda_pages_end(struct ops_context *context);

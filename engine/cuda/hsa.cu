@@ -115,19 +115,11 @@ static uint32_t take_rows(struct ops_context *x, uint32_t first, uint32_t row_co
                           const void *const *pages, const void **device)
 {
     const size_t picks = (size_t)x->config.retrieval_heads * x->config.topk;
-    uint32_t count = 0;
     cuda_pages_begin(x);
-    for (uint32_t row = first; row < row_count && !x->failed; row++) {
-        for (size_t i = 0; i < picks; i++) {
-            const void *page = pages[row * picks + i];
-            device[count * picks + i] = page ? cuda_pages_take(x, page) : NULL;
-            if (page && !device[count * picks + i])
-                goto full;
-        }
-        count++;
-    }
-full:
+    const size_t taken =
+        cuda_pages_take(x, pages + first * picks, (row_count - first) * picks, device);
     cuda_pages_end(x);
+    const uint32_t count = x->failed ? 0 : (uint32_t)(taken / picks);
     ASSERT(count || x->failed); /* one row always fits: see cuda_pages_open */
     return count;
 }

@@ -11,7 +11,6 @@
 #include "engine/cuda/device.cuh"
 
 extern "C" {
-#include "proto/base/hash.h"
 #include "proto/base/list.h"
 }
 
@@ -19,6 +18,7 @@ extern "C" {
 #define SLAB_PAGES_MOST 1024
 #define COPY_THREADS 256
 #define RECENT_PAGES 4096
+#define AHEAD 8 /* pages between a hint and what it is for */
 #define KNOWN 8 /* more than a slice has runs of rows: its next layer reads the same pages */
 #define BATCH_MOST 1024 /* pages that come ahead together */
 
@@ -83,10 +83,14 @@ struct cuda_pages {
     uint64_t predicted, predicted_hits;
 };
 
+static uint64_t hash_of(const void *page)
+{
+    return (uintptr_t)page / 64 * 0x9e3779b97f4a7c15u >> 32;
+}
+
 static struct slot **chain(const struct cuda_pages *p, const void *page)
 {
-    const uint64_t word = (uint64_t)(uintptr_t)page;
-    return &p->table[hash64(&word, sizeof word, 0) & p->mask];
+    return &p->table[hash_of(page) & p->mask];
 }
 
 /* What one row reads, and what one call of the encoder writes, must fit. */
@@ -320,16 +324,15 @@ static bool note_missing(struct ops_context *x, void *to, const void *from)
     return true;
 }
 
-void *cuda_pages_take(struct ops_context *x, const void *page)
+static struct recent *recent_of(struct cuda_pages *p, const void *page)
+{
+    return &p->recent[hash_of(page) & (RECENT_PAGES - 1)];
+}
+
+static void *take_anew(struct ops_context *x, const void *page)
 {
     struct cuda_pages *p = x->pages;
-    struct recent *recent =
-        &p->recent[(uintptr_t)page / 64 * 0x9e3779b97f4a7c15u >> 32 & (RECENT_PAGES - 1)];
     bool fresh;
-    if (recent->page == page && recent->stamp == p->stamp) {
-        p->hits++;
-        return recent->data;
-    }
     struct slot *slot = take(x, page, &fresh);
     if (!slot)
         return NULL;
@@ -339,8 +342,40 @@ void *cuda_pages_take(struct ops_context *x, const void *page)
     slot->come = COUNTED;
     if (fresh && !note_missing(x, slot->data, page))
         return NULL;
-    *recent = (struct recent){page, slot->data, p->stamp};
+    *recent_of(p, page) = (struct recent){page, slot->data, p->stamp};
     return slot->data;
+}
+
+/* The page will be taken soon: where it is named, or (`near`, some time after that) its slot comes
+ * to the cache. */
+static void hint(const struct cuda_pages *p, const void *page, bool near)
+{
+    struct slot **at = chain(p, page);
+    __builtin_prefetch(near ? (const void *)*at : (const void *)at);
+}
+
+size_t cuda_pages_take(struct ops_context *x, const void *const *pages, size_t count,
+                       const void **data)
+{
+    struct cuda_pages *p = x->pages;
+    for (size_t i = 0; i < count; i++) {
+        const void *page = pages[i];
+        const struct recent *recent = recent_of(p, page);
+        if (i + 2 * AHEAD < count)
+            hint(p, pages[i + 2 * AHEAD], false);
+        if (i + AHEAD < count)
+            hint(p, pages[i + AHEAD], true);
+        data[i] = NULL;
+        if (!page)
+            continue;
+        if (recent->page == page && recent->stamp == p->stamp) {
+            data[i] = recent->data;
+            p->hits++;
+        } else if (!(data[i] = take_anew(x, page))) {
+            return i;
+        }
+    }
+    return count;
 }
 
 void *cuda_pages_create(struct ops_context *x, const void *page)

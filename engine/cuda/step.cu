@@ -247,12 +247,8 @@ static bool fill_pages(struct ops_context *x, const float *weights, const void *
 {
     struct cuda_step *s = x->step;
     const size_t picks = (size_t)s->step.count * x->config.retrieval_heads * x->config.topk;
-    bool room = true;
     cuda_pages_begin(x);
-    for (size_t i = 0; i < picks && room; i++) {
-        s->host.pages[i] = pages[i] ? cuda_pages_take(x, pages[i]) : NULL;
-        room = s->host.pages[i] || !pages[i];
-    }
+    const bool room = cuda_pages_take(x, pages, picks, s->host.pages) == picks;
     cuda_pages_end(x);
     memcpy(s->host.weights, weights, picks * sizeof *weights);
     return room;
