@@ -317,6 +317,17 @@ template <int left> static __device__ __forceinline__ void cuda_copy_wait(void)
 }
 #endif
 
+/* `bytes` from global memory to the L2 cache, both aligned to 16: a hint. */
+static __device__ __forceinline__ void cuda_bring_near(const void *from, uint32_t bytes)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#else
+    (void)from;
+    (void)bytes;
+#endif
+}
+
 /* SiLU by approximations, far finer than bf16, which the result becomes. */
 static __device__ __forceinline__ float cuda_silu_narrow(float x)
 {

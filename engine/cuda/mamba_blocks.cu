@@ -75,6 +75,24 @@ convolve_any(const struct mamba_shape &s, const struct inputs<T> &in,
     }
 }
 
+/* dt and decay [tokens] of one block and head: time steps, zeros behind the block's rows; log decay
+ * from the block's start, the row's own included. A warp. */
+template <typename T>
+static __device__ __forceinline__ void
+time_steps(const struct mamba_shape &s, const struct inputs<T> &in, const struct block &block,
+           uint32_t tokens, uint32_t h, float *dt, float *decay)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    const float rate = -expf(in.a_log[h]);
+    float before = 0;
+    for (uint32_t t = lane; t < tokens; t += CUDA_WARP) {
+        const float step = time_step(s, in, block, h, t), sum = before + sum_up_to(step);
+        dt[t] = step;
+        decay[t] = sum * rate;
+        before = __shfl_sync(CUDA_ALL_LANES, sum, CUDA_WARP - 1);
+    }
+}
+
 /* conv[j] = SiLU(sum_i w[j][i] xBC[t - taps + 1 + i][j] + bias), rows before the segment from its
  * tail, V neighbours a thread; and, by the blocks behind `tiles`, dt and decay [blocks, Hm,
  * tokens]. Grid: blocks x tiles of columns, then of heads x slices of CONV_ROWS rows. */
@@ -255,28 +273,26 @@ static __global__ void __launch_bounds__(TILE_THREADS)
 #define CARRY_AHEAD 8
 #define CARRY_THREADS 256
 
-/* The last columns of xBC become the tail. */
+/* The last rows of xBC's column `j` become the tail's. */
 template <typename T>
 static __device__ __forceinline__ void keep_tail(const struct mamba_shape &s,
                                                  const struct cuda_segment *segment,
-                                                 const struct inputs<T> &in)
+                                                 const struct inputs<T> &in, uint32_t j)
 {
-    const T *projected = in.projected + (size_t)segment->row * s.proj;
     const uint32_t keep = s.taps - 1;
     const uint32_t fresh = segment->count < keep ? segment->count : keep;
-    for (uint32_t j = threadIdx.x; j < s.conv; j += blockDim.x) {
-        float *tail = segment->conv + j;
-        for (uint32_t i = 0; i + fresh < keep; i++)
-            tail[(size_t)i * s.conv] = tail[(size_t)(i + fresh) * s.conv];
-        for (uint32_t i = keep - fresh; i < keep; i++)
-            tail[(size_t)i * s.conv] =
-                cuda_float(projected[(size_t)(segment->count - keep + i) * s.proj + s.inner + j]) +
-                (in.in_bias ? in.in_bias[s.inner + j] : 0);
-    }
+    const size_t end = (size_t)segment->row + segment->count;
+    float *tail = segment->conv + j;
+    for (uint32_t i = 0; i + fresh < keep; i++)
+        tail[(size_t)i * s.conv] = tail[(size_t)(i + fresh) * s.conv];
+    for (uint32_t i = keep - fresh; i < keep; i++)
+        tail[(size_t)i * s.conv] =
+            cuda_float(in.projected[(end - keep + i) * s.proj + s.inner + j]) +
+            (in.in_bias ? in.in_bias[s.inner + j] : 0);
 }
 
 /* Turns what each block adds into the state before it, and leaves the state behind the last one; V
- * neighbours a thread; and the tail, by the first block. Grid: tiles of a state x runs. */
+ * neighbours a thread; and the tail, a column a thread. Grid: tiles of a state x runs. */
 template <typename S, int V, typename T>
 static __global__ void __launch_bounds__(CARRY_THREADS)
     carry_states(struct mamba_shape s, struct inputs<T> in, const struct run *runs, uint32_t tokens,
@@ -291,8 +307,9 @@ static __global__ void __launch_bounds__(CARRY_THREADS)
         load<V>(kept, state);
     cuda_depend_wait();
     cuda_depend_release(); /* what conv holds is there for the kernel behind this one */
-    if (blockIdx.x == 0)
-        keep_tail(s, segments + run.segment, in);
+    for (uint32_t j = blockIdx.x * blockDim.x + threadIdx.x; j < s.conv;
+         j += gridDim.x * blockDim.x)
+        keep_tail(s, segments + run.segment, in, j);
     if (e >= elements)
         return;
     for (uint32_t first = run.first; first < run.first + run.count; first += CARRY_AHEAD) {

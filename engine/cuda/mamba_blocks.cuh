@@ -98,41 +98,30 @@ load_column(const struct mamba_shape &s, const struct inputs<T> &in,
     }
 }
 
-/* dt and decay [tokens] of one block and head: time steps, zeros behind the block's rows; log decay
- * from the block's start, the row's own included. A warp, neighbouring rows a lane. */
+/* The time step of a block's row, one head; 0 behind its rows. */
 template <typename T>
-static __device__ __forceinline__ void
-time_steps(const struct mamba_shape &s, const struct inputs<T> &in, const struct block &block,
-           uint32_t tokens, uint32_t h, float *dt, float *decay)
+static __device__ __forceinline__ float time_step(const struct mamba_shape &s,
+                                                  const struct inputs<T> &in,
+                                                  const struct block &block, uint32_t h, uint32_t t)
 {
-    constexpr uint32_t most = CUDA_BLOCK_TOKENS / CUDA_WARP;
-    const uint32_t lane = threadIdx.x % CUDA_WARP, each = tokens / CUDA_WARP;
-    const float rate = -expf(in.a_log[h]);
-    const float bias = in.dt_bias[h] + (in.in_bias ? in.in_bias[s.inner + s.conv + h] : 0);
-    const T *from = in.projected + s.inner + s.conv + h;
-    float steps[most], sum = 0;
+    if (t >= block.count)
+        return 0;
+    const uint32_t column = s.inner + s.conv + h;
+    const float bias = in.dt_bias[h] + (in.in_bias ? in.in_bias[column] : 0);
+    const float from = cuda_float(in.projected[(size_t)(block.row + t) * s.proj + column]);
+    return fminf(fmaxf(cuda_softplus(from + bias), s.dt_min), s.dt_max);
+}
+
+/* The sum over the warp's lanes up to this one. */
+static __device__ __forceinline__ float sum_up_to(float x)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
 #pragma unroll
-    for (uint32_t k = 0; k < most; k++) {
-        const uint32_t t = lane * each + k;
-        const bool there = k < each && t < block.count;
-        const float step =
-            there ? cuda_softplus(cuda_float(from[(size_t)(block.row + t) * s.proj]) + bias) : 0;
-        steps[k] = there ? fminf(fmaxf(step, s.dt_min), s.dt_max) : 0;
-        sum += steps[k];
-    }
-    float before = sum; /* of the lanes up to this one */
     for (uint32_t far = 1; far < CUDA_WARP; far *= 2) {
-        const float other = __shfl_sync(CUDA_ALL_LANES, before, lane >= far ? lane - far : lane);
-        before += lane >= far ? other : 0;
+        const float other = __shfl_sync(CUDA_ALL_LANES, x, lane >= far ? lane - far : lane);
+        x += lane >= far ? other : 0;
     }
-    before -= sum;
-#pragma unroll
-    for (uint32_t k = 0; k < most; k++)
-        if (k < each) {
-            before += steps[k];
-            dt[lane * each + k] = steps[k];
-            decay[lane * each + k] = before * rate;
-        }
+    return x;
 }
 
 /* ---- mamba_tiles.cu: bf16 ---- */

@@ -186,18 +186,6 @@ static __device__ __forceinline__ void add_rows(const struct scaled_rows &s,
     }
 }
 
-/* What will be added to comes near: one line of 128 bytes each. */
-static __device__ __forceinline__ void fetch_near(const struct scaled_rows &s)
-{
-    constexpr uint32_t lines = COLUMNS * sizeof(float) / 128;
-    for (uint32_t i = threadIdx.x; i < ROWS * lines; i += 2 * GROUP) {
-        const uint32_t row = blockIdx.y * ROWS + i / lines;
-        if (row < s.count)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(s.out + (size_t)row * s.columns +
-                                                          blockIdx.x * COLUMNS + i % lines * 32));
-    }
-}
-
 static __global__ void __launch_bounds__(THREADS, 1)
     add_scaled(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
                struct scaled_rows s)
@@ -223,7 +211,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    fetch_near(s);
+    const uint32_t row = blockIdx.y * ROWS + threadIdx.x;
+    if (threadIdx.x < ROWS && row < s.count) /* what will be added to */
+        cuda_bring_near(s.out + (size_t)row * s.columns + blockIdx.x * COLUMNS,
+                        COLUMNS * sizeof(float));
     cuda_depend_wait(); /* for the sums of squares */
     cuda_depend_release();
     float d[COLUMNS / 2];

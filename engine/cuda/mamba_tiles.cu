@@ -29,30 +29,40 @@ static __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, siz
 
 /* ---- the convolution ---- */
 
-/* Columns [j, j + V) of xBC, the block's rows [first, first + ROWS): `load_row` gives a row,
- * `store_row` takes what becomes of it, zeros from `end` on; `window`: the TAPS - 1 rows before. */
-template <int ROWS, int V, typename L, typename S>
-static __device__ __forceinline__ void convolve_rows(const struct inputs<bf16> &in, uint32_t first,
-                                                     uint32_t end, uint32_t j,
-                                                     float window[TAPS][V], L load_row, S store_row)
-{
+/* Of V columns of xBC. */
+template <int V> struct taps {
     float weight[V * TAPS], bias[V];
+};
+
+template <int V>
+static __device__ __forceinline__ void load_taps(const struct inputs<bf16> &in, uint32_t j,
+                                                 struct taps<V> &taps)
+{
 #pragma unroll
     for (int i = 0; i < V * TAPS; i += 8)
-        cuda_load16(in.weight + (size_t)j * TAPS + i, weight + i);
+        cuda_load16(in.weight + (size_t)j * TAPS + i, taps.weight + i);
 #pragma unroll
     for (int v = 0; v < V; v++)
-        bias[v] = in.bias ? in.bias[j + v] : 0;
+        taps.bias[v] = in.bias ? in.bias[j + v] : 0;
+}
+
+/* V columns of xBC, the block's rows [first, first + ROWS): `load_row` gives a row, `store_row`
+ * takes what becomes of it, zeros from `end` on; `window`: the TAPS - 1 rows before. */
+template <int ROWS, int V, typename L, typename S>
+static __device__ __forceinline__ void convolve_rows(const struct taps<V> &taps, uint32_t first,
+                                                     uint32_t end, float window[TAPS][V],
+                                                     L load_row, S store_row)
+{
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         float sum[V];
         load_row(first + r, window[(TAPS - 1 + r) % TAPS]);
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            sum[v] = bias[v];
+            sum[v] = taps.bias[v];
 #pragma unroll
             for (int i = 0; i < TAPS; i++)
-                sum[v] = fmaf(weight[v * TAPS + i], window[(r + i) % TAPS][v], sum[v]);
+                sum[v] = fmaf(taps.weight[v * TAPS + i], window[(r + i) % TAPS][v], sum[v]);
             sum[v] = first + r < end ? cuda_silu_narrow(sum[v]) : 0;
         }
         store_row(r, sum);
@@ -83,6 +93,8 @@ static __global__ void __launch_bounds__(CONV_THREADS)
     if (first >= block.count)
         return;
     float window[TAPS][8];
+    struct taps<8> taps;
+    load_taps(in, j, taps);
     uint4 out[CONV_ROWS];
     const bf16 *from = in.projected + (size_t)block.row * s.proj + s.inner + j;
     const auto load_row = [&](uint32_t row, float *to) {
@@ -96,7 +108,7 @@ static __global__ void __launch_bounds__(CONV_THREADS)
         else
             load_column<8>(s, in, segments + block.segment, block.row, TAPS - 1 - k, j, window[k]);
     convolve_rows<CONV_ROWS, 8>(
-        in, first, block.count, j, window, load_row,
+        taps, first, block.count, window, load_row,
         [&](int r, const float *sum) { store<8>(reinterpret_cast<bf16 *>(&out[r]), sum); });
 #pragma unroll
     for (uint32_t r = 0; r < CONV_ROWS; r++)
@@ -113,25 +125,6 @@ static __device__ __forceinline__ uint32_t scaled(uint32_t pair, float first, fl
     return cuda_pack(cuda_first(pair) * first, cuda_second(pair) * second);
 }
 
-/* Of a block's rows, one head: time steps, log decays from the block's start, and what is left of
- * each row's input at the block's end. */
-struct steps {
-    float times[TOKENS], decays[TOKENS], factors[TOKENS];
-};
-
-/* A warp. */
-static __device__ __forceinline__ void find_steps(const struct mamba_shape &s,
-                                                  const struct inputs<bf16> &in,
-                                                  const struct block &block, uint32_t h,
-                                                  struct steps *steps)
-{
-    time_steps(s, in, block, TOKENS, h, steps->times, steps->decays);
-    __syncwarp();
-    for (uint32_t t = threadIdx.x % CUDA_WARP; t < TOKENS; t += CUDA_WARP)
-        steps->factors[t] =
-            steps->times[t] * cuda_exp2((steps->decays[TOKENS - 1] - steps->decays[t]) * LOG2_E);
-}
-
 /* states[block, h] [P, N] = what the block alone adds to the state: sum over rows of (x dt decay)
  * outer B; on the way x of conv, dt and decay. A warp has 16 of P and half of N. Grid: blocks x
  * heads. */
@@ -143,7 +136,9 @@ static __global__ void __launch_bounds__(STATE_THREADS, 4)
 {
     CUDA_SHARED(bf16, bs);
     bf16 *xs = bs + TOKENS * (N + PAD);
-    struct steps *steps = reinterpret_cast<struct steps *>(xs + TOKENS * (WIDTH + PAD));
+    /* What is left of each row's input at the block's end. */
+    float *factors = reinterpret_cast<float *>(xs + TOKENS * (WIDTH + PAD));
+    float *totals = factors + TOKENS; /* of the time steps of 32 rows each */
     const struct block block = blocks[blockIdx.x];
     const uint32_t h = blockIdx.y, group = h / (s.heads / s.groups), t = threadIdx.x;
     const uint32_t rows = (block.count + 15) / 16 * 16;
@@ -153,9 +148,15 @@ static __global__ void __launch_bounds__(STATE_THREADS, 4)
     copy_rows(raw, in.projected + (size_t)block.row * s.proj + s.inner + h * WIDTH, s.proj, WIDTH,
               block.count, TOKENS);
     cuda_copy_commit();
-    if (t < CUDA_WARP)
-        find_steps(s, in, block, h, steps);
-    float window[TAPS][UNIT];
+    float step = 0, until = 0, window[TAPS][UNIT];
+    if (t < TOKENS) {
+        step = time_step(s, in, block, h, t);
+        until = sum_up_to(step);
+        if (t % CUDA_WARP == CUDA_WARP - 1)
+            totals[t / CUDA_WARP] = until;
+    }
+    struct taps<UNIT> taps;
+    load_taps(in, j, taps);
     if (first == 0)
 #pragma unroll
         for (int k = 0; k < TAPS - 1; k++)
@@ -165,9 +166,18 @@ static __global__ void __launch_bounds__(STATE_THREADS, 4)
     __syncthreads();
     if (t < TOKENS) {
         const size_t at = ((size_t)blockIdx.x * s.heads + h) * TOKENS + t;
-        dt[at] = steps->times[t];
-        decay[at] = steps->decays[t];
+        const float rate = -expf(in.a_log[h]);
+        float all = 0;
+#pragma unroll
+        for (uint32_t w = 0; w < TOKENS / CUDA_WARP; w++) {
+            until += w < t / CUDA_WARP ? totals[w] : 0;
+            all += totals[w];
+        }
+        dt[at] = step;
+        decay[at] = until * rate;
+        factors[t] = step * cuda_exp2((all - until) * rate * LOG2_E);
     }
+    __syncthreads();
     const auto load_row = [&](uint32_t row, float *to) {
         load<UNIT>(raw + row * (WIDTH + PAD) + unit, to);
         add_in_bias<UNIT>(s, in, j, to);
@@ -178,9 +188,9 @@ static __global__ void __launch_bounds__(STATE_THREADS, 4)
             load_row(first - TAPS + 1 + k, window[k]);
     bf16 *kept = conv + (size_t)(block.row + first) * s.conv + j;
     convolve_rows<STRIP, UNIT>(
-        in, first, block.count, j, window, load_row, [&](int r, const float *sum) {
+        taps, first, block.count, window, load_row, [&](int r, const float *sum) {
             const uint2 x = {cuda_pack(sum[0], sum[1]), cuda_pack(sum[2], sum[3])};
-            const float factor = steps->factors[first + r];
+            const float factor = factors[first + r];
             *reinterpret_cast<uint2 *>(xs + (first + r) * (WIDTH + PAD) + unit) =
                 uint2{scaled(x.x, factor, factor), scaled(x.y, factor, factor)};
             if (first + r < block.count)
@@ -481,6 +491,9 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     copy_rows(cs, b + (size_t)s.groups * N, s.conv, N, block.count, rows);
     copy_rows(bs, b, s.conv, N, block.count, rows);
     cuda_copy_commit();
+    if (GATED && threadIdx.x < block.count) /* z, of all heads */
+        cuda_bring_near(to.projected + (size_t)(block.row + threadIdx.x) * s.proj + first * WIDTH,
+                        heads * WIDTH * sizeof(bf16));
     fetch_x(0);
     for (uint32_t i = threadIdx.x; i < heads * TOKENS; i += OUTPUT_THREADS) {
         struct columns *own = columns + i / TOKENS;
@@ -518,10 +531,10 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
             float acc[WIDTH / 8][4] = {};
             add_before<N>(cs, xs + TOKENS * (WIDTH + PAD), warp, cuda_exp2(own.decays[top]),
                           cuda_exp2(own.decays[top + 8]), acc);
+            add_own(scores, xs, own, acc);
             uint2 gate[2][WIDTH / 16];
             if (GATED)
                 load_gate(s, to, row, end, (first + i) * WIDTH, gate);
-            add_own(scores, xs, own, acc);
             write_rows<GATED>(s, to, acc, gate, xs, skip[first + i], row, end, (first + i) * WIDTH,
                               squares);
         }
@@ -544,7 +557,8 @@ template <int N> static void launch_states(struct ops_context *x, const struct w
     const struct mamba_shape s = w->shape;
     const struct inputs<bf16> in = inputs_of<bf16>(x, w->weights);
     bf16 *conv = (bf16 *)(void *)x->conv;
-    const size_t bytes = TOKENS * ((N + PAD) + (WIDTH + PAD)) * sizeof(bf16) + sizeof(struct steps);
+    const size_t bytes = TOKENS * ((N + PAD) + (WIDTH + PAD)) * sizeof(bf16) +
+                         (TOKENS + TOKENS / CUDA_WARP) * sizeof(float);
     const uint32_t threads = (s.conv - s.inner) / 8 * (TOKENS / CONV_ROWS);
     CUDA_LAUNCH_EARLY(x, convolve_shared, dim3(w->block_count, cuda_ceil(threads, CONV_THREADS)),
                       dim3(CONV_THREADS), 0, s, in, w->blocks, w->segments, conv);
