@@ -405,6 +405,7 @@ static enum status open_device(struct ops_context *x, struct error *err)
         return error_set(err, STATUS_UNSUPPORTED, "the GPU cannot be used: %s",
                          cudaGetErrorString(error));
     x->multiprocessors = device.multiProcessorCount;
+    x->shared_most = device.sharedMemPerBlockOptin;
     x->early = device.major >= 9;
     snprintf(x->description, sizeof x->description, "cuda (%.100s, %s%s)", device.name,
              x->wide ? "fp32" : "bf16", x->fp8 ? ", landmarks fp8" : "");

@@ -44,8 +44,9 @@ struct ops_context {
     bool fp8; /* landmarks have twins on the device: see retrieve_fp8.cu */
     uint32_t max_rows;
     int multiprocessors;
-    bool recording; /* a part of a step is being recorded: see step.cu */
-    bool early;     /* kernels may begin before those in front of them end */
+    size_t shared_most; /* bytes of shared memory that a block can have */
+    bool recording;     /* a part of a step is being recorded: see step.cu */
+    bool early;         /* kernels may begin before those in front of them end */
     cudaStream_t stream;
     char description[160];
     enum status failed; /* sticky */
@@ -106,7 +107,7 @@ struct cuda_segment {
     uint64_t chunk_count;
 };
 
-static inline uint32_t cuda_ceil(uint64_t a, uint64_t b)
+static __host__ __device__ inline uint32_t cuda_ceil(uint64_t a, uint64_t b)
 {
     return (uint32_t)((a + b - 1) / b);
 }
@@ -162,6 +163,12 @@ void cuda_linear(struct ops_context *context, const struct ops_tensor *weight,
 /* x W^T of one long segment alone, as inputs of products. */
 void cuda_linear_narrow(struct ops_context *context, const struct ops_tensor *weight,
                         const struct ops_segment *segment, const void *x, void *out);
+/* States that a kernel will read: `blocks` of it share the heads of all segments in order. */
+struct cuda_soon {
+    const struct cuda_segment *segments; /* on the device */
+    size_t ssm;                          /* floats behind where they say */
+    uint32_t segment_count, heads, head_floats, blocks;
+};
 /* The input of a product: rows of floats, which a norm may stand before. */
 struct cuda_input {
     const float *x;                /* [rows, k] */
@@ -170,6 +177,7 @@ struct cuda_input {
     const void *ready; /* NULL, or where segments of more than CUDA_FEW_ROWS rows lie already,
                           normed and narrowed */
     bool short_only;   /* such segments are left out */
+    const struct cuda_soon *soon = NULL; /* or what the kernel behind reads, which nobody writes */
 };
 /* The same as cuda_linear of RMSNorm(x), in one kernel where there are few rows. */
 void cuda_norm_linear(struct ops_context *context, const struct cuda_input *in,
@@ -227,8 +235,8 @@ size_t cuda_pages_take(struct ops_context *context, const void *const *pages, si
 void *cuda_pages_create(struct ops_context *context, const void *page);
 /* All of the kernel's pages are taken: those that are missing come now, in one copy. */
 void cuda_pages_end(struct ops_context *context);
-/* Where these pages lie, to `data`, when they were taken not long ago, in runs that were remembered,
- * and none has moved since; else false. NULLs among the pages stay NULL. */
+/* Where these pages lie, to `data`, when they were taken not long ago, in runs that were
+ * remembered, and none has moved since; else false. NULLs among the pages stay NULL. */
 bool cuda_pages_known(struct ops_context *context, const void *const *pages, size_t count,
                       const void **data);
 /* What cuda_pages_take gave for them. */

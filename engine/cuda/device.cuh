@@ -99,6 +99,20 @@ static __device__ __forceinline__ void cuda_depend_wait(void)
 #define CUDA_SHARED(type, name) type *name = reinterpret_cast<type *>(emulator_shared())
 #endif
 
+/* Of `all` things in a row, those of one of `parts` that share them evenly. */
+struct span {
+    uint32_t first, count;
+};
+
+static __host__ __device__ __forceinline__ struct span share_of(uint32_t all, uint32_t parts,
+                                                                uint32_t part)
+{
+    struct span s;
+    s.first = (uint32_t)((uint64_t)all * part / parts);
+    s.count = (uint32_t)((uint64_t)all * (part + 1) / parts) - s.first;
+    return s;
+}
+
 /* ---- bf16 ---- */
 
 struct bf16 {
@@ -193,6 +207,16 @@ static __device__ __forceinline__ uint4 cuda_stream16(const void *from)
     return v;
 #else
     return *reinterpret_cast<const uint4 *>(from);
+#endif
+}
+
+/* What will be read soon, 128 bytes of it, comes to the L2 cache. */
+static __device__ __forceinline__ void cuda_prefetch(const void *from)
+{
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+    (void)*(const volatile char *)from;
 #endif
 }
 

@@ -97,16 +97,18 @@ static __device__ __forceinline__ void weigh_keys(const uint32_t q[HD / 16][4], 
 }
 
 /* W warps share the picks of one row and kv head; each has room for U halves of pages, of which all
- * but one are on their way. Grid: rows x kv heads. */
+ * but one are on their way. `early`: pages may be fetched before the kernel in front has ended,
+ * which does not write them. Grid: rows x kv heads. */
 template <int HD, int W, int U>
 static __global__ void __launch_bounds__(W *CUDA_WARP)
     attend_pages(struct hsa_shape s, const float *q, const float *weights, const bf16 *const *pages,
-                 float *o)
+                 float *o, bool early)
 {
     CUDA_SHARED(bf16, shared);
     constexpr uint32_t half = TOKENS * HD;
     cuda_depend_release();
-    cuda_depend_wait();
+    if (!early)
+        cuda_depend_wait();
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     const uint32_t g = blockIdx.y, heads = s.heads / s.kv_heads, stride = s.kv_heads * HD;
     const uint32_t r = s.retrieval_heads == 1 ? 0 : g;
@@ -126,6 +128,8 @@ static __global__ void __launch_bounds__(W *CUDA_WARP)
 #pragma unroll
     for (uint32_t unit = 0; unit < U - 1; unit++)
         fetch_half(unit);
+    if (early)
+        cuda_depend_wait();
     uint32_t queries[HD / 16][4];
     load_queries<HD>(q + at, heads, s.scale * LOG2_E, queries);
     float acc[HD / 8][4] = {};
@@ -181,14 +185,20 @@ static __global__ void __launch_bounds__(W *CUDA_WARP)
         }
 }
 
+template <int HD, int W, int U> static constexpr size_t shared_of(void)
+{
+    return (size_t)W * U * TOKENS * HD * sizeof(bf16);
+}
+
 template <int HD, int W, int U>
 static void launch(struct ops_context *x, const struct hsa_shape &s, uint32_t row_count,
                    const float *q, const float *weights, const void *const *pages, float *o)
 {
-    const size_t bytes = (size_t)W * U * TOKENS * HD * sizeof(bf16);
+    constexpr size_t bytes = shared_of<HD, W, U>();
     CUDA_ALLOW_SHARED(x, (attend_pages<HD, W, U>), bytes);
     CUDA_LAUNCH_EARLY(x, (attend_pages<HD, W, U>), dim3(row_count, s.kv_heads), dim3(W * CUDA_WARP),
-                      bytes, s, q, weights, (const bf16 *const *)pages, o);
+                      bytes, s, q, weights, (const bf16 *const *)pages, o,
+                      x->early && x->recording);
 }
 
 bool cuda_attend_pages(struct ops_context *x, const struct hsa_shape &s, uint32_t row_count,
@@ -197,8 +207,14 @@ bool cuda_attend_pages(struct ops_context *x, const struct hsa_shape &s, uint32_
     if (x->wide || s.tokens != TOKENS || s.heads / s.kv_heads > TILE ||
         (s.width != 64 && s.width != 128))
         return false;
-    if (s.width == 64)
+    /* Where a multiprocessor has no more than one block, that block has all its memory. */
+    const bool lone = row_count * s.kv_heads <= (uint32_t)x->multiprocessors;
+    if (s.width == 64 && lone && shared_of<64, 2, 9>() <= x->shared_most)
+        launch<64, 2, 9>(x, s, row_count, q, weights, pages, o);
+    else if (s.width == 64)
         launch<64, 2, 3>(x, s, row_count, q, weights, pages, o);
+    else if (lone && shared_of<128, 2, 6>() <= x->shared_most)
+        launch<128, 2, 6>(x, s, row_count, q, weights, pages, o);
     else
         launch<128, 2, 3>(x, s, row_count, q, weights, pages, o);
     return true;

@@ -269,6 +269,7 @@ struct few {
     float *scales, *out;
     const float *bias;
     bool add;
+    struct cuda_soon soon; /* blocks 0: nothing */
 };
 
 static __device__ __forceinline__ float4 load4(const float *from, uint32_t i)
@@ -354,24 +355,8 @@ static __device__ __forceinline__ void prepare_shared(const struct few &f,
     }
 }
 
-/* What a lane takes of a tile of rows at a step of depth: of the upper eight rows, and the lower.
- */
-template <bool FUSED>
-static __device__ __forceinline__ void load_rows(const struct few &f, const bf16 *shared,
-                                                 uint32_t top, uint32_t column, uint4 out[2])
-{
-    const uint32_t group = threadIdx.x % CUDA_WARP / 4;
-#pragma unroll
-    for (uint32_t half = 0; half < 2; half++) {
-        const uint32_t row = top + half * 8 + group, there = row < f.row_count ? row : top;
-        out[half] = uint4{0, 0, 0, 0};
-        if (!FUSED)
-            out[half] = *reinterpret_cast<const uint4 *>(f.ready + (size_t)there * f.k + column);
-        else if (half == 0) /* there are no lower ones */
-            out[half] =
-                *reinterpret_cast<const uint4 *>(shared + there * (f.k + SHARED_PAD) + column);
-    }
-}
+#define RESULTS(n) ((n)*4 * CUDA_WARP) /* of a tile of rows and n of weight rows */
+#define OWN_RESULTS(n) ((RESULTS(n) + FEW_WARPS * CUDA_WARP - 1) / (FEW_WARPS * CUDA_WARP))
 
 /* A thread's `j`-th result of a tile: where it lies in shared memory, its row and weight row. */
 template <int N> struct result {
@@ -386,19 +371,60 @@ template <int N> struct result {
     }
     __device__ __forceinline__ bool exists(const struct few &f) const
     {
-        return at < N * 4 * CUDA_WARP && row < f.row_count && o < f.n;
+        return at < RESULTS(N) && row < f.row_count && o < f.n;
     }
 };
 
-/* N tiles of weight rows, AHEAD steps of depth on their way; FUSED: how many rows the block
- * prepares by itself at most, or 0. Weights that fit AHEAD steps stay in registers while tile after
- * tile of rows passes by. What nobody writes is fetched before the kernel in front has ended, what
- * is added to, before the products. Grid: weight rows. */
-template <int N, int AHEAD, int FUSED>
+/* What the thread's results of a tile are added to. */
+template <int N>
+static __device__ __forceinline__ void load_base(const struct few &f, uint32_t top, uint32_t first,
+                                                 float base[OWN_RESULTS(N)])
+{
+#pragma unroll
+    for (uint32_t j = 0; j < OWN_RESULTS(N); j++) {
+        const result<N> r(j, top, first);
+        base[j] = 0;
+        if (r.exists(f))
+            base[j] = (f.bias ? f.bias[r.o] : 0) + (f.add ? f.out[(size_t)r.row * f.n + r.o] : 0);
+    }
+}
+
+/* One rounding, in every form: rows do not differ by who is beside. */
+template <int N, typename S>
+static __device__ __forceinline__ void
+store_results(const struct few &f, uint32_t top, uint32_t first, const float *sums,
+              const float base[OWN_RESULTS(N)], const S &scale)
+{
+#pragma unroll
+    for (uint32_t j = 0; j < OWN_RESULTS(N); j++) {
+        const result<N> r(j, top, first);
+        if (!r.exists(f))
+            continue;
+        float sum = 0;
+        for (uint32_t w = 0; w < FEW_WARPS; w++)
+            sum += sums[w * RESULTS(N) + r.at];
+        f.out[(size_t)r.row * f.n + r.o] = fmaf(sum, scale(r.row), base[j]);
+    }
+}
+
+/* What a lane takes of a tile of the block's rows at a step of depth: of the upper eight; there are
+ * no lower ones. */
+static __device__ __forceinline__ void load_shared(const struct few &f, const bf16 *shared,
+                                                   uint32_t top, uint32_t column, uint4 out[2])
+{
+    const uint32_t row = top + threadIdx.x % CUDA_WARP / 4, there = row < f.row_count ? row : top;
+    out[0] = *reinterpret_cast<const uint4 *>(shared + there * (f.k + SHARED_PAD) + column);
+    out[1] = uint4{0, 0, 0, 0};
+}
+
+/* Up to R rows, of FUSED_ROWS at most, which every block prepares by itself: N tiles of weight
+ * rows, AHEAD steps of depth on their way. What nobody writes is fetched before the kernel in front
+ * has ended, what is added to, before the products. Grid: weight rows. */
+template <int N, int AHEAD, int R>
 static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few(struct few f)
 {
-    CUDA_SHARED(float, sums); /* [FEW_WARPS][N * 4][CUDA_WARP]; behind them rows, when FUSED */
-    __shared__ float parts[FUSED ? FUSED : 1][FEW_WARPS];
+    CUDA_SHARED(float, sums); /* [FEW_WARPS][N * 4][CUDA_WARP]; behind them the rows */
+    __shared__ float parts[R][FEW_WARPS];
     constexpr uint32_t threads = FEW_WARPS * CUDA_WARP, results = N * 4 * CUDA_WARP,
                        own = (results + threads - 1) / threads;
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
@@ -420,14 +446,12 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few
     float4 norm[NORM_AHEAD];
 #pragma unroll
     for (uint32_t a = 0; a < NORM_AHEAD; a++)
-        if (FUSED && 4 * (threadIdx.x + a * threads) < f.k)
+        if (4 * (threadIdx.x + a * threads) < f.k)
             norm[a] = load4(f.norm, 4 * (threadIdx.x + a * threads));
     cuda_depend_release();
     cuda_depend_wait();
-    if (FUSED) {
-        prepare_shared<FUSED ? FUSED : 1>(f, norm, rows, parts);
-        __syncthreads();
-    }
+    prepare_shared<R>(f, norm, rows, parts);
+    __syncthreads();
     for (uint32_t top = 0; top < f.row_count; top += TILE_ROWS) {
         float base[own]; /* what the thread's results are added to */
 #pragma unroll
@@ -446,7 +470,7 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few
                 if (at >= depth)
                     break;
                 uint4 x[2];
-                load_rows<FUSED != 0>(f, rows, top, at * TILE_DEPTH + 8 * (lane % 4), x);
+                load_shared(f, rows, top, at * TILE_DEPTH + 8 * (lane % 4), x);
                 const uint32_t left[4] = {x[0].x, x[1].x, x[0].y, x[1].y},
                                right[4] = {x[0].z, x[1].z, x[0].w, x[1].w};
                 /* Behind the last step the first one of the next tile. */
@@ -466,7 +490,7 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int e = 0; e < (FUSED ? 2 : 4); e++)
+            for (int e = 0; e < 2; e++)
                 sums[(warp * N * 4 + n * 4 + e) * CUDA_WARP + lane] = acc[n][e];
         __syncthreads();
 #pragma unroll
@@ -478,47 +502,167 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few
             for (uint32_t w = 0; w < FEW_WARPS; w++)
                 sum += sums[w * results + r.at];
             /* One rounding, in every form of this kernel: rows do not differ by who is beside. */
-            f.out[(size_t)r.row * f.n + r.o] =
-                fmaf(sum, FUSED ? scale_of(parts[r.row], f) : f.scales[r.row], base[j]);
+            f.out[(size_t)r.row * f.n + r.o] = fmaf(sum, scale_of(parts[r.row], f), base[j]);
         }
-        if (!FUSED)
-            __syncthreads(); /* the sums are read */
     }
 }
 
-template <int N, int AHEAD, int FUSED>
-static void launch_product(struct ops_context *x, const struct few &f)
+/* A lane's part of a tile of prepared rows at a step of depth: of an upper row and a lower one. */
+static __device__ __forceinline__ void load_rows(const struct few &f, uint32_t top, uint32_t at,
+                                                 uint4 out[2])
 {
-    const size_t shared = (size_t)FEW_WARPS * N * 4 * CUDA_WARP * sizeof(float) +
-                          (FUSED ? (size_t)f.row_count * (f.k + SHARED_PAD) * sizeof(bf16) : 0);
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        const uint32_t row = top + half * 8 + lane / 4;
+        out[half] = *reinterpret_cast<const uint4 *>(f.ready +
+                                                     (size_t)(row < f.row_count ? row : top) * f.k +
+                                                     at * TILE_DEPTH + 8 * (lane % 4));
+    }
+}
+
+#define SOON_HEADS 2 /* that each block of the kernel behind begins with */
+
+/* While this kernel computes, memory is free for what comes behind it. */
+static __device__ __forceinline__ void fetch_soon(const struct cuda_soon &s)
+{
+    for (uint32_t b = blockIdx.y * gridDim.x + blockIdx.x; b < s.blocks;
+         b += gridDim.x * gridDim.y) {
+        const struct span heads = share_of(s.segment_count * s.heads, s.blocks, b);
+        for (uint32_t i = 0; i < heads.count && i < SOON_HEADS; i++) {
+            const uint32_t head = heads.first + i;
+            const float *from =
+                s.segments[head / s.heads].ssm + s.ssm + (size_t)(head % s.heads) * s.head_floats;
+            for (uint32_t at = 32 * threadIdx.x; at < s.head_floats; at += 32 * blockDim.x)
+                cuda_prefetch(from + at);
+        }
+    }
+}
+
+/* Rows that prepare_rows left, any number: the block's weights lie in shared memory while tile
+ * after tile of rows passes by, each on its way while the one before is added up. Grid: weight rows
+ * x shares of the tiles of rows. */
+template <int N, int AHEAD>
+static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_many(struct few f)
+{
+    CUDA_SHARED(float, sums); /* [FEW_WARPS][N * 4][CUDA_WARP]; behind them the weights */
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t first = blockIdx.x * N * TILE_OUT, depth = f.k / TILE_DEPTH;
+    const uint32_t tiles = cuda_ceil(f.row_count, TILE_ROWS);
+    const uint32_t begin = tiles * blockIdx.y / gridDim.y * TILE_ROWS,
+                   end = tiles * (blockIdx.y + 1) / gridDim.y * TILE_ROWS;
+    bf16 *weights = reinterpret_cast<bf16 *>(sums + FEW_WARPS * RESULTS(N));
+    const bf16 *weight = weights + lane / 4 * (f.k + SHARED_PAD) + 8 * (lane % 4);
+    for (uint32_t o = warp; o < N * TILE_OUT && first + o < f.n; o += FEW_WARPS)
+        for (uint32_t i = 8 * lane; i < f.k; i += 8 * CUDA_WARP)
+            cuda_copy_async(weights + o * (f.k + SHARED_PAD) + i,
+                            f.weight + (size_t)(first + o) * f.k + i);
+    cuda_copy_commit();
+    cuda_depend_release();
+    fetch_soon(f.soon);
+    cuda_depend_wait();
+    uint4 x[AHEAD][2];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (warp + i * FEW_WARPS < depth)
+            load_rows(f, begin, warp + i * FEW_WARPS, x[i]);
+    cuda_copy_wait<0>();
+    __syncthreads();
+    for (uint32_t top = begin; top < end; top += TILE_ROWS) {
+        float base[OWN_RESULTS(N)], acc[N][4] = {};
+        load_base<N>(f, top, first, base);
+        for (uint32_t from = warp; from < depth; from += AHEAD * FEW_WARPS) {
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const uint32_t at = from + i * FEW_WARPS, next = at + AHEAD * FEW_WARPS;
+                if (at >= depth)
+                    break;
+                const uint32_t left[4] = {x[i][0].x, x[i][1].x, x[i][0].y, x[i][1].y},
+                               right[4] = {x[i][0].z, x[i][1].z, x[i][0].w, x[i][1].w};
+                /* Behind the last step the first one of the next tile. */
+                if (next < depth)
+                    load_rows(f, top, next, x[i]);
+                else if (top + TILE_ROWS < end)
+                    load_rows(f, top + TILE_ROWS, warp + i * FEW_WARPS, x[i]);
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    const uint4 w = *reinterpret_cast<const uint4 *>(
+                        weight + n * TILE_OUT * (f.k + SHARED_PAD) + at * TILE_DEPTH);
+                    const uint32_t low[2] = {w.x, w.y}, high[2] = {w.z, w.w};
+                    cuda_mma(acc[n], left, low);
+                    cuda_mma(acc[n], right, high);
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                sums[(warp * N * 4 + n * 4 + e) * CUDA_WARP + lane] = acc[n][e];
+        __syncthreads();
+        store_results<N>(f, top, first, sums, base, [&](uint32_t r) { return f.scales[r]; });
+        __syncthreads(); /* the sums are read */
+    }
+}
+
+template <int N, int AHEAD, int R>
+static void launch_few_rows(struct ops_context *x, const struct few &f)
+{
+    const size_t shared =
+        sizeof(float) * FEW_WARPS * RESULTS(N) + sizeof(bf16) * f.row_count * (f.k + SHARED_PAD);
     if (shared > SHARED_PLAIN)
-        CUDA_ALLOW_SHARED(x, (product_of_few<N, AHEAD, FUSED>), shared);
-    CUDA_LAUNCH_EARLY(x, (product_of_few<N, AHEAD, FUSED>), dim3(cuda_ceil(f.n, N * TILE_OUT)),
+        CUDA_ALLOW_SHARED(x, (product_of_few<N, AHEAD, R>), shared);
+    CUDA_LAUNCH_EARLY(x, (product_of_few<N, AHEAD, R>), dim3(cuda_ceil(f.n, N * TILE_OUT)),
                       dim3(FEW_WARPS * CUDA_WARP), shared, f);
 }
 
 template <int N, int AHEAD> static void choose_rows(struct ops_context *x, const struct few &f)
 {
     if (f.row_count == 1)
-        launch_product<N, AHEAD, 1>(x, f);
-    else if (f.row_count <= FUSED_ROWS)
-        launch_product<N, AHEAD, FUSED_ROWS>(x, f);
+        launch_few_rows<N, AHEAD, 1>(x, f);
     else
-        launch_product<N, AHEAD, 0>(x, f);
+        launch_few_rows<N, AHEAD, FUSED_ROWS>(x, f);
 }
 
-/* Wide outputs have enough weight rows for every multiprocessor to take several tiles; and many
- * rows are read again by every block, so that fewer blocks are better. */
+/* What a block of product_of_many takes in shared memory. */
+static size_t shared_of(uint32_t n, uint32_t k)
+{
+    return sizeof(float) * FEW_WARPS * RESULTS(n) + sizeof(bf16) * n * TILE_OUT * (k + SHARED_PAD);
+}
+
+template <int N, int AHEAD> static void launch_many(struct ops_context *x, const struct few &f)
+{
+    const size_t shared = shared_of(N, f.k);
+    const uint32_t blocks = cuda_ceil(f.n, N * TILE_OUT), tiles = cuda_ceil(f.row_count, TILE_ROWS);
+    /* Two blocks for each multiprocessor; one, where there is little to do, leaves the kernel
+     * behind it room to begin. */
+    const uint32_t room = (tiles > 2 ? 2 : 1) * (uint32_t)x->multiprocessors / blocks;
+    const uint32_t shares = room < 1 ? 1 : room < tiles ? room : tiles;
+    CUDA_ALLOW_SHARED(x, (product_of_many<N, AHEAD>), shared);
+    CUDA_LAUNCH_EARLY(x, (product_of_many<N, AHEAD>), dim3(blocks, shares),
+                      dim3(FEW_WARPS * CUDA_WARP), shared, f);
+}
+
+/* Wide outputs have enough weight rows for every multiprocessor to take several tiles. Every block
+ * reads all rows of its share: the more weights it holds, the better; two of them must fit. */
 static void multiply_few(struct ops_context *x, const struct few &f)
 {
-    if (f.row_count > FUSED_ROWS)
+    const size_t fits = (size_t)112 << 10;
+    if (f.row_count > FUSED_ROWS) {
         CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0, f);
-    if (f.n >= 128 * 4 * TILE_OUT)
+        if (f.n >= 128 * 4 * TILE_OUT && shared_of(5, f.k) <= fits)
+            launch_many<5, 4>(x, f);
+        else if (shared_of(2, f.k) <= fits)
+            launch_many<2, 4>(x, f);
+        else
+            launch_many<1, 4>(x, f);
+    } else if (f.n >= 128 * 4 * TILE_OUT) {
         choose_rows<4, 4>(x, f);
-    else if (f.n >= 128 * 2 * TILE_OUT || f.row_count > TILE_ROWS)
+    } else if (f.n >= 128 * 2 * TILE_OUT) {
         choose_rows<2, 8>(x, f);
-    else
+    } else {
         choose_rows<1, 8>(x, f);
+    }
 }
 
 /* Segments that the tensor cores' kernel above does not take. */
@@ -573,6 +717,8 @@ void cuda_norm_linear(struct ops_context *x, const struct cuda_input *in,
         f.bias = bias ? (const float *)bias->data : NULL;
         f.out = out + row * n;
         f.add = add;
+        if (in->soon)
+            f.soon = *in->soon;
         multiply_few(x, f);
     }
 }

@@ -55,9 +55,12 @@ extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights
         done = cuda_mamba_blocks(x, w, rows, segments, hidden);
     }
     if (short_count) {
-        const struct cuda_input in = {hidden, &w->norm, epsilon, NULL, true};
+        const struct cuda_soon soon = cuda_mamba_soon(x, segments, short_count, ssm);
+        const struct cuda_input in = {hidden, &w->norm, epsilon,
+                                      NULL,   true,     x->recording ? &soon : NULL};
         cuda_norm_linear(x, &in, &w->in_proj, &w->in_proj_bias, rows, x->projected, false);
-        cuda_mamba_step(x, w, segments, rows->segment_count, ssm, conv);
+        cuda_mamba_step(x, w, segments, rows->segment_count, rows->row_count == rows->segment_count,
+                        ssm, conv);
     }
     const struct cuda_input out = {x->scanned, &w->gate_norm, epsilon, x->mixed, done};
     cuda_norm_linear(x, &out, &w->out_proj, &w->out_proj_bias, rows, hidden, true);

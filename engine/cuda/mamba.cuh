@@ -36,10 +36,14 @@ bool cuda_mamba_blocks(struct ops_context *context, const struct ops_mamba_weigh
                        float *hidden);
 
 /* Segments of at most CUDA_FEW_ROWS rows, token by token, from x->projected to x->scanned:
- * convolution, recurrence and gate; the norm behind the gate is left out. States and tails lie
- * `ssm` and `conv` floats behind where the segments say. */
+ * convolution, recurrence and gate; the norm behind the gate is left out. `single`: every segment
+ * has one row. States and tails lie `ssm` and `conv` floats behind where the segments say. */
 void cuda_mamba_step(struct ops_context *context, const struct ops_mamba_weights *weights,
-                     const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
-                     size_t conv);
+                     const struct cuda_segment *segments, uint32_t segment_count, bool single,
+                     size_t ssm, size_t conv);
+/* What it reads of the states of segments of one row. */
+struct cuda_soon cuda_mamba_soon(const struct ops_context *context,
+                                 const struct cuda_segment *segments, uint32_t segment_count,
+                                 size_t ssm);
 
 #endif

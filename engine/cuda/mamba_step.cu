@@ -1,18 +1,12 @@
 /* mamba_step.cu - a Mamba-2 block token by token, for segments of few rows: convolution, time
  * steps, recurrence and gate in one kernel, which reads and writes each state once. */
 #include "engine/cuda/device.cuh"
-#include "engine/cuda/mamba.cuh"
+#include "engine/cuda/mamba_step.cuh"
 
 #define STEP_WARPS 8
 #define STEP_THREADS (STEP_WARPS * CUDA_WARP)
 #define WARP_ROWS 4                         /* of a state, that a warp holds in registers */
 #define BLOCK_ROWS (STEP_WARPS * WARP_ROWS) /* of a head's P */
-#define TAPS 4                              /* of the convolution, where the numbers are known */
-
-template <typename T> struct step_weights {
-    const T *conv;
-    const float *conv_bias, *dt_bias, *a_log, *skip;
-};
 
 /* A block's place: one head of one segment, BLOCK_ROWS rows of its state. */
 struct place {
@@ -66,55 +60,6 @@ keep_tail(const struct mamba_shape &s, const struct place &at, const float *proj
             past(s, at, projected, j, at.segment.count - 1, keep - 1 - i);
 }
 
-/* V neighbours at once: 2 or 4. */
-template <int V> struct alignas(4 * V) floats {
-    float v[V];
-};
-
-/* The weights of a column, as they are stored. */
-template <typename T> struct alignas(TAPS * sizeof(T)) taps {
-    T v[TAPS];
-};
-
-/* A column of xBC that a thread convolves: what it needs beside the rows. */
-template <typename T> struct column {
-    uint32_t j; /* s.conv: none */
-    taps<T> weights;
-    float bias, tail[TAPS - 1];
-};
-
-template <typename T>
-static __device__ __forceinline__ struct column<T> load_column(const struct mamba_shape &s,
-                                                               const struct step_weights<T> &w,
-                                                               const struct place &at, uint32_t i) {
-    struct column<T> c = {
-    };
-    c.j = column_of(s, at, i);
-    if (c.j == s.conv)
-        return c;
-    c.weights = *reinterpret_cast<const taps<T> *>(w.conv + (size_t)c.j * TAPS);
-    c.bias = w.conv_bias ? w.conv_bias[c.j] : 0;
-#pragma unroll
-    for (int k = 0; k < TAPS - 1; k++)
-        c.tail[k] = at.segment.conv[(size_t)k * s.conv + c.j];
-    return c;
-}
-
-/* The next value of a column; its tail moves on. */
-template <typename T>
-static __device__ __forceinline__ float convolve(struct column<T> *c, float value)
-{
-    float sum = c->bias;
-#pragma unroll
-    for (int k = 0; k < TAPS - 1; k++)
-        sum = fmaf(cuda_float(c->weights.v[k]), c->tail[k], sum);
-#pragma unroll
-    for (int k = 0; k + 1 < TAPS - 1; k++)
-        c->tail[k] = c->tail[k + 1];
-    c->tail[TAPS - 2] = value;
-    return cuda_silu(fmaf(cuda_float(c->weights.v[TAPS - 1]), value, sum));
-}
-
 /* N is 32 V and the convolution has TAPS taps: the state is read and written once and lies in
  * registers, a lane has V neighbours of each row. V 0: whatever they are. */
 template <typename T, int V>
@@ -148,7 +93,8 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
                     *reinterpret_cast<const floats<width> *>(rows + (size_t)r * s.n + width * lane);
 #pragma unroll
         for (int i = 0; i < own; i++)
-            mine[i] = load_column(s, w, at, threadIdx.x + i * STEP_THREADS);
+            mine[i] = load_column(s, w, at.segment.conv,
+                                  column_of(s, at, threadIdx.x + i * STEP_THREADS));
     }
     const float rate = -expf(w.a_log[at.head]), through = w.skip[at.head],
                 dt_bias = w.dt_bias[at.head];
@@ -237,17 +183,257 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
 }
 
 template <typename T>
-static void launch_step(struct ops_context *x, const struct ops_mamba_weights *weights,
-                        const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
-                        size_t conv)
-{
-    const struct mamba_shape s = mamba_shape_of(&x->config);
+static struct step_weights<T> weights_of(const struct ops_mamba_weights *weights) {
     struct step_weights<T> w;
     w.conv = (const T *)weights->conv_weight.data;
     w.conv_bias = (const float *)weights->conv_bias.data;
     w.dt_bias = (const float *)weights->dt_bias.data;
     w.a_log = (const float *)weights->a_log.data;
     w.skip = (const float *)weights->d.data;
+    return w;
+}
+
+/* ---- many segments of one row ----
+ * Heads of states stream through shared memory, some always on their way; a block goes through its
+ * share of all heads in order, so that it seldom begins another segment, whose B and C all its
+ * warps need. */
+
+#define STAGES 3
+
+struct many {
+    struct mamba_shape s;
+    struct step_weights<bf16> w;
+    const struct cuda_segment *segments;
+    uint32_t segment_count;
+    size_t ssm, conv;
+    const float *projected;
+    float *y;
+    uint32_t *arrived;
+    bool early;
+};
+
+/* A warp's rows of one head. */
+struct head_rows {
+    uint32_t segment, first; /* row of [Hm P] */
+};
+
+static __device__ __forceinline__ struct head_rows find_rows(const struct many &m, uint32_t item)
+{
+    struct head_rows at;
+    at.segment = item / m.s.heads;
+    at.first = item % m.s.heads * m.s.width + threadIdx.x / CUDA_WARP * (m.s.width / STEP_WARPS);
+    return at;
+}
+
+/* Blocks that have heads of the segment. */
+static __device__ __forceinline__ uint32_t readers_of(const struct many &m, uint32_t segment)
+{
+    const uint64_t all = (uint64_t)m.segment_count * m.s.heads;
+    const uint64_t first = (uint64_t)segment * m.s.heads, last = first + m.s.heads - 1;
+    return (uint32_t)(((last + 1) * gridDim.x - 1) / all - ((first + 1) * gridDim.x - 1) / all + 1);
+}
+
+/* A thread's column of B or C in a segment, and its newest value. */
+struct bc_column {
+    struct column<bf16> column;
+    float value;
+};
+
+static __device__ __forceinline__ void load_bc(const struct many &m, uint32_t segment,
+                                               struct column<bf16> *out)
+{
+    out->j = m.s.conv;
+    if (threadIdx.x < 2 * m.s.groups * m.s.n && segment < m.segment_count)
+        *out = load_column(m.s, m.w, m.segments[segment].conv + m.conv, m.s.inner + threadIdx.x);
+}
+
+static __device__ __forceinline__ float load_bc_value(const struct many &m, uint32_t segment,
+                                                      const struct column<bf16> &c)
+{
+    return c.j < m.s.conv ? m.projected[(size_t)segment * m.s.proj + m.s.inner + c.j] : 0;
+}
+
+/* B and C of a segment for the block's warps; *last: no other block will read their tails. */
+static __device__ __forceinline__ void begin_segment(const struct many &m, uint32_t segment,
+                                                     struct bc_column *bc, float *columns,
+                                                     bool *last)
+{
+    if (bc->column.j < m.s.conv)
+        columns[threadIdx.x] = convolve(&bc->column, bc->value);
+    __syncthreads();
+    if (threadIdx.x == 0)
+        *last = atomicAdd(&m.arrived[segment], 1u) + 1 == readers_of(m, segment);
+}
+
+/* The block has done with the segment. */
+static __device__ __forceinline__ void end_segment(const struct many &m, uint32_t segment,
+                                                   const struct bc_column &bc, const bool *last)
+{
+    __syncthreads();
+    if (!*last)
+        return;
+    if (bc.column.j < m.s.conv)
+#pragma unroll
+        for (int k = 0; k < TAPS - 1; k++)
+            m.segments[segment].conv[m.conv + (size_t)k * m.s.conv + bc.column.j] =
+                bc.column.tail[k];
+    if (threadIdx.x == 0)
+        m.arrived[segment] = 0;
+}
+
+/* N is 32 V. Grid: at most as many blocks as heads of all segments. */
+template <int V> static __global__ void __launch_bounds__(STEP_THREADS, 2) step_many(struct many m)
+{
+    CUDA_SHARED(float, memory); /* [STAGES][P][N]; behind them B and C of all groups */
+    __shared__ bool last;
+    const struct mamba_shape &s = m.s;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t rows = s.width / STEP_WARPS, strip = rows * s.n;
+    float *columns = memory + STAGES * (size_t)s.width * s.n;
+    const auto stage = [&](uint32_t i) {
+        return memory + i % STAGES * (size_t)s.width * s.n + warp * strip;
+    };
+    cuda_depend_release();
+    if (!m.early)
+        cuda_depend_wait();
+    const struct span share = share_of(m.segment_count * s.heads, gridDim.x, blockIdx.x);
+    const auto inputs_of = [&](const struct head_rows &at) {
+        const float *projected = m.projected + (size_t)at.segment * s.proj;
+        return load_inputs(
+            s, [=](uint32_t j) { return projected[j]; }, at.first + lane);
+    };
+    const auto state_of = [&](const struct head_rows &at) {
+        return m.segments[at.segment].ssm + m.ssm + (size_t)at.first * s.n;
+    };
+    const auto fetch = [&](uint32_t i) {
+        if (i < share.count) {
+            const float *from = state_of(find_rows(m, share.first + i));
+            for (uint32_t e = 4 * lane; e < strip; e += 4 * CUDA_WARP)
+                cuda_copy_async(stage(i) + e, from + e);
+        }
+        cuda_copy_commit();
+    };
+#pragma unroll
+    for (uint32_t i = 0; i < STAGES - 1; i++)
+        fetch(i);
+    struct head_rows at = find_rows(m, share.first);
+    struct bc_column bc, next_bc;
+    struct state_row row = {};
+    struct row_inputs in = {};
+    load_bc(m, at.segment, &bc.column);
+    load_bc(m, at.segment + 1, &next_bc.column);
+    if (lane < rows)
+        row = load_state_row(s, m.w, m.segments[at.segment].conv + m.conv, at.first + lane);
+    if (m.early)
+        cuda_depend_wait();
+    bc.value = load_bc_value(m, at.segment, bc.column);
+    next_bc.value = load_bc_value(m, at.segment + 1, next_bc.column);
+    if (lane < rows)
+        in = inputs_of(at);
+    begin_segment(m, at.segment, &bc, columns, &last);
+    for (uint32_t i = 0; i < share.count; i++) {
+        const struct head_rows next = find_rows(m, share.first + i + 1);
+        struct state_row next_row = {};
+        struct row_inputs next_in = {};
+        if (i + 1 < share.count && lane < rows) {
+            next_row =
+                load_state_row(s, m.w, m.segments[next.segment].conv + m.conv, next.first + lane);
+            next_in = inputs_of(next);
+        }
+        struct row_step step = {};
+        if (lane < rows)
+            step = begin_row(s, &row, in);
+        cuda_copy_wait<STAGES - 2>();
+        __syncwarp();
+        fetch(i + STAGES - 1);
+        const float sum = step_rows<V>(s, at.first, rows, stage(i), state_of(at), step, columns);
+        if (lane < rows) {
+            m.y[(size_t)at.segment * s.inner + at.first + lane] =
+                fmaf(row.through, step.u, sum) * cuda_silu(in.z);
+#pragma unroll
+            for (int k = 0; k < TAPS - 1; k++)
+                m.segments[at.segment].conv[m.conv + (size_t)k * s.conv + row.column.j] =
+                    row.column.tail[k];
+        }
+        if (i + 1 < share.count && next.segment != at.segment) {
+            end_segment(m, at.segment, bc, &last);
+            bc = next_bc;
+            load_bc(m, next.segment + 1, &next_bc.column);
+            next_bc.value = load_bc_value(m, next.segment + 1, next_bc.column);
+            __syncthreads(); /* `last` is read */
+            begin_segment(m, next.segment, &bc, columns, &last);
+        }
+        at = i + 1 < share.count ? next : at;
+        row = next_row;
+        in = next_in;
+    }
+    end_segment(m, at.segment, bc, &last);
+}
+
+static uint32_t blocks_of(const struct ops_context *x, uint32_t segment_count)
+{
+    const uint32_t heads = segment_count * x->config.mamba_heads,
+                   room = 2 * (uint32_t)x->multiprocessors;
+    return heads < room ? heads : room;
+}
+
+template <int V> static void launch_many(struct ops_context *x, const struct many &m, size_t shared)
+{
+    CUDA_ALLOW_SHARED(x, step_many<V>, shared);
+    CUDA_LAUNCH_EARLY(x, step_many<V>, dim3(blocks_of(x, m.segment_count)), dim3(STEP_THREADS),
+                      shared, m);
+}
+
+struct cuda_soon cuda_mamba_soon(const struct ops_context *x, const struct cuda_segment *segments,
+                                 uint32_t segment_count, size_t ssm)
+{
+    struct cuda_soon soon = {};
+    soon.segments = segments;
+    soon.ssm = ssm;
+    soon.segment_count = segment_count;
+    soon.heads = x->config.mamba_heads;
+    soon.head_floats = x->config.mamba_head_dim * x->config.state_size;
+    soon.blocks = blocks_of(x, segment_count);
+    return soon;
+}
+
+/* False: such shapes are not covered. */
+static bool launch_singles(struct ops_context *x, const struct ops_mamba_weights *weights,
+                           const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
+                           size_t conv)
+{
+    struct many m = {};
+    m.s = mamba_shape_of(&x->config);
+    m.w = weights_of<bf16>(weights);
+    m.segments = segments;
+    m.segment_count = segment_count;
+    m.ssm = ssm;
+    m.conv = conv;
+    m.projected = x->projected;
+    m.y = x->scanned;
+    m.arrived = x->arrived;
+    m.early = x->early && x->recording;
+    const size_t shared =
+        sizeof(float) * (STAGES * (size_t)m.s.width * m.s.n + 2 * (size_t)m.s.groups * m.s.n);
+    if (m.s.taps != TAPS || m.s.width % STEP_WARPS || m.s.width / STEP_WARPS > CUDA_WARP ||
+        2 * m.s.groups * m.s.n > STEP_THREADS || shared > (size_t)112 << 10)
+        return false;
+    if (m.s.n == 4 * CUDA_WARP)
+        launch_many<4>(x, m, shared);
+    else if (m.s.n == 2 * CUDA_WARP)
+        launch_many<2>(x, m, shared);
+    else
+        return false;
+    return true;
+}
+
+template <typename T>
+static void launch_step(struct ops_context *x, const struct ops_mamba_weights *weights,
+                        const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
+                        size_t conv)
+{
+    const struct mamba_shape s = mamba_shape_of(&x->config);
+    const struct step_weights<T> w = weights_of<T>(weights);
     const dim3 grid(s.heads * cuda_ceil(s.width, BLOCK_ROWS), segment_count), block(STEP_THREADS);
     const size_t shared = sizeof(float) * (BLOCK_ROWS + 2 * (size_t)s.n);
     const bool early = x->early && x->recording;
@@ -263,9 +449,12 @@ static void launch_step(struct ops_context *x, const struct ops_mamba_weights *w
 }
 
 void cuda_mamba_step(struct ops_context *x, const struct ops_mamba_weights *weights,
-                     const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
-                     size_t conv)
+                     const struct cuda_segment *segments, uint32_t segment_count, bool single,
+                     size_t ssm, size_t conv)
 {
+    if (single && segment_count > CUDA_FEW_ROWS && !x->wide &&
+        launch_singles(x, weights, segments, segment_count, ssm, conv))
+        return;
     if (x->wide)
         launch_step<float>(x, weights, segments, segment_count, ssm, conv);
     else

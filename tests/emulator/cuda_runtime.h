@@ -174,6 +174,7 @@ struct cudaPointerAttributes {
 struct cudaDeviceProp {
     char name[256];
     int major, minor, multiProcessorCount;
+    size_t sharedMemPerBlockOptin;
 };
 enum { cudaStreamNonBlocking = 1, cudaHostAllocPortable = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };

@@ -579,7 +579,7 @@ cudaError_t cudaSetDevice(int)
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int)
 {
-    *out = {"emulated", 9, 0, 4};
+    *out = {"emulated", 9, 0, 4, SHARED_BYTES};
     return cudaSuccess;
 }
 

@@ -355,7 +355,7 @@ static void make_mamba(struct bed *b, struct ops_mamba_weights *h, struct ops_ma
     }
 }
 
-#define SEGMENTS 12
+#define SEGMENTS 40
 
 static void check_mamba(struct bed *b, const uint32_t *counts, uint32_t n)
 {
@@ -1016,6 +1016,10 @@ static void run_job(const struct job *job, bool wide, uint64_t seed)
     const uint32_t few[] = {1, 1, 5, 1, 3};
     const uint32_t many[] = {1, 64, 7, 9, 300, 1, 65, 2, 63};
     check_mamba(&b, few, 5);
+    uint32_t single[SEGMENTS];
+    for (uint32_t i = 0; i < SEGMENTS; i++)
+        single[i] = 1;
+    check_mamba(&b, single, large ? 11 : SEGMENTS);
     check_mamba(&b, large ? many + 1 : many, large ? 3 : 9);
     check_encode(&b, large ? 2 : 18);
     check_scans(&b);
