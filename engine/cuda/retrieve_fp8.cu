@@ -15,6 +15,7 @@
 #define KEEP_WARPS 4
 #define CODE_MOST 448.0f    /* the largest value of e4m3 */
 #define EXPANDED_BLOCKS 64u /* that become bf16 together for the scan of long segments */
+#define KEPT_LEAST 16
 #define KEPT_MOST (2 * LIMITS_TOPK)
 
 /* ---- codes ---- */
@@ -360,7 +361,8 @@ static __global__ void __launch_bounds__(RESCORE_THREADS)
 
 uint32_t cuda_kept(const struct ops_context *x)
 {
-    return x->fp8 ? 2 * x->config.topk : x->config.topk;
+    const uint32_t topk = x->config.topk, kept = 2 * topk > KEPT_LEAST ? 2 * topk : KEPT_LEAST;
+    return x->fp8 ? kept : topk;
 }
 
 /* scan_shape whose lists are as long as what is kept. */
