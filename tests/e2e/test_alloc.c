@@ -111,9 +111,9 @@ static int setup(void **state)
     assert_true(counter != MAP_FAILED);
     close(fd);
     setenv("ALLOC_COUNT_FILE", counter_path, 1);
-    setenv("LD_PRELOAD", getenv("ALLOC_SHIM"), 1);
+    sanitizer_preload(getenv("ALLOC_SHIM"));
     folder = daemon_begin(&daemon_, MODEL, flags);
-    unsetenv("LD_PRELOAD");
+    sanitizer_preload_nothing();
     assert_true(atomic_load(counter) > 0); /* it does count */
     return 0;
 }
@@ -130,9 +130,5 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_tokens),
                                        cmocka_unit_test(test_chunks)};
-    if (SANITIZER_HAS_MALLOC) {
-        print_message("left out: the sanitizer counts no allocations\n");
-        return 77;
-    }
     return cmocka_run_group_tests_name("alloc", tests, setup, teardown);
 }

@@ -17,6 +17,7 @@
 #include "tests/lib/answer.h"
 #include "tests/lib/daemon.h"
 #include "tests/lib/document.h"
+#include "tests/lib/sanitizer.h"
 #include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
 
@@ -531,12 +532,11 @@ static void set_disk(const char *state)
  */
 static void start_daemon(const char *const *with)
 {
-    assert_non_null(getenv("IO_SHIM"));
     setenv("IO_SHIM_CONTROL", control, 1);
-    setenv("LD_PRELOAD", getenv("IO_SHIM"), 1);
+    sanitizer_preload(getenv("IO_SHIM"));
     daemon_.flags = with;
     daemon_start(&daemon_);
-    unsetenv("LD_PRELOAD");
+    sanitizer_preload_nothing();
     unsetenv("IO_SHIM_CONTROL");
 }
 
@@ -693,18 +693,9 @@ static void reach_drain(void)
     daemon_await(&daemon_);
 }
 
-/* Nothing can be loaded before ThreadSanitizer's own library. */
-static void skip_without_shim(void)
-{
-#if defined __SANITIZE_THREAD__
-    skip();
-#endif
-}
-
 static void test_failures(void **state)
 {
     (void)state;
-    skip_without_shim();
     static const char *const narrow[] = {"--threads",
                                          "1",
                                          "--running",
@@ -776,7 +767,6 @@ static void test_pages(void **state)
 static void test_all_reached(void **state)
 {
     (void)state;
-    skip_without_shim();
     int missing = 0, documented = 0;
     for (int i = 0; i < document.operation_count; i++) {
         const struct operation *o = &document.operations[i];

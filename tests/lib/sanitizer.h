@@ -14,11 +14,10 @@
 #define SANITIZER_MEMORY 1.0
 #endif
 
-/* It brings its own malloc, so that none can be preloaded in front of it. */
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-#define SANITIZER_HAS_MALLOC 1
-#else
-#define SANITIZER_HAS_MALLOC 0
-#endif
+/* Preloads a library (LD_PRELOAD) into programs that are started from now on. A sanitizer's runtime
+ * must be the first that is loaded, so it goes in front. The running test fails when there is no
+ * name or no runtime. */
+void sanitizer_preload(const char *library);
+void sanitizer_preload_nothing(void);
 
 #endif

@@ -13,8 +13,26 @@ extern void *__libc_calloc(size_t count, size_t size);
 extern void *__libc_realloc(void *old, size_t size);
 extern void *__libc_memalign(size_t alignment, size_t size);
 
+/* A sanitizer's runtime, which comes first, has a malloc of its own, and calls what is told it
+ * here. */
+extern int __sanitizer_install_malloc_and_free_hooks(void (*on_malloc)(const volatile void *at,
+                                                                       size_t size),
+                                                     void (*on_free)(const volatile void *at))
+    __attribute__((weak));
+
 static atomic_ullong early;
 static atomic_ullong *counter = &early;
+
+static void on_malloc(const volatile void *at, size_t size)
+{
+    (void)at, (void)size;
+    atomic_fetch_add(counter, 1);
+}
+
+static void on_free(const volatile void *at)
+{
+    (void)at;
+}
 
 __attribute__((constructor)) static void open_counter(void)
 {
@@ -26,6 +44,8 @@ __attribute__((constructor)) static void open_counter(void)
     close(fd);
     if (shared != MAP_FAILED)
         counter = shared;
+    if (__sanitizer_install_malloc_and_free_hooks)
+        __sanitizer_install_malloc_and_free_hooks(on_malloc, on_free);
 }
 
 void *malloc(size_t size)

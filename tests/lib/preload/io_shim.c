@@ -47,7 +47,7 @@ static bool is_told_to_fail(void)
         if (fd < 0 || syscall(SYS_read, fd, &word, 1) != 1)
             word = 0;
         if (fd >= 0)
-            close(fd);
+            syscall(SYS_close, fd); /* as it was opened: ThreadSanitizer sees both or none */
         if (word == 's')
             usleep(2000);
         if (word == 'f' || word == 'b') {
