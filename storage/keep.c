@@ -149,6 +149,19 @@ static enum status find_item(const struct storage *storage, MDB_txn *txn, const 
     return status ? status : end ? end : found ? STATUS_OK : STATUS_NOT_FOUND;
 }
 
+enum status keep_list_bytes(const struct storage *storage, MDB_txn *txn, const char *owner,
+                            uint64_t *bytes)
+{
+    struct list_walk walk;
+    *bytes = 0;
+    enum status status = walk_begin(&walk, storage, txn, owner, true);
+    if (status)
+        return status;
+    for (; !walk.rc; walk_step(&walk, true))
+        *bytes += store_space(storage, walk.key.mv_size, walk.value.mv_size);
+    return walk_end(&walk);
+}
+
 static enum status get_object(const struct storage *storage, MDB_txn *txn, const char *id,
                               struct record_object *object)
 {
@@ -177,6 +190,21 @@ enum status keep_tenant(const struct storage *storage, MDB_txn *txn, const char 
 }
 
 /* ---- writes ---- */
+
+/* Whether the list of `owner`, where that is a memory, may take so much more. */
+static enum status check_list(struct store_write *write, const char *owner, uint64_t more)
+{
+    struct record_memory memory;
+    struct record_branch branch;
+    if (!write->storage->memory_quota)
+        return STATUS_OK;
+    enum status status = memory_get(write->storage, write->txn, owner, &memory);
+    if (!status)
+        status = branch_get(write->storage, write->txn, memory.branch, &branch);
+    if (status)
+        return status == STATUS_NOT_FOUND ? STATUS_OK : status;
+    return quota_check(write, &branch, more);
+}
 
 /* Puts a record and counts it for the tenant; `old`: the space of the one whose place it takes. */
 static enum status put_counted(struct store_write *write, enum store_db db, const void *key,
@@ -227,7 +255,12 @@ static enum status put_item(struct store_write *write, const char *owner,
     const size_t key_size = record_item_key(key, owner, number);
     buf_init(&buf);
     record_item_encode(&buf, key, key_size, item);
-    status = put_counted(write, STORE_ITEM, key, key_size, &buf, tenant, 0);
+    if (item->size) /* one without says only what a memory was made for */
+        status = check_list(write, owner, store_space(write->storage, key_size, buf.size));
+    else
+        status = STATUS_OK;
+    if (!status)
+        status = put_counted(write, STORE_ITEM, key, key_size, &buf, tenant, 0);
     buf_close(&buf);
     return status;
 }

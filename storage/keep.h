@@ -12,9 +12,12 @@ void keep_pack(const struct storage_keep *keep, struct buf *out);
  * such owner. */
 STATUS_CHECKED enum status keep_tenant(const struct storage *storage, MDB_txn *txn,
                                        const char *owner, char tenant[LIMITS_ID_BYTES]);
+/* Disk space of the items in the list of `owner`: a walk over them. */
+STATUS_CHECKED enum status keep_list_bytes(const struct storage *storage, MDB_txn *txn,
+                                           const char *owner, uint64_t *bytes);
 /* Writes what was packed. `branch` and `position`: of the turn it is written with; 0: none.
- * STATUS_KEY_QUOTA: there is no room for what is new; what takes the place of an older object may.
- */
+ * STATUS_KEY_QUOTA, STATUS_MEMORY_QUOTA: there is no room for what is new; what takes the place of
+ * an older object may. */
 STATUS_CHECKED enum status keep_put(struct store_write *write, const void *packed, size_t size,
                                     uint64_t branch, uint64_t position);
 /* The object and its list; `with_memory`: and the memory that was made for it, when no other of its

@@ -228,8 +228,14 @@ enum status quota_check(struct store_write *write, const struct record_branch *r
     const struct storage *storage = write->storage;
     if (storage_is_prefix(record->owner))
         return STATUS_OK;
-    if (storage->memory_quota && record->bytes + more > storage->memory_quota)
-        return STATUS_MEMORY_QUOTA;
+    if (storage->memory_quota) {
+        uint64_t items;
+        enum status status = keep_list_bytes(storage, write->txn, record->owner, &items);
+        if (status)
+            return status;
+        if (record->bytes + items + more > storage->memory_quota)
+            return STATUS_MEMORY_QUOTA;
+    }
     return quota_check_bytes(write, record->tenant, more);
 }
 

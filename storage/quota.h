@@ -32,7 +32,8 @@ STATUS_CHECKED enum status quota_check_bytes(struct store_write *write, const ch
                                              uint64_t more);
 /* The transaction has ended: what it counted holds, or does not. */
 void quota_end(struct storage *storage, bool committed);
-/* Whether the branch may take so much more. STATUS_MEMORY_QUOTA, STATUS_KEY_QUOTA. */
+/* Whether the branch, with the items in its memory's list, may take so much more.
+ * STATUS_MEMORY_QUOTA, STATUS_KEY_QUOTA. */
 STATUS_CHECKED enum status quota_check(struct store_write *write,
                                        const struct record_branch *record, uint64_t more);
 

@@ -3,6 +3,7 @@
 
 #include "proto/base/assert.h"
 #include "storage/branch.h"
+#include "storage/keep.h"
 #include "storage/memory.h"
 #include "storage/run.h"
 #include "storage/snapshot.h"
@@ -37,7 +38,10 @@ static enum status fill_memory(const struct storage *storage, MDB_txn *txn, cons
     memory->chunk_count = record->position / storage->chunk_tokens;
     memory->text_bytes = record->text_bytes;
     memory->ephemeral = record->ephemeral;
-    memory->bytes_on_disk = branch.bytes;
+    status = keep_list_bytes(storage, txn, id, &memory->bytes_on_disk);
+    if (status)
+        return status;
+    memory->bytes_on_disk += branch.bytes;
     if (record->snapshot) {
         struct record_snapshot snapshot;
         status = snapshot_get(storage, txn, record->snapshot, &snapshot);

@@ -264,8 +264,8 @@ struct storage_memory {
     uint64_t branch;
     int64_t created_at; /* seconds since 1970 */
     uint64_t token_count, chunk_count, text_bytes;
-    uint64_t bytes_on_disk; /* of its own branch, snapshots included; what it shares counts for the
-                               owner */
+    uint64_t bytes_on_disk; /* of its own branch, snapshots included, and of its items; what it
+                               shares counts for the owner */
     size_t snapshot_bytes;  /* 0 while the memory is empty */
     struct storage_expires expires;
     int64_t expires_at; /* 0: never */

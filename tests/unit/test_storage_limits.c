@@ -551,6 +551,44 @@ static void test_quota_of_kept(void **state)
     assert_counts_hold(limits, &quota);
 }
 
+/* The items in a memory's list take of its quota as its text does, over a restart too. */
+static void test_memory_quota_of_items(void **state)
+{
+    struct limits *limits = *state;
+    static char words[3000];
+    struct store_past *past = calloc(1, sizeof *past);
+    struct storage_item item = {.id = "i", .bytes = words, .size = 1500};
+    const struct storage_object object = {
+        .id = "o", .tenant = "ann", .memory = "a", .bytes = words, .size = 100};
+    const struct storage_keep own = {.object = &object, .lists = {{"o", &item, 1}}};
+    const struct storage_keep keep = {.lists = {{"a", &item, 1}}};
+    limits->memory_quota = 200000;
+    open_store(limits);
+    create(limits->storage, "a", NULL, "ann", 0, false, false);
+    strcpy(past->id, "a");
+    assert_int_equal(write_more(limits, past, 100), STATUS_OK);
+    const uint64_t text = store_past_get(limits->storage, "a").bytes_on_disk;
+    unsigned count = 0;
+    while (!put(limits, &keep))
+        count++;
+    assert_int_equal(put(limits, &keep), STATUS_MEMORY_QUOTA);
+    const uint64_t full = store_past_get(limits->storage, "a").bytes_on_disk;
+    assert_true(full <= 200000 && full > 200000 - 2000);
+    assert_true(full - text >= count * (uint64_t)1500 && full - text < count * (uint64_t)1700);
+    assert_int_equal(used(limits, "ann"), full); /* both count the same */
+    assert_int_equal(write_more(limits, past, 60), STATUS_MEMORY_QUOTA);
+    reopen(limits);
+    assert_int_equal(store_past_get(limits->storage, "a").bytes_on_disk, full);
+    assert_int_equal(put(limits, &keep), STATUS_MEMORY_QUOTA);
+    assert_int_equal(put(limits, &own), STATUS_OK); /* the list of an object is not the memory's */
+    /* Without them there is room for as much text. */
+    assert_int_equal(store_create(limits->storage, "b", "a"), STATUS_OK);
+    strcpy(past->id, "b");
+    assert_int_equal(write_more(limits, past, 60), STATUS_OK);
+    store_past_assert(limits->storage, past);
+    free(past);
+}
+
 /* Objects that nothing goes on from, the ids one behind the other; two are looked at at a time. */
 static void assert_left_over(struct limits *limits, const char *expected)
 {
@@ -720,6 +758,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_key_quota, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quota_settled, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quota_of_kept, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_memory_quota_of_items, setup, teardown),
         cmocka_unit_test_setup_teardown(test_left_over, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full_under_load, setup, teardown),
     };
