@@ -245,15 +245,15 @@ class Builder:
         """A row of one haystack and its questions."""
         rng, row = self.rng, Row(length)
         needles, texts, used = [], [], 0
-        most = length * (rng.choice([0.5, 0.68]) if crowd else 0.55)  # leave room for a haystack
+        share = rng.choice([0.5, 0.68, 0.82]) if crowd else 0.55  # leave room for a haystack
         for needle in self.crowd(length) if crowd else self.needles(stage, length):
             pieces = [self.tokenizer.encode(piece) for piece in needle.pieces]
             used += sum(map(len, pieces))
-            if stage > 1 and used > most:
+            if stage > 1 and used > length * share:
                 break
             texts += [(len(needles), i, piece) for i, piece in enumerate(pieces)]
             needles.append(needle)
-        questions, size = self.questions(needles, length // 4)
+        questions, size = self.questions(needles, int(length * (0.96 - share if crowd else 0.25)))
         if not questions:  # a short row of long facts
             return self.plain(length)
         room = length - size

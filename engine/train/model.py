@@ -42,7 +42,8 @@ DEFAULTS = dict(
 )
 
 
-BANK = 16384  # landmarks of earlier plain text kept for the distraction loss
+BANK = 16384  # landmarks of earlier plain text kept as what holds nothing for a question
+CROWD = 4096  # and of earlier haystacks of needles: so few that one of the same key is rare
 PART = 1024  # positions that the dense attention takes at a time, or an eighth of longer rows
 
 
@@ -380,23 +381,33 @@ class RetrievalLayer(nn.Module):
         picked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks, True) & visible
         return self.weigh(scores, picked)
 
-    def missed(self, x, landmarks, positions, gold):
-        """Mean over the `gold` positions (batch, at, place) of -log of the weight of the place's
-        chunk, were every chunk picked: what teaches the landmarks before any answer is right."""
+    def missed(self, x, landmarks, positions, gold, others=None, own=None):
+        """Two means over the `gold` positions (batch, at, place), which teach the landmarks before any
+        answer is right: of -log of the weight of the place's chunk, were every chunk picked; and of
+        -log of its share in a softmax over the scores of every visible chunk and `others`
+        [C,Hr,r/Hr] (InfoNCE), chunks that hold nothing for these rows, but where `own` [batch,C]."""
         batch, at, place = gold
         q = self.ln(self.pre_norm(x[batch, at])).view(len(batch), self.config.retrieval_heads, -1)
         if self.config.enable_lmk_norm:
             q, landmarks = self.lmk_q_norm(q), self.lmk_k_norm(landmarks)
-        scores = torch.einsum("nhr,nchr->nhc", q, landmarks[batch].to(q.dtype)).float()
-        scores = scores * q.shape[-1] ** -0.5
+            others = None if others is None else self.lmk_k_norm(others)
+        scale = q.shape[-1] ** -0.5
+        scores = torch.einsum("nhr,nchr->nhc", q, landmarks[batch].to(q.dtype)).float() * scale
         chunk = place.view(-1, 1, 1) // self.config.chunk_size
         number = torch.arange(scores.shape[-1], device=x.device)
         rivals = self.visible(positions[at], len(number)).unsqueeze(1)
+        wanted = scores.gather(-1, chunk.expand(-1, scores.shape[1], 1)).squeeze(-1)
+        among = scores.masked_fill(~rivals, -math.inf).logsumexp(-1)
         if self.config.enable_softmax:
-            spent = scores.masked_fill(~rivals, -math.inf).logsumexp(-1)
+            spent = among
         else:
             spent = (F.softplus(scores) * (rivals & (number >= chunk))).sum(-1)
-        return (spent - scores.gather(-1, chunk.expand(-1, scores.shape[1], 1)).squeeze(-1)).mean()
+        if others is not None:
+            scores = torch.einsum("nhr,chr->nhc", q, others.to(q.dtype)).float() * scale
+            if own is not None:
+                scores = scores.masked_fill(own[batch].unsqueeze(1), -math.inf)
+            among = torch.logaddexp(among, scores.logsumexp(-1))
+        return (spent - wanted).mean(), (among - wanted).mean()
 
     def distracted(self, x, landmarks, own=None):
         """How much positions x [N,d] would read of chunks [C,Hr,r/Hr] that hold nothing for them;
@@ -499,15 +510,16 @@ class Aims:
     """What a training batch should read, for the losses beside the language's.
 
     gold: (row, position, place) of positions and the place that each should read from, or None:
-        `retrieval` is the mean of -log of its chunk's weight, were every chunk picked, `attention`
+        `retrieval` is the mean of -log of its chunk's weight, were every chunk picked, `contrast`
+        that of its share among its row's chunks and those that hold nothing for it, `attention`
         that of the place's share of the attention to that chunk, in half of the heads of the first
         HSA layer.
     distractors: the first so many rows are plain text, or 0. `distraction` is how strongly the
         flat positions `asked` would read that text or the plain text of earlier batches, and the
         flat positions `text` that of earlier batches alone: it keeps landmarks apart in longer
         contexts than are trained on.
-    rivals: every row is a haystack of needles of one kind: `distraction` is then how strongly the
-        positions `asked` would read the other rows.
+    rivals: every row is a haystack of needles of one kind: what holds nothing for it are then the
+        other rows, and for `contrast` those of earlier batches.
     """
 
     def __init__(self, gold=None, distractors=0, asked=None, text=None, rivals=False):
@@ -534,7 +546,7 @@ class Backbone(nn.Module):
 class Ramba(nn.Module):
     def __init__(self, config, hsa=True):
         super().__init__()
-        self.config, self.hsa, self.bank = config, hsa, None
+        self.config, self.hsa, self.bank, self.crowd = config, hsa, None, None
         self.backbone = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -550,13 +562,13 @@ class Ramba(nn.Module):
 
         `states`: a list of [B,H,P,N], one for each Mamba layer, or None. `trace`: a dict to be
         filled with layer{i}.hidden, .k, .v, .landmarks, .weights. With `aims` self.distraction,
-        self.retrieval and self.attention are the losses of that name.
+        self.retrieval, self.contrast and self.attention are the losses of that name.
         """
         x = self.backbone.embeddings(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
         keys = values = landmarks = weights = None
         after, mamba = [], 0
-        self.distraction = self.retrieval = self.attention = None
+        self.distraction = self.retrieval = self.contrast = self.attention = None
         for i, layer in enumerate(self.backbone.layers):
             if isinstance(layer, MambaLayer):
                 x, ssm, _ = layer(x, resets, None if states is None else states[mamba])
@@ -589,21 +601,32 @@ class Ramba(nn.Module):
         return x, after
 
     def aim(self, aims, layer, x, landmarks, positions):
-        if aims.gold is not None:
-            self.retrieval = layer.missed(x, landmarks, positions, aims.gold)
-        flat = x.flatten(0, 1)
+        count, others, own = landmarks.shape[1], None, None
+        flat, chunks = x.flatten(0, 1), landmarks.flatten(0, 1)
         if aims.rivals:
-            row = torch.arange(len(x), device=x.device).repeat_interleave(landmarks.shape[1])
-            own = (aims.asked // x.shape[1])[:, None] == row
-            self.distraction = layer.distracted(flat[aims.asked], landmarks.flatten(0, 1), own)
+            row = torch.arange(len(x), device=x.device)
+            own = row[:, None] == row.repeat_interleave(count)
+            mine = own[aims.asked // x.shape[1]]
+            self.distraction = layer.distracted(flat[aims.asked], chunks, mine)
+            others, self.crowd = self.with_earlier(chunks, self.crowd, CROWD)
+            own = F.pad(own, (0, len(others) - len(chunks)))
         elif aims.asked is not None and (aims.distractors or self.bank is not None):
-            fresh = landmarks[: aims.distractors].flatten(0, 1)
-            bank = [] if self.bank is None else [self.bank.to(fresh.dtype)]
-            self.distraction = layer.distracted(flat[aims.asked], torch.cat([fresh, *bank]))
-            if bank:
-                read = layer.distracted(flat[aims.text], bank[0])
+            bank = self.bank
+            others, self.bank = self.with_earlier(chunks[: aims.distractors * count], bank, BANK)
+            self.distraction = layer.distracted(flat[aims.asked], others)
+            if bank is not None:
+                read = layer.distracted(flat[aims.text], bank.to(x.dtype))
                 self.distraction = self.distraction + read
-            self.bank = torch.cat([*bank, fresh.detach()])[-BANK:]
+        if aims.gold is not None:
+            self.retrieval, self.contrast = layer.missed(
+                x, landmarks, positions, aims.gold, others, own
+            )
+
+    @staticmethod
+    def with_earlier(fresh, bank, most):
+        """`fresh` landmarks and those of `bank` behind them; and what to keep of both, the newest."""
+        both = fresh if bank is None else torch.cat([fresh, bank.to(fresh.dtype)])
+        return both, both[:most].detach()
 
     def forward(self, ids, trace=None):
         return self.head(self.hidden(ids, trace=trace)[0])

@@ -75,11 +75,15 @@ def niah_all_question(kind, keys):
     )
 
 
-def niah_multivalue(rng, kind=None, count=None):
-    """Several values of one key: the newest is said first, as retrieval reads the newest first."""
+def niah_multivalue(rng, kind=None, count=None, in_order=True):
+    """Several values of one key. In order, the newest is said first, as retrieval reads the newest
+    first; in any order, what was passed over is still said."""
     kind, count, key = kind or niah_kind(rng), count or rng.choice([2, 3, 4, 4, 4]), words.pair(rng)
     values = [niah_value(rng, kind) for _ in range(count)]
-    parts = [(f" {values[i]}{',' if i else '.'}", i) for i in reversed(range(count))]
+    order = list(reversed(range(count)))
+    if not in_order:
+        rng.shuffle(order)
+    parts = [(f" {values[i]}{'.' if i == order[-1] else ','}", i) for i in order]
     return Needle(
         "niah_multivalue",
         [niah_sentence(kind, key, value) for value in values],
@@ -204,7 +208,7 @@ def pair(rng, taken, letters, digits):
 KINDS = {
     "passkey": passkey,
     "niah": niah,
-    "niah_multivalue": niah_multivalue,
+    "niah_multivalue": lambda rng: niah_multivalue(rng, in_order=rng.random() < 0.65),
     "niah_multiquery": niah_multiquery,
     "vt": vt,
     "phone": phone,

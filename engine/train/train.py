@@ -30,7 +30,13 @@ from optimizer import Both
 from tokenizer import Tokenizer
 
 LAST_STAGE = 3
+BESIDE = ("distraction", "retrieval", "contrast", "attention")  # losses beside the language's
 SAVE_SECONDS = 60
+
+
+def level_of(stage, length):
+    """The stage whose rows are made: long texts need long rows."""
+    return min(stage, 2) if length <= 512 else stage
 
 
 def worker(settings, data, seed, stage, shape, queues):
@@ -39,13 +45,13 @@ def worker(settings, data, seed, stage, shape, queues):
     builder = Builder(tokenizer, books, seed, settings)
     while True:
         now = stage.value
-        # Long rows wait for the last stage; till then their makers make short ones.
-        name = shape if now == LAST_STAGE else "short"
+        # Long rows wait for the last stage; till then their makers make those of the first shape.
+        name = shape if now == LAST_STAGE else next(iter(settings["shapes"]))
         size = settings["shapes"][name]
         plain = settings["plain_rows"] * size["batch"] // 8
         if now == 0:
             plain = size["batch"] // 16
-        level = min(now, 2) if name == "short" else now
+        level = level_of(now, size["length"])
         if now >= settings["distraction_from"] and builder.rng.random() < settings["crowd_share"]:
             plain, rows = None, builder.crowds(size["batch"], size["length"])
         else:
@@ -104,6 +110,7 @@ class Answers:
 
 class Trainer:
     def __init__(self, args):
+        self.began = time.time()
         self.settings, self.args = configured(args.config, args.set), args
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
@@ -115,8 +122,8 @@ class Trainer:
         self.config, self.model = build(self.settings)
         self.model.to(self.device)
         self.optimizer = Both(self.model, self.settings)
-        tokenizer = Tokenizer.load(args.data)
-        self.held = Books(os.path.join(args.data, "held.npy"), tokenizer)
+        self.tokenizer = Tokenizer.load(args.data)
+        self.held = Books(os.path.join(args.data, "held.npy"), self.tokenizer)
         self.step, self.tokens, self.seconds, self.stage, self.kept = 0, 0, 0.0, 0, 0.0
         self.pool, self.skipped = None, torch.zeros((), device=self.device)
         self.path = os.path.join(args.out, "checkpoint.pt")
@@ -133,6 +140,7 @@ class Trainer:
             for layer in self.model.backbone.layers:
                 layer.compile(dynamic=False)  # a dynamic second shape compiles for minutes
             self.losses = torch.compile(self.answer_losses, dynamic=False)
+            self.warm_up()
 
     def resume(self):
         saved = torch.load(self.path, map_location=self.device)
@@ -226,7 +234,7 @@ class Trainer:
             for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
                 grad.copy_(part.view_as(grad))
 
-    def update(self, plain, arrays):
+    def gradients(self, plain, arrays):
         ids, marks, resets, gold = arrays
         ids_t, marks_t, resets_t = [self.put(a) for a in (ids, marks, resets)]
         aims = self.aims(plain, marks, gold)
@@ -236,11 +244,18 @@ class Trainer:
             text, answer, right = self.losses(x, ids_t[:, 1:], marks_t[:, 1:])
         s = self.settings
         total = s["text_weight"] * text + s["answer_weight"] * answer
-        beside = [self.model.distraction, self.model.retrieval, self.model.attention]
-        for loss, name in zip(beside, ("distraction", "retrieval", "attention")):
+        beside = [getattr(self.model, name) for name in BESIDE]
+        for loss, name in zip(beside, BESIDE):
             if loss is not None:
                 total = total + s[name + "_weight"] * loss
         total.backward()
+        losses = [0.0 if loss is None else loss for loss in (text, answer, *beside)]
+        losses = [torch.as_tensor(loss, device=self.device).detach() for loss in losses]
+        return torch.stack(losses), right, after
+
+    def update(self, plain, arrays):
+        """A step: the mean losses, as `log` names them, and which targets were the most likely."""
+        losses, right, after = self.gradients(plain, arrays)
         self.share_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         # A step without a finite gradient changes nothing; the host does not wait to learn of it.
@@ -255,10 +270,41 @@ class Trainer:
             kept = torch.where(finite, states.detach().float().nan_to_num(0.0), layer[self.rows])
             layer[self.rows] = kept
         self.model.zero_grad(set_to_none=True)
-        losses = [text, answer, *beside]
-        return torch.stack(
-            [torch.as_tensor(0.0 if l is None else l, device=self.device).detach() for l in losses]
-        ), right
+        return losses, right
+
+    def warm_up(self):
+        """Compiles for every shape, each on another rank first: those that come to it later find it in
+        the compiler's cache, if they share one. Halves a batch that does not fit the device."""
+        books = Books(os.path.join(self.args.data, "train.npy"), self.tokenizer)
+        builder = Builder(self.tokenizer, books, self.settings["seed"], self.settings)
+        shapes = list(self.settings["shapes"].items())
+        turn = self.rank % len(shapes)
+        for name, size in shapes[turn:] + shapes[:turn]:
+            begin = time.time()
+            while not self.fits(builder, size):
+                size["batch"] //= 2
+            took = time.time() - begin
+            most = torch.cuda.max_memory_allocated() / 2**30
+            print(
+                f"rank {self.rank}: {size['batch']} rows of {size['length']} ({name}) are ready after "
+                f"{took:.0f} s, {most:.1f} GiB at most",
+                flush=True,
+            )
+
+    def fits(self, builder, size):
+        torch.cuda.empty_cache()
+        plain = size["batch"] // 8
+        level = level_of(LAST_STAGE, size["length"])
+        try:
+            self.gradients(plain, builder.batch(level, size["batch"], size["length"], plain))
+            torch.cuda.synchronize()
+            return True
+        except torch.cuda.OutOfMemoryError:
+            if size["batch"] == 1:
+                raise
+            return False
+        finally:
+            self.model.zero_grad(set_to_none=True)
 
     def agree(self, stop):
         """Rank 0's clock, stage and word to stop are everyone's."""
@@ -310,7 +356,7 @@ class Trainer:
     def held_out(self):
         """The loss on books that are not trained on. In the shape of a training step, gradients and
         all, which is compiled already."""
-        size = self.settings["shapes"]["short"]
+        size = next(iter(self.settings["shapes"].values()))
         rows = [self.held.take(random.Random(i), size["length"])[0] for i in range(size["batch"])]
         ids = self.put(np.stack(rows).astype(np.int64))
         resets, states = torch.zeros_like(ids, dtype=torch.bool), self.states(len(ids))
@@ -321,7 +367,7 @@ class Trainer:
 
     def log(self, sums, count, answers, rate):
         sums = sums.tolist()
-        names = ("text", "answer", "distraction", "retrieval", "attention")
+        names = ("text", "answer", *BESIDE)
         print(
             f"step {self.step} stage {self.stage} {self.tokens / 1e6:.1f}M tokens {rate / 1e3:.0f}K "
             "tok/s "
@@ -339,10 +385,11 @@ class Trainer:
         args, settings = self.args, self.settings
         stage = multiprocessing.Value("i", self.stage)
         pool, queues = self.start_workers(stage)
-        begin = last = saved = logged = time.time()
+        begin = last = saved = self.began  # what it took to compile counts
+        logged = time.time()
         answers = {shape: Answers() for shape in queues}
         logged_tokens, logged_step, stage_began = self.tokens, self.step, self.step
-        sums = torch.zeros(5, device=self.device)
+        sums = torch.zeros(2 + len(BESIDE), device=self.device)
         stop = False
         while not stop:
             shape, plain, arrays = self.batch(queues)
@@ -359,7 +406,8 @@ class Trainer:
             stop = now - begin > args.seconds or self.done() >= 1
             long_enough = self.step - stage_began > 150
             late = self.done() > settings["advance_by"][self.stage]
-            good = long_enough and answers["short"].right > settings["advance_at"][self.stage]
+            first = next(iter(answers.values()))
+            good = long_enough and first.right > settings["advance_at"][self.stage]
             self.stage += good or late
             stop = self.agree(stop)
             if self.stage != stage.value:
