@@ -13,12 +13,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "engine/bf16.h"
 #include "engine/engine.h"
 #include "proto/base/assert.h"
+#include "tests/lib/daemon.h"
 #include "tests/lib/store_helper.h"
 
 #define BLOCK_CHUNKS 64u
@@ -26,13 +26,6 @@
 #define WARM 3u
 #define TABLE_NUMBERS ((size_t)1 << 20)
 #define SNAPSHOT_POSITION 16 /* in a snapshot's header: see session.c */
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 /* ---- the engine, whose chunks are read from the store ---- */
 
@@ -78,12 +71,12 @@ static struct engine *open_engine(const char *model, struct storage **storage, d
         .io = {storage, append_room, append, read_chunks, read_landmarks}};
     struct engine *engine;
     struct error err = {0};
-    const double began = now();
+    const double began = daemon_now();
     if (engine_open(&options, &engine, &err)) {
         fprintf(stderr, "%s\n", err.message);
         exit(1);
     }
-    *seconds = now() - began;
+    *seconds = daemon_now() - began;
     return engine;
 }
 
@@ -105,13 +98,7 @@ static struct storage *open_store(const char *path, const struct engine_info *in
                                             .chunk_tokens = info->config->chunk_tokens,
                                             .model_fingerprint = info->fingerprint,
                                             .model_name = "bench"};
-    struct storage *storage;
-    struct error err = {0};
-    if (storage_open(&options, &storage, &err)) {
-        fprintf(stderr, "%s\n", err.message);
-        exit(1);
-    }
-    return storage;
+    return store_open(&options);
 }
 
 /* A snapshot at `position` with the state of a slice. */
@@ -194,16 +181,6 @@ static void grow(struct past *past, const struct engine_info *info, uint64_t pos
     free(ids);
 }
 
-static void drop_cache(const char *folder)
-{
-    char path[1024];
-    snprintf(path, sizeof path, "%s/data.mdb", folder);
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ASSERT(fd >= 0 && fdatasync(fd) == 0);
-    ASSERT(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
-    close(fd);
-}
-
 /* ---- what is measured ---- */
 
 struct resumed {
@@ -217,27 +194,27 @@ static struct resumed resume(const char *model, const char *folder, bool cold)
     struct engine *engine = open_engine(model, &storage, &opened);
     const struct engine_info *info = engine_get_info(engine);
     if (cold)
-        drop_cache(folder);
-    const double t0 = now();
+        store_drop_cache(folder);
+    const double t0 = daemon_now();
     storage = open_store(folder, info);
-    const double t1 = now();
+    const double t1 = daemon_now();
     struct storage_range *ranges;
     size_t count, size;
     void *snapshot;
     uint64_t position;
     ASSERT(!storage_lineage(storage, "m", &ranges, &count) && count == 1);
     ASSERT(!storage_snapshot(storage, "m", &snapshot, &size, &position));
-    const double t2 = now();
+    const double t2 = daemon_now();
     const struct chunk_range range = {.branch = ranges[0].branch, .first = ranges[0].first};
     struct engine_session *session;
     struct error err = {0};
     ASSERT(!engine_session_create(engine, &range, 1, snapshot, size, &session, &err));
-    const double t3 = now();
+    const double t3 = daemon_now();
     const int32_t token = 1;
     step(engine, session, &token, 1);
-    const double t4 = now();
+    const double t4 = daemon_now();
     step(engine, session, &token, 1);
-    const double t5 = now();
+    const double t5 = daemon_now();
     engine_session_destroy(session);
     engine_close(engine);
     free(ranges);

@@ -11,10 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "proto/base/assert.h"
+#include "tests/lib/daemon.h"
 #include "tests/lib/store_helper.h"
 
 #define S 64u
@@ -29,13 +29,6 @@
 #define TURNS 8u
 #define FORKS 1000u
 #define RESUMES 7u
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 /* Bytes this process has written to files. What the kernel says of the disk itself counts the
  * file system's own pages as well, as it pleases. */
@@ -60,13 +53,7 @@ static struct storage *open_at(const char *path)
                                             .chunk_tokens = S,
                                             .model_fingerprint = 1,
                                             .model_name = "bench"};
-    struct storage *storage;
-    struct error err = {0};
-    if (storage_open(&options, &storage, &err)) {
-        fprintf(stderr, "%s\n", err.message);
-        exit(1);
-    }
-    return storage;
+    return store_open(&options);
 }
 
 /* Seconds that so many writes of `block` bytes take, each on the disk before the next. */
@@ -77,10 +64,10 @@ static double plain_writes(const char *folder, const unsigned char *bytes, size_
     snprintf(path, sizeof path, "%s.plain", folder);
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_DSYNC, 0600);
     ASSERT(fd >= 0);
-    const double began = now();
+    const double began = daemon_now();
     for (unsigned i = 0; i < count; i++)
         ASSERT(write(fd, bytes, block) == (ssize_t)block);
-    const double seconds = now() - began;
+    const double seconds = daemon_now() - began;
     close(fd);
     unlink(path);
     return seconds;
@@ -127,7 +114,7 @@ struct ingest {
 static double ingest(struct ingest *run, unsigned count, unsigned in_flight)
 {
     struct store_wait waits[LIMITS_APPEND_BLOCKS_WAITING];
-    const double began = now();
+    const double began = daemon_now();
     for (unsigned i = 0; i < count + in_flight; i++) {
         struct store_wait *wait = &waits[i % in_flight];
         if (i >= in_flight)
@@ -139,7 +126,7 @@ static double ingest(struct ingest *run, unsigned count, unsigned in_flight)
         queue_commit(run->storage, run->position, BLOCK_CHUNKS * S, run->ids, run->bytes, 4096,
                      wait);
     }
-    return now() - began;
+    return daemon_now() - began;
 }
 
 /* Rounds of plain writes and of commits by turns, for a disk's pace changes. */
@@ -166,16 +153,6 @@ static void compare(struct ingest *run, const char *folder, uint64_t tokens)
     printf("written for each byte kept: %.2f\n", wrote / kept);
 }
 
-static void drop_cache(const char *folder)
-{
-    char path[1024];
-    snprintf(path, sizeof path, "%s/data.mdb", folder);
-    int fd = open(path, O_RDONLY);
-    ASSERT(fd >= 0 && fdatasync(fd) == 0);
-    ASSERT(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
-    close(fd);
-}
-
 /* Seconds of taking a memory up: opening, snapshot, landmarks, what the first token reads. */
 struct resumed {
     double open, snapshot, landmarks, picks, all;
@@ -183,26 +160,26 @@ struct resumed {
 
 static struct resumed resume(const char *folder, uint64_t chunks)
 {
-    const double t0 = now();
+    const double t0 = daemon_now();
     struct storage *storage = open_at(folder);
     struct storage_range *ranges;
     size_t count, size;
     void *snapshot;
     uint64_t position;
-    const double t1 = now();
+    const double t1 = daemon_now();
     ASSERT(storage_lineage(storage, "m", &ranges, &count) == STATUS_OK);
     ASSERT(storage_snapshot(storage, "m", &snapshot, &size, &position) == STATUS_OK);
-    const double t2 = now();
+    const double t2 = daemon_now();
     char *landmarks = malloc(chunks * LANDMARK), *kv = malloc((size_t)PICKS * KV);
     ASSERT(landmarks && kv);
     ASSERT(storage_read_landmarks(storage, ranges[0].branch, 0, chunks, landmarks) == STATUS_OK);
-    const double t3 = now();
+    const double t3 = daemon_now();
     struct storage_read reads[PICKS];
     for (unsigned i = 0; i < PICKS; i++)
         reads[i] = (struct storage_read){ranges[0].branch, (i * 7919u + 13u) % chunks,
                                          kv + (size_t)i * KV};
     ASSERT(storage_read_chunks(storage, reads, PICKS) == STATUS_OK);
-    const double t4 = now();
+    const double t4 = daemon_now();
     free(ranges);
     free(snapshot);
     free(landmarks);
@@ -223,7 +200,7 @@ static void print_resume(const char *how, const struct resumed *r, uint64_t chun
 static void resumes(const char *folder, uint64_t tokens)
 {
     const uint64_t chunks = tokens / S;
-    drop_cache(folder);
+    store_drop_cache(folder);
     const struct resumed cold = resume(folder, chunks);
     struct resumed warm = resume(folder, chunks);
     for (unsigned i = 1; i < RESUMES; i++) {
@@ -237,7 +214,7 @@ static void resumes(const char *folder, uint64_t tokens)
 /* Turns of a chunk of text each, with a whole snapshot. */
 static void turns(struct ingest *run)
 {
-    const double io = written(), began = now();
+    const double io = written(), began = daemon_now();
     for (unsigned i = 0; i < TURNS; i++) {
         struct store_wait wait;
         append(run->storage, run->branch, run->position / S, 1, run->bytes);
@@ -246,7 +223,7 @@ static void turns(struct ingest *run)
         finish(&wait);
     }
     printf("a turn: %.1f ms to commit, %.1f MiB written for a snapshot of %.0f MiB\n",
-           (now() - began) / TURNS * 1e3, (written() - io) / TURNS / 1048576,
+           (daemon_now() - began) / TURNS * 1e3, (written() - io) / TURNS / 1048576,
            (double)SNAPSHOT / 1048576);
 }
 
@@ -256,13 +233,13 @@ static void forks(struct storage *storage)
     struct storage_stats stats;
     storage_get_stats(storage, &stats);
     const uint64_t used = stats.map_used_bytes;
-    const double began = now();
+    const double began = daemon_now();
     for (unsigned i = 0; i < FORKS; i++) {
         char id[16];
         snprintf(id, sizeof id, "f%u", i);
         ASSERT(store_create(storage, id, "m") == STATUS_OK);
     }
-    const double seconds = now() - began;
+    const double seconds = daemon_now() - began;
     storage_get_stats(storage, &stats);
     printf("a fork: %.2f ms, %.0f bytes, of %u\n", seconds / FORKS * 1e3,
            (double)(stats.map_used_bytes - used) / FORKS, FORKS);

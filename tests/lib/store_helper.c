@@ -1,9 +1,11 @@
 #include "tests/lib/store_helper.h"
 
+#include <fcntl.h>
 #include <ftw.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "proto/base/assert.h"
 #include "proto/base/hash.h"
@@ -28,6 +30,27 @@ void store_helper_remove(char *path)
 {
     nftw(path, remove_one, 16, FTW_DEPTH | FTW_PHYS);
     free(path);
+}
+
+struct storage *store_open(const struct storage_options *options)
+{
+    struct storage *storage = NULL;
+    struct error err = {0};
+    const enum status status = storage_open(options, &storage, &err);
+    if (status)
+        fprintf(stderr, "storage_open: %s: %s\n", status_text(status), err.message);
+    ASSERT(!status);
+    return storage;
+}
+
+void store_drop_cache(const char *path)
+{
+    char file[1024];
+    snprintf(file, sizeof file, "%s/data.mdb", path);
+    const int fd = open(file, O_RDONLY | O_CLOEXEC);
+    ASSERT(fd >= 0 && fdatasync(fd) == 0);
+    ASSERT(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
+    close(fd);
 }
 
 void store_wait_init(struct store_wait *wait)
@@ -64,24 +87,32 @@ enum status store_wait_finish(struct store_wait *wait, enum status queued)
     return status;
 }
 
-static enum status create(struct storage *storage, const char *id, const char *from,
+enum status store_fork_at(struct storage *storage, const char *id, const char *from, uint64_t at,
                           bool ephemeral)
 {
-    struct storage_memory_options options = {.id = id, .from = from, .ephemeral = ephemeral};
+    struct storage_memory_options options = {
+        .id = id, .from = from, .at = at, .ephemeral = ephemeral};
     struct store_wait wait;
     store_wait_init(&wait);
-    return store_wait_finish(&wait,
-                             storage_memory_create(storage, &options, store_wait_cb, &wait));
+    return store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait));
 }
 
 enum status store_create(struct storage *storage, const char *id, const char *from)
 {
-    return create(storage, id, from, false);
+    return store_fork_at(storage, id, from, 0, false);
 }
 
 enum status store_create_ephemeral(struct storage *storage, const char *id, const char *from)
 {
-    return create(storage, id, from, true);
+    return store_fork_at(storage, id, from, 0, true);
+}
+
+enum status store_settle(struct storage *storage, const char *ephemeral, const char *id)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(&wait,
+                             storage_memory_settle(storage, ephemeral, id, store_wait_cb, &wait));
 }
 
 enum status store_remove(struct storage *storage, const char *id)

@@ -15,6 +15,11 @@ char *store_helper_folder(void);
 /* Deletes the folder with all in it and frees the path. */
 void store_helper_remove(char *path);
 
+/* Opens a store, which must succeed. */
+struct storage *store_open(const struct storage_options *options);
+/* Drops the store's data, which is closed, from the page cache. */
+void store_drop_cache(const char *path);
+
 /* Waits for one queued write. */
 struct store_wait {
     pthread_mutex_t mutex;
@@ -30,6 +35,9 @@ enum status store_wait_finish(struct store_wait *wait, enum status queued);
 /* The writes of storage.h, waited for. */
 enum status store_create(struct storage *storage, const char *id, const char *from);
 enum status store_create_ephemeral(struct storage *storage, const char *id, const char *from);
+enum status store_fork_at(struct storage *storage, const char *id, const char *from, uint64_t at,
+                          bool ephemeral);
+enum status store_settle(struct storage *storage, const char *ephemeral, const char *id);
 enum status store_remove(struct storage *storage, const char *id);
 enum status store_truncate(struct storage *storage, const char *id);
 enum status store_append(struct storage *storage, uint64_t branch, uint64_t index,

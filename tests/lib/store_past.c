@@ -27,13 +27,8 @@ struct storage_options store_past_options(const char *path)
 
 struct storage *store_past_open(const char *path)
 {
-    struct storage_options options = store_past_options(path);
-    struct storage *storage = NULL;
-    struct error err = {0};
-    enum status status = storage_open(&options, &storage, &err);
-    if (status)
-        fail_msg("storage_open: %s: %s", status_text(status), err.message);
-    return storage;
+    const struct storage_options options = store_past_options(path);
+    return store_open(&options);
 }
 
 static void print_problem(void *context, const char *message)

@@ -60,24 +60,6 @@ struct world {
     unsigned settles;
 };
 
-static enum status fork_memory(struct storage *storage, const struct store_past *from,
-                               const char *id, uint64_t at, bool ephemeral)
-{
-    struct storage_memory_options options = {
-        .id = id, .from = from ? from->id : NULL, .at = at, .ephemeral = ephemeral};
-    struct store_wait wait;
-    store_wait_init(&wait);
-    return store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait));
-}
-
-static enum status settle(struct storage *storage, const char *ephemeral, const char *id)
-{
-    struct store_wait wait;
-    store_wait_init(&wait);
-    return store_wait_finish(&wait,
-                             storage_memory_settle(storage, ephemeral, id, store_wait_cb, &wait));
-}
-
 static enum status go_on(struct storage *storage, struct store_past *past, uint64_t count,
                          uint64_t stream, bool goes_on)
 {
@@ -100,7 +82,7 @@ static enum status operate(struct world *world, struct storage *storage, unsigne
     enum status status = STATUS_OK;
     if (world->has_ephemeral && what < 60) {
         struct store_past *to = &world->pasts[world->settles];
-        status = storage ? settle(storage, "e", to->id) : STATUS_OK;
+        status = storage ? store_settle(storage, "e", to->id) : STATUS_OK;
         char id[LIMITS_ID_BYTES];
         memcpy(id, to->id, sizeof id);
         *to = world->ephemeral;
@@ -127,7 +109,7 @@ static enum status operate(struct world *world, struct storage *storage, unsigne
         world->ephemeral.count = at;
         world->has_ephemeral = true;
         world->settles = m;
-        status = storage ? fork_memory(storage, past, "e", at, true) : STATUS_OK;
+        status = storage ? store_fork_at(storage, "e", past->id, at, true) : STATUS_OK;
     } else {
         status = storage ? store_remove(storage, past->id) : STATUS_OK;
         past->id[0] = 0;

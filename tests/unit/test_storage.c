@@ -31,13 +31,8 @@ static struct storage_options options_of(const char *path)
 
 static struct storage *open_at(const char *path)
 {
-    struct storage_options options = options_of(path);
-    struct storage *storage = NULL;
-    struct error err = {0};
-    enum status status = storage_open(&options, &storage, &err);
-    if (status)
-        fail_msg("storage_open: %s: %s", status_text(status), err.message);
-    return storage;
+    const struct storage_options options = options_of(path);
+    return store_open(&options);
 }
 
 static void print_problem(void *context, const char *message)
@@ -85,8 +80,8 @@ static enum status append_range(struct storage *storage, uint64_t branch, uint64
         store_fill(kv, sizeof kv, branch, i);
         store_fill(landmark, sizeof landmark, ~branch, i);
         store_wait_init(&waits[n]);
-        assert_int_equal(
-            storage_append(storage, branch, i, kv, landmark, store_wait_cb, &waits[n]), STATUS_OK);
+        assert_int_equal(storage_append(storage, branch, i, kv, landmark, store_wait_cb, &waits[n]),
+                         STATUS_OK);
     }
     for (size_t i = 0; i < n; i++) {
         enum status one = store_wait_finish(&waits[i], STATUS_OK);
@@ -231,8 +226,7 @@ static void test_round_trip(void **state)
     void *snapshot;
     size_t size;
     uint64_t position;
-    assert_int_equal(storage_snapshot(storage, "a", &snapshot, &size, &position),
-                     STATUS_NOT_FOUND);
+    assert_int_equal(storage_snapshot(storage, "a", &snapshot, &size, &position), STATUS_NOT_FOUND);
     for (uint64_t p = 13; p < 3000; p += p / 3 + 1) {
         write_to(storage, "a", p);
         assert_memory(storage, "a", &(struct segment){branch, p}, 1);
@@ -268,8 +262,12 @@ static void test_bad_calls(void **state)
     assert_int_equal(storage_memory_get(storage, "nobody", &memory), STATUS_NOT_FOUND);
     assert_int_equal(storage_memory_get(storage, "", &memory), STATUS_NOT_FOUND);
     assert_int_equal(store_append(storage, 999, 0, kv, landmark), STATUS_NOT_FOUND);
-    struct storage_commit commit = {.id = long_id, .position = 4, .tokens = tokens,
-                                    .token_count = 4, .snapshot = "s", .snapshot_bytes = 1};
+    struct storage_commit commit = {.id = long_id,
+                                    .position = 4,
+                                    .tokens = tokens,
+                                    .token_count = 4,
+                                    .snapshot = "s",
+                                    .snapshot_bytes = 1};
     commit.id = "nobody";
     assert_int_equal(store_commit(storage, &commit), STATUS_NOT_FOUND);
     commit.id = long_id;
@@ -458,11 +456,10 @@ static void test_recovery(void **state)
     for (int i = 0; i < 600; i++) { /* more than one batch of the recovery */
         char id[16];
         snprintf(id, sizeof id, "gone%d", i);
-        assert_int_equal(storage_memory_create(
-                             storage,
-                             &(struct storage_memory_options){.id = id, .ephemeral = true}, NULL,
-                             NULL),
-                         STATUS_OK);
+        assert_int_equal(
+            storage_memory_create(
+                storage, &(struct storage_memory_options){.id = id, .ephemeral = true}, NULL, NULL),
+            STATUS_OK);
     }
     storage_close(storage);
     storage = open_at(*state);
@@ -579,10 +576,7 @@ static void test_tenants(void **state)
                                                                     store_wait_cb, &wait)),
                      STATUS_OK);
     assert_int_equal(store_create_ephemeral(storage, "e", "m4"), STATUS_OK);
-    store_wait_init(&wait);
-    assert_int_equal(
-        store_wait_finish(&wait, storage_memory_settle(storage, "e", "m4", store_wait_cb, &wait)),
-        STATUS_OK);
+    assert_int_equal(store_settle(storage, "e", "m4"), STATUS_OK);
     storage_close(storage);
     storage = open_at(*state);
     assert_listed(storage, "ann", NULL, 2, true, "fork m6");
@@ -801,9 +795,9 @@ static void test_order_of_answers(void **state)
             assert_int_equal(
                 storage_memory_update(storage, ids[b], "{}", NULL, order_cb, &items[i]), STATUS_OK);
         else
-            assert_int_equal(storage_append(storage, branches[b], next[b]++, kv, landmark,
-                                            order_cb, &items[i]),
-                             STATUS_OK);
+            assert_int_equal(
+                storage_append(storage, branches[b], next[b]++, kv, landmark, order_cb, &items[i]),
+                STATUS_OK);
     }
     storage_close(storage);
     assert_int_equal(order.next, COUNT);
@@ -957,8 +951,11 @@ static void test_lineage_limit(void **state)
      * numbered as they are created. */
     for (; i < LIMITS_LINEAGE + 1; i++) {
         int32_t token = i;
-        struct storage_commit commit = {.id = id[i % 2], .position = (uint64_t)i + 1,
-                                        .tokens = &token, .token_count = 1, .snapshot = "s",
+        struct storage_commit commit = {.id = id[i % 2],
+                                        .position = (uint64_t)i + 1,
+                                        .tokens = &token,
+                                        .token_count = 1,
+                                        .snapshot = "s",
                                         .snapshot_bytes = 1};
         struct storage_memory_options options = {.id = id[(i + 1) % 2], .from = id[i % 2]};
         if ((uint64_t)i % S == S - 1)

@@ -41,18 +41,13 @@ static const struct {
 
 static struct storage *open_at(const char *path)
 {
-    struct storage_options options = {.path = path,
-                                      .kv_bytes = KV,
-                                      .landmark_bytes = LANDMARK,
-                                      .chunk_tokens = S,
-                                      .model_name = "m",
-                                      .map_bytes = 16 * LIMITS_MIB};
-    struct storage *storage = NULL;
-    struct error err = {0};
-    enum status status = storage_open(&options, &storage, &err);
-    if (status)
-        fail_msg("storage_open: %s: %s", status_text(status), err.message);
-    return storage;
+    const struct storage_options options = {.path = path,
+                                            .kv_bytes = KV,
+                                            .landmark_bytes = LANDMARK,
+                                            .chunk_tokens = S,
+                                            .model_name = "m",
+                                            .map_bytes = 16 * LIMITS_MIB};
+    return store_open(&options);
 }
 
 static void write_to(struct storage *storage, const char *id, uint64_t position)

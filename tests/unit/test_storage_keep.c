@@ -231,7 +231,6 @@ static void test_deletes(void **state)
 static void test_rewind(void **state)
 {
     struct storage *storage = store_past_open(*state);
-    struct store_wait wait;
     assert_int_equal(store_create(storage, "a", NULL), STATUS_OK);
     assert_int_equal(commit_object(storage, 3, 3, "r1"), STATUS_OK);
     assert_int_equal(commit_object(storage, 5, 2, "r2"), STATUS_OK);
@@ -239,16 +238,8 @@ static void test_rewind(void **state)
     const struct storage_keep keep = {.object = &other};
     other.made_memory = false;
     assert_int_equal(commit(storage, 6, 1, false, &keep), STATUS_OK);
-    const struct storage_memory_options options = {
-        .id = "e", .from = "a", .at = 3, .ephemeral = true};
-    store_wait_init(&wait);
-    assert_int_equal(
-        store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait)),
-        STATUS_OK);
-    store_wait_init(&wait);
-    assert_int_equal(
-        store_wait_finish(&wait, storage_memory_settle(storage, "e", "a", store_wait_cb, &wait)),
-        STATUS_OK);
+    assert_int_equal(store_fork_at(storage, "e", "a", 3, true), STATUS_OK);
+    assert_int_equal(store_settle(storage, "e", "a"), STATUS_OK);
     assert_object(storage, "r1", 3, true);
     assert_no_object(storage, "r2");
     assert_int_equal(commit_object(storage, 6, 3, "r3"), STATUS_OK);

@@ -218,21 +218,14 @@ static void test_expiry(void **state)
 static void test_expiry_settled(void **state)
 {
     struct limits *limits = *state;
-    struct store_wait wait;
     open_store(limits);
     create(limits->storage, "old", NULL, "ann", 100, false, false);
     create(limits->storage, "e1", NULL, "", 0, false, true);
     create(limits->storage, "e2", NULL, "bob", 30, false, true);
     pass(limits, 40);
     assert_over(limits->storage, "");
-    store_wait_init(&wait);
-    assert_int_equal(store_wait_finish(&wait, storage_memory_settle(limits->storage, "e1", "old",
-                                                                    store_wait_cb, &wait)),
-                     STATUS_OK);
-    store_wait_init(&wait);
-    assert_int_equal(store_wait_finish(&wait, storage_memory_settle(limits->storage, "e2", "new",
-                                                                    store_wait_cb, &wait)),
-                     STATUS_OK);
+    assert_int_equal(store_settle(limits->storage, "e1", "old"), STATUS_OK);
+    assert_int_equal(store_settle(limits->storage, "e2", "new"), STATUS_OK);
     assert_over(limits->storage, "new ");
     pass(limits, 60);
     assert_over(limits->storage, "new old ");
@@ -424,7 +417,6 @@ static void test_quota_settled(void **state)
 {
     struct limits *limits = *state;
     struct store_past *past = calloc(1, sizeof *past);
-    struct store_wait wait;
     struct error err = {0};
     uint64_t changes;
     unsigned told = 0;
@@ -434,10 +426,7 @@ static void test_quota_settled(void **state)
     strcpy(past->id, "e");
     assert_int_equal(write_more(limits, past, 100), STATUS_OK);
     assert_int_equal(used(limits, "ann"), 0);
-    store_wait_init(&wait);
-    assert_int_equal(store_wait_finish(&wait, storage_memory_settle(limits->storage, "e", "a",
-                                                                    store_wait_cb, &wait)),
-                     STATUS_OK);
+    assert_int_equal(store_settle(limits->storage, "e", "a"), STATUS_OK);
     assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "a").bytes_on_disk);
     assert_true(used(limits, "ann") > 0);
     create(limits->storage, "over", NULL, "ann", 5, true, false);
@@ -643,17 +632,8 @@ static void test_left_over(void **state)
     assert_int_equal(store_remove(limits->storage, "c"), STATUS_OK);
     assert_left_over(limits, "o3 ");
     /* Gone back to before the second: the first is still gone on from. */
-    const struct storage_memory_options options = {
-        .id = "e", .from = "a", .at = 1, .ephemeral = true};
-    struct store_wait wait;
-    store_wait_init(&wait);
-    assert_int_equal(store_wait_finish(&wait, storage_memory_create(limits->storage, &options,
-                                                                    store_wait_cb, &wait)),
-                     STATUS_OK);
-    store_wait_init(&wait);
-    assert_int_equal(store_wait_finish(&wait, storage_memory_settle(limits->storage, "e", "a",
-                                                                    store_wait_cb, &wait)),
-                     STATUS_OK);
+    assert_int_equal(store_fork_at(limits->storage, "e", "a", 1, true), STATUS_OK);
+    assert_int_equal(store_settle(limits->storage, "e", "a"), STATUS_OK);
     assert_left_over(limits, "o1 o3 ");
     pass(limits, 7 * 86400);
     assert_int_equal(expire(limits->storage, "b"), STATUS_OK);

@@ -18,24 +18,6 @@
 
 /* ---- the calls, waited for ---- */
 
-static enum status fork_at(struct storage *storage, const char *id, const char *from, uint64_t at,
-                           bool ephemeral)
-{
-    struct storage_memory_options options = {
-        .id = id, .from = from, .at = at, .ephemeral = ephemeral};
-    struct store_wait wait;
-    store_wait_init(&wait);
-    return store_wait_finish(&wait, storage_memory_create(storage, &options, store_wait_cb, &wait));
-}
-
-static enum status settle(struct storage *storage, const char *ephemeral, const char *id)
-{
-    struct store_wait wait;
-    store_wait_init(&wait);
-    return store_wait_finish(&wait,
-                             storage_memory_settle(storage, ephemeral, id, store_wait_cb, &wait));
-}
-
 static enum status bookmark(struct storage *storage, const char *id, uint64_t position,
                             const char *name)
 {
@@ -57,7 +39,7 @@ static enum status delete_turn(struct storage *storage, const char *id, uint64_t
  * written again. Returns the tokens that took. */
 static uint64_t reach(struct storage *storage, const struct store_past *past, uint64_t at)
 {
-    assert_int_equal(fork_at(storage, "e", at ? past->id : NULL, at, true), STATUS_OK);
+    assert_int_equal(store_fork_at(storage, "e", at ? past->id : NULL, at, true), STATUS_OK);
     uint64_t position = store_past_get(storage, "e").token_count;
     assert_true(position <= at);
     if (position < at)
@@ -137,35 +119,35 @@ static void test_rewind(void **state)
     strcpy(b->id, "b");
 
     /* Behind the end there is nothing to fork. */
-    assert_int_equal(fork_at(storage, "b", "a", 211, false), STATUS_INVALID);
+    assert_int_equal(store_fork_at(storage, "b", "a", 211, false), STATUS_INVALID);
     /* A retained turn is there at once, a dropped one is written again from nothing. */
     assert_int_equal(reach(storage, a, 189), 0);
-    assert_int_equal(settle(storage, "e", "b"), STATUS_OK);
+    assert_int_equal(store_settle(storage, "e", "b"), STATUS_OK);
     b->count = 189;
     store_past_assert(storage, b);
     assert_string_equal(store_past_get(storage, "b").parent, "a");
     assert_int_equal(reach(storage, a, 63), 63);
-    assert_int_equal(settle(storage, "e", "a"), STATUS_OK);
+    assert_int_equal(store_settle(storage, "e", "a"), STATUS_OK);
     a->count = 63;
     store_past_assert(storage, a);
     store_past_assert(storage, b);
-    assert_int_equal(settle(storage, "a", "b"), STATUS_INVALID);
-    assert_int_equal(settle(storage, "e", "b"), STATUS_NOT_FOUND);
+    assert_int_equal(store_settle(storage, "a", "b"), STATUS_INVALID);
+    assert_int_equal(store_settle(storage, "e", "b"), STATUS_NOT_FOUND);
     wait_collected(storage);
     store_past_assert(storage, a);
     store_past_assert(storage, b);
     /* The branch that `a` left belongs to nobody: `b` reaches its turns and may change them. */
     assert_int_equal(store_past_turns(storage, "b", turns), 9);
     assert_int_equal(bookmark(storage, "b", 168, "here"), STATUS_OK);
-    assert_int_equal(fork_at(storage, "c", "b", 168, false), STATUS_OK);
+    assert_int_equal(store_fork_at(storage, "c", "b", 168, false), STATUS_OK);
     assert_int_equal(store_past_get(storage, "c").token_count, 168);
     /* What another memory wrote is not b's to change. */
-    assert_int_equal(fork_at(storage, "d", "a", 0, false), STATUS_OK);
+    assert_int_equal(store_fork_at(storage, "d", "a", 0, false), STATUS_OK);
     assert_int_equal(bookmark(storage, "d", 63, "mine"), STATUS_CONFLICT);
 
     /* To the beginning, and on along another way. */
     assert_int_equal(reach(storage, a, 0), 0);
-    assert_int_equal(settle(storage, "e", "a"), STATUS_OK);
+    assert_int_equal(store_settle(storage, "e", "a"), STATUS_OK);
     a->count = 0;
     store_past_assert(storage, a);
     store_past_write(storage, a, 50, 2, false);
@@ -198,7 +180,7 @@ static void test_many_forks(void **state)
     storage_get_stats(storage, &before);
     for (unsigned i = 0; i < 1000; i++) {
         snprintf(id, sizeof id, "f%u", i);
-        assert_int_equal(fork_at(storage, id, "a", i % 2 ? 3000 : 0, false), STATUS_OK);
+        assert_int_equal(store_fork_at(storage, id, "a", i % 2 ? 3000 : 0, false), STATUS_OK);
     }
     storage_get_stats(storage, &after);
     print_message("1,000 forks: %llu bytes each\n",
@@ -292,7 +274,7 @@ static void go_to(struct storage *storage, struct store_past *to, const struct s
     char id[LIMITS_ID_BYTES];
     reach(storage, from, at);
     strcpy(id, to->id);
-    assert_int_equal(settle(storage, "e", id), STATUS_OK);
+    assert_int_equal(store_settle(storage, "e", id), STATUS_OK);
     if (to != from)
         *to = *from;
     strcpy(to->id, id);
