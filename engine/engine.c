@@ -118,6 +118,7 @@ static void fill_info(struct engine *engine, const struct engine_options *option
     info->landmark_bytes = c->retrieval_dim * element;
     info->weight_bytes = engine->weights.bytes;
     info->slice_tokens = options->slice_tokens ? options->slice_tokens : LIMITS_SLICE_TOKENS;
+    info->running_max = options->running_max ? options->running_max : LIMITS_RUNNING;
     info->head_count = c->retrieval_heads;
     info->group_count = c->group_count;
     engine->state_floats = (size_t)c->mamba_count * ((size_t)c->inner_size * c->state_size +
@@ -130,7 +131,7 @@ static enum status open_pages(struct engine *engine, const struct engine_options
     const struct model_config *c = &engine->config;
     /* One row's picks, and what a step may complete twice over: while it waits for the disk. */
     const size_t least = (size_t)c->retrieval_heads * c->topk +
-                         2 * (max_rows / c->chunk_tokens + LIMITS_RUNNING + 1);
+                         2 * (max_rows / c->chunk_tokens + engine->info.running_max + 1);
     const size_t budget = options->host_memory_bytes, pages = budget / engine->info.kv_bytes;
     if (pages < least)
         return error_set(err, STATUS_INVALID,
@@ -163,7 +164,7 @@ enum status engine_open(const struct engine_options *options, struct engine **ou
     if (status)
         goto out;
     fill_info(engine, options);
-    const uint32_t max_rows = engine->info.slice_tokens + LIMITS_RUNNING;
+    const uint32_t max_rows = engine->info.slice_tokens + engine->info.running_max;
     status = open_backend(engine, options, max_rows, err);
     if (status)
         goto out;
@@ -230,19 +231,25 @@ const struct tokenizer *engine_tokenizer(const struct engine *engine)
 
 /* ---- the step ---- */
 
-/* Whether the item's chunks will find room; counts what it takes from `io_room`. */
+/* What a step's chunks find room in. */
+struct room {
+    size_t io, pages, chunks;
+};
+
+/* Whether the item's chunks will find room; counts what it takes. */
 static enum status admit(const struct engine *engine, const struct engine_session *session,
-                         uint32_t token_count, size_t *io_room, size_t *page_room)
+                         uint32_t token_count, struct room *room)
 {
     const uint64_t s = engine->config.chunk_tokens;
     const size_t chunks = (size_t)((session->position % s + token_count) / s);
     const size_t row = (size_t)engine->config.retrieval_heads * engine->config.topk;
     if (session->failed)
         return session->failed;
-    if (chunks > *io_room || chunks + row > *page_room)
+    if (chunks > room->io || chunks + row > room->pages || chunks > room->chunks)
         return STATUS_BUSY;
-    *io_room -= chunks;
-    *page_room -= chunks;
+    room->io -= chunks;
+    room->pages -= chunks;
+    room->chunks -= chunks;
     return STATUS_OK;
 }
 
@@ -301,6 +308,11 @@ static void sample(struct engine_step_item *item)
 
 enum status engine_step(struct engine *engine, struct engine_step_item *items, size_t count)
 {
+    size_t rows = 0;
+    for (size_t i = 0; i < count; i++)
+        rows += items[i].token_count;
+    if (rows > (size_t)engine->info.slice_tokens + engine->info.running_max)
+        return STATUS_INVALID;
     if (count > engine->running_capacity) {
         struct model_item *grown = realloc(engine->running, count * sizeof *grown);
         if (!grown)
@@ -309,15 +321,16 @@ enum status engine_step(struct engine *engine, struct engine_step_item *items, s
         engine->running_capacity = count;
     }
     struct model_item *running = engine->running;
-    size_t io_room = engine->io.append_room(engine->io.context);
-    size_t page_room = memory_room(&engine->memory);
+    struct room room = {.io = engine->io.append_room(engine->io.context),
+                        .pages = memory_room(&engine->memory),
+                        .chunks = model_chunk_room(engine->model)};
     uint32_t n = 0;
     engine->pick_count = 0;
     for (size_t i = 0; i < count; i++) {
         struct engine_step_item *item = &items[i];
         item->picks = NULL;
         item->pick_count = 0;
-        item->status = admit(engine, item->session, item->token_count, &io_room, &page_room);
+        item->status = admit(engine, item->session, item->token_count, &room);
         if (item->status)
             continue;
         if (!item->token_count) {

@@ -39,6 +39,8 @@ struct engine_options {
     bool landmarks_fp8;    /* a GPU scans landmarks in fp8 and scores the best again in bf16, which
                               then lie in the host's memory; bf16 memory alone */
     uint32_t slice_tokens; /* most rows of one sequence in one step; 0: LIMITS_SLICE_TOKENS */
+    uint32_t running_max;  /* sequences in a step that scratch memory is made for; 0:
+                              LIMITS_RUNNING */
     struct chunk_io io;    /* copied */
     /* Weights of random numbers for the shape in config.json when the folder holds none: for
      * benchmarks. 0: off, else the seed. */
@@ -64,7 +66,7 @@ struct engine_info { /* constant after open; any thread */
     size_t kv_bytes;        /* of one chunk: 2 * S * Hkv * hd * element size, K then V */
     size_t landmark_bytes;  /* of one chunk: r * element size */
     size_t weight_bytes;
-    uint32_t slice_tokens;
+    uint32_t slice_tokens, running_max;
     uint32_t head_count;  /* Hr: retrieval heads; each picks its own chunks */
     uint32_t group_count; /* upper groups; each retrieves anew */
 };
@@ -137,16 +139,17 @@ struct engine_step_item {
     struct sampler_top *target_tops; /* out [token_count * target_top_count] */
     /* out */
     enum status status;              /* STATUS_OK: done. STATUS_BUSY: nothing happened to this
-                                        sequence, its chunks found no room (unacknowledged pages or
-                                        a full writer queue); step it again after an
-                                        engine_chunk_durable. Else the session is lost: destroy it
-                                        and reopen it from its last snapshot. */
+                                        sequence, its chunks found no room (unacknowledged pages, a
+                                        full writer queue, or many others' in the same step); step
+                                        it again after an engine_chunk_durable. Else the session is lost: destroy
+                                        it              and reopen it from its last snapshot. */
     struct sampler_result result;    /* when sampler */
     const struct engine_pick *picks; /* borrowed until the next step */
     uint32_t pick_count;
 };
 
-/* Carries every item forward. Returns STATUS_OK unless the engine itself is broken (then every
+/* Carries every item forward. STATUS_INVALID, and nothing happens, when they have more than
+ * slice_tokens + running_max tokens; else STATUS_OK unless the engine itself is broken (then every
  * session is lost). Each item has its own status. */
 STATUS_CHECKED enum status engine_step(struct engine *engine, struct engine_step_item *items,
                                        size_t count);

@@ -59,6 +59,8 @@ struct model_item {
 
 STATUS_CHECKED enum status model_create(struct engine *engine, uint32_t max_rows,
                                         struct model **out);
+/* Chunks that one pass can complete. */
+size_t model_chunk_room(const struct model *model);
 void model_destroy(struct engine *engine, struct model *model);
 /* Carries the items forward: all layers, chunks appended, logits and target scores where wanted. */
 void model_forward(struct engine *engine, struct model_item *items, uint32_t count);

@@ -21,8 +21,9 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
         return STATUS_NO_MEMORY;
     const size_t d = c->hidden_size, picks = (size_t)max_rows * model_picks_per_row(engine);
     m->max_rows = max_rows;
-    /* Each sequence may complete one chunk that it had begun, and those that its rows hold. */
-    m->max_chunks = max_rows / c->chunk_tokens + LIMITS_RUNNING + 1;
+    /* Each sequence may complete one chunk that it had begun, and those that its rows hold; if more
+     * sequences than expected do, some are told to wait. */
+    m->max_chunks = max_rows / c->chunk_tokens + engine->info.running_max + 1;
     m->x = ops->alloc(engine->context, max_rows * d * sizeof(float));
     m->q = ops->alloc(engine->context, max_rows * d * sizeof(float));
     m->o = ops->alloc(engine->context, max_rows * d * sizeof(float));
@@ -73,6 +74,11 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
         m->single[i] = (struct ops_segment){.row = i, .count = 1};
     *out = m;
     return STATUS_OK;
+}
+
+size_t model_chunk_room(const struct model *m)
+{
+    return m->max_chunks;
 }
 
 void model_destroy(struct engine *engine, struct model *m)

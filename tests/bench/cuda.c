@@ -667,6 +667,7 @@ int main(int argc, char **argv)
                                      .backend = ENGINE_BACKEND_CUDA,
                                      .host_memory_bytes = (size_t)1 << 30,
                                      .slice_tokens = 4096,
+                                     .running_max = BATCH_MAX,
                                      .io = {.context = &fake,
                                             .append_room = append_room,
                                             .append = append,

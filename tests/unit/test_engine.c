@@ -361,6 +361,50 @@ static void a_full_queue_changes_nothing(void **state)
     close_bed(&bed);
 }
 
+/* More sequences in a step than scratch memory is made for: those whose chunks find no room wait,
+ * and go on as if they had not; more tokens than fit are refused. */
+static void chunks_of_many_at_once_wait(void **state)
+{
+    (void)state;
+    enum { MANY = 80 };
+    struct bed bed;
+    open_bed(&bed, 0, ENGINE_BACKEND_CPU);
+    const struct engine_info *info = engine_get_info(bed.engine);
+    const uint32_t chunk = info->config->chunk_tokens;
+    const size_t rows = info->slice_tokens + info->running_max,
+                 room = rows / chunk + info->running_max + 1;
+    struct engine_session *sessions[MANY], *alone = open_session(&bed, 1 + MANY);
+    struct engine_step_item items[MANY];
+    assert_in_range(room, 1, MANY - 1);
+    for (uint32_t i = 0; i < MANY; i++) {
+        sessions[i] = open_session(&bed, 1 + i);
+        feed(&bed, sessions[i], chunk - 1, chunk);
+        items[i] = (struct engine_step_item){.session = sessions[i],
+                                             .tokens = bed.tokens + chunk - 1,
+                                             .token_count = 1,
+                                             .want_logits = true};
+    }
+    assert_int_equal(engine_step(bed.engine, items, MANY), STATUS_OK);
+    for (uint32_t i = 0; i < MANY; i++)
+        assert_int_equal(items[i].status, i < room ? STATUS_OK : STATUS_BUSY);
+    chunk_ram_acknowledge(&bed.ram, bed.engine);
+    assert_int_equal(engine_step(bed.engine, items + room, MANY - room), STATUS_OK);
+    chunk_ram_acknowledge(&bed.ram, bed.engine);
+    feed(&bed, alone, chunk - 1, chunk);
+    feed(&bed, alone, chunk, chunk);
+    for (uint32_t i = 0; i < MANY; i++)
+        same_logits(&bed, alone, sessions[i]);
+    for (uint32_t i = 0; i < 2; i++)
+        items[i].token_count = (uint32_t)(rows / 2 + 1);
+    assert_int_equal(engine_step(bed.engine, items, 2), STATUS_INVALID);
+    for (uint32_t i = 0; i < MANY; i++) {
+        assert_int_equal(engine_session_position(sessions[i]), chunk);
+        engine_session_destroy(sessions[i]);
+    }
+    engine_session_destroy(alone);
+    close_bed(&bed);
+}
+
 static void a_lost_chunk_fails_its_memory_alone(void **state)
 {
     (void)state;
@@ -399,6 +443,7 @@ int main(void)
         cmocka_unit_test(a_fork_goes_its_own_way),
         cmocka_unit_test(few_pages_give_the_same_output),
         cmocka_unit_test(a_full_queue_changes_nothing),
+        cmocka_unit_test(chunks_of_many_at_once_wait),
         cmocka_unit_test(a_lost_chunk_fails_its_memory_alone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
