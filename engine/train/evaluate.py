@@ -26,6 +26,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -443,6 +444,7 @@ def parse():
     parser.add_argument("--piece", type=int, default=8192, help="PyTorch: tokens read at a time")
     parser.add_argument("--each", type=int, default=1, help="needles of each task in a haystack")
     parser.add_argument("--parallel", type=int, default=1, help="a daemon: haystacks at once")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins later")
     parser.add_argument("--again", metavar="COMMAND", help="ask again after it: to restart the daemon")
     parser.add_argument("--verbose", action="store_true", help="print every answer that is not right")
     parser.add_argument("--out", help="a CSV file; a JSON and a PNG beside it")
@@ -468,22 +470,26 @@ def parse():
     return args
 
 
-def measure(judge, args, length, count, pool):
-    """{task: mean} of `count` haystacks of each kind."""
+def measure(judge, args, length, count, pool, late):
+    """{task: mean} of `count` haystacks of each kind, or as many as begin before it is `late`; and
+    how many haystacks there were of the kind that had the most."""
     jobs = [
         (kind, names, length, args.seed + number, args.again)
         for number in range(count)
         for kind in TASKS
         if (names := [name for name in TASKS[kind] if name in args.tasks])
     ]
-    scores = {}
-    for done, got in enumerate(pool.map(lambda job: judge.case(*job), jobs), 1):
+    scores, cases = {}, Counter()
+    judged = pool.map(lambda job: {} if late() else judge.case(*job), jobs)
+    for done, (job, got) in enumerate(zip(jobs, judged), 1):
+        cases[job[0]] += bool(got)
         for name, values in got.items():
             scores.setdefault(name, []).extend(values)
         if sys.stderr.isatty():
             print(f"\r{size(length)}: {done} of {len(jobs)}", end="\r", file=sys.stderr)
     order = [name + more for more in ("", " again") for name in args.tasks if name + more in scores]
-    return {name: round(sum(scores[name]) / len(scores[name]), 4) for name in order}
+    means = {name: round(sum(scores[name]) / len(scores[name]), 4) for name in order}
+    return means, max(cases.values())
 
 
 def main():
@@ -498,7 +504,10 @@ def main():
     print(f"{target.name}, seeds from {args.seed}")
     with ThreadPoolExecutor(args.parallel) as pool:
         for length, count in zip(args.lengths, args.cases):
-            means = measure(judge, args, length, count, pool)
+            late = lambda: time.time() - begin > args.seconds
+            means, count = measure(judge, args, length, count, pool, late)
+            if not means:
+                break
             rows.append({"length": length, "cases": count, "each": args.each, **means})
             print(f"{size(length)}, {count} cases, {time.time() - begin:.0f} s; {judge.speed()}")
             for name, mean in means.items():
