@@ -40,26 +40,38 @@ static const struct ops *cuda_table(void)
 #endif
 }
 
-static enum status open_backend(struct engine *engine, const struct engine_options *options,
-                                uint32_t max_rows, struct error *err)
+/* Rows of a step: a slice of each of few sequences, or one of each. */
+static uint32_t max_rows(const struct engine *engine)
+{
+    return engine->info.slice_tokens + engine->info.running_max;
+}
+
+static enum status open_ops(struct engine *engine, const struct engine_options *options,
+                            const struct ops *table, uint32_t slice, struct error *err)
 {
     uint32_t threads = options->threads;
     if (!threads) {
         const long online = sysconf(_SC_NPROCESSORS_ONLN);
         threads = online > 0 ? (uint32_t)online : 1;
     }
+    engine->info.slice_tokens = options->slice_tokens ? options->slice_tokens : slice;
     const struct ops_options ops = {.config = &engine->config,
                                     .threads = threads,
-                                    .max_rows = max_rows,
+                                    .max_rows = max_rows(engine),
                                     .memory_dtype = engine->memory_dtype,
                                     .device_memory_bytes = options->device_memory_bytes,
                                     .landmarks_fp8 = options->landmarks_fp8};
+    engine->ops = table;
+    return table->open(&ops, &engine->context, err);
+}
+
+static enum status open_backend(struct engine *engine, const struct engine_options *options,
+                                struct error *err)
+{
     const enum engine_backend backend = options->backend;
-    engine->ops = backend == ENGINE_BACKEND_REF ? ops_ref() : ops_cpu();
     if (cuda_table() && (backend == ENGINE_BACKEND_CUDA || backend == ENGINE_BACKEND_AUTO)) {
-        const enum status status = cuda_table()->open(&ops, &engine->context, err);
-        if (!status)
-            engine->ops = cuda_table();
+        const enum status status =
+            open_ops(engine, options, cuda_table(), LIMITS_SLICE_TOKENS_GPU, err);
         if (status != STATUS_UNSUPPORTED || backend == ENGINE_BACKEND_CUDA)
             return status;
         log_event(LOG_INFO, "cuda_unused", "reason", LOG_STR, err ? err->message : NULL, NULL);
@@ -69,7 +81,8 @@ static enum status open_backend(struct engine *engine, const struct engine_optio
     }
     if (options->landmarks_fp8)
         return error_set(err, STATUS_UNSUPPORTED, "landmarks in fp8 need the CUDA backend");
-    return engine->ops->open(&ops, &engine->context, err);
+    return open_ops(engine, options, backend == ENGINE_BACKEND_REF ? ops_ref() : ops_cpu(),
+                    LIMITS_SLICE_TOKENS, err);
 }
 
 /* Takes the weights to the backend's own memory, where it has some. */
@@ -117,7 +130,6 @@ static void fill_info(struct engine *engine, const struct engine_options *option
     info->kv_bytes = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim * element;
     info->landmark_bytes = c->retrieval_dim * element;
     info->weight_bytes = engine->weights.bytes;
-    info->slice_tokens = options->slice_tokens ? options->slice_tokens : LIMITS_SLICE_TOKENS;
     info->running_max = options->running_max ? options->running_max : LIMITS_RUNNING;
     info->head_count = c->retrieval_heads;
     info->group_count = c->group_count;
@@ -126,12 +138,12 @@ static void fill_info(struct engine *engine, const struct engine_options *option
 }
 
 static enum status open_pages(struct engine *engine, const struct engine_options *options,
-                              uint32_t max_rows, struct error *err)
+                              struct error *err)
 {
     const struct model_config *c = &engine->config;
     /* One row's picks, and what a step may complete twice over: while it waits for the disk. */
     const size_t least = (size_t)c->retrieval_heads * c->topk +
-                         2 * (max_rows / c->chunk_tokens + engine->info.running_max + 1);
+                         2 * (max_rows(engine) / c->chunk_tokens + engine->info.running_max + 1);
     const size_t budget = options->host_memory_bytes, pages = budget / engine->info.kv_bytes;
     if (pages < least)
         return error_set(err, STATUS_INVALID,
@@ -164,17 +176,16 @@ enum status engine_open(const struct engine_options *options, struct engine **ou
     if (status)
         goto out;
     fill_info(engine, options);
-    const uint32_t max_rows = engine->info.slice_tokens + engine->info.running_max;
-    status = open_backend(engine, options, max_rows, err);
+    status = open_backend(engine, options, err);
     if (status)
         goto out;
     engine->info.backend = engine->ops->describe(engine->context);
     status = place_weights(engine, err);
     if (status)
         goto out;
-    status = open_pages(engine, options, max_rows, err);
+    status = open_pages(engine, options, err);
     if (!status) {
-        status = model_create(engine, max_rows, &engine->model);
+        status = model_create(engine, max_rows(engine), &engine->model);
         if (status)
             error_set(err, status, "out of memory for activations");
     }

@@ -38,7 +38,7 @@ struct engine_options {
     enum engine_dtype memory_dtype; /* chunk memories and landmarks; BF16 halves everything */
     bool landmarks_fp8;    /* a GPU scans landmarks in fp8 and scores the best again in bf16, which
                               then lie in the host's memory; bf16 memory alone */
-    uint32_t slice_tokens; /* most rows of one sequence in one step; 0: LIMITS_SLICE_TOKENS */
+    uint32_t slice_tokens; /* most rows of one sequence in one step; 0: the backend's */
     uint32_t running_max;  /* sequences in a step that scratch memory is made for; 0:
                               LIMITS_RUNNING */
     struct chunk_io io;    /* copied */

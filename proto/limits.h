@@ -52,10 +52,11 @@
 #define LIMITS_METADATA_KEY 64
 #define LIMITS_METADATA_VALUE 512
 
-/* Appends: text is tokenised and prefilled block by block. A commit, at a block's end, writes a
- * snapshot of the same size whatever is new: it comes when the new chunks are so many times as
- * large, or when a crash would cost so much time. */
-#define LIMITS_APPEND_BLOCK_BYTES ((size_t)16 << 10)
+/* Appends: text is tokenised and prefilled block by block, each so many bytes for a token of the
+ * engine's slices, which makes it several slices. A commit, at a block's end, writes a snapshot of
+ * the same size whatever is new: it comes when the new chunks are so many times as large, or when a
+ * crash would cost so much time. */
+#define LIMITS_APPEND_BLOCK_RATIO 64u
 #define LIMITS_APPEND_BLOCKS_WAITING 4 /* then the socket is no longer read */
 #define LIMITS_APPEND_SNAPSHOT_SHARE 4u
 #define LIMITS_APPEND_COMMIT_MS ((uint64_t)5000)
@@ -81,7 +82,10 @@
 #define LIMITS_EXPIRY_SWEEP_MS 5000        /* between two looks for memories that are over */
 
 /* Engine. */
-#define LIMITS_SLICE_TOKENS 256 /* prefill rows of one step: activations stay in cache */
+/* Prefill rows of one step. A CPU's activations stay in its cache; a GPU's kernels are long against
+ * their launches. */
+#define LIMITS_SLICE_TOKENS 256
+#define LIMITS_SLICE_TOKENS_GPU 4096
 /* A slice that is cut at multiples of this gives the same numbers as a whole one, unless it leaves
  * a rest so short that its rows are computed one by one. */
 #define LIMITS_CUT_TOKENS 64

@@ -1,10 +1,10 @@
 /* handle_append.c - POST /v1/memories/{id}/append: text of any size into a memory.
  *
  * The body is cut into blocks by its own bytes, never by how the network cut it, so that a resumed
- * upload gives the same tokens as an uninterrupted one: a block is LIMITS_APPEND_BLOCK_BYTES,
- * shortened to where tokenizer_cut allows a border. A block is tokenised on libuv's pool, then
- * prefilled by the engine's thread, which commits one or several at a time. While too many wait,
- * the socket is not read. */
+ * upload gives the same tokens as an uninterrupted one: a block is so many bytes, by the
+ * engine's slices, shortened to where tokenizer_cut allows a border. A block is tokenised on
+ * libuv's pool, then prefilled by the engine's thread, which commits one or several at a time.
+ * While too many wait, the socket is not read. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,10 +21,11 @@ struct upload {
     struct request *request;
     struct server *server;
     struct job *job;
-    struct buf text; /* received, not in a block yet */
-    size_t waiting;  /* blocks tokenised or with the engine, not prefilled */
-    bool working;    /* a block is on the pool */
-    bool ended;      /* the whole body is here */
+    size_t block_most; /* bytes */
+    struct buf text;   /* received, not in a block yet */
+    size_t waiting;    /* blocks tokenised or with the engine, not prefilled */
+    bool working;      /* a block is on the pool */
+    bool ended;        /* the whole body is here */
     bool sent_last, job_done, gone, sse;
     uint64_t tokens, position, text_bytes, appended;
     uint64_t skip;           /* bytes at the beginning that an earlier try has written */
@@ -174,9 +175,8 @@ static void tokenized(uv_work_t *work, int cancelled)
 /* Size of the next block, 0 when its bytes are not all here yet. */
 static size_t block_size(const struct upload *u)
 {
-    if (u->text.size > LIMITS_APPEND_BLOCK_BYTES)
-        return tokenizer_cut(engine_tokenizer(u->server->engine), u->text.data,
-                             LIMITS_APPEND_BLOCK_BYTES);
+    if (u->text.size > u->block_most)
+        return tokenizer_cut(engine_tokenizer(u->server->engine), u->text.data, u->block_most);
     return u->ended ? u->text.size : 0;
 }
 
@@ -202,7 +202,7 @@ static void next_block(struct upload *u)
     u->working = true;
     u->work.data = u;
     uv_queue_work(u->server->loop, &u->work, tokenize, tokenized);
-    if (!u->ended && u->text.size <= 2 * LIMITS_APPEND_BLOCK_BYTES)
+    if (!u->ended && u->text.size <= 2 * u->block_most)
         request_resume(u->request);
 }
 
@@ -331,8 +331,10 @@ static void begin(struct request *request)
     if (!status && !u)
         status = STATUS_NO_MEMORY;
     if (!status) {
+        const struct engine_info *info = engine_get_info(request->server->engine);
         *u = (struct upload){.request = request,
                              .server = request->server,
+                             .block_most = (size_t)info->slice_tokens * LIMITS_APPEND_BLOCK_RATIO,
                              .began_ns = request->began_ns,
                              .sse = strstr(request->head->accept, "text/event-stream") != NULL};
         struct job_append append = {.expected_text_bytes = offset};
@@ -372,7 +374,7 @@ static void body(struct request *request, const char *data, size_t size)
         size -= skip;
     }
     buf_append(&u->text, data, size);
-    if (u->text.size > 2 * LIMITS_APPEND_BLOCK_BYTES)
+    if (u->text.size > 2 * u->block_most)
         request_pause(request);
     next_block(u);
 }

@@ -18,6 +18,12 @@ static __device__ float power_of_two(int e)
     return __uint_as_float((unsigned)(e + 127) << 23);
 }
 
+/* As CPUs write it; a product of the device's has other bits. */
+static __device__ float no_number(void)
+{
+    return __uint_as_float(0x7fc00000u);
+}
+
 static __device__ int scale_of(unsigned largest)
 {
     if (largest >= 0x7f800000u)
@@ -55,7 +61,7 @@ static __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < EACH; i++) {
         const int q = good ? (int)rintf(x[i] * up) : 0;
         if (at + i < count)
-            state[at + i] = good ? (float)q * down : __uint_as_float(0x7fc00000u);
+            state[at + i] = good ? (float)q * down : no_number();
         four[i / 4] |= (unsigned long long)((unsigned)q & ((1u << PACKED_BITS) - 1))
                        << (i % 4 * PACKED_BITS);
     }
@@ -99,12 +105,13 @@ static __global__ void __launch_bounds__(THREADS)
         four[1] |= (unsigned long long)mine[8 + i] << 8 * i;
     four[1] = four[1] << 4 | four[0] >> 60;
     const int e = scales[block];
-    const float scale = e == PACKED_NOT_FINITE ? __uint_as_float(0x7fc00000u) : power_of_two(e);
+    const bool good = e != PACKED_NOT_FINITE;
+    const float scale = good ? power_of_two(e) : 0;
     for (int i = 0; i < EACH; i++) {
         const unsigned bits = (unsigned)(four[i / 4] >> i % 4 * PACKED_BITS);
         const int q = (int)(bits << (32 - PACKED_BITS)) >> (32 - PACKED_BITS);
         if (at + i < count)
-            state[at + i] = (float)q * scale;
+            state[at + i] = good ? (float)q * scale : no_number();
     }
 }
 
