@@ -122,11 +122,19 @@ void cuda_wait(struct ops_context *x)
         cuda_check(x, cudaStreamSynchronize(x->stream), "the work of this step");
 }
 
+/* After every copy. */
+static bool copied(struct ops_context *x, cudaError_t error, const char *what)
+{
+    if (x->fail_copy && --x->fail_copy == 0)
+        error = cudaErrorLaunchFailure;
+    return cuda_check(x, error, what);
+}
+
 void cuda_copy_out(struct ops_context *x, void *host, const void *device, size_t bytes)
 {
     if (!x->failed)
-        cuda_check(x, cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, x->stream),
-                   "a copy from the GPU");
+        copied(x, cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, x->stream),
+               "a copy from the GPU");
 }
 
 static bool on_device(struct ops_context *x, const void *memory)
@@ -144,7 +152,7 @@ static void cuda_copy(struct ops_context *x, void *to, const void *from, size_t 
     const bool inside = on_device(x, to) && on_device(x, from);
     if (x->failed)
         return;
-    cuda_check(x, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, x->stream), "a copy");
+    copied(x, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, x->stream), "a copy");
     if (!inside)
         cuda_wait(x);
 }
@@ -205,8 +213,8 @@ void *cuda_stage(struct ops_context *x, const void *data, size_t bytes)
     if (x->stage_used > x->stage_bytes)
         x->stage_used = x->stage_bytes;
     memcpy(host, data, bytes);
-    if (!cuda_check(x, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, x->stream),
-                    "a copy to the GPU"))
+    if (!copied(x, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, x->stream),
+                "a copy to the GPU"))
         return NULL;
     *known = (struct cuda_staged){hash, x->stage_epoch, bytes, host, device};
     return device;
@@ -367,13 +375,15 @@ static void cuda_close(struct ops_context *x)
     free(x);
 }
 
-/* RAMBAD_CUDA_FAULT=alloc:N or launch:N makes the N-th allocation or launch from here on fail,
- * launch:N:KERNEL the N-th launch of that kernel. */
+/* RAMBAD_CUDA_FAULT=alloc:N, copy:N or launch:N makes the N-th allocation, copy or launch from here
+ * on fail, launch:N:KERNEL the N-th launch of that kernel. */
 static void read_fault(struct ops_context *x)
 {
     const char *fault = getenv("RAMBAD_CUDA_FAULT");
     if (fault && strncmp(fault, "alloc:", 6) == 0)
         x->fail_alloc = atol(fault + 6);
+    if (fault && strncmp(fault, "copy:", 5) == 0)
+        x->fail_copy = atol(fault + 5);
     if (fault && strncmp(fault, "launch:", 7) == 0) {
         const char *kernel = strchr(fault + 7, ':');
         x->fail_launch = atol(fault + 7);

@@ -51,8 +51,8 @@ struct ops_context {
     char description[160];
     enum status failed; /* sticky */
     char failure[400];
-    long fail_alloc, fail_launch; /* tests: the n-th from here on fails; 0: none */
-    const char *fail_kernel;      /* of the launches of this kernel alone, or NULL */
+    long fail_alloc, fail_launch, fail_copy; /* tests: the n-th from here on fails; 0: none */
+    const char *fail_kernel;                 /* of the launches of this kernel alone, or NULL */
     /* Small arrays on their way to the device: pinned memory and its twin. */
     char *stage_host, *stage_device;
     size_t stage_bytes, stage_used;
