@@ -90,8 +90,10 @@ static enum status add_block(struct engine_session *session)
         session->block_capacity = capacity;
     }
     struct memory_landmarks *block = memory_landmarks_take(&engine->memory);
-    if (!block)
+    if (!block) {
+        engine_must_work(engine);
         return STATUS_NO_MEMORY;
+    }
     set_block(session, session->block_count++, block);
     return STATUS_OK;
 }
@@ -148,6 +150,7 @@ static struct engine_session *make(struct engine *engine, const struct chunk_ran
         s->last_picks[i] = SESSION_NO_PICK;
     if (!s->ranges || !s->state || !s->layers || !s->partial || !s->logits ||
         (engine->ops->step_begin && !s->step_logits) || (engine->ops->prefetch && !s->last_picks)) {
+        engine_must_work(engine); /* what a broken device lacks is not a request's failure */
         engine_session_destroy(s);
         return NULL;
     }
@@ -256,6 +259,7 @@ enum status engine_session_create(struct engine *engine, const struct chunk_rang
             error_set(err, status, "the memory's landmarks cannot be read: %s",
                       status_text(status));
     }
+    engine_must_work(engine);
     if (status)
         engine_session_destroy(s);
     else
@@ -308,6 +312,7 @@ enum status engine_session_fork(const struct engine_session *session, uint64_t b
         }
     }
     s->chunk_count = session->chunk_count;
+    engine_must_work(engine);
     *out = s;
     return STATUS_OK;
 }
