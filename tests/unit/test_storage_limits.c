@@ -9,7 +9,7 @@
 #include <cmocka.h>
 
 #include "storage/expiry.h"
-#include "tests/lib/store_past.h"
+#include "tests/lib/store_tree.h"
 
 #define DAY 86400
 #define YEAR (365 * DAY)
@@ -342,14 +342,6 @@ static uint64_t used(struct limits *limits, const char *tenant)
 }
 
 /* Waits until nothing is left to collect. */
-static void wait_collected(struct limits *limits)
-{
-    struct storage_stats stats;
-    do
-        storage_get_stats(limits->storage, &stats);
-    while (stats.branches_to_collect);
-}
-
 static void test_key_quota(void **state)
 {
     struct limits *limits = *state;
@@ -391,11 +383,11 @@ static void test_key_quota(void **state)
     /* What forks still reach of a deleted memory counts on. */
     create(limits->storage, "fork", "a", "ann", 0, false, false);
     assert_int_equal(store_remove(limits->storage, "a"), STATUS_OK);
-    wait_collected(limits);
+    store_wait_collected(limits->storage);
     const uint64_t left = used(limits, "ann");
     assert_true(left > store_past_get(limits->storage, "b").bytes_on_disk);
     assert_int_equal(store_remove(limits->storage, "fork"), STATUS_OK);
-    wait_collected(limits);
+    store_wait_collected(limits->storage);
     assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "b").bytes_on_disk);
     assert_int_equal(write_more(limits, b, 60), STATUS_OK);
     /* A quota that is lowered refuses what is new and keeps what is there; none at all: all goes.
@@ -430,7 +422,7 @@ static void test_quota_settled(void **state)
     assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "a").bytes_on_disk);
     assert_true(used(limits, "ann") > 0);
     create(limits->storage, "over", NULL, "ann", 5, true, false);
-    wait_collected(limits);
+    store_wait_collected(limits->storage);
     storage_close(limits->storage);
     assert_int_equal(storage_repair(limits->folder, false, count_cb, &told, &changes, &err),
                      STATUS_OK);
@@ -535,7 +527,7 @@ static void test_quota_of_kept(void **state)
     assert_int_equal(delete_object(limits, object.id), STATUS_OK);
     assert_int_equal(delete_object(limits, "o"), STATUS_OK);
     assert_int_equal(store_remove(limits->storage, "a"), STATUS_OK);
-    wait_collected(limits);
+    store_wait_collected(limits->storage);
     assert_int_equal(used(limits, "ann"), 0);
     assert_counts_hold(limits, &quota);
 }
@@ -713,7 +705,7 @@ static void test_full_under_load(void **state)
             status = store_remove(limits->storage, ids[count]);
             assert_true(status == STATUS_OK || status == STATUS_NOT_FOUND);
         }
-        wait_collected(limits);
+        store_wait_collected(limits->storage);
     }
     for (size_t i = 0; i < 3; i++) {
         __atomic_store_n(&readers[i].stop, true, __ATOMIC_RELEASE);
