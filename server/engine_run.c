@@ -44,6 +44,20 @@ static void observe(struct engine_thread *thread, const struct job *job, const s
                         event->decode_seconds / (double)(event->completion_tokens - 1));
 }
 
+/* Where its time went, and what its key has had of the engine until now. */
+static void log_job(const struct job *job, const struct event *event)
+{
+    const struct job_generate *g = &job->generate;
+    const struct job_append *a = &job->append;
+    log_event(LOG_DEBUG, "job", "request", LOG_STR, job->is_append ? a->request_id : g->request_id,
+              "key", LOG_STR, job->is_append ? a->terms.tenant : g->terms.tenant, "status", LOG_STR,
+              status_text(job->status), "queue_seconds", LOG_NUM, event->queue_seconds,
+              "prefill_seconds", LOG_NUM, event->prefill_seconds, "decode_seconds", LOG_NUM,
+              event->decode_seconds, "commit_seconds", LOG_NUM, event->commit_seconds,
+              "key_engine_seconds", LOG_NUM, job->entry.share ? job->entry.share->total : 0.0,
+              NULL);
+}
+
 void job_finish(struct job *job)
 {
     struct engine_thread *thread = job->thread;
@@ -70,6 +84,7 @@ void job_finish(struct job *job)
     else
         job_generate_close(job);
     observe(thread, job, &event);
+    log_job(job, &event);
     list_remove(&job->node);
     sched_remove(&thread->sched, &job->entry);
     pthread_mutex_lock(&thread->lock);

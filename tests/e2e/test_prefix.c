@@ -558,5 +558,6 @@ int main(void)
         cmocka_unit_test(test_forms),  cmocka_unit_test(test_gone),
         cmocka_unit_test(test_stored), cmocka_unit_test(test_instructed),
         cmocka_unit_test(test_kills),  cmocka_unit_test(test_budget)};
+    daemon_choose_tests();
     return cmocka_run_group_tests_name("prefix", tests, setup, teardown);
 }
