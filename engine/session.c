@@ -69,9 +69,9 @@ static void set_block(struct engine_session *session, size_t at, struct memory_l
     session->narrow_data[at] = block->narrow;
 }
 
-static enum status add_block(struct engine_session *session)
+/* Room for one block more in the session's arrays. */
+static enum status reserve_block(struct engine_session *session)
 {
-    struct engine *engine = session->engine;
     if (session->block_count == session->block_capacity) {
         const size_t capacity = session->block_capacity ? session->block_capacity * 2 : 8;
         struct memory_landmarks **blocks =
@@ -89,6 +89,15 @@ static enum status add_block(struct engine_session *session)
         session->narrow_data = data;
         session->block_capacity = capacity;
     }
+    return STATUS_OK;
+}
+
+static enum status add_block(struct engine_session *session)
+{
+    struct engine *engine = session->engine;
+    const enum status status = reserve_block(session);
+    if (status)
+        return status;
     struct memory_landmarks *block = memory_landmarks_take(&engine->memory);
     if (!block) {
         engine_must_work(engine);
@@ -295,13 +304,13 @@ enum status engine_session_fork(const struct engine_session *session, uint64_t b
                       c->vocab_size * sizeof *s->logits);
     /* Full blocks never change again and are shared; the last one is still written to. */
     for (size_t i = 0; i < session->block_count; i++) {
-        if (add_block(s)) {
+        const bool full = (i + 1) * (uint64_t)OPS_LANDMARK_BLOCK <= session->chunk_count;
+        if (full ? reserve_block(s) : add_block(s)) {
             engine_session_destroy(s);
             return STATUS_NO_MEMORY;
         }
-        if ((i + 1) * (uint64_t)OPS_LANDMARK_BLOCK <= session->chunk_count) {
-            memory_landmarks_drop(&engine->memory, s->blocks[i]);
-            set_block(s, i, session->blocks[i]);
+        if (full) {
+            set_block(s, s->block_count++, session->blocks[i]);
             s->blocks[i]->references++;
         } else {
             engine->ops->copy(engine->context, s->blocks[i]->data, session->blocks[i]->data,
