@@ -770,6 +770,20 @@ static void test_full_queue(void **state)
     assert_true(wire_wait_for(&wires[1], "data: {"));
     wire_close(&wires[1]);
     wire_close(&wires[2]);
+    wire_wait_metric(&daemon_, "rambad_jobs_running", 0);
+    /* A stream that has not had its turn begins all the same, and is kept alive by comments. */
+    const char *whole = "{\"prompt\":\"x\",\"max_tokens\":1000000," TURN "}";
+    wire_open(&wires[0], &daemon_);
+    wire_ask(&wires[0], "POST", "/v1/completions", "", whole, strlen(whole));
+    wire_wait_metric(&daemon_, "rambad_jobs_running", 1);
+    wire_open(&wires[1], &daemon_);
+    wire_ask(&wires[1], "POST", "/v1/completions", "", body, strlen(body));
+    assert_true(wire_wait_for(&wires[1], ": ping\n\n"));
+    assert_non_null(strstr(buf_text(&wires[1].in), "\r\ncontent-type: text/event-stream\r\n"));
+    assert_null(strstr(buf_text(&wires[1].in), "data:"));
+    wire_close(&wires[0]);
+    assert_true(wire_wait_for(&wires[1], "data: {"));
+    wire_close(&wires[1]);
     daemon_stop(&daemon_);
     daemon_.flags = before;
     daemon_start(&daemon_);

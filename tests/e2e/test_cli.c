@@ -186,6 +186,11 @@ static void test_daemon_program(void **state)
         {"rambad --config /no/such/file", 2, "/no/such/file"},
         {"rambad --model /no/such/model --data $F/other", 1, "/no/such/model"},
         {"rambad --model " MODEL " --data $F/data --port 0", 1, "in use by process"},
+        {"cp -r " MODEL " $F/talks; echo '{\"chat_template\":\"{{ messages }}\"}' "
+         ">$F/talks/tokenizer_config.json; rambad --model $F/talks --data $F/other --port 0",
+         1, "--chat-template names"},
+        {"rambad --model $F/talks --chat-template alpaca --data $F/other --port 0", 1,
+         "--chat-template alpaca: it is one of chatml, llama-2"},
         {"rambad --model " MODEL " --data $F/other --host nowhere", 1,
          "nowhere is not an IP address"},
         {"rambad --model " MODEL " --data $F/other --port ${RAMBA_URL##*:}", 1,
