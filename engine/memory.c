@@ -6,7 +6,6 @@
 #include <time.h>
 
 #include "proto/base/assert.h"
-#include "proto/base/hash.h"
 
 #define SLAB_PAGES 64       /* pages taken from the system at a time: as many as there are, */
 #define SLAB_PAGES_MOST 512 /* between these; pinned memory is slow to get */
@@ -19,10 +18,12 @@ struct memory_slab {
     struct memory_landmarks blocks[SLAB_BLOCKS];
 };
 
+/* Neighbouring chunks of a branch are neighbours in the table: it is large, and what is looked up
+ * together should lie on few of its pages. */
 static struct memory_page **slot(const struct memory *memory, struct chunk_key key)
 {
-    const uint64_t words[2] = {key.branch, key.index};
-    return &memory->table[hash64(words, sizeof words, 0) & memory->table_mask];
+    const uint64_t branch = key.branch * 0x9e3779b97f4a7c15u >> 32;
+    return &memory->table[(branch + key.index) & memory->table_mask];
 }
 
 static struct memory_page *find(const struct memory *memory, struct chunk_key key)

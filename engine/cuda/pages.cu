@@ -59,6 +59,7 @@ struct cuda_pages {
     size_t stride, capacity, count; /* bytes of a page; slots at most; slots there are */
     struct slot **table;
     size_t mask;
+    unsigned shift; /* of an address, to about the number of its page */
     void **slabs; /* device memory and slot structs in turn */
     size_t slab_count;
     uint64_t stamp;
@@ -83,14 +84,16 @@ struct cuda_pages {
     uint64_t predicted, predicted_hits;
 };
 
-static uint64_t hash_of(const void *page)
+/* Host pages lie in rows, and their slots' places in the table as they do: what is taken together
+ * then lies on few of the table's own pages. */
+static uint64_t number_of(const struct cuda_pages *p, const void *page)
 {
-    return (uintptr_t)page / 64 * 0x9e3779b97f4a7c15u >> 32;
+    return (uintptr_t)page >> p->shift;
 }
 
 static struct slot **chain(const struct cuda_pages *p, const void *page)
 {
-    return &p->table[hash_of(page) & p->mask];
+    return &p->table[number_of(p, page) & p->mask];
 }
 
 /* What one row reads, and what one call of the encoder writes, must fit. */
@@ -157,6 +160,8 @@ enum status cuda_pages_open(struct ops_context *x, struct error *err)
     while (size < p->capacity)
         size *= 2;
     p->mask = size - 1;
+    while (x->page_bytes >> (p->shift + 1))
+        p->shift++;
     p->table = (struct slot **)calloc(size, sizeof *p->table);
     if (!p->table)
         return error_set(err, STATUS_NO_MEMORY, "out of memory for the page table");
@@ -326,7 +331,7 @@ static bool note_missing(struct ops_context *x, void *to, const void *from)
 
 static struct recent *recent_of(struct cuda_pages *p, const void *page)
 {
-    return &p->recent[hash_of(page) & (RECENT_PAGES - 1)];
+    return &p->recent[number_of(p, page) & (RECENT_PAGES - 1)];
 }
 
 static void *take_anew(struct ops_context *x, const void *page)
