@@ -158,6 +158,7 @@ struct engine_thread {
     struct session_store *store;
     struct prefix *prefix; /* the engine's thread's; NULL: nothing is kept */
     size_t prefix_room;    /* storage_append_room of an idle writer */
+    bool prefix_thins;     /* an entry is giving up a snapshot */
     struct engine_thread_options options;
     pthread_t thread;
 

@@ -579,11 +579,18 @@ void job_prefix_close_all(struct engine_thread *thread)
     thread->prefix = NULL;
 }
 
-/* The conversation under way gives up its oldest place before it goes as a whole. */
+static void thinned(struct reply *reply, enum status status)
+{
+    reply->thread->prefix_thins = false;
+    committed(reply, status);
+}
+
+/* The conversation under way, and what it branched off from, give up their oldest places before it
+ * goes as a whole. */
 static bool thin(struct engine_thread *thread, struct prefix_entry *entry)
 {
     const uint64_t position = prefix_spare(thread->prefix, entry);
-    struct reply *reply = position ? reply_create(thread, committed, entry) : NULL;
+    struct reply *reply = position ? reply_create(thread, thinned, entry) : NULL;
     if (!reply)
         return false;
     if (storage_turn_delete(thread->storage, entry->id, position, reply_done_cb, reply)) {
@@ -591,19 +598,21 @@ static bool thin(struct engine_thread *thread, struct prefix_entry *entry)
         return false;
     }
     entry->pending++;
+    thread->prefix_thins = true;
     return true;
 }
 
 void job_prefix_sweep(struct engine_thread *thread)
 {
     struct prefix_entry *entry;
-    while (thread->prefix && (entry = prefix_victim(thread->prefix))) {
+    /* What is given up counts when it is gone: until then nothing else goes for it. */
+    while (thread->prefix && !thread->prefix_thins && (entry = prefix_victim(thread->prefix))) {
         if (entry->borrowed) {
             prefix_remove(thread->prefix, entry);
             continue;
         }
         if (thin(thread, entry))
-            continue;
+            return;
         struct live_memory *live = live_memory_find(thread, entry->id);
         if (storage_memory_delete(thread->storage, entry->id, NULL, NULL))
             return; /* the writer's queue is full: later */

@@ -269,6 +269,21 @@ void prefix_doom(struct prefix *prefix, struct prefix_entry *entry)
     entry->doomed = true;
 }
 
+uint64_t prefix_spare(const struct prefix *prefix, const struct prefix_entry *entry)
+{
+    uint64_t oldest = entry->position;
+    const bool youngest = prefix->entries.prev == &entry->node;
+    if (entry->doomed || !(youngest || entry->children))
+        return 0;
+    LIST_EACH(node, &entry->marks)
+    {
+        const struct mark *mark = LIST_ENTRY(node, struct mark, node);
+        if (mark->snapshot && mark->position < oldest)
+            oldest = mark->position;
+    }
+    return oldest < entry->position ? oldest : 0;
+}
+
 struct prefix_entry *prefix_victim(struct prefix *prefix)
 {
     if (prefix->bytes <= prefix->allowed)
@@ -285,24 +300,11 @@ struct prefix_entry *prefix_victim(struct prefix *prefix)
             continue;
         if (entry->doomed || (many && entry->borrowed))
             return entry;
-        if (full && !oldest && !entry->children && !entry->borrowed)
+        if (full && !oldest && !entry->borrowed &&
+            (!entry->children || prefix_spare(prefix, entry)))
             oldest = entry;
     }
     return oldest;
-}
-
-uint64_t prefix_spare(const struct prefix *prefix, const struct prefix_entry *entry)
-{
-    uint64_t oldest = entry->position;
-    if (entry->doomed || prefix->entries.prev != &entry->node)
-        return 0;
-    LIST_EACH(node, &entry->marks)
-    {
-        const struct mark *mark = LIST_ENTRY(node, struct mark, node);
-        if (mark->snapshot && mark->position < oldest)
-            oldest = mark->position;
-    }
-    return oldest < entry->position ? oldest : 0;
 }
 
 void prefix_shrink(struct prefix *prefix)

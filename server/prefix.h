@@ -86,12 +86,14 @@ bool prefix_is_free_end(const struct prefix_entry *entry, uint64_t position);
 
 /* The next entry to go, which nobody uses: a doomed one; while the borrowed ones have more marks
  * than LIMITS_PREFIX_BORROWED the least recently used of them; or while all take more than the
- * budget the least recently used that nothing branched off from. NULL: none. */
+ * budget the least recently used that nothing branched off from, or that has something to spare.
+ * NULL: none. */
 struct prefix_entry *prefix_victim(struct prefix *prefix);
 /* The entry is not found any more, and goes when nobody uses it. */
 void prefix_doom(struct prefix *prefix, struct prefix_entry *entry);
-/* The oldest snapshot of an entry that is the youngest of all and has others; 0: it is not, or has
- * none. So much it can give up before it goes itself. */
+/* The oldest snapshot that the entry can give up before it goes itself, which has others, and is
+ * the youngest of all or one that others branched off from: that one cannot go, and were it to keep
+ * them all, those others would have to. 0: none. */
 uint64_t prefix_spare(const struct prefix *prefix, const struct prefix_entry *entry);
 /* There is no room on the disk: half of what is kept goes. */
 void prefix_shrink(struct prefix *prefix);

@@ -502,16 +502,14 @@ static void start_again(const char *const *flags)
 }
 
 /* More than fits: the oldest go, and what is asked is answered all the same. */
-static void test_budget(void **state)
+static void hold_budget(unsigned mib)
 {
-    (void)state;
-    static const char *const little[] = {"--threads",      "1",  "--keys", keys,
-                                         "--prefix-cache", "6M", NULL};
-    static const char *const nothing[] = {"--threads",      "1", "--keys", keys,
-                                          "--prefix-cache", "0", NULL};
-    kept.key = ann;
-    start_again(little);
-    wait_for_budget(6 * 1048576);
+    const double bytes = mib * 1048576.0;
+    char size[16];
+    snprintf(size, sizeof size, "%uM", mib);
+    start_again(
+        (const char *const[]){"--threads", "1", "--keys", keys, "--prefix-cache", size, NULL});
+    wait_for_budget(bytes);
     for (int i = 0; i < 8; i++) {
         char first[64];
         snprintf(first, sizeof first, "This is talk number %d of many.", i);
@@ -522,7 +520,7 @@ static void test_budget(void **state)
         cJSON_Delete(history);
     }
     assert_true(wire_metric(&kept, "rambad_prefix_evictions_total") > 0);
-    wait_for_budget(6 * 1048576);
+    wait_for_budget(bytes);
     /* A talk that is too large by itself keeps its last places. */
     cJSON *history = begin("This one is long.");
     struct said last = turn(ann, history, 0, 0);
@@ -532,8 +530,18 @@ static void test_budget(void **state)
         assert_true(said.cached == last.prompt + last.completion - 1);
         last = said;
     }
-    wait_for_budget(6 * 1048576);
+    wait_for_budget(bytes);
     cJSON_Delete(history);
+}
+
+static void test_budget(void **state)
+{
+    (void)state;
+    static const char *const nothing[] = {"--threads",      "1", "--keys", keys,
+                                          "--prefix-cache", "0", NULL};
+    kept.key = ann;
+    hold_budget(8); /* here the talks stand on one that has the instructions' end */
+    hold_budget(6);
     /* Told to keep nothing, it drops what there was. */
     start_again(nothing);
     assert_true(wire_metric(&kept, "rambad_prefix_entries") == 0);

@@ -202,6 +202,34 @@ static void test_victims(void **state)
     prefix_destroy(prefix);
 }
 
+/* One that others stand on stays, and gives up its older places sooner than they go. */
+static void test_parents(void **state)
+{
+    (void)state;
+    struct prefix *prefix;
+    const int32_t token = 7;
+    assert_int_equal(prefix_create(CHUNK, 250, &prefix), STATUS_OK);
+    struct prefix_entry *parent = add(prefix, "parent", NULL);
+    for (int i = 0; i < 3; i++)
+        prefix_advance(prefix, parent, &token, 1, true);
+    struct prefix_entry *child = add(prefix, "child", parent);
+    prefix_advance(prefix, child, &token, 1, true);
+    prefix_advance(prefix, child, &token, 1, true);
+    prefix_touch(prefix, child);
+    assert_null(prefix_victim(prefix)); /* there is room */
+    prefix_set_bytes(prefix, parent, 300);
+    for (uint64_t oldest = 1; oldest < 3; oldest++) {
+        const uint64_t rest[] = {oldest + 1, 3};
+        assert_ptr_equal(prefix_victim(prefix), parent);
+        assert_int_equal(prefix_spare(prefix, parent), oldest);
+        prefix_keep(prefix, parent, rest, 2);
+    }
+    assert_int_equal(prefix_spare(prefix, parent), 0); /* its last one it keeps */
+    assert_ptr_equal(prefix_victim(prefix), child);
+    assert_int_equal(prefix_spare(prefix, child), 1);
+    prefix_destroy(prefix);
+}
+
 /* An entry that says one token so often, in a memory of somebody's own. */
 static struct prefix_entry *borrow(struct prefix *prefix, const char *id, int32_t token,
                                    size_t count)
@@ -253,6 +281,7 @@ static void test_borrowed(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_model), cmocka_unit_test(test_victims),
+                                       cmocka_unit_test(test_parents),
                                        cmocka_unit_test(test_borrowed)};
     return cmocka_run_group_tests_name("prefix", tests, NULL, NULL);
 }
