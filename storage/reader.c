@@ -78,9 +78,12 @@ void storage_memory_close(struct storage_memory *memory)
     memory->metadata = NULL;
 }
 
-static bool belongs_to(const struct record_memory *record, const char *tenant)
+/* Whether the memory that writes the branch may be in the tenant's list, as the branch alone tells:
+ * its tenant is the memory's. */
+static bool may_be_listed(const struct record_branch *branch, const char *tenant)
 {
-    return !tenant || strcmp(record->tenant, tenant) == 0;
+    return branch->owner[0] && !storage_is_prefix(branch->owner) &&
+           (!tenant || strcmp(branch->tenant, tenant) == 0);
 }
 
 /* Walks the branches from the newest down: their order is the order of creation. */
@@ -103,13 +106,12 @@ static enum status list_memories(struct storage *storage, MDB_txn *txn, const ch
         struct record_memory record;
         status =
             record_branch_decode(key.mv_data, key.mv_size, value.mv_data, value.mv_size, &branch);
-        if (status || !branch.owner[0])
+        if (status || !may_be_listed(&branch, tenant))
             continue;
         status = memory_get(storage, txn, branch.owner, &record);
         if (status == STATUS_NOT_FOUND)
             status = STATUS_CORRUPT;
-        if (status || record.ephemeral || storage_is_prefix(branch.owner) ||
-            !belongs_to(&record, tenant))
+        if (status || record.ephemeral)
             continue;
         if (*count == limit) {
             *has_more = true;
@@ -136,7 +138,7 @@ enum status storage_memory_list(struct storage *storage, const char *tenant, con
         return status;
     if (after)
         status = memory_get(storage, txn, after, &record);
-    if (!status && after && !belongs_to(&record, tenant))
+    if (!status && after && tenant && strcmp(record.tenant, tenant) != 0)
         status = STATUS_NOT_FOUND;
     if (!status)
         status =
