@@ -23,7 +23,8 @@
 
 static struct daemon daemon_;
 static char *folder;
-static const char *const flags[] = {"--threads", "1", NULL};
+/* On a CPU, whose blocks of an append are small. */
+static const char *const flags[] = {"--backend", "cpu", "--threads", "1", NULL};
 
 /* A call that must succeed; delete the result. */
 static cJSON *call(const char *method, const char *path, const char *body)

@@ -108,7 +108,9 @@ static void test_drain_deadline(void **state)
     struct wire_answer answer;
     char id[LIMITS_ID_BYTES], path[96], text[4096];
     char *folder = daemon_begin(
-        &daemon, MODEL, (const char *const[]){"--threads", "1", "--drain-timeout", "1", NULL});
+        &daemon, MODEL,
+        (const char *const[]){"--backend", "cpu", /* whose blocks of an append are small */
+                              "--threads", "1", "--drain-timeout", "1", NULL});
     memset(text, 'a', sizeof text);
     daemon_create_memory(&daemon, NULL, id);
     snprintf(path, sizeof path, "/v1/memories/%s/append", id);
