@@ -27,19 +27,55 @@ enum status memory_get(const struct storage *storage, MDB_txn *txn, const char *
     return status ? status : record_memory_decode(id, size, value.mv_data, value.mv_size, record);
 }
 
-enum status memory_put(struct store_write *write, const char *id,
-                       const struct record_memory *record)
+/* Disk space of the record of a memory that is there. */
+static uint64_t space_of(const struct store_write *write, const char *id)
 {
+    MDB_val value;
+    const size_t size = strlen(id);
+    return store_get(write->storage, write->txn, STORE_MEMORY, id, size, &value)
+               ? 0
+               : store_space(write->storage, size, value.mv_size);
+}
+
+/* Puts the record and counts it for its tenant, who must have room for it when `asks`. */
+static enum status put_record(struct store_write *write, const char *id,
+                              const struct record_memory *record, bool asks)
+{
+    const char *tenant = quota_tenant(id, record->tenant);
+    const size_t id_size = strlen(id);
     struct record_memory old;
     struct buf buf;
     const enum status was = memory_get(write->storage, write->txn, id, &old);
+    const uint64_t before = was ? 0 : space_of(write, id);
     enum status status = expiry_update(write, id, was ? NULL : &old, record);
     if (status)
         return status;
     buf_init(&buf);
-    record_memory_encode(&buf, id, strlen(id), record);
-    status = store_put(write, STORE_MEMORY, id, strlen(id), buf.data, buf.size);
+    record_memory_encode(&buf, id, id_size, record);
+    const uint64_t space = store_space(write->storage, id_size, buf.size);
+    if (asks && space > before)
+        status = quota_check_bytes(write, tenant, space - before);
+    if (!status)
+        status = store_put(write, STORE_MEMORY, id, id_size, buf.data, buf.size);
+    if (!status)
+        quota_count_bytes(write, tenant, (int64_t)space - (int64_t)before);
     buf_close(&buf);
+    return status;
+}
+
+enum status memory_put(struct store_write *write, const char *id,
+                       const struct record_memory *record)
+{
+    return put_record(write, id, record, false);
+}
+
+static enum status delete_record(struct store_write *write, const char *id,
+                                 const struct record_memory *record)
+{
+    const uint64_t space = space_of(write, id);
+    enum status status = store_delete(write, STORE_MEMORY, id, strlen(id));
+    if (!status)
+        quota_count_bytes(write, quota_tenant(id, record->tenant), -(int64_t)space);
     return status;
 }
 
@@ -139,7 +175,7 @@ enum status memory_create(struct store_write *write, const struct storage_memory
         status = snapshot_reference(write, record.snapshot);
     if (!status && from)
         status = touch(write, from);
-    return status ? status : memory_put(write, id, &record);
+    return status ? status : put_record(write, id, &record, true);
 }
 
 enum status memory_update(struct store_write *write, const char *id, const char *metadata,
@@ -162,7 +198,7 @@ enum status memory_update(struct store_write *write, const char *id, const char 
         record.active_at = store_stamp(write->storage);
     }
     if (!status)
-        status = memory_put(write, id, &record);
+        status = put_record(write, id, &record, true);
     free(old);
     return status;
 }
@@ -175,7 +211,7 @@ enum status memory_delete(struct store_write *write, const char *id)
         return status;
     status = keep_cut(write, id, 0);
     if (!status)
-        status = store_delete(write, STORE_MEMORY, id, strlen(id));
+        status = delete_record(write, id, &record);
     if (!status)
         status = expiry_update(write, id, &record, NULL);
     if (!status && record.snapshot)
@@ -317,7 +353,7 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
     memset(branch.owner, 0, sizeof branch.owner);
     memcpy(branch.owner, id, strlen(id));
     snprintf(branch.tenant, sizeof branch.tenant, "%s", quota_tenant(id, memory.tenant));
-    status = store_delete(write, STORE_MEMORY, ephemeral, strlen(ephemeral));
+    status = delete_record(write, ephemeral, &from);
     if (!status)
         status = branch_put(write, memory.branch, &branch);
     if (!status && existed && old.snapshot)

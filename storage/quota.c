@@ -60,6 +60,18 @@ struct count {
     char owner[LIMITS_ID_BYTES], tenant[LIMITS_ID_BYTES];
 };
 
+static enum status count_memory(struct count *count, const MDB_val *key, const MDB_val *value)
+{
+    struct record_memory record;
+    char id[LIMITS_ID_BYTES] = "";
+    if (key->mv_size >= sizeof id ||
+        record_memory_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &record))
+        return STATUS_OK;
+    memcpy(id, key->mv_data, key->mv_size);
+    return count_one(count->quota, quota_tenant(id, record.tenant),
+                     store_space(count->storage, key->mv_size, value->mv_size));
+}
+
 static enum status count_branch(struct count *count, const MDB_val *key, const MDB_val *value)
 {
     struct record_branch record;
@@ -113,7 +125,9 @@ static enum status count_all(struct storage *storage, struct quota *quota)
     enum status status = store_read_begin(storage, &count.txn);
     if (status)
         return status;
-    status = count_table(&count, STORE_BRANCH, count_branch);
+    status = count_table(&count, STORE_MEMORY, count_memory);
+    if (!status)
+        status = count_table(&count, STORE_BRANCH, count_branch);
     if (!status)
         status = count_table(&count, STORE_OBJECT, count_object);
     if (!status)

@@ -1,10 +1,10 @@
-/* quota.h - how much disk each tenant's branches, objects and items take, and what they may take.
+/* quota.h - how much disk each tenant's memories, branches, objects and items take, and may take.
  * Thread: what counts and checks on the writer thread, inside its transaction; the rest on any.
  * Owns a table in RAM, taken from the records at opening. Private to storage/.
  *
  * A branch counts for the tenant whose memory made it, from its first byte until its last one is
- * collected: also while only forks of others reach it. An object counts for its tenant, an item for
- * that of the object or memory whose list it is in. */
+ * collected: also while only forks of others reach it. A memory's record, with its metadata, and an
+ * object count for their tenant, an item for that of the object or memory whose list it is in. */
 #ifndef STORAGE_QUOTA_H
 #define STORAGE_QUOTA_H
 

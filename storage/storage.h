@@ -133,8 +133,8 @@ struct storage_memory_options {
 
 /* Creates an empty memory, or a fork that shares all of `from` by reference. Copied. The callback
  * gets STATUS_CONFLICT (id taken), STATUS_NOT_FOUND (no `from`), STATUS_INVALID (`at` lies behind
- * the committed position), STATUS_TOO_LARGE (more than
- * LIMITS_LINEAGE forks above each other), STATUS_DISK_FULL, STATUS_IO. */
+ * the committed position), STATUS_TOO_LARGE (more than LIMITS_LINEAGE forks above each other),
+ * STATUS_KEY_QUOTA (no room for its metadata), STATUS_DISK_FULL, STATUS_IO. */
 STATUS_CHECKED enum status storage_memory_create(struct storage *storage,
                                                  const struct storage_memory_options *options,
                                                  storage_done_cb done_cb, void *context);

@@ -179,7 +179,7 @@ static void test_key_quota(void **state)
     assert_full(ann, second, "key_quota_exceeded", "of \\\"ann\\\"");
     assert_full(ann, first, "key_quota_exceeded", "quota=");
     append_ok(bob, his, 60000);
-    /* A turn as well, once it is less; asking does not write. */
+    /* A turn as well, once it is less, and a memory; asking does not write. */
     set_quota("ann", "1M");
     usleep(300000);
     char body[256];
@@ -188,6 +188,12 @@ static void test_key_quota(void **state)
     ask(ann, "POST", "/v1/completions", body, strlen(body), &answer);
     wire_check_error(&answer, 507, "key_quota_exceeded", NULL);
     wire_answer_close(&answer);
+    static const char *const makes[] = {"/v1/memories", "/v1/conversations"};
+    for (size_t i = 0; i < sizeof makes / sizeof *makes; i++) {
+        ask(ann, "POST", makes[i], "{\"metadata\":{\"a\":\"b\"}}", 22, &answer);
+        wire_check_error(&answer, 507, "key_quota_exceeded", NULL);
+        wire_answer_close(&answer);
+    }
     snprintf(body, sizeof body,
              "{\"prompt\":\"And?\",\"memory\":\"%s\",\"max_tokens\":2,\"memory_write\":false}",
              first);

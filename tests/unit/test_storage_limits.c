@@ -130,14 +130,19 @@ static enum status expire(struct storage *storage, const char *id)
     return store_wait_finish(&wait, storage_memory_expire(storage, id, store_wait_cb, &wait));
 }
 
-static void update(struct storage *storage, const char *id, const char *metadata,
-                   const struct storage_expires *expires)
+static enum status try_update(struct storage *storage, const char *id, const char *metadata,
+                              const struct storage_expires *expires)
 {
     struct store_wait wait;
     store_wait_init(&wait);
-    assert_int_equal(store_wait_finish(&wait, storage_memory_update(storage, id, metadata, expires,
-                                                                    store_wait_cb, &wait)),
-                     STATUS_OK);
+    return store_wait_finish(
+        &wait, storage_memory_update(storage, id, metadata, expires, store_wait_cb, &wait));
+}
+
+static void update(struct storage *storage, const char *id, const char *metadata,
+                   const struct storage_expires *expires)
+{
+    assert_int_equal(try_update(storage, id, metadata, expires), STATUS_OK);
 }
 
 /* What is over, the ids one behind the other; it is asked for two at a time. */
@@ -341,7 +346,6 @@ static uint64_t used(struct limits *limits, const char *tenant)
     return usage.bytes;
 }
 
-/* Waits until nothing is left to collect. */
 static void test_key_quota(void **state)
 {
     struct limits *limits = *state;
@@ -351,8 +355,11 @@ static void test_key_quota(void **state)
     open_store(limits);
     assert_int_equal(storage_set_quotas(limits->storage, quotas, 2), STATUS_OK);
     create(limits->storage, "a", NULL, "ann", 0, false, false);
+    const uint64_t record = used(limits, "ann"); /* of an empty memory */
+    assert_true(record > 0 && record < 300);
     create(limits->storage, "b", NULL, "ann", 0, false, false);
     create(limits->storage, "other", NULL, "bob", 0, false, false);
+    const uint64_t his_record = used(limits, "bob");
     strcpy(a->id, "a");
     strcpy(b->id, "b");
     strcpy(other->id, "other");
@@ -370,8 +377,10 @@ static void test_key_quota(void **state)
         assert_int_equal(write_more(limits, other, 60), STATUS_OK);
     assert_true(used(limits, "ann") <= 300000 && used(limits, "ann") > 200000);
     assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "a").bytes_on_disk +
-                                              store_past_get(limits->storage, "b").bytes_on_disk);
-    assert_int_equal(used(limits, "bob"), store_past_get(limits->storage, "other").bytes_on_disk);
+                                              store_past_get(limits->storage, "b").bytes_on_disk +
+                                              2 * record);
+    assert_int_equal(used(limits, "bob"),
+                     store_past_get(limits->storage, "other").bytes_on_disk + his_record);
     assert_int_equal(used(limits, "cid"), 0);
     /* It is counted anew at the next opening. */
     const uint64_t before = used(limits, "ann");
@@ -385,10 +394,11 @@ static void test_key_quota(void **state)
     assert_int_equal(store_remove(limits->storage, "a"), STATUS_OK);
     store_wait_collected(limits->storage);
     const uint64_t left = used(limits, "ann");
-    assert_true(left > store_past_get(limits->storage, "b").bytes_on_disk);
+    assert_true(left > store_past_get(limits->storage, "b").bytes_on_disk + 2 * record);
     assert_int_equal(store_remove(limits->storage, "fork"), STATUS_OK);
     store_wait_collected(limits->storage);
-    assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "b").bytes_on_disk);
+    assert_int_equal(used(limits, "ann"),
+                     store_past_get(limits->storage, "b").bytes_on_disk + record);
     assert_int_equal(write_more(limits, b, 60), STATUS_OK);
     /* A quota that is lowered refuses what is new and keeps what is there; none at all: all goes.
      */
@@ -414,13 +424,15 @@ static void test_quota_settled(void **state)
     unsigned told = 0;
     open_store(limits);
     create(limits->storage, "a", NULL, "ann", 0, false, false);
+    const uint64_t record = used(limits, "ann");
     create(limits->storage, "e", NULL, "", 0, false, true);
     strcpy(past->id, "e");
     assert_int_equal(write_more(limits, past, 100), STATUS_OK);
-    assert_int_equal(used(limits, "ann"), 0);
+    assert_int_equal(used(limits, "ann"), record);
     assert_int_equal(store_settle(limits->storage, "e", "a"), STATUS_OK);
-    assert_int_equal(used(limits, "ann"), store_past_get(limits->storage, "a").bytes_on_disk);
-    assert_true(used(limits, "ann") > 0);
+    assert_int_equal(used(limits, "ann"),
+                     store_past_get(limits->storage, "a").bytes_on_disk + record);
+    assert_true(used(limits, "ann") > record);
     create(limits->storage, "over", NULL, "ann", 5, true, false);
     store_wait_collected(limits->storage);
     storage_close(limits->storage);
@@ -532,6 +544,52 @@ static void test_quota_of_kept(void **state)
     assert_counts_hold(limits, &quota);
 }
 
+/* Memories that hold nothing take of the key's quota, by their metadata, and so do larger metadata;
+ * what is there may always become smaller, go, and be gone on with. */
+static void test_quota_of_metadata(void **state)
+{
+    struct limits *limits = *state;
+    static char large[4000];
+    const struct storage_quota quota = {"ann", 20000};
+    struct storage_memory_options options = {.tenant = "ann", .metadata = large};
+    struct store_wait wait;
+    char id[16];
+    unsigned count = 0;
+    enum status status;
+    memset(large, 'm', sizeof large - 1);
+    open_store(limits);
+    assert_int_equal(storage_set_quotas(limits->storage, &quota, 1), STATUS_OK);
+    create(limits->storage, "small", NULL, "ann", 0, false, false);
+    const uint64_t record = used(limits, "ann");
+    for (options.id = id;; count++) {
+        snprintf(id, sizeof id, "m%u", count);
+        store_wait_init(&wait);
+        status = store_wait_finish(
+            &wait, storage_memory_create(limits->storage, &options, store_wait_cb, &wait));
+        if (status)
+            break;
+    }
+    assert_int_equal(status, STATUS_KEY_QUOTA);
+    assert_true(count >= 2 && count < 5);
+    const uint64_t full = used(limits, "ann");
+    assert_true(full <= 20000 && full - record >= count * (sizeof large - 1));
+    struct storage_memory memory;
+    assert_int_equal(storage_memory_get(limits->storage, id, &memory), STATUS_NOT_FOUND);
+    assert_counts_hold(limits, &quota);
+    assert_int_equal(try_update(limits->storage, "small", large, NULL), STATUS_KEY_QUOTA);
+    assert_int_equal(used(limits, "ann"), full);
+    assert_int_equal(try_update(limits->storage, "m0", "{}", NULL), STATUS_OK);
+    assert_true(used(limits, "ann") < full - sizeof large + 1000);
+    assert_int_equal(try_update(limits->storage, "small", large, NULL), STATUS_OK);
+    for (unsigned i = 0; i < count; i++) {
+        snprintf(id, sizeof id, "m%u", i);
+        assert_int_equal(store_remove(limits->storage, id), STATUS_OK);
+    }
+    assert_int_equal(try_update(limits->storage, "small", "{}", NULL), STATUS_OK);
+    assert_int_equal(used(limits, "ann"), record);
+    assert_counts_hold(limits, &quota);
+}
+
 /* The items in a memory's list take of its quota as its text does, over a restart too. */
 static void test_memory_quota_of_items(void **state)
 {
@@ -546,6 +604,7 @@ static void test_memory_quota_of_items(void **state)
     limits->memory_quota = 200000;
     open_store(limits);
     create(limits->storage, "a", NULL, "ann", 0, false, false);
+    const uint64_t record = used(limits, "ann");
     strcpy(past->id, "a");
     assert_int_equal(write_more(limits, past, 100), STATUS_OK);
     const uint64_t text = store_past_get(limits->storage, "a").bytes_on_disk;
@@ -556,7 +615,7 @@ static void test_memory_quota_of_items(void **state)
     const uint64_t full = store_past_get(limits->storage, "a").bytes_on_disk;
     assert_true(full <= 200000 && full > 200000 - 2000);
     assert_true(full - text >= count * (uint64_t)1500 && full - text < count * (uint64_t)1700);
-    assert_int_equal(used(limits, "ann"), full); /* both count the same */
+    assert_int_equal(used(limits, "ann"), full + record); /* both count the same */
     assert_int_equal(write_more(limits, past, 60), STATUS_MEMORY_QUOTA);
     reopen(limits);
     assert_int_equal(store_past_get(limits->storage, "a").bytes_on_disk, full);
@@ -730,6 +789,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_key_quota, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quota_settled, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quota_of_kept, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_quota_of_metadata, setup, teardown),
         cmocka_unit_test_setup_teardown(test_memory_quota_of_items, setup, teardown),
         cmocka_unit_test_setup_teardown(test_left_over, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full_under_load, setup, teardown),
