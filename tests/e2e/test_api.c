@@ -113,6 +113,26 @@ static void test_bodies(void **state)
         {"{\"prompt\":\"x\",\"max_tokens\":1.5}", "invalid", "max_tokens"},
         {"{\"prompt\":\"x\",\"max_tokens\":\"9\"}", "invalid", "max_tokens"},
         {"{\"prompt\":\"x\",\"max_tokens\":1e300}", "invalid", "max_tokens"},
+        {"{\"prompt\":\"x\",\"max_tokens\":1e999}", "invalid", "max_tokens"},
+        {"{\"prompt\":\"x\",\"max_tokens\":18446744073709551616}", "invalid", "max_tokens"},
+        {"{\"prompt\":[-1e999]}", "invalid", "prompt"},
+        {"{\"prompt\":\"x\",\"temperature\":1e999}", "invalid", "temperature"},
+        {"{\"prompt\":\"x\",\"seed\":-1e999}", "invalid", "seed"},
+        {"{\"prompt\":\"x\",\"top_k\":1e999}", "invalid", "top_k"},
+        {"{\"prompt\":\"x\",\"repetition_penalty\":1e999}", "invalid", "repetition_penalty"},
+        {"{\"prompt\":\"x\",\"priority\":1e999}", "invalid", "priority"},
+        {"{\"prompt\":\"x\",\"timeout\":1e999}", "invalid", "timeout"},
+        {"{\"prompt\":\"x\",\"logit_bias\":{\"1\":-1e999}}", "invalid", "logit_bias"},
+        {"{\"prompt\":\"x\",\"temperature\":NaN}", "invalid", NULL},
+        {"{\"prompt\":\"x\",\"temperature\":0x1}", "invalid", NULL},
+        {"{\"prompt\":\"\xff\"}", "invalid", NULL},
+        {"{\"prompt\":\"\xc0\xaf\"}", "invalid", NULL},     /* longer than it need be */
+        {"{\"prompt\":\"\xed\xa0\x80\"}", "invalid", NULL}, /* half a pair */
+        {"{\"prompt\":\"\xf4\x90\x80\x80\"}", "invalid", NULL},
+        {"{\"prompt\":\"\xe2\x82\"}", "invalid", NULL}, /* not all of one */
+        {"{\"prompt\":\"\\ud800\"}", "invalid", NULL},
+        {"{\"prompt\":\"\\udc00x\"}", "invalid", NULL},
+        {"{\"\xff\":1,\"prompt\":\"x\"}", "invalid", NULL},
         {"{\"prompt\":\"x\",\"n\":0}", "invalid", "n"},
         {"{\"prompt\":\"x\",\"n\":129}", "invalid", "n"},
         {"{\"prompt\":[\"a\",\"b\"],\"n\":65}", "invalid", "n"},
@@ -150,6 +170,16 @@ static void test_bodies(void **state)
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         refused("POST", "/v1/completions", cases[i].body, 400, cases[i].code, cases[i].param);
+    /* As deep as the body may be long: refused, not followed. */
+    static const char *const nests[] = {"[", "{\"prompt\":"};
+    for (size_t i = 0; i < sizeof nests / sizeof *nests; i++) {
+        struct buf deep;
+        buf_init(&deep);
+        while (deep.size < 4 * LIMITS_MIB)
+            buf_append_text(&deep, nests[i]);
+        refused("POST", "/v1/completions", buf_text(&deep), 400, "invalid", NULL);
+        buf_close(&deep);
+    }
     refused("POST", "/v1/completions", "{\"prompt\":\"x\",\"model\":\"gpt-9\"}", 404, "not_found",
             "model");
     refused("POST", "/v1/chat/completions", /* this model has no template */
