@@ -10,6 +10,7 @@ import time
 import urllib.parse
 
 STREAM_TOKENS = 20
+WAIT_SECONDS = int(os.environ.get("RAMBAD_WAIT_SECONDS", "60"))
 HEADERS = {
     "authorization": "Bearer " + os.environ["RAMBAD_API_KEY"],
     "content-type": "application/json",
@@ -17,7 +18,7 @@ HEADERS = {
 
 
 def connect(url):
-    return http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=60)
+    return http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=WAIT_SECONDS)
 
 
 def call(connection, method, path, body=None):

@@ -11,6 +11,7 @@ import urllib.parse
 from prometheus_client.parser import text_string_to_metric_families
 
 HEADERS = {"authorization": "Bearer " + os.environ["RAMBAD_API_KEY"]}
+WAIT_SECONDS = int(os.environ.get("RAMBAD_WAIT_SECONDS", "60"))
 NETLOC = urllib.parse.urlsplit(sys.argv[1]).netloc
 # What the API's description promises to operators; each a family, or a part of its name.
 PROMISED = """requests prompt_tokens completion_tokens jobs_running jobs_waiting queue_seconds
@@ -21,7 +22,7 @@ PROMISED = """requests prompt_tokens completion_tokens jobs_running jobs_waiting
 
 
 def call(method, path, body=None, kind="application/json"):
-    connection = http.client.HTTPConnection(NETLOC, timeout=60)
+    connection = http.client.HTTPConnection(NETLOC, timeout=WAIT_SECONDS)
     connection.request(method, path, body, dict(HEADERS, **{"content-type": kind}))
     answer = connection.getresponse()
     text = answer.read().decode()
