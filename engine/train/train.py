@@ -60,7 +60,7 @@ def worker(settings, data, seed, stage, shape, queues):
 
 
 def configured(path, changes):
-    """The config, with `changes` such as model.encoder_layers=0."""
+    """The config, with `changes` such as model.encoder_layers=0; without shapes of no share."""
     with open(path) as file:
         settings = json.load(file)
     for change in changes:
@@ -69,6 +69,8 @@ def configured(path, changes):
         for key in keys[:-1]:
             at = at[key]
         at[keys[-1]] = json.loads(value)
+    shapes = settings["shapes"].items()
+    settings["shapes"] = {name: shape for name, shape in shapes if shape["share"] > 0}
     return settings
 
 
