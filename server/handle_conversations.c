@@ -380,46 +380,10 @@ static void update(struct request *request)
     conversation_request_close(&asked);
 }
 
-static void deleted(struct wait *wait)
-{
-    struct buf body;
-    if (wait->status) {
-        wait_fail_memory(wait->request, wait->status, wait->request->argument);
-    } else {
-        buf_init(&body);
-        buf_append_format(&body,
-                          "{\"id\":\"%s\",\"object\":\"conversation.deleted\",\"deleted\":true}",
-                          wait->request->argument);
-        request_answer_json(wait->request, 200, &body);
-        buf_close(&body);
-    }
-    wait_end(wait);
-}
-
-static void released_cb(void *context, enum status status)
-{
-    struct wait *wait = context;
-    if (status) {
-        error_set(&wait->err, status,
-                  "conversation %s is being used by another request; try again when it is done",
-                  wait->request->argument);
-        request_fail(wait->request, status, &wait->err);
-        wait_end(wait);
-        return;
-    }
-    wait_for_write(wait, deleted);
-    status =
-        storage_memory_delete(wait->server->storage, wait->request->argument, wait_stored_cb, wait);
-    if (status)
-        wait_refused(wait, status);
-}
-
 static void delete (struct request *request)
 {
-    struct wait *wait = exists(request) ? wait_create(request) : NULL;
-    if (wait)
-        engine_thread_release_memory(request->server->engine_thread, request->argument, released_cb,
-                                     wait);
+    if (exists(request))
+        wait_delete_memory(request, "conversation");
 }
 
 /* ---- items ---- */

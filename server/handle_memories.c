@@ -212,47 +212,9 @@ static void list(struct request *request)
     buf_close(&body);
 }
 
-static void deleted(struct wait *wait)
-{
-    if (wait->status) {
-        wait_fail_memory(wait->request, wait->status, wait->id);
-    } else {
-        struct buf body;
-        buf_init(&body);
-        buf_append_format(&body, "{\"id\":\"%s\",\"object\":\"memory.deleted\",\"deleted\":true}",
-                          wait->id);
-        request_answer_json(wait->request, 200, &body);
-        buf_close(&body);
-    }
-    wait_end(wait);
-}
-
-/* The engine has let go of the memory, or uses it. */
-static void released_cb(void *context, enum status status)
-{
-    struct wait *wait = context;
-    if (status) {
-        error_set(&wait->err, status,
-                  "memory %s is being used by another request; try again when it is done",
-                  wait->id);
-        request_fail(wait->request, status, &wait->err);
-        wait_end(wait);
-        return;
-    }
-    wait_for_write(wait, deleted);
-    const enum status queued =
-        storage_memory_delete(wait->server->storage, wait->id, wait_stored_cb, wait);
-    if (queued)
-        wait_refused(wait, queued);
-}
-
 static void delete (struct request *request)
 {
-    struct wait *wait = wait_create(request);
-    if (!wait)
-        return;
-    memcpy(wait->id, request->argument, sizeof wait->id);
-    engine_thread_release_memory(request->server->engine_thread, wait->id, released_cb, wait);
+    wait_delete_memory(request, "memory");
 }
 
 /* ---- chunks ---- */

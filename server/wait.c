@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "proto/answer_json.h"
+#include "server/engine_thread.h"
 
 static void gone(struct request *request)
 {
@@ -101,6 +102,48 @@ void wait_fail_memory(struct request *request, enum status status, const char *i
         request_stream_fail(request, status, &err);
     else
         request_fail(request, status, &err);
+}
+
+static void deleted(struct wait *wait)
+{
+    const char *id = wait->request->argument;
+    if (wait->status) {
+        wait_fail_memory(wait->request, wait->status, id);
+    } else {
+        buf_append_format(&wait->body, "{\"id\":\"%s\",\"object\":\"%s.deleted\",\"deleted\":true}",
+                          id, wait->kind);
+        request_answer_json(wait->request, 200, &wait->body);
+    }
+    wait_end(wait);
+}
+
+/* The engine has let go of the memory, or uses it. */
+static void released_cb(void *context, enum status status)
+{
+    struct wait *wait = context;
+    const char *id = wait->request->argument;
+    if (status) {
+        error_set(&wait->err, status,
+                  "%s %s is being used by another request; try again when it is done", wait->kind,
+                  id);
+        request_fail(wait->request, status, &wait->err);
+        wait_end(wait);
+        return;
+    }
+    wait_for_write(wait, deleted);
+    status = storage_memory_delete(wait->server->storage, id, wait_stored_cb, wait);
+    if (status)
+        wait_refused(wait, status);
+}
+
+void wait_delete_memory(struct request *request, const char *kind)
+{
+    struct wait *wait = wait_create(request);
+    if (!wait)
+        return;
+    wait->kind = kind;
+    engine_thread_release_memory(request->server->engine_thread, request->argument, released_cb,
+                                 wait);
 }
 
 void wait_answer_event(struct request *request, const struct buf *json)

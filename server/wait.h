@@ -18,6 +18,7 @@ struct wait {
     struct error err;
     char id[LIMITS_ID_BYTES];
     uint64_t from, limit;
+    const char *kind; /* of what is deleted */
     struct buf body;
     void (*then)(struct wait *wait);
 };
@@ -37,6 +38,9 @@ struct storage_expires wait_expires(const struct memory_expires *asked);
 /* Answers that several resources give. */
 void wait_append_memory(struct buf *out, const struct storage_memory *memory);
 void wait_fail_memory(struct request *request, enum status status, const char *id);
+/* Deletes the memory that the path names, once the engine has let go of it, and answers: it is what
+ * the API calls a `kind`, a text that stays. */
+void wait_delete_memory(struct request *request, const char *kind);
 /* As an event, the last one, where a stream is wanted. */
 void wait_answer_memory(struct request *request, int http_status, const char *id);
 /* The last event of a stream, and its end. */
