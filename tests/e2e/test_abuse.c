@@ -233,6 +233,96 @@ static void test_smuggling(void **state)
     assert_int_equal(both, 0);
 }
 
+/* ---- numbers that no field expects ---- */
+
+/* `form` with the id in the place of @ and the number in that of #. */
+static void fill_form(struct buf *out, const char *form, const char *id, const char *number)
+{
+    out->size = 0;
+    for (; *form; form++)
+        if (*form == '@')
+            buf_append_text(out, id);
+        else if (*form == '#')
+            buf_append_text(out, number);
+        else
+            buf_append(out, form, 1);
+}
+
+/* Each number in each field and query is taken or refused, and never the server's own error. */
+static void test_numbers(void **state)
+{
+    (void)state;
+    static const char *const numbers[] = {"-1",
+                                          "0.5",
+                                          "-0.0",
+                                          "1e999",
+                                          "-1e999",
+                                          "1e300",
+                                          "1e-320",
+                                          "4294967296",
+                                          "9007199254740993",
+                                          "9223372036854775808",
+                                          "-9223372036854775809",
+                                          "18446744073709551616"};
+#define FIELD(name)                                                    \
+    {                                                                  \
+        "POST", "/v1/completions", "{\"prompt\":\"x\",\"" name "\":#}" \
+    }
+#define MEMORY "/v1/memories/@"
+    static const char *const forms[][3] = {
+        FIELD("max_tokens"),
+        FIELD("temperature"),
+        FIELD("top_p"),
+        FIELD("top_k"),
+        FIELD("min_p"),
+        FIELD("n"),
+        FIELD("best_of"),
+        FIELD("logprobs"),
+        FIELD("seed"),
+        FIELD("presence_penalty"),
+        FIELD("frequency_penalty"),
+        FIELD("repetition_penalty"),
+        FIELD("priority"),
+        FIELD("timeout"),
+        {"POST", "/v1/completions", "{\"prompt\":[#]}"},
+        {"POST", "/v1/completions", "{\"prompt\":\"x\",\"logit_bias\":{\"1\":#}}"},
+        {"POST", "/v1/responses", "{\"input\":\"x\",\"max_output_tokens\":#}"},
+        {"POST", "/v1/memories", "{\"from\":\"@\",\"at\":#}"},
+        {"POST", MEMORY "/rewind", "{\"to\":#}"},
+        {"POST", MEMORY "/turns", "{\"position\":#,\"bookmark\":\"x\"}"},
+        {"PATCH", MEMORY, "{\"expires_after\":{\"anchor\":\"created_at\",\"seconds\":#}}"},
+        {"PATCH", MEMORY, "{\"expires_after\":{\"anchor\":\"created_at\",\"days\":#}}"},
+        {"DELETE", MEMORY "/turns?position=#", NULL},
+        {"GET", MEMORY "/turns?limit=#", NULL},
+        {"GET", MEMORY "/chunks?from=#", NULL},
+        {"GET", MEMORY "/chunks?limit=#", NULL},
+        {"GET", "/v1/memories?limit=#", NULL},
+        {"GET", "/v1/conversations/@/items?limit=#", NULL},
+        {"GET", "/v1/responses/resp_1?stream=true&starting_after=#", NULL},
+        {"POST", MEMORY "/append?offset=#", "text"},
+        {"POST", MEMORY "/append?timeout=#", "text"},
+        {"POST", MEMORY "/append?priority=#", "text"}};
+    char id[LIMITS_ID_BYTES];
+    struct buf path, body;
+    buf_init(&path);
+    buf_init(&body);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        for (size_t j = 0; j < sizeof forms / sizeof *forms; j++) {
+            const char *const *form = forms[j];
+            struct wire_answer answer;
+            daemon_create_memory(&server, NULL, id);
+            fill_form(&path, form[1], id, numbers[i]);
+            fill_form(&body, form[2] ? form[2] : "", id, numbers[i]);
+            const int status = wire_call(&server, form[0], buf_text(&path),
+                                         form[2] ? buf_text(&body) : NULL, &answer);
+            if (status >= 500 || status < 200 || (strstr(numbers[i], "e999") && status < 400))
+                fail_msg("%s %s %s: %d", form[0], buf_text(&path), buf_text(&body), status);
+            wire_answer_close(&answer);
+        }
+    buf_close(&path);
+    buf_close(&body);
+}
+
 /* ---- connections that are cut ---- */
 
 static void cut(struct wire *wire)
@@ -310,6 +400,7 @@ int main(void)
         cmocka_unit_test(test_endless_head), cmocka_unit_test(test_flood),
         cmocka_unit_test(test_smuggling),    cmocka_unit_test(test_resets),
         cmocka_unit_test(test_keepalive),    cmocka_unit_test(test_flood_drain),
+        cmocka_unit_test(test_numbers),
     };
     daemon_choose_tests();
     return cmocka_run_group_tests(tests, setup, teardown);
