@@ -163,11 +163,21 @@ void cuda_linear(struct ops_context *context, const struct ops_tensor *weight,
 /* x W^T of one long segment alone, as inputs of products. */
 void cuda_linear_narrow(struct ops_context *context, const struct ops_tensor *weight,
                         const struct ops_segment *segment, const void *x, void *out);
-/* States that a kernel will read: `blocks` of it share the heads of all segments in order. */
+/* States that a kernel will read first: of `count` heads, in the order of all segments. */
 struct cuda_soon {
     const struct cuda_segment *segments; /* on the device */
     size_t ssm;                          /* floats behind where they say */
-    uint32_t segment_count, heads, head_floats, blocks;
+    uint32_t count, heads, head_floats;
+};
+/* The causal convolution and SiLU of columns [first, first + count) of a product, a multiple of 4
+ * both, whose rows are segments of one row each; see ops_mamba_state. */
+struct cuda_convolution {
+    const struct cuda_segment *segments; /* on the device */
+    size_t offset;                       /* of the tails, floats behind where they say */
+    const void *weights;                 /* bf16 [count, 4] */
+    const float *bias;                   /* or NULL */
+    uint32_t first, count;
+    bool early; /* the tails may be read before the kernel in front has ended */
 };
 /* The input of a product: rows of floats, which a norm may stand before. */
 struct cuda_input {
@@ -178,7 +188,15 @@ struct cuda_input {
                           normed and narrowed */
     bool short_only;   /* such segments are left out */
     const struct cuda_soon *soon = NULL; /* or what the kernel behind reads, which nobody writes */
+    const struct cuda_convolution *conv = NULL; /* or what becomes of the product */
+    bool prepared = false; /* the rows and their scales are where cuda_prepared says; x is unused */
 };
+/* Where rows of short segments wait for a product of depth k: bf16 [rows, k], the norm's weight on
+ * them; the norm's scales in `context->scales`. */
+static inline void *cuda_prepared(const struct ops_context *context, uint32_t k)
+{
+    return k <= context->config.hidden_size ? context->normed : context->mixed;
+}
 /* The same as cuda_linear of RMSNorm(x), in one kernel where there are few rows. */
 void cuda_norm_linear(struct ops_context *context, const struct cuda_input *in,
                       const struct ops_tensor *weight, const struct ops_tensor *bias,

@@ -2,6 +2,7 @@
  * through cuBLASLt. */
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
+#include "engine/cuda/mamba_step.cuh"
 
 #define FEW_WARPS 8
 #define SHARED_PLAIN ((size_t)48 << 10) /* of a block that asked for no more */
@@ -268,8 +269,9 @@ struct few {
     bf16 *ready; /* rows prepared by prepare_rows, and their scales */
     float *scales, *out;
     const float *bias;
-    bool add;
-    struct cuda_soon soon; /* blocks 0: nothing */
+    bool add, prepared;           /* the rows lie in `ready` already */
+    struct cuda_soon soon;        /* count 0: nothing */
+    struct cuda_convolution conv; /* count 0: of nothing */
 };
 
 static __device__ __forceinline__ float4 load4(const float *from, uint32_t i)
@@ -375,38 +377,6 @@ template <int N> struct result {
     }
 };
 
-/* What the thread's results of a tile are added to. */
-template <int N>
-static __device__ __forceinline__ void load_base(const struct few &f, uint32_t top, uint32_t first,
-                                                 float base[OWN_RESULTS(N)])
-{
-#pragma unroll
-    for (uint32_t j = 0; j < OWN_RESULTS(N); j++) {
-        const result<N> r(j, top, first);
-        base[j] = 0;
-        if (r.exists(f))
-            base[j] = (f.bias ? f.bias[r.o] : 0) + (f.add ? f.out[(size_t)r.row * f.n + r.o] : 0);
-    }
-}
-
-/* One rounding, in every form: rows do not differ by who is beside. */
-template <int N, typename S>
-static __device__ __forceinline__ void
-store_results(const struct few &f, uint32_t top, uint32_t first, const float *sums,
-              const float base[OWN_RESULTS(N)], const S &scale)
-{
-#pragma unroll
-    for (uint32_t j = 0; j < OWN_RESULTS(N); j++) {
-        const result<N> r(j, top, first);
-        if (!r.exists(f))
-            continue;
-        float sum = 0;
-        for (uint32_t w = 0; w < FEW_WARPS; w++)
-            sum += sums[w * RESULTS(N) + r.at];
-        f.out[(size_t)r.row * f.n + r.o] = fmaf(sum, scale(r.row), base[j]);
-    }
-}
-
 /* What a lane takes of a tile of the block's rows at a step of depth: of the upper eight; there are
  * no lower ones. */
 static __device__ __forceinline__ void load_shared(const struct few &f, const bf16 *shared,
@@ -507,101 +477,249 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few
     }
 }
 
-/* A lane's part of a tile of prepared rows at a step of depth: of an upper row and a lower one. */
-static __device__ __forceinline__ void load_rows(const struct few &f, uint32_t top, uint32_t at,
-                                                 uint4 out[2])
-{
-    const uint32_t lane = threadIdx.x % CUDA_WARP;
-#pragma unroll
-    for (uint32_t half = 0; half < 2; half++) {
-        const uint32_t row = top + half * 8 + lane / 4;
-        out[half] = *reinterpret_cast<const uint4 *>(f.ready +
-                                                     (size_t)(row < f.row_count ? row : top) * f.k +
-                                                     at * TILE_DEPTH + 8 * (lane % 4));
-    }
-}
-
-#define SOON_HEADS 2 /* that each block of the kernel behind begins with */
+/* ---- more rows, prepared before ---- */
 
 /* While this kernel computes, memory is free for what comes behind it. */
 static __device__ __forceinline__ void fetch_soon(const struct cuda_soon &s)
 {
-    for (uint32_t b = blockIdx.y * gridDim.x + blockIdx.x; b < s.blocks;
-         b += gridDim.x * gridDim.y) {
-        const struct span heads = share_of(s.segment_count * s.heads, s.blocks, b);
-        for (uint32_t i = 0; i < heads.count && i < SOON_HEADS; i++) {
-            const uint32_t head = heads.first + i;
-            const float *from =
-                s.segments[head / s.heads].ssm + s.ssm + (size_t)(head % s.heads) * s.head_floats;
-            for (uint32_t at = 32 * threadIdx.x; at < s.head_floats; at += 32 * blockDim.x)
-                cuda_prefetch(from + at);
+    for (uint32_t head = blockIdx.y * gridDim.x + blockIdx.x; head < s.count;
+         head += gridDim.x * gridDim.y) {
+        const float *from =
+            s.segments[head / s.heads].ssm + s.ssm + (size_t)(head % s.heads) * s.head_floats;
+        for (uint32_t at = 32 * threadIdx.x; at < s.head_floats; at += 32 * blockDim.x)
+            cuda_prefetch(from + at);
+    }
+}
+
+/* A block's part of the product: M tiles of rows, N of weight rows. */
+template <int M, int N> struct share {
+    static constexpr int rows = M * TILE_ROWS, columns = N * TILE_OUT;
+    static constexpr uint32_t results = M * N * 4 * CUDA_WARP; /* that each warp has a share of */
+    /* Pairs of neighbours, and of these a thread's. */
+    static constexpr int pairs = (M * N * 2 + FEW_WARPS - 1) / FEW_WARPS;
+    /* Bytes of shared memory: of the weights, then of the warps' shares. */
+    static __host__ __device__ size_t front(uint32_t k)
+    {
+        const size_t steps = (k / TILE_DEPTH + FEW_WARPS - 1) / FEW_WARPS;
+        const size_t weights = steps * N * FEW_WARPS * CUDA_WARP * sizeof(uint4);
+        const size_t sums = sizeof(float) * FEW_WARPS * results;
+        return weights > sums ? weights : sums;
+    }
+    static constexpr size_t tails = sizeof(float) * (TAPS - 1) * rows * columns;
+};
+
+/* Where a thread's `j`-th pair lies. */
+template <int M, int N> struct neighbours {
+    uint32_t at, row, o; /* in the warps' shares, in out; of the first of the two */
+    bool there;
+
+    __device__ __forceinline__ neighbours(const struct few &f, int j)
+    {
+        const uint32_t lane = threadIdx.x % CUDA_WARP;
+        const uint32_t unit = threadIdx.x / CUDA_WARP + j * FEW_WARPS;
+        at = unit * 2 * CUDA_WARP + lane;
+        row = blockIdx.y * M * TILE_ROWS + unit / 2 / N * TILE_ROWS + unit % 2 * 8 + lane / 4;
+        o = (blockIdx.x * N + unit / 2 % N) * TILE_OUT + lane % 4 * 2;
+        there = unit < 2 * M * N && row < f.row_count && o < f.n;
+    }
+};
+
+/* Tails of the block's columns that are convolved come to shared memory. */
+template <int M, int N>
+static __device__ __forceinline__ void fetch_tails(const struct few &f, float *tails)
+{
+    const struct cuda_convolution &c = f.conv;
+    constexpr uint32_t columns = N * TILE_OUT, quads = columns / 4;
+    const uint32_t top = blockIdx.y * M * TILE_ROWS, first = blockIdx.x * columns;
+    if (!c.count || first + columns <= c.first || first >= c.first + c.count)
+        return;
+    for (uint32_t i = threadIdx.x; i < M * TILE_ROWS * quads; i += FEW_WARPS * CUDA_WARP) {
+        const uint32_t row = top + i / quads, o = first + i % quads * 4;
+        if (row >= f.row_count || o < c.first || o >= c.first + c.count)
+            continue;
+        const float *from = c.segments[row].conv + c.offset + (o - c.first);
+#pragma unroll
+        for (uint32_t k = 0; k < TAPS - 1; k++)
+            cuda_copy_async(tails + k * M * TILE_ROWS * columns + i * 4,
+                            from + (size_t)k * c.count);
+    }
+}
+
+/* Two neighbours of a row go through the convolution; their tails move on. */
+template <int M, int N>
+static __device__ __forceinline__ void convolve_pair(const struct few &f, const neighbours<M, N> &p,
+                                                     const float *tails, float sums[2])
+{
+    const struct cuda_convolution &c = f.conv;
+    constexpr uint32_t columns = N * TILE_OUT, rows = M * TILE_ROWS;
+    const uint32_t j = p.o - c.first,
+                   at = (p.row - blockIdx.y * rows) * columns + p.o - blockIdx.x * columns;
+    float *to = c.segments[p.row].conv + c.offset + j;
+    struct column<bf16> column[2];
+#pragma unroll
+    for (uint32_t e = 0; e < 2; e++) {
+        column[e].weights =
+            *reinterpret_cast<const taps<bf16> *>((const bf16 *)c.weights + (size_t)(j + e) * TAPS);
+        column[e].bias = c.bias ? c.bias[j + e] : 0;
+#pragma unroll
+        for (uint32_t k = 0; k < TAPS - 1; k++)
+            column[e].tail[k] = tails[k * rows * columns + at + e];
+    }
+#pragma unroll
+    for (uint32_t e = 0; e < 2; e++)
+        sums[e] = convolve(&column[e], sums[e]);
+#pragma unroll
+    for (uint32_t k = 0; k < TAPS - 1; k++)
+        *reinterpret_cast<float2 *>(to + (size_t)k * c.count) =
+            float2{column[0].tail[k], column[1].tail[k]};
+}
+
+/* A lane's part of the block's rows at a step of depth: of an upper row and a lower one of each
+ * tile. OWN: they lie in shared memory, at most FUSED_ROWS. */
+template <int M, bool OWN>
+static __device__ __forceinline__ void load_rows(const struct few &f, const bf16 *shared,
+                                                 uint32_t at, uint4 out[M][2])
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, column = at * TILE_DEPTH + 8 * (lane % 4);
+    if constexpr (OWN) {
+        load_shared(f, shared, 0, column, out[0]);
+    } else {
+        const uint32_t top = blockIdx.y * M * TILE_ROWS;
+#pragma unroll
+        for (uint32_t i = 0; i < 2 * M; i++) {
+            const uint32_t row = top + i * 8 + lane / 4;
+            out[i / 2][i % 2] = *reinterpret_cast<const uint4 *>(
+                f.ready + (size_t)(row < f.row_count ? row : top) * f.k + column);
         }
     }
 }
 
-/* Rows that prepare_rows left, any number: the block's weights lie in shared memory while tile
- * after tile of rows passes by, each on its way while the one before is added up. Grid: weight rows
- * x shares of the tiles of rows. */
-template <int N, int AHEAD>
-static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_many(struct few f)
+/* A block has all depth of M tiles of rows and N of weight rows: the weights come to shared memory
+ * before the kernel in front has ended, each where the lane that needs it finds it, then the rows
+ * to registers, AHEAD steps on their way. OWN: the block prepares its rows by itself. Grid: weight
+ * rows x rows. */
+template <int M, int N, int AHEAD, bool OWN>
+static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
+    product_of_many(struct few f)
 {
-    CUDA_SHARED(float, sums); /* [FEW_WARPS][N * 4][CUDA_WARP]; behind them the weights */
+    using shape = share<M, N>;
+    CUDA_SHARED(unsigned char, memory); /* the weights, then sums; behind them tails, rows */
+    __shared__ float squares[OWN ? FUSED_ROWS : 1][FEW_WARPS];
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const uint32_t first = blockIdx.x * N * TILE_OUT, depth = f.k / TILE_DEPTH;
-    const uint32_t tiles = cuda_ceil(f.row_count, TILE_ROWS);
-    const uint32_t begin = tiles * blockIdx.y / gridDim.y * TILE_ROWS,
-                   end = tiles * (blockIdx.y + 1) / gridDim.y * TILE_ROWS;
-    bf16 *weights = reinterpret_cast<bf16 *>(sums + FEW_WARPS * RESULTS(N));
-    const bf16 *weight = weights + lane / 4 * (f.k + SHARED_PAD) + 8 * (lane % 4);
-    for (uint32_t o = warp; o < N * TILE_OUT && first + o < f.n; o += FEW_WARPS)
-        for (uint32_t i = 8 * lane; i < f.k; i += 8 * CUDA_WARP)
-            cuda_copy_async(weights + o * (f.k + SHARED_PAD) + i,
-                            f.weight + (size_t)(first + o) * f.k + i);
+    const uint32_t depth = f.k / TILE_DEPTH;
+    uint4 *weights = reinterpret_cast<uint4 *>(memory) + threadIdx.x;
+    float *sums = reinterpret_cast<float *>(memory);
+    float *tails = reinterpret_cast<float *>(memory + shape::front(f.k));
+    bf16 *rows = reinterpret_cast<bf16 *>(reinterpret_cast<unsigned char *>(tails) +
+                                          (f.conv.count ? shape::tails : 0));
+    for (uint32_t at = warp, i = 0; at < depth; at += FEW_WARPS)
+#pragma unroll
+        for (int n = 0; n < N; n++, i++) {
+            const uint32_t o = (blockIdx.x * N + n) * TILE_OUT + lane / 4;
+            cuda_copy_async(weights + i * FEW_WARPS * CUDA_WARP,
+                            f.weight + (size_t)(o < f.n ? o : f.n - 1) * f.k + at * TILE_DEPTH +
+                                8 * (lane % 4));
+        }
+    if (f.conv.early)
+        fetch_tails<M, N>(f, tails);
     cuda_copy_commit();
+    float4 norm[NORM_AHEAD];
+    if (OWN)
+#pragma unroll
+        for (uint32_t a = 0; a < NORM_AHEAD; a++)
+            if (4 * (threadIdx.x + a * FEW_WARPS * CUDA_WARP) < f.k)
+                norm[a] = load4(f.norm, 4 * (threadIdx.x + a * FEW_WARPS * CUDA_WARP));
     cuda_depend_release();
     fetch_soon(f.soon);
     cuda_depend_wait();
-    uint4 x[AHEAD][2];
+    if (!f.conv.early)
+        fetch_tails<M, N>(f, tails);
+    cuda_copy_commit();
+    if (OWN) {
+        prepare_shared<FUSED_ROWS>(f, norm, rows, squares);
+        __syncthreads();
+    }
+    uint4 x[AHEAD][M][2];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
         if (warp + i * FEW_WARPS < depth)
-            load_rows(f, begin, warp + i * FEW_WARPS, x[i]);
+            load_rows<M, OWN>(f, rows, warp + i * FEW_WARPS, x[i]);
     cuda_copy_wait<0>();
-    __syncthreads();
-    for (uint32_t top = begin; top < end; top += TILE_ROWS) {
-        float base[OWN_RESULTS(N)], acc[N][4] = {};
-        load_base<N>(f, top, first, base);
-        for (uint32_t from = warp; from < depth; from += AHEAD * FEW_WARPS) {
+    float acc[M][N][4] = {};
+    for (uint32_t from = 0; warp + from * FEW_WARPS < depth; from += AHEAD)
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                const uint32_t at = from + i * FEW_WARPS, next = at + AHEAD * FEW_WARPS;
-                if (at >= depth)
-                    break;
-                const uint32_t left[4] = {x[i][0].x, x[i][1].x, x[i][0].y, x[i][1].y},
-                               right[4] = {x[i][0].z, x[i][1].z, x[i][0].w, x[i][1].w};
-                /* Behind the last step the first one of the next tile. */
-                if (next < depth)
-                    load_rows(f, top, next, x[i]);
-                else if (top + TILE_ROWS < end)
-                    load_rows(f, top + TILE_ROWS, warp + i * FEW_WARPS, x[i]);
+        for (int i = 0; i < AHEAD; i++) {
+            const uint32_t step = from + i, next = warp + (step + AHEAD) * FEW_WARPS;
+            if (warp + step * FEW_WARPS >= depth)
+                break;
 #pragma unroll
-                for (int n = 0; n < N; n++) {
-                    const uint4 w = *reinterpret_cast<const uint4 *>(
-                        weight + n * TILE_OUT * (f.k + SHARED_PAD) + at * TILE_DEPTH);
-                    const uint32_t low[2] = {w.x, w.y}, high[2] = {w.z, w.w};
-                    cuda_mma(acc[n], left, low);
-                    cuda_mma(acc[n], right, high);
+            for (int n = 0; n < N; n++) {
+                const uint4 w = weights[(step * N + n) * FEW_WARPS * CUDA_WARP];
+                const uint32_t low[2] = {w.x, w.y}, high[2] = {w.z, w.w};
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    const uint4 upper = x[i][m][0], lower = x[i][m][1];
+                    const uint32_t left[4] = {upper.x, lower.x, upper.y, lower.y},
+                                   right[4] = {upper.z, lower.z, upper.w, lower.w};
+                    cuda_mma(acc[m][n], left, low);
+                    cuda_mma(acc[m][n], right, high);
                 }
             }
+            if (next < depth)
+                load_rows<M, OWN>(f, rows, next, x[i]);
         }
+    float2 base[shape::pairs];
+    float scales[shape::pairs] = {};
+#pragma unroll
+    for (int j = 0; j < shape::pairs; j++) {
+        const neighbours<M, N> p(f, j);
+        const bool second = p.o + 1 < f.n;
+        base[j] = float2{0, 0};
+        if (!p.there)
+            continue;
+        if (f.bias)
+            base[j] = float2{f.bias[p.o], second ? f.bias[p.o + 1] : 0};
+        if (f.add) {
+            const float *to = f.out + (size_t)p.row * f.n + p.o;
+            base[j].x += to[0];
+            base[j].y += second ? to[1] : 0;
+        }
+        scales[j] = OWN ? scale_of(squares[p.row], f) : f.scales[p.row];
+    }
+    __syncthreads(); /* the weights are read, the tails are there */
+#pragma unroll
+    for (int m = 0; m < M; m++)
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                sums[(warp * N * 4 + n * 4 + e) * CUDA_WARP + lane] = acc[n][e];
-        __syncthreads();
-        store_results<N>(f, top, first, sums, base, [&](uint32_t r) { return f.scales[r]; });
-        __syncthreads(); /* the sums are read */
+                sums[((warp * M + m) * N + n) * 4 * CUDA_WARP + e * CUDA_WARP + lane] =
+                    acc[m][n][e];
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < shape::pairs; j++) {
+        const neighbours<M, N> p(f, j);
+        if (!p.there)
+            continue;
+        float own[2] = {};
+#pragma unroll
+        for (uint32_t w = 0; w < FEW_WARPS; w++) {
+            own[0] += sums[w * shape::results + p.at];
+            own[1] += sums[w * shape::results + p.at + CUDA_WARP];
+        }
+        /* One rounding, in every form of these kernels: rows do not differ by who is beside. */
+        own[0] = fmaf(own[0], scales[j], base[j].x);
+        own[1] = fmaf(own[1], scales[j], base[j].y);
+        if (p.o >= f.conv.first && p.o < f.conv.first + f.conv.count)
+            convolve_pair(f, p, tails, own);
+        float *to = f.out + (size_t)p.row * f.n + p.o;
+        if (f.n % 2 == 0) {
+            *reinterpret_cast<float2 *>(to) = float2{own[0], own[1]};
+        } else {
+            to[0] = own[0];
+            if (p.o + 1 < f.n)
+                to[1] = own[1];
+        }
     }
 }
 
@@ -624,45 +742,67 @@ template <int N, int AHEAD> static void choose_rows(struct ops_context *x, const
         launch_few_rows<N, AHEAD, FUSED_ROWS>(x, f);
 }
 
-/* What a block of product_of_many takes in shared memory. */
-static size_t shared_of(uint32_t n, uint32_t k)
+template <int M, int N, bool OWN> static size_t shared_of(const struct few &f)
 {
-    return sizeof(float) * FEW_WARPS * RESULTS(n) + sizeof(bf16) * n * TILE_OUT * (k + SHARED_PAD);
+    return share<M, N>::front(f.k) + (f.conv.count ? share<M, N>::tails : 0) +
+           (OWN ? sizeof(bf16) * f.row_count * (f.k + SHARED_PAD) : 0);
 }
 
-template <int N, int AHEAD> static void launch_many(struct ops_context *x, const struct few &f)
+/* False: it does not fit. */
+template <int M, int N, bool OWN>
+static bool launch_many(struct ops_context *x, const struct few &f)
 {
-    const size_t shared = shared_of(N, f.k);
-    const uint32_t blocks = cuda_ceil(f.n, N * TILE_OUT), tiles = cuda_ceil(f.row_count, TILE_ROWS);
-    /* Two blocks for each multiprocessor; one, where there is little to do, leaves the kernel
-     * behind it room to begin. */
-    const uint32_t room = (tiles > 2 ? 2 : 1) * (uint32_t)x->multiprocessors / blocks;
-    const uint32_t shares = room < 1 ? 1 : room < tiles ? room : tiles;
-    CUDA_ALLOW_SHARED(x, (product_of_many<N, AHEAD>), shared);
-    CUDA_LAUNCH_EARLY(x, (product_of_many<N, AHEAD>), dim3(blocks, shares),
+    constexpr int ahead = M < 4 ? 4 : N < 9 ? 4 : 2;
+    const size_t shared = shared_of<M, N, OWN>(f);
+    if (shared > x->shared_most)
+        return false;
+    if (shared > SHARED_PLAIN)
+        CUDA_ALLOW_SHARED(x, (product_of_many<M, N, ahead, OWN>), shared);
+    CUDA_LAUNCH_EARLY(x, (product_of_many<M, N, ahead, OWN>),
+                      dim3(cuda_ceil(f.n, N * TILE_OUT), cuda_ceil(f.row_count, M * TILE_ROWS)),
                       dim3(FEW_WARPS * CUDA_WARP), shared, f);
+    return true;
 }
 
-/* Wide outputs have enough weight rows for every multiprocessor to take several tiles. Every block
- * reads all rows of its share: the more weights it holds, the better; two of them must fit. */
+/* As few weight rows a block as keep all multiprocessors at work, or many where all have several
+ * blocks: every block reads its rows anew. */
+template <int M, bool OWN> static bool choose_columns(struct ops_context *x, const struct few &f)
+{
+    const uint32_t tops = cuda_ceil(f.row_count, M * TILE_ROWS),
+                   room = (uint32_t)x->multiprocessors / tops * TILE_OUT;
+    if (f.n <= room)
+        return launch_many<M, 1, OWN>(x, f);
+    if (f.n <= 2 * room)
+        return launch_many<M, 2, OWN>(x, f);
+    if constexpr (M == 4)
+        if (f.n > 5 * room && launch_many<M, 9, OWN>(x, f))
+            return true;
+    return launch_many<M, 5, OWN>(x, f) || launch_many<M, 2, OWN>(x, f) ||
+           launch_many<M, 1, OWN>(x, f);
+}
+
 static void multiply_few(struct ops_context *x, const struct few &f)
 {
-    const size_t fits = (size_t)112 << 10;
-    if (f.row_count > FUSED_ROWS) {
-        CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0, f);
-        if (f.n >= 128 * 4 * TILE_OUT && shared_of(5, f.k) <= fits)
-            launch_many<5, 4>(x, f);
-        else if (shared_of(2, f.k) <= fits)
-            launch_many<2, 4>(x, f);
-        else
-            launch_many<1, 4>(x, f);
-    } else if (f.n >= 128 * 4 * TILE_OUT) {
-        choose_rows<4, 4>(x, f);
-    } else if (f.n >= 128 * 2 * TILE_OUT) {
-        choose_rows<2, 8>(x, f);
-    } else {
-        choose_rows<1, 8>(x, f);
+    const bool own = f.row_count <= FUSED_ROWS && !f.prepared;
+    bool done = false;
+    if (f.row_count > 1) {
+        if (!own && !f.prepared)
+            CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0,
+                              f);
+        done = own                            ? choose_columns<1, true>(x, f)
+               : f.row_count <= TILE_ROWS     ? choose_columns<1, false>(x, f)
+               : f.row_count <= 2 * TILE_ROWS ? choose_columns<2, false>(x, f)
+                                              : choose_columns<4, false>(x, f);
+        ASSERT(done);
     }
+    if (done)
+        return;
+    if (f.n >= 128 * 4 * TILE_OUT)
+        choose_rows<4, 4>(x, f);
+    else if (f.n >= 128 * 2 * TILE_OUT)
+        choose_rows<2, 8>(x, f);
+    else
+        choose_rows<1, 8>(x, f);
 }
 
 /* Segments that the tensor cores' kernel above does not take. */
@@ -671,7 +811,7 @@ static void multiply_others(struct ops_context *x, const struct cuda_input *in,
                             const struct ops_rows *rows, float *out, bool add)
 {
     const size_t first = rows->segments[0].row, k = weight->cols;
-    char *scratch = (char *)(k <= x->config.hidden_size ? x->normed : x->mixed);
+    char *scratch = (char *)cuda_prepared(x, (uint32_t)k);
     const float *from = in->x + first * k;
     char *to = scratch + first * k * (x->wide ? 4 : 2);
     const void *ready = scratch;
@@ -698,7 +838,7 @@ void cuda_norm_linear(struct ops_context *x, const struct cuda_input *in,
         }
         if (!few && in->short_only)
             continue;
-        if (!few || x->wide || k % TILE_DEPTH) {
+        if (!few || x->wide || k % TILE_DEPTH || share<1, 1>::front(k) > x->shared_most / 2) {
             multiply_others(x, in, weight, bias, &part, out, add);
             continue;
         }
@@ -712,13 +852,16 @@ void cuda_norm_linear(struct ops_context *x, const struct cuda_input *in,
         f.normed = in->norm;
         f.norm = in->norm ? (const float *)in->norm->data : NULL;
         f.epsilon = in->epsilon;
-        f.ready = (bf16 *)(k <= x->config.hidden_size ? x->normed : x->mixed) + row * k;
+        f.ready = (bf16 *)cuda_prepared(x, k) + row * k;
         f.scales = x->scales + row;
         f.bias = bias ? (const float *)bias->data : NULL;
         f.out = out + row * n;
         f.add = add;
+        f.prepared = in->prepared;
         if (in->soon)
             f.soon = *in->soon;
+        if (in->conv)
+            f.conv = *in->conv;
         multiply_few(x, f);
     }
 }

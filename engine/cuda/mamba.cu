@@ -34,6 +34,23 @@ static void norm_long(struct ops_context *x, const struct ops_mamba_weights *w,
     }
 }
 
+/* Several segments of one row each, and nothing else. */
+static void mamba_singles(struct ops_context *x, const struct ops_mamba_weights *w,
+                          const struct ops_rows *rows, const struct cuda_segment *segments,
+                          size_t ssm, size_t conv, float *hidden)
+{
+    const struct cuda_soon soon = cuda_mamba_soon(x, segments, rows->segment_count, ssm);
+    const struct cuda_convolution convolution = cuda_mamba_convolution(x, w, segments, conv);
+    struct cuda_input in = {hidden, &w->norm, x->config.norm_epsilon, NULL, false};
+    in.soon = x->recording ? &soon : NULL;
+    in.conv = &convolution;
+    cuda_norm_linear(x, &in, &w->in_proj, &w->in_proj_bias, rows, x->projected, false);
+    cuda_mamba_singles(x, w, segments, rows->segment_count, ssm);
+    struct cuda_input out = {NULL, &w->gate_norm, x->config.norm_epsilon, NULL, false};
+    out.prepared = true;
+    cuda_norm_linear(x, &out, &w->out_proj, &w->out_proj_bias, rows, hidden, true);
+}
+
 extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights *w,
                            const struct ops_rows *rows, const struct ops_mamba_state *states,
                            float *hidden)
@@ -50,17 +67,18 @@ extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights
         x->recording ? cuda_step_states(x, states, &ssm, &conv) : stage_segments(x, rows, states);
     if (x->failed)
         return;
+    if (cuda_mamba_takes_singles(x, rows)) {
+        mamba_singles(x, w, rows, segments, ssm, conv, hidden);
+        return;
+    }
     if (short_count < rows->segment_count) { /* first: what lies in between overlaps */
         norm_long(x, w, rows, hidden);
         done = cuda_mamba_blocks(x, w, rows, segments, hidden);
     }
     if (short_count) {
-        const struct cuda_soon soon = cuda_mamba_soon(x, segments, short_count, ssm);
-        const struct cuda_input in = {hidden, &w->norm, epsilon,
-                                      NULL,   true,     x->recording ? &soon : NULL};
+        const struct cuda_input in = {hidden, &w->norm, epsilon, NULL, true};
         cuda_norm_linear(x, &in, &w->in_proj, &w->in_proj_bias, rows, x->projected, false);
-        cuda_mamba_step(x, w, segments, rows->segment_count, rows->row_count == rows->segment_count,
-                        ssm, conv);
+        cuda_mamba_step(x, w, segments, rows->segment_count, ssm, conv);
     }
     const struct cuda_input out = {x->scanned, &w->gate_norm, epsilon, x->mixed, done};
     cuda_norm_linear(x, &out, &w->out_proj, &w->out_proj_bias, rows, hidden, true);

@@ -36,14 +36,23 @@ bool cuda_mamba_blocks(struct ops_context *context, const struct ops_mamba_weigh
                        float *hidden);
 
 /* Segments of at most CUDA_FEW_ROWS rows, token by token, from x->projected to x->scanned:
- * convolution, recurrence and gate; the norm behind the gate is left out. `single`: every segment
- * has one row. States and tails lie `ssm` and `conv` floats behind where the segments say. */
+ * convolution, recurrence and gate; the norm behind the gate is left out. States and tails lie
+ * `ssm` and `conv` floats behind where the segments say. */
 void cuda_mamba_step(struct ops_context *context, const struct ops_mamba_weights *weights,
-                     const struct cuda_segment *segments, uint32_t segment_count, bool single,
-                     size_t ssm, size_t conv);
-/* What it reads of the states of segments of one row. */
+                     const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
+                     size_t conv);
+
+/* Several segments of one row each: whether they can be taken together; what in_proj does for them
+ * to its columns and brings near; and the recurrence, the gate and all of the norm behind it that
+ * comes before out_proj, whose rows are prepared then. The same numbers as cuda_mamba_step's. */
+bool cuda_mamba_takes_singles(const struct ops_context *context, const struct ops_rows *rows);
+struct cuda_convolution cuda_mamba_convolution(const struct ops_context *context,
+                                               const struct ops_mamba_weights *weights,
+                                               const struct cuda_segment *segments, size_t conv);
 struct cuda_soon cuda_mamba_soon(const struct ops_context *context,
                                  const struct cuda_segment *segments, uint32_t segment_count,
                                  size_t ssm);
+void cuda_mamba_singles(struct ops_context *context, const struct ops_mamba_weights *weights,
+                        const struct cuda_segment *segments, uint32_t segment_count, size_t ssm);
 
 #endif

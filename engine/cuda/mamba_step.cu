@@ -193,238 +193,210 @@ static struct step_weights<T> weights_of(const struct ops_mamba_weights *weights
     return w;
 }
 
-/* ---- many segments of one row ----
- * Heads of states stream through shared memory, some always on their way; a block goes through its
- * share of all heads in order, so that it seldom begins another segment, whose B and C all its
- * warps need. */
+/* ---- several segments of one row ----
+ * in_proj has convolved its columns already, and out_proj is left its rows prepared: what is in
+ * between reads and writes states and little else. A block has one head, a warp some rows of it, a
+ * lane V neighbours of each. */
 
-#define STAGES 3
+#define SINGLE_WIDTH 64 /* P */
+#define SINGLE_ROWS (SINGLE_WIDTH / STEP_WARPS)
+#define SINGLE_BLOCKS 4 /* that a multiprocessor has at a time */
 
-struct many {
+struct singles {
     struct mamba_shape s;
-    struct step_weights<bf16> w;
+    const float *dt_bias, *a_log, *skip, *norm; /* the last of the gate, or NULL */
+    float epsilon;
     const struct cuda_segment *segments;
-    uint32_t segment_count;
-    size_t ssm, conv;
+    size_t ssm;
     const float *projected;
-    float *y;
+    bf16 *ready;    /* see cuda_prepared */
+    float *squares; /* [rows, di / 4]: of four neighbours each */
+    float *scales;
     uint32_t *arrived;
     bool early;
 };
 
-/* A warp's rows of one head. */
-struct head_rows {
-    uint32_t segment, first; /* row of [Hm P] */
-};
-
-static __device__ __forceinline__ struct head_rows find_rows(const struct many &m, uint32_t item)
+/* Of SINGLE_ROWS numbers of each lane the sums over all lanes; lane i gets that of number i / 4.
+ * Each is added up in the order of cuda_warp_sum. */
+static __device__ __forceinline__ float sum_rows(const float sums[SINGLE_ROWS])
 {
-    struct head_rows at;
-    at.segment = item / m.s.heads;
-    at.first = item % m.s.heads * m.s.width + threadIdx.x / CUDA_WARP * (m.s.width / STEP_WARPS);
-    return at;
-}
-
-/* Blocks that have heads of the segment. */
-static __device__ __forceinline__ uint32_t readers_of(const struct many &m, uint32_t segment)
-{
-    const uint64_t all = (uint64_t)m.segment_count * m.s.heads;
-    const uint64_t first = (uint64_t)segment * m.s.heads, last = first + m.s.heads - 1;
-    return (uint32_t)(((last + 1) * gridDim.x - 1) / all - ((first + 1) * gridDim.x - 1) / all + 1);
-}
-
-/* A thread's column of B or C in a segment, and its newest value. */
-struct bc_column {
-    struct column<bf16> column;
-    float value;
-};
-
-static __device__ __forceinline__ void load_bc(const struct many &m, uint32_t segment,
-                                               struct column<bf16> *out)
-{
-    out->j = m.s.conv;
-    if (threadIdx.x < 2 * m.s.groups * m.s.n && segment < m.segment_count)
-        *out = load_column(m.s, m.w, m.segments[segment].conv + m.conv, m.s.inner + threadIdx.x);
-}
-
-static __device__ __forceinline__ float load_bc_value(const struct many &m, uint32_t segment,
-                                                      const struct column<bf16> &c)
-{
-    return c.j < m.s.conv ? m.projected[(size_t)segment * m.s.proj + m.s.inner + c.j] : 0;
-}
-
-/* B and C of a segment for the block's warps; *last: no other block will read their tails. */
-static __device__ __forceinline__ void begin_segment(const struct many &m, uint32_t segment,
-                                                     struct bc_column *bc, float *columns,
-                                                     bool *last)
-{
-    if (bc->column.j < m.s.conv)
-        columns[threadIdx.x] = convolve(&bc->column, bc->value);
-    __syncthreads();
-    if (threadIdx.x == 0)
-        *last = atomicAdd(&m.arrived[segment], 1u) + 1 == readers_of(m, segment);
-}
-
-/* The block has done with the segment. */
-static __device__ __forceinline__ void end_segment(const struct many &m, uint32_t segment,
-                                                   const struct bc_column &bc, const bool *last)
-{
-    __syncthreads();
-    if (!*last)
-        return;
-    if (bc.column.j < m.s.conv)
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    float four[4], two[2];
 #pragma unroll
-        for (int k = 0; k < TAPS - 1; k++)
-            m.segments[segment].conv[m.conv + (size_t)k * m.s.conv + bc.column.j] =
-                bc.column.tail[k];
-    if (threadIdx.x == 0)
-        m.arrived[segment] = 0;
+    for (int i = 0; i < 4; i++) {
+        const float kept = lane & 16 ? sums[i + 4] : sums[i],
+                    sent = lane & 16 ? sums[i] : sums[i + 4];
+        four[i] = kept + __shfl_xor_sync(CUDA_ALL_LANES, sent, 16);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float kept = lane & 8 ? four[i + 2] : four[i],
+                    sent = lane & 8 ? four[i] : four[i + 2];
+        two[i] = kept + __shfl_xor_sync(CUDA_ALL_LANES, sent, 8);
+    }
+    const float kept = lane & 4 ? two[1] : two[0], sent = lane & 4 ? two[0] : two[1];
+    float sum = kept + __shfl_xor_sync(CUDA_ALL_LANES, sent, 4);
+    sum += __shfl_xor_sync(CUDA_ALL_LANES, sum, 2);
+    return sum + __shfl_xor_sync(CUDA_ALL_LANES, sum, 1);
 }
 
-/* N is 32 V. Grid: at most as many blocks as heads of all segments. */
-template <int V> static __global__ void __launch_bounds__(STEP_THREADS, 2) step_many(struct many m)
+/* Lane i has y of the warp's row i / 4, which becomes input of out_proj. */
+static __device__ __forceinline__ void prepare_y(const struct singles &m, uint32_t segment,
+                                                 uint32_t first, float y, float norm)
 {
-    CUDA_SHARED(float, memory); /* [STAGES][P][N]; behind them B and C of all groups */
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    const float scaled = y * norm;
+    float of[4], to[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int from = (int)(lane & 16) + 4 * i;
+        of[i] = __shfl_sync(CUDA_ALL_LANES, y, from);
+        to[i] = __shfl_sync(CUDA_ALL_LANES, scaled, from);
+    }
+    if (lane & 15)
+        return;
+    const size_t at = (size_t)segment * m.s.inner + first + lane / 4;
+    *reinterpret_cast<uint2 *>(m.ready + at) =
+        uint2{cuda_pack(to[0], to[1]), cuda_pack(to[2], to[3])};
+    m.squares[at / 4] = fmaf(of[3], of[3], fmaf(of[2], of[2], fmaf(of[1], of[1], of[0] * of[0])));
+}
+
+/* The scale of a row that is whole now, added up as rows are that a product prepares by itself. */
+static __device__ __forceinline__ void finish_row(const struct singles &m, uint32_t segment,
+                                                  float *parts)
+{
+    const volatile float *squares = m.squares + (size_t)segment * m.s.inner / 4;
+    float sum = 0;
+    for (uint32_t i = threadIdx.x; i < m.s.inner / 4; i += STEP_THREADS)
+        sum += squares[i];
+    sum = cuda_warp_sum(sum);
+    if (threadIdx.x % CUDA_WARP == 0)
+        parts[threadIdx.x / CUDA_WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x)
+        return;
+    sum = 0;
+    for (uint32_t i = 0; i < STEP_WARPS; i++)
+        sum += parts[i];
+    m.scales[segment] = 1 / sqrtf(sum / (float)m.s.inner + m.epsilon);
+    m.arrived[segment] = 0;
+}
+
+/* N is 32 V. Grid: heads x segments. */
+template <int V>
+static __global__ void __launch_bounds__(STEP_THREADS, SINGLE_BLOCKS) step_singles(struct singles m)
+{
+    __shared__ float parts[STEP_WARPS];
     __shared__ bool last;
     const struct mamba_shape &s = m.s;
-    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const uint32_t rows = s.width / STEP_WARPS, strip = rows * s.n;
-    float *columns = memory + STAGES * (size_t)s.width * s.n;
-    const auto stage = [&](uint32_t i) {
-        return memory + i % STAGES * (size_t)s.width * s.n + warp * strip;
-    };
+    const uint32_t lane = threadIdx.x % CUDA_WARP, head = blockIdx.x, segment = blockIdx.y;
+    const uint32_t first = head * SINGLE_WIDTH + threadIdx.x / CUDA_WARP * SINGLE_ROWS;
+    const uint32_t own = first + lane / 4; /* the row whose numbers the lane has */
     cuda_depend_release();
     if (!m.early)
         cuda_depend_wait();
-    const struct span share = share_of(m.segment_count * s.heads, gridDim.x, blockIdx.x);
-    const auto inputs_of = [&](const struct head_rows &at) {
-        const float *projected = m.projected + (size_t)at.segment * s.proj;
-        return load_inputs(
-            s, [=](uint32_t j) { return projected[j]; }, at.first + lane);
-    };
-    const auto state_of = [&](const struct head_rows &at) {
-        return m.segments[at.segment].ssm + m.ssm + (size_t)at.first * s.n;
-    };
-    const auto fetch = [&](uint32_t i) {
-        if (i < share.count) {
-            const float *from = state_of(find_rows(m, share.first + i));
-            for (uint32_t e = 4 * lane; e < strip; e += 4 * CUDA_WARP)
-                cuda_copy_async(stage(i) + e, from + e);
-        }
-        cuda_copy_commit();
-    };
+    float *state = m.segments[segment].ssm + m.ssm + (size_t)first * s.n + V * lane;
+    floats<V> h[SINGLE_ROWS];
 #pragma unroll
-    for (uint32_t i = 0; i < STAGES - 1; i++)
-        fetch(i);
-    struct head_rows at = find_rows(m, share.first);
-    struct bc_column bc, next_bc;
-    struct state_row row = {};
-    struct row_inputs in = {};
-    load_bc(m, at.segment, &bc.column);
-    load_bc(m, at.segment + 1, &next_bc.column);
-    if (lane < rows)
-        row = load_state_row(s, m.w, m.segments[at.segment].conv + m.conv, at.first + lane);
+    for (uint32_t r = 0; r < SINGLE_ROWS; r++)
+        h[r] = *reinterpret_cast<const floats<V> *>(state + (size_t)r * s.n);
+    const float rate = -expf(m.a_log[head]), through = m.skip[head], dt_bias = m.dt_bias[head];
+    const float norm = m.norm ? m.norm[own] : 1;
     if (m.early)
         cuda_depend_wait();
-    bc.value = load_bc_value(m, at.segment, bc.column);
-    next_bc.value = load_bc_value(m, at.segment + 1, next_bc.column);
-    if (lane < rows)
-        in = inputs_of(at);
-    begin_segment(m, at.segment, &bc, columns, &last);
-    for (uint32_t i = 0; i < share.count; i++) {
-        const struct head_rows next = find_rows(m, share.first + i + 1);
-        struct state_row next_row = {};
-        struct row_inputs next_in = {};
-        if (i + 1 < share.count && lane < rows) {
-            next_row =
-                load_state_row(s, m.w, m.segments[next.segment].conv + m.conv, next.first + lane);
-            next_in = inputs_of(next);
-        }
-        struct row_step step = {};
-        if (lane < rows)
-            step = begin_row(s, &row, in);
-        cuda_copy_wait<STAGES - 2>();
-        __syncwarp();
-        fetch(i + STAGES - 1);
-        const float sum = step_rows<V>(s, at.first, rows, stage(i), state_of(at), step, columns);
-        if (lane < rows) {
-            m.y[(size_t)at.segment * s.inner + at.first + lane] =
-                fmaf(row.through, step.u, sum) * cuda_silu(in.z);
+    const float *row = m.projected + (size_t)segment * s.proj;
+    const float *b = row + 2 * s.inner + head / (s.heads / s.groups) * s.n + V * lane;
+    const float raw = row[s.inner + s.conv + head], u = row[s.inner + own], z = row[own];
+    const floats<V> bs = *reinterpret_cast<const floats<V> *>(b),
+                    cs = *reinterpret_cast<const floats<V> *>(b + s.groups * s.n);
+    const float time = fminf(fmaxf(cuda_softplus(raw + dt_bias), s.dt_min), s.dt_max);
+    const float decay = expf(time * rate);
+    float sums[SINGLE_ROWS];
 #pragma unroll
-            for (int k = 0; k < TAPS - 1; k++)
-                m.segments[at.segment].conv[m.conv + (size_t)k * s.conv + row.column.j] =
-                    row.column.tail[k];
+    for (uint32_t r = 0; r < SINGLE_ROWS; r++) {
+        const float add = time * __shfl_sync(CUDA_ALL_LANES, u, (int)(4 * r));
+        sums[r] = 0;
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            h[r].v[i] = fmaf(decay, h[r].v[i], add * bs.v[i]);
+            sums[r] = fmaf(h[r].v[i], cs.v[i], sums[r]);
         }
-        if (i + 1 < share.count && next.segment != at.segment) {
-            end_segment(m, at.segment, bc, &last);
-            bc = next_bc;
-            load_bc(m, next.segment + 1, &next_bc.column);
-            next_bc.value = load_bc_value(m, next.segment + 1, next_bc.column);
-            __syncthreads(); /* `last` is read */
-            begin_segment(m, next.segment, &bc, columns, &last);
-        }
-        at = i + 1 < share.count ? next : at;
-        row = next_row;
-        in = next_in;
+        *reinterpret_cast<floats<V> *>(state + (size_t)r * s.n) = h[r];
     }
-    end_segment(m, at.segment, bc, &last);
+    const float y = fmaf(through, u, sum_rows(sums)) * cuda_silu(z);
+    prepare_y(m, segment, first, y, norm);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(&m.arrived[segment], 1u) + 1 == s.heads;
+    }
+    __syncthreads();
+    if (!last)
+        return;
+    __threadfence();
+    finish_row(m, segment, parts);
 }
 
-static uint32_t blocks_of(const struct ops_context *x, uint32_t segment_count)
+bool cuda_mamba_takes_singles(const struct ops_context *x, const struct ops_rows *rows)
 {
-    const uint32_t heads = segment_count * x->config.mamba_heads,
-                   room = 2 * (uint32_t)x->multiprocessors;
-    return heads < room ? heads : room;
-}
-
-template <int V> static void launch_many(struct ops_context *x, const struct many &m, size_t shared)
-{
-    CUDA_ALLOW_SHARED(x, step_many<V>, shared);
-    CUDA_LAUNCH_EARLY(x, step_many<V>, dim3(blocks_of(x, m.segment_count)), dim3(STEP_THREADS),
-                      shared, m);
+    const struct mamba_shape s = mamba_shape_of(&x->config);
+    return !x->wide && rows->row_count > 1 && rows->row_count == rows->segment_count &&
+           s.taps == TAPS && s.width == SINGLE_WIDTH && s.proj % 4 == 0 &&
+           (s.n == 4 * CUDA_WARP || s.n == 2 * CUDA_WARP) && x->config.hidden_size % 32 == 0;
 }
 
 struct cuda_soon cuda_mamba_soon(const struct ops_context *x, const struct cuda_segment *segments,
                                  uint32_t segment_count, size_t ssm)
 {
+    const uint32_t all = segment_count * x->config.mamba_heads,
+                   first = SINGLE_BLOCKS * (uint32_t)x->multiprocessors;
     struct cuda_soon soon = {};
     soon.segments = segments;
     soon.ssm = ssm;
-    soon.segment_count = segment_count;
+    soon.count = all < first ? all : first;
     soon.heads = x->config.mamba_heads;
     soon.head_floats = x->config.mamba_head_dim * x->config.state_size;
-    soon.blocks = blocks_of(x, segment_count);
     return soon;
 }
 
-/* False: such shapes are not covered. */
-static bool launch_singles(struct ops_context *x, const struct ops_mamba_weights *weights,
-                           const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
-                           size_t conv)
+struct cuda_convolution cuda_mamba_convolution(const struct ops_context *x,
+                                               const struct ops_mamba_weights *weights,
+                                               const struct cuda_segment *segments, size_t conv)
 {
-    struct many m = {};
+    struct cuda_convolution c = {};
+    c.segments = segments;
+    c.offset = conv;
+    c.weights = weights->conv_weight.data;
+    c.bias = (const float *)weights->conv_bias.data;
+    c.first = x->config.inner_size;
+    c.count = x->config.conv_size;
+    c.early = x->early && x->recording;
+    return c;
+}
+
+void cuda_mamba_singles(struct ops_context *x, const struct ops_mamba_weights *weights,
+                        const struct cuda_segment *segments, uint32_t segment_count, size_t ssm)
+{
+    struct singles m = {};
     m.s = mamba_shape_of(&x->config);
-    m.w = weights_of<bf16>(weights);
+    m.dt_bias = (const float *)weights->dt_bias.data;
+    m.a_log = (const float *)weights->a_log.data;
+    m.skip = (const float *)weights->d.data;
+    m.norm = (const float *)weights->gate_norm.data;
+    m.epsilon = x->config.norm_epsilon;
     m.segments = segments;
-    m.segment_count = segment_count;
     m.ssm = ssm;
-    m.conv = conv;
     m.projected = x->projected;
-    m.y = x->scanned;
+    m.ready = (bf16 *)cuda_prepared(x, m.s.inner);
+    m.squares = x->scanned;
+    m.scales = x->scales;
     m.arrived = x->arrived;
     m.early = x->early && x->recording;
-    const size_t shared =
-        sizeof(float) * (STAGES * (size_t)m.s.width * m.s.n + 2 * (size_t)m.s.groups * m.s.n);
-    if (m.s.taps != TAPS || m.s.width % STEP_WARPS || m.s.width / STEP_WARPS > CUDA_WARP ||
-        2 * m.s.groups * m.s.n > STEP_THREADS || shared > (size_t)112 << 10)
-        return false;
+    const dim3 grid(m.s.heads, segment_count), block(STEP_THREADS);
     if (m.s.n == 4 * CUDA_WARP)
-        launch_many<4>(x, m, shared);
-    else if (m.s.n == 2 * CUDA_WARP)
-        launch_many<2>(x, m, shared);
+        CUDA_LAUNCH_EARLY(x, step_singles<4>, grid, block, 0, m);
     else
-        return false;
-    return true;
+        CUDA_LAUNCH_EARLY(x, step_singles<2>, grid, block, 0, m);
 }
 
 template <typename T>
@@ -449,12 +421,9 @@ static void launch_step(struct ops_context *x, const struct ops_mamba_weights *w
 }
 
 void cuda_mamba_step(struct ops_context *x, const struct ops_mamba_weights *weights,
-                     const struct cuda_segment *segments, uint32_t segment_count, bool single,
-                     size_t ssm, size_t conv)
+                     const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
+                     size_t conv)
 {
-    if (single && segment_count > CUDA_FEW_ROWS && !x->wide &&
-        launch_singles(x, weights, segments, segment_count, ssm, conv))
-        return;
     if (x->wide)
         launch_step<float>(x, weights, segments, segment_count, ssm, conv);
     else

@@ -522,6 +522,8 @@ static double decode_operations(const struct engine_info *info, uint32_t batch, 
 /* ---- decode ---- */
 
 #define BATCH_MAX 128
+/* Steps until the pages of the past are on the device; while some come, steps are divided. */
+#define WARM_UP 160
 
 struct sequence {
     struct engine_session *session;
@@ -571,7 +573,7 @@ static void time_decode(struct engine *engine, uint32_t batch, uint64_t context)
         ASSERT(!sampler_create(&greedy, (int32_t)info->config->vocab_size, &s->sampler));
     }
     if (opened == batch) {
-        decode(engine, sequences, batch, 32); /* warms up, and brings the pages of the past */
+        decode(engine, sequences, batch, WARM_UP);
         memset(clocks, 0, sizeof clocks);
         const double begin = now();
         decode(engine, sequences, batch, r.steps);
