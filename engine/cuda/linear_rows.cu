@@ -1,0 +1,548 @@
+/* linear_rows.cu - products of short segments on tensor cores.
+ * Rows of short segments against a weight in bf16. Weight rows are columns of the tensor cores'
+ * tiles, the rows themselves their rows. A block has 8 N weight rows; its warps share out the
+ * depth, 32 at a time, and add up in the end, in an order that depends on nothing but the depth. A
+ * lane takes 16 bytes of a row where the tensor cores would have it take four times 4: the columns
+ * of both factors are permuted alike. The norm's scale goes to the sums: rows are rounded to bf16
+ * after its weight and before its scale. */
+#include "engine/cuda/linear_rows.cuh"
+#include "engine/cuda/mamba_step.cuh"
+
+#define FEW_WARPS 8
+#define SHARED_PLAIN ((size_t)48 << 10) /* of a block that asked for no more */
+#define TILE_ROWS 16                    /* of a tile of x */
+#define TILE_OUT 8                      /* weight rows of a tile */
+#define TILE_DEPTH 32                   /* what a lane's 16 bytes reach to */
+#define FUSED_ROWS 8                    /* up to here each block prepares the rows by itself */
+#define NORM_AHEAD 2  /* 16 bytes of a norm's weight that a thread has fetched before the rows */
+#define SHARED_PAD 32 /* elements behind a row in shared memory: off the banks */
+
+static __device__ __forceinline__ float4 load4(const float *from, uint32_t i)
+{
+    const float4 ones = {1, 1, 1, 1};
+    return from ? *reinterpret_cast<const float4 *>(from + i) : ones;
+}
+
+/* Prepares four elements of a row; returns the sum of their squares. */
+static __device__ __forceinline__ float prepare4(const float4 v, const float4 w, bf16 *to)
+{
+    uint2 packed;
+    packed.x = cuda_pack(v.x * w.x, v.y * w.y);
+    packed.y = cuda_pack(v.z * w.z, v.w * w.w);
+    *reinterpret_cast<uint2 *>(to) = packed;
+    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x)));
+}
+
+static __device__ __forceinline__ float scale_of(const float *parts, const struct few &f)
+{
+    float sum = 0;
+    for (uint32_t i = 0; i < FEW_WARPS; i++)
+        sum += parts[i];
+    return f.normed ? 1 / sqrtf(sum / (float)f.k + f.epsilon) : 1;
+}
+
+/* ready[row] and scales[row]. Grid: rows. */
+static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP) prepare_rows(struct few f)
+{
+    __shared__ float parts[FEW_WARPS];
+    cuda_depend_release();
+    cuda_depend_wait();
+    const float *row = f.x + (size_t)blockIdx.x * f.k;
+    float sum = 0;
+    for (uint32_t i = 4 * threadIdx.x; i < f.k; i += 4 * FEW_WARPS * CUDA_WARP)
+        sum += prepare4(load4(row, i), load4(f.norm, i), f.ready + (size_t)blockIdx.x * f.k + i);
+    sum = cuda_warp_sum(sum);
+    if (threadIdx.x % CUDA_WARP == 0)
+        parts[threadIdx.x / CUDA_WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        f.scales[blockIdx.x] = scale_of(parts, f);
+}
+
+/* The block's rows, R at most, into shared memory; parts[row] [FEW_WARPS]: their squares. */
+template <int R>
+static __device__ __forceinline__ void prepare_shared(const struct few &f,
+                                                      const float4 norm[NORM_AHEAD], bf16 *rows,
+                                                      float (*parts)[FEW_WARPS])
+{
+    constexpr uint32_t stride = 4 * FEW_WARPS * CUDA_WARP;
+    float sums[R] = {};
+    for (uint32_t from = 4 * threadIdx.x; from < f.k; from += NORM_AHEAD * stride) {
+#pragma unroll
+        for (uint32_t a = 0; a < NORM_AHEAD; a++) {
+            const uint32_t i = from + a * stride;
+            if (i >= f.k)
+                break;
+            const float4 w = i < NORM_AHEAD * stride ? norm[a] : load4(f.norm, i);
+            constexpr uint32_t together = R < 4 ? R : 4; /* rows on their way */
+#pragma unroll
+            for (uint32_t first = 0; first < R; first += together) {
+                float4 v[together];
+#pragma unroll
+                for (uint32_t r = 0; r < together; r++)
+                    if (first + r < f.row_count)
+                        v[r] = load4(f.x + (size_t)(first + r) * f.k, i);
+#pragma unroll
+                for (uint32_t r = 0; r < together; r++)
+                    if (first + r < f.row_count)
+                        sums[first + r] +=
+                            prepare4(v[r], w, rows + (first + r) * (f.k + SHARED_PAD) + i);
+            }
+        }
+    }
+#pragma unroll
+    for (uint32_t r = 0; r < R; r++) {
+        if (r >= f.row_count)
+            break;
+        const float sum = cuda_warp_sum(sums[r]);
+        if (threadIdx.x % CUDA_WARP == 0)
+            parts[r][threadIdx.x / CUDA_WARP] = sum;
+    }
+}
+
+#define RESULTS(n) ((n)*4 * CUDA_WARP) /* of a tile of rows and n of weight rows */
+
+/* A thread's `j`-th result of a tile: where it lies in shared memory, its row and weight row. */
+template <int N> struct result {
+    uint32_t at, row, o;
+
+    __device__ __forceinline__ result(uint32_t j, uint32_t top, uint32_t first)
+    {
+        at = threadIdx.x + j * FEW_WARPS * CUDA_WARP;
+        const uint32_t e = at / CUDA_WARP % 4, n = at / CUDA_WARP / 4, lane = at % CUDA_WARP;
+        row = top + e / 2 * 8 + lane / 4;
+        o = first + n * TILE_OUT + lane % 4 * 2 + e % 2;
+    }
+    __device__ __forceinline__ bool exists(const struct few &f) const
+    {
+        return at < RESULTS(N) && row < f.row_count && o < f.n;
+    }
+};
+
+/* What a lane takes of a tile of the block's rows at a step of depth: of the upper eight; there are
+ * no lower ones. */
+static __device__ __forceinline__ void load_shared(const struct few &f, const bf16 *shared,
+                                                   uint32_t top, uint32_t column, uint4 out[2])
+{
+    const uint32_t row = top + threadIdx.x % CUDA_WARP / 4, there = row < f.row_count ? row : top;
+    out[0] = *reinterpret_cast<const uint4 *>(shared + there * (f.k + SHARED_PAD) + column);
+    out[1] = uint4{0, 0, 0, 0};
+}
+
+/* One row, which every block prepares by itself: N tiles of weight rows, AHEAD steps of depth on
+ * their way. What nobody writes is fetched before the kernel in front
+ * has ended, what is added to, before the products. Grid: weight rows. */
+template <int N, int AHEAD>
+static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few(struct few f)
+{
+    CUDA_SHARED(float, sums); /* [FEW_WARPS][N * 4][CUDA_WARP]; behind them the rows */
+    __shared__ float parts[1][FEW_WARPS];
+    constexpr uint32_t threads = FEW_WARPS * CUDA_WARP, results = N * 4 * CUDA_WARP,
+                       own = (results + threads - 1) / threads;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t first = blockIdx.x * N * TILE_OUT, depth = f.k / TILE_DEPTH;
+    bf16 *rows = reinterpret_cast<bf16 *>(sums + FEW_WARPS * results);
+    const bf16 *weight[N];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const uint32_t o = first + n * TILE_OUT + lane / 4;
+        weight[n] = f.weight + (size_t)(o < f.n ? o : f.n - 1) * f.k + 8 * (lane % 4);
+    }
+    uint4 ahead[AHEAD][N];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            if (warp + i * FEW_WARPS < depth)
+                ahead[i][n] = cuda_stream16(weight[n] + (warp + i * FEW_WARPS) * TILE_DEPTH);
+    float4 norm[NORM_AHEAD];
+#pragma unroll
+    for (uint32_t a = 0; a < NORM_AHEAD; a++)
+        if (4 * (threadIdx.x + a * threads) < f.k)
+            norm[a] = load4(f.norm, 4 * (threadIdx.x + a * threads));
+    cuda_depend_release();
+    cuda_depend_wait();
+    prepare_shared<1>(f, norm, rows, parts);
+    __syncthreads();
+    for (uint32_t top = 0; top < f.row_count; top += TILE_ROWS) {
+        float base[own]; /* what the thread's results are added to */
+#pragma unroll
+        for (uint32_t j = 0; j < own; j++) {
+            const result<N> r(j, top, first);
+            base[j] = 0;
+            if (r.exists(f))
+                base[j] =
+                    (f.bias ? f.bias[r.o] : 0) + (f.add ? f.out[(size_t)r.row * f.n + r.o] : 0);
+        }
+        float acc[N][4] = {};
+        for (uint32_t from = warp; from < depth; from += AHEAD * FEW_WARPS) {
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const uint32_t at = from + i * FEW_WARPS;
+                if (at >= depth)
+                    break;
+                uint4 x[2];
+                load_shared(f, rows, top, at * TILE_DEPTH + 8 * (lane % 4), x);
+                const uint32_t left[4] = {x[0].x, x[1].x, x[0].y, x[1].y},
+                               right[4] = {x[0].z, x[1].z, x[0].w, x[1].w};
+                /* Behind the last step the first one of the next tile. */
+                const uint32_t next =
+                    at + AHEAD * FEW_WARPS < depth ? at + AHEAD * FEW_WARPS : warp + i * FEW_WARPS;
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    const uint32_t low[2] = {ahead[i][n].x, ahead[i][n].y},
+                                   high[2] = {ahead[i][n].z, ahead[i][n].w};
+                    cuda_mma(acc[n], left, low);
+                    cuda_mma(acc[n], right, high);
+                    if (next != at)
+                        ahead[i][n] = cuda_stream16(weight[n] + next * TILE_DEPTH);
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                sums[(warp * N * 4 + n * 4 + e) * CUDA_WARP + lane] = acc[n][e];
+        __syncthreads();
+#pragma unroll
+        for (uint32_t j = 0; j < own; j++) {
+            const result<N> r(j, top, first);
+            if (!r.exists(f))
+                continue;
+            float sum = 0;
+            for (uint32_t w = 0; w < FEW_WARPS; w++)
+                sum += sums[w * results + r.at];
+            /* One rounding, in every form of this kernel: rows do not differ by who is beside. */
+            f.out[(size_t)r.row * f.n + r.o] = fmaf(sum, scale_of(parts[r.row], f), base[j]);
+        }
+    }
+}
+
+/* ---- more rows, prepared before ---- */
+
+/* While this kernel computes, memory is free for what comes behind it. */
+static __device__ __forceinline__ void fetch_soon(const struct cuda_soon &s)
+{
+    for (uint32_t head = blockIdx.y * gridDim.x + blockIdx.x; head < s.count;
+         head += gridDim.x * gridDim.y) {
+        const float *from =
+            s.segments[head / s.heads].ssm + s.ssm + (size_t)(head % s.heads) * s.head_floats;
+        for (uint32_t at = 32 * threadIdx.x; at < s.head_floats; at += 32 * blockDim.x)
+            cuda_prefetch(from + at);
+    }
+}
+
+/* A block's part of the product: M tiles of rows, N of weight rows. */
+template <int M, int N> struct share {
+    static constexpr int rows = M * TILE_ROWS, columns = N * TILE_OUT;
+    static constexpr uint32_t results = M * N * 4 * CUDA_WARP; /* that each warp has a share of */
+    /* Pairs of neighbours, and of these a thread's. */
+    static constexpr int pairs = (M * N * 2 + FEW_WARPS - 1) / FEW_WARPS;
+    /* Bytes of shared memory: of the weights, then of the warps' shares. */
+    static __host__ __device__ size_t front(uint32_t k)
+    {
+        const size_t steps = (k / TILE_DEPTH + FEW_WARPS - 1) / FEW_WARPS;
+        const size_t weights = steps * N * FEW_WARPS * CUDA_WARP * sizeof(uint4);
+        const size_t sums = sizeof(float) * FEW_WARPS * results;
+        return weights > sums ? weights : sums;
+    }
+    static constexpr size_t tails = sizeof(float) * (TAPS - 1) * rows * columns;
+};
+
+/* Where a thread's `j`-th pair lies. */
+template <int M, int N> struct neighbours {
+    uint32_t at, row, o; /* in the warps' shares, in out; of the first of the two */
+    bool there;
+
+    __device__ __forceinline__ neighbours(const struct few &f, int j)
+    {
+        const uint32_t lane = threadIdx.x % CUDA_WARP;
+        const uint32_t unit = threadIdx.x / CUDA_WARP + j * FEW_WARPS;
+        at = unit * 2 * CUDA_WARP + lane;
+        row = blockIdx.y * M * TILE_ROWS + unit / 2 / N * TILE_ROWS + unit % 2 * 8 + lane / 4;
+        o = (blockIdx.x * N + unit / 2 % N) * TILE_OUT + lane % 4 * 2;
+        there = unit < 2 * M * N && row < f.row_count && o < f.n;
+    }
+};
+
+/* Tails of the block's columns that are convolved come to shared memory. */
+template <int M, int N>
+static __device__ __forceinline__ void fetch_tails(const struct few &f, float *tails)
+{
+    const struct cuda_convolution &c = f.conv;
+    constexpr uint32_t columns = N * TILE_OUT, quads = columns / 4;
+    const uint32_t top = blockIdx.y * M * TILE_ROWS, first = blockIdx.x * columns;
+    if (!c.count || first + columns <= c.first || first >= c.first + c.count)
+        return;
+    for (uint32_t i = threadIdx.x; i < M * TILE_ROWS * quads; i += FEW_WARPS * CUDA_WARP) {
+        const uint32_t row = top + i / quads, o = first + i % quads * 4;
+        if (row >= f.row_count || o < c.first || o >= c.first + c.count)
+            continue;
+        const float *from = c.segments[row].conv + c.offset + (o - c.first);
+#pragma unroll
+        for (uint32_t k = 0; k < TAPS - 1; k++)
+            cuda_copy_async(tails + k * M * TILE_ROWS * columns + i * 4,
+                            from + (size_t)k * c.count);
+    }
+}
+
+/* Two neighbours of a row go through the convolution; their tails move on. */
+template <int M, int N>
+static __device__ __forceinline__ void convolve_pair(const struct few &f, const neighbours<M, N> &p,
+                                                     const float *tails, float sums[2])
+{
+    const struct cuda_convolution &c = f.conv;
+    constexpr uint32_t columns = N * TILE_OUT, rows = M * TILE_ROWS;
+    const uint32_t j = p.o - c.first,
+                   at = (p.row - blockIdx.y * rows) * columns + p.o - blockIdx.x * columns;
+    float *to = c.segments[p.row].conv + c.offset + j;
+    struct column<bf16> column[2];
+#pragma unroll
+    for (uint32_t e = 0; e < 2; e++) {
+        column[e].weights =
+            *reinterpret_cast<const taps<bf16> *>((const bf16 *)c.weights + (size_t)(j + e) * TAPS);
+        column[e].bias = c.bias ? c.bias[j + e] : 0;
+#pragma unroll
+        for (uint32_t k = 0; k < TAPS - 1; k++)
+            column[e].tail[k] = tails[k * rows * columns + at + e];
+    }
+#pragma unroll
+    for (uint32_t e = 0; e < 2; e++)
+        sums[e] = convolve(&column[e], sums[e]);
+#pragma unroll
+    for (uint32_t k = 0; k < TAPS - 1; k++)
+        *reinterpret_cast<float2 *>(to + (size_t)k * c.count) =
+            float2{column[0].tail[k], column[1].tail[k]};
+}
+
+/* A lane's part of the block's rows at a step of depth: of an upper row and a lower one of each
+ * tile. OWN: they lie in shared memory, at most FUSED_ROWS. */
+template <int M, bool OWN>
+static __device__ __forceinline__ void load_rows(const struct few &f, const bf16 *shared,
+                                                 uint32_t at, uint4 out[M][2])
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, column = at * TILE_DEPTH + 8 * (lane % 4);
+    if constexpr (OWN) {
+        load_shared(f, shared, 0, column, out[0]);
+    } else {
+        const uint32_t top = blockIdx.y * M * TILE_ROWS;
+#pragma unroll
+        for (uint32_t i = 0; i < 2 * M; i++) {
+            const uint32_t row = top + i * 8 + lane / 4;
+            out[i / 2][i % 2] = *reinterpret_cast<const uint4 *>(
+                f.ready + (size_t)(row < f.row_count ? row : top) * f.k + column);
+        }
+    }
+}
+
+/* A block has all depth of M tiles of rows and N of weight rows: the weights come to shared memory
+ * before the kernel in front has ended, each where the lane that needs it finds it, then the rows
+ * to registers, AHEAD steps on their way. OWN: the block prepares its rows by itself. Grid: weight
+ * rows x rows. */
+template <int M, int N, int AHEAD, bool OWN>
+static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
+    product_of_many(struct few f)
+{
+    using shape = share<M, N>;
+    CUDA_SHARED(unsigned char, memory); /* the weights, then sums; behind them tails, rows */
+    __shared__ float squares[OWN ? FUSED_ROWS : 1][FEW_WARPS];
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t depth = f.k / TILE_DEPTH;
+    uint4 *weights = reinterpret_cast<uint4 *>(memory) + threadIdx.x;
+    float *sums = reinterpret_cast<float *>(memory);
+    float *tails = reinterpret_cast<float *>(memory + shape::front(f.k));
+    bf16 *rows = reinterpret_cast<bf16 *>(reinterpret_cast<unsigned char *>(tails) +
+                                          (f.conv.count ? shape::tails : 0));
+    for (uint32_t at = warp, i = 0; at < depth; at += FEW_WARPS)
+#pragma unroll
+        for (int n = 0; n < N; n++, i++) {
+            const uint32_t o = (blockIdx.x * N + n) * TILE_OUT + lane / 4;
+            cuda_copy_async(weights + i * FEW_WARPS * CUDA_WARP,
+                            f.weight + (size_t)(o < f.n ? o : f.n - 1) * f.k + at * TILE_DEPTH +
+                                8 * (lane % 4));
+        }
+    if (f.conv.early)
+        fetch_tails<M, N>(f, tails);
+    cuda_copy_commit();
+    float4 norm[NORM_AHEAD];
+    if (OWN)
+#pragma unroll
+        for (uint32_t a = 0; a < NORM_AHEAD; a++)
+            if (4 * (threadIdx.x + a * FEW_WARPS * CUDA_WARP) < f.k)
+                norm[a] = load4(f.norm, 4 * (threadIdx.x + a * FEW_WARPS * CUDA_WARP));
+    cuda_depend_release();
+    fetch_soon(f.soon);
+    cuda_depend_wait();
+    if (!f.conv.early)
+        fetch_tails<M, N>(f, tails);
+    cuda_copy_commit();
+    if (OWN) {
+        prepare_shared<FUSED_ROWS>(f, norm, rows, squares);
+        __syncthreads();
+    }
+    uint4 x[AHEAD][M][2];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (warp + i * FEW_WARPS < depth)
+            load_rows<M, OWN>(f, rows, warp + i * FEW_WARPS, x[i]);
+    cuda_copy_wait<0>();
+    float acc[M][N][4] = {};
+    for (uint32_t from = 0; warp + from * FEW_WARPS < depth; from += AHEAD)
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const uint32_t step = from + i, next = warp + (step + AHEAD) * FEW_WARPS;
+            if (warp + step * FEW_WARPS >= depth)
+                break;
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                const uint4 w = weights[(step * N + n) * FEW_WARPS * CUDA_WARP];
+                const uint32_t low[2] = {w.x, w.y}, high[2] = {w.z, w.w};
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    const uint4 upper = x[i][m][0], lower = x[i][m][1];
+                    const uint32_t left[4] = {upper.x, lower.x, upper.y, lower.y},
+                                   right[4] = {upper.z, lower.z, upper.w, lower.w};
+                    cuda_mma(acc[m][n], left, low);
+                    cuda_mma(acc[m][n], right, high);
+                }
+            }
+            if (next < depth)
+                load_rows<M, OWN>(f, rows, next, x[i]);
+        }
+    float2 base[shape::pairs];
+    float scales[shape::pairs] = {};
+#pragma unroll
+    for (int j = 0; j < shape::pairs; j++) {
+        const neighbours<M, N> p(f, j);
+        const bool second = p.o + 1 < f.n;
+        base[j] = float2{0, 0};
+        if (!p.there)
+            continue;
+        if (f.bias)
+            base[j] = float2{f.bias[p.o], second ? f.bias[p.o + 1] : 0};
+        if (f.add) {
+            const float *to = f.out + (size_t)p.row * f.n + p.o;
+            base[j].x += to[0];
+            base[j].y += second ? to[1] : 0;
+        }
+        scales[j] = OWN ? scale_of(squares[p.row], f) : f.scales[p.row];
+    }
+    __syncthreads(); /* the weights are read, the tails are there */
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                sums[((warp * M + m) * N + n) * 4 * CUDA_WARP + e * CUDA_WARP + lane] =
+                    acc[m][n][e];
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < shape::pairs; j++) {
+        const neighbours<M, N> p(f, j);
+        if (!p.there)
+            continue;
+        float own[2] = {};
+#pragma unroll
+        for (uint32_t w = 0; w < FEW_WARPS; w++) {
+            own[0] += sums[w * shape::results + p.at];
+            own[1] += sums[w * shape::results + p.at + CUDA_WARP];
+        }
+        /* One rounding, in every form of these kernels: rows do not differ by who is beside. */
+        own[0] = fmaf(own[0], scales[j], base[j].x);
+        own[1] = fmaf(own[1], scales[j], base[j].y);
+        if (p.o >= f.conv.first && p.o < f.conv.first + f.conv.count)
+            convolve_pair(f, p, tails, own);
+        float *to = f.out + (size_t)p.row * f.n + p.o;
+        if (f.n % 2 == 0) {
+            *reinterpret_cast<float2 *>(to) = float2{own[0], own[1]};
+        } else {
+            to[0] = own[0];
+            if (p.o + 1 < f.n)
+                to[1] = own[1];
+        }
+    }
+}
+
+template <int N, int AHEAD> static void launch_one_row(struct ops_context *x, const struct few &f)
+{
+    const size_t shared =
+        sizeof(float) * FEW_WARPS * RESULTS(N) + sizeof(bf16) * f.row_count * (f.k + SHARED_PAD);
+    if (shared > SHARED_PLAIN)
+        CUDA_ALLOW_SHARED(x, (product_of_few<N, AHEAD>), shared);
+    CUDA_LAUNCH_EARLY(x, (product_of_few<N, AHEAD>), dim3(cuda_ceil(f.n, N * TILE_OUT)),
+                      dim3(FEW_WARPS * CUDA_WARP), shared, f);
+}
+
+template <int M, int N, bool OWN> static size_t shared_of(const struct few &f)
+{
+    return share<M, N>::front(f.k) + (f.conv.count ? share<M, N>::tails : 0) +
+           (OWN ? sizeof(bf16) * f.row_count * (f.k + SHARED_PAD) : 0);
+}
+
+/* False: it does not fit. */
+template <int M, int N, bool OWN>
+static bool launch_many(struct ops_context *x, const struct few &f)
+{
+    constexpr int ahead = M < 4 ? 4 : N < 9 ? 4 : 2;
+    const size_t shared = shared_of<M, N, OWN>(f);
+    if (shared > x->shared_most)
+        return false;
+    if (shared > SHARED_PLAIN)
+        CUDA_ALLOW_SHARED(x, (product_of_many<M, N, ahead, OWN>), shared);
+    CUDA_LAUNCH_EARLY(x, (product_of_many<M, N, ahead, OWN>),
+                      dim3(cuda_ceil(f.n, N * TILE_OUT), cuda_ceil(f.row_count, M * TILE_ROWS)),
+                      dim3(FEW_WARPS * CUDA_WARP), shared, f);
+    return true;
+}
+
+/* As few weight rows a block as keep all multiprocessors at work, or many where all have several
+ * blocks: every block reads its rows anew. */
+template <int M, bool OWN> static bool choose_columns(struct ops_context *x, const struct few &f)
+{
+    const uint32_t tops = cuda_ceil(f.row_count, M * TILE_ROWS),
+                   room = (uint32_t)x->multiprocessors / tops * TILE_OUT;
+    if (f.n <= room)
+        return launch_many<M, 1, OWN>(x, f);
+    if (f.n <= 2 * room)
+        return launch_many<M, 2, OWN>(x, f);
+    if constexpr (M == 4)
+        if (f.n > 5 * room && launch_many<M, 9, OWN>(x, f))
+            return true;
+    return launch_many<M, 5, OWN>(x, f) || launch_many<M, 2, OWN>(x, f) ||
+           launch_many<M, 1, OWN>(x, f);
+}
+
+bool cuda_takes_rows(const struct ops_context *x, uint32_t k)
+{
+    return k % TILE_DEPTH == 0 && share<1, 1>::front(k) <= x->shared_most / 2;
+}
+
+static void multiply_several(struct ops_context *x, const struct few &f)
+{
+    bool done;
+    if (f.row_count <= FUSED_ROWS && !f.prepared) {
+        done = choose_columns<1, true>(x, f);
+    } else {
+        if (!f.prepared)
+            CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0,
+                              f);
+        done = f.row_count <= TILE_ROWS       ? choose_columns<1, false>(x, f)
+               : f.row_count <= 2 * TILE_ROWS ? choose_columns<2, false>(x, f)
+                                              : choose_columns<4, false>(x, f);
+    }
+    ASSERT(done); /* see cuda_takes_rows */
+}
+
+void cuda_multiply_rows(struct ops_context *x, const struct few &f)
+{
+    if (f.row_count > 1)
+        multiply_several(x, f);
+    else if (f.n >= 128 * 4 * TILE_OUT)
+        launch_one_row<4, 4>(x, f);
+    else if (f.n >= 128 * 2 * TILE_OUT)
+        launch_one_row<2, 8>(x, f);
+    else
+        launch_one_row<1, 8>(x, f);
+}

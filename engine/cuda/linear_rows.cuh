@@ -1,0 +1,27 @@
+/* linear_rows.cuh - a product of the rows of short segments, as linear.cu hands it to
+ * linear_rows.cu. Thread: the engine's. Owns nothing. Private to cuda/. */
+#ifndef ENGINE_CUDA_LINEAR_ROWS_CUH
+#define ENGINE_CUDA_LINEAR_ROWS_CUH
+
+#include "engine/cuda/cuda.h"
+#include "engine/cuda/device.cuh"
+
+struct few {
+    const bf16 *weight;
+    uint32_t n, k, row_count;
+    const float *x, *norm; /* norm NULL: ones */
+    bool normed;           /* a norm stands before it */
+    float epsilon;
+    bf16 *ready; /* rows prepared by prepare_rows, and their scales */
+    float *scales, *out;
+    const float *bias;
+    bool add, prepared;           /* the rows lie in `ready` already */
+    struct cuda_soon soon;        /* count 0: nothing */
+    struct cuda_convolution conv; /* count 0: of nothing */
+};
+
+/* Whether rows of depth k are taken. */
+bool cuda_takes_rows(const struct ops_context *context, uint32_t k);
+void cuda_multiply_rows(struct ops_context *context, const struct few &f);
+
+#endif
