@@ -22,7 +22,7 @@
 /* Seconds of work for the model, so that there is a midst, and what `ramba` calls it. */
 #ifdef __SANITIZE_THREAD__
 #define FILE_BYTES 49152
-#define FILE_NAMED "48 KiB"
+#define FILE_NAMED "48.0 KiB"
 #define TOKENS_NAMED "49,152"
 #else
 #define FILE_BYTES 120000
