@@ -227,6 +227,11 @@ const int32_t *cuda_step_tokens(const struct ops_context *context);
 const struct cuda_segment *cuda_step_states(struct ops_context *context,
                                             const struct ops_mamba_state *states, size_t *ssm,
                                             size_t *conv);
+/* A Mamba-2 block goes to those in front of it, to be launched with them as one kernel, at the
+ * latest by cuda_step_flush, in front of whatever reads what they give. False: it is not covered. */
+bool cuda_step_mamba(struct ops_context *context, const struct ops_mamba_weights *weights,
+                     const struct ops_mamba_state *states, float *hidden);
+void cuda_step_flush(struct ops_context *context);
 void cuda_step_retrieve(struct ops_context *context, const struct ops_retrieval_weights *weights,
                         struct ops_picks *picks);
 void cuda_step_pages(const struct ops_context *context, const float **weights,

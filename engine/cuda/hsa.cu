@@ -26,6 +26,7 @@ extern "C" void cuda_hsa_query(struct ops_context *x, const struct ops_hsa_weigh
 {
     const struct model_config *c = &x->config;
     const size_t heads = (size_t)rows->row_count * c->heads;
+    cuda_step_flush(x);
     const struct cuda_input in = {hidden, &w->pre_norm, MODEL_MEMORY_EPSILON, NULL, false};
     cuda_norm_linear(x, &in, &w->query, NULL, rows, q, false);
     if (c->qk_norm)

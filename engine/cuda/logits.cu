@@ -31,6 +31,7 @@ extern "C" void cuda_logits(struct ops_context *x, const struct ops_tensor *norm
                             const float *hidden, float *logits)
 {
     const struct cuda_input in = {hidden, norm, x->config.norm_epsilon, NULL, false};
+    cuda_step_flush(x);
     cuda_norm_linear(x, &in, head, NULL, rows, logits, false);
     if (x->recording)
         cuda_step_logits(x, logits);

@@ -61,6 +61,8 @@ extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights
     bool done = false; /* out_proj of the long segments */
     for (uint32_t i = 0; i < rows->segment_count; i++)
         short_count += rows->segments[i].count <= CUDA_FEW_ROWS;
+    if (x->recording && cuda_step_mamba(x, w, states, hidden))
+        return;
     if (!x->recording)
         cuda_begin(x);
     const struct cuda_segment *segments =

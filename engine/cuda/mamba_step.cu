@@ -182,17 +182,6 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
         arrived[blockIdx.y] = 0;
 }
 
-template <typename T>
-static struct step_weights<T> weights_of(const struct ops_mamba_weights *weights) {
-    struct step_weights<T> w;
-    w.conv = (const T *)weights->conv_weight.data;
-    w.conv_bias = (const float *)weights->conv_bias.data;
-    w.dt_bias = (const float *)weights->dt_bias.data;
-    w.a_log = (const float *)weights->a_log.data;
-    w.skip = (const float *)weights->d.data;
-    return w;
-}
-
 /* ---- several segments of one row ----
  * in_proj has convolved its columns already, and out_proj is left its rows prepared: what is in
  * between reads and writes states and little else. A block has one head, a warp some rows of it, a
@@ -405,7 +394,7 @@ static void launch_step(struct ops_context *x, const struct ops_mamba_weights *w
                         size_t conv)
 {
     const struct mamba_shape s = mamba_shape_of(&x->config);
-    const struct step_weights<T> w = weights_of<T>(weights);
+    const struct step_weights<T> w = cuda_step_weights<T>(weights);
     const dim3 grid(s.heads * cuda_ceil(s.width, BLOCK_ROWS), segment_count), block(STEP_THREADS);
     const size_t shared = sizeof(float) * (BLOCK_ROWS + 2 * (size_t)s.n);
     const bool early = x->early && x->recording;

@@ -14,6 +14,17 @@ template <typename T> struct step_weights {
     const float *conv_bias, *dt_bias, *a_log, *skip;
 };
 
+template <typename T>
+static inline struct step_weights<T> cuda_step_weights(const struct ops_mamba_weights *weights) {
+    struct step_weights<T> w;
+    w.conv = (const T *)weights->conv_weight.data;
+    w.conv_bias = (const float *)weights->conv_bias.data;
+    w.dt_bias = (const float *)weights->dt_bias.data;
+    w.a_log = (const float *)weights->a_log.data;
+    w.skip = (const float *)weights->d.data;
+    return w;
+}
+
 /* V neighbours at once: 2 or 4. */
 template <int V> struct alignas(4 * V) floats {
     float v[V];

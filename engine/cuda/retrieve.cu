@@ -348,6 +348,7 @@ extern "C" void cuda_retrieve(struct ops_context *x, const struct ops_retrieval_
     const size_t count = (size_t)rows->row_count * c->retrieval_heads * c->topk;
     const struct cuda_input in = {hidden, &w->pre_norm, MODEL_MEMORY_EPSILON, NULL, false};
     if (x->recording) {
+        cuda_step_flush(x);
         cuda_norm_linear(x, &in, &w->query, NULL, rows, x->query, false);
         cuda_step_retrieve(x, w, picks);
         return;

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/cuda/mamba_run.cuh"
 #include "engine/cuda/retrieve.cuh"
 
 #define FETCH_THREADS 256
@@ -30,7 +31,8 @@ struct cuda_step {
     int32_t *largest;         /* [rows], pinned */
     cudaGraphExec_t *graphs;  /* [parts][OPS_STEP_ROWS] */
     uint32_t parts, part;
-    bool renamed; /* the segments are not those of the part before */
+    bool renamed;   /* the segments are not those of the part before */
+    struct run run; /* Mamba-2 blocks recorded, not launched yet */
     struct ops_step step;
 };
 
@@ -155,8 +157,18 @@ enum status cuda_step_open(struct ops_context *x, struct error *err)
     s->best = (unsigned long long *)cuda_take(x, OPS_STEP_ROWS * sizeof *s->best);
     s->arrived = (uint32_t *)cuda_take(x, OPS_STEP_ROWS * sizeof *s->arrived);
     s->largest = (int32_t *)cuda_alloc_host(x, OPS_STEP_ROWS * sizeof *s->largest);
+    struct run *r = &s->run;
+    r->s = mamba_shape_of(c);
+    r->d = c->hidden_size;
+    r->columns = 2 * r->s.groups * r->s.n * RUN_WIDTH / r->s.inner;
+    r->epsilon = c->norm_epsilon;
+    r->hidden_sent = (uint4 *)cuda_take(x, RUN_ROWS * sizeof(uint4) * (r->d / 4));
+    r->gated_sent = (uint4 *)cuda_take(x, RUN_ROWS * sizeof(uint4) * (r->s.inner / 4));
+    r->columns_sent = (uint2 *)cuda_take(x, RUN_ROWS * sizeof(uint2) * 2 * r->s.groups * r->s.n);
+    r->serial = (uint32_t *)cuda_take(x, sizeof *r->serial);
     if (!s->graphs || !s->host_memory || !s->device_memory || !s->candidates || !s->best ||
-        !s->arrived || !s->largest)
+        !s->arrived || !s->largest || !r->hidden_sent || !r->gated_sent || !r->columns_sent ||
+        !r->serial)
         return error_set(err, STATUS_NO_MEMORY, "out of memory for the tables of a step");
     lay_out(&s->host, (char *)s->host_memory, picks);
     lay_out(&s->device, (char *)s->device_memory, picks);
@@ -171,7 +183,9 @@ void cuda_step_close(struct ops_context *x)
     for (size_t i = 0; s->graphs && i < (size_t)s->parts * OPS_STEP_ROWS; i++)
         if (s->graphs[i])
             cudaGraphExecDestroy(s->graphs[i]);
-    void *device[] = {s->device_memory, s->candidates, s->best, s->arrived};
+    void *device[] = {s->device_memory,    s->candidates,      s->best,
+                      s->arrived,          s->run.hidden_sent, s->run.gated_sent,
+                      s->run.columns_sent, s->run.serial};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i])
             cudaFree(device[i]);
@@ -299,6 +313,7 @@ extern "C" void cuda_part_end(struct ops_context *x, struct ops_picks *picks, in
 {
     struct cuda_step *s = x->step;
     const size_t count = (size_t)s->step.count * x->config.retrieval_heads * x->config.topk;
+    cuda_step_flush(x);
     if (x->recording)
         end_recording(x);
     if (!x->failed) {
@@ -334,6 +349,39 @@ const struct cuda_segment *cuda_step_states(struct ops_context *x,
     return x->step->device.segments;
 }
 
+bool cuda_step_mamba(struct ops_context *x, const struct ops_mamba_weights *w,
+                     const struct ops_mamba_state *states, float *hidden)
+{
+    struct run *r = &x->step->run;
+    size_t ssm, conv;
+    if (!cuda_run_covers(x, x->step->step.count))
+        return false;
+    if (r->layer_count == RUN_LAYERS || (r->layer_count && r->hidden != hidden))
+        cuda_step_flush(x);
+    r->segments = cuda_step_states(x, states, &ssm, &conv);
+    r->row_count = x->step->step.count;
+    r->hidden = hidden;
+    struct run_layer *layer = &r->layers[r->layer_count++];
+    layer->weights = cuda_step_weights<bf16>(w);
+    layer->in_proj = (const bf16 *)w->in_proj.data;
+    layer->out_proj = (const bf16 *)w->out_proj.data;
+    layer->norm = (const float *)w->norm.data;
+    layer->gate_norm = (const float *)w->gate_norm.data;
+    layer->in_bias = (const float *)w->in_proj_bias.data;
+    layer->out_bias = (const float *)w->out_proj_bias.data;
+    layer->ssm = ssm;
+    layer->conv = conv;
+    return true;
+}
+
+void cuda_step_flush(struct ops_context *x)
+{
+    struct run *r = &x->step->run;
+    if (r->layer_count)
+        cuda_run_launch(x, *r);
+    r->layer_count = 0;
+}
+
 void cuda_step_retrieve(struct ops_context *x, const struct ops_retrieval_weights *w,
                         struct ops_picks *picks)
 {
@@ -359,6 +407,7 @@ void cuda_step_logits(struct ops_context *x, const float *logits)
 extern "C" void cuda_keep_rows(struct ops_context *x, const float *hidden)
 {
     struct cuda_step *s = x->step;
+    cuda_step_flush(x);
     CUDA_LAUNCH_EARLY(x, keep_rows, dim3(s->step.count), dim3(FETCH_THREADS), 0, hidden,
                       x->config.hidden_size, (float *const *)s->device.kept);
 }

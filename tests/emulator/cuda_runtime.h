@@ -24,6 +24,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
@@ -49,7 +50,8 @@ struct alignas(16) uint4 {
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 void emulator_launch(struct emulator_stream *stream, const char *name, dim3 grid, dim3 block,
-                     size_t shared_bytes, const std::function<void()> &kernel);
+                     size_t shared_bytes, const std::function<void()> &kernel,
+                     bool together = false); /* all blocks run at once */
 void *emulator_shared(void);
 /* Every lane gives a word and gets all 32 of them; a barrier of the warp. */
 const uint64_t *emulator_exchange(uint64_t word);
@@ -133,6 +135,49 @@ void emulator_copy_wait(int left);
 template <int left> static inline void cuda_copy_wait(void)
 {
     emulator_copy_wait(left);
+}
+
+/* ---- and exchange.cuh ----
+ * Bulk copies are done when somebody waits for them; until then there is NaN. */
+
+void emulator_meet(unsigned threads);
+template <int threads> static inline void cuda_meet(void)
+{
+    emulator_meet(threads);
+}
+void cuda_barrier_init(uint64_t *barrier);
+void cuda_barrier_arrive(uint64_t *barrier);
+void cuda_barrier_expect(uint64_t *barrier, uint32_t bytes);
+void cuda_barrier_wait(uint64_t *barrier, uint32_t parity);
+void cuda_copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
+static inline void cuda_barriers_ready(void)
+{
+}
+static inline uint64_t cuda_passing_policy(void)
+{
+    return 0;
+}
+static inline void cuda_copy_passing(void *to, const void *from, uint32_t bytes, uint64_t *barrier,
+                                     uint64_t)
+{
+    cuda_copy_bulk(to, from, bytes, barrier);
+}
+/* Others run before a look, so that whoever looks again and again sees what they send. */
+void emulator_yield(void);
+void emulator_sent(void);
+template <typename T> static inline void cuda_send(T *to, T packet)
+{
+    *to = packet;
+    emulator_sent();
+}
+template <typename T> static inline T cuda_look(const T *from)
+{
+    emulator_yield();
+    return *from;
+}
+[[noreturn]] static inline void __trap(void)
+{
+    abort();
 }
 
 /* Threads run one at a time. */

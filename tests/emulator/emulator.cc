@@ -14,6 +14,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 #define SHARED_BYTES ((size_t)227 << 10) /* what a block of an H100 can have */
 #define SHARED_STATIC ((size_t)48 << 10) /* without cudaFuncSetAttribute */
 #define THREADS 1024
+#define IDLE_TURNS 64
 
 /* Saves the callee's registers and the stack of `from`, takes those of `to`. */
 extern "C" void emulator_switch(void **from, void *to);
@@ -49,10 +50,31 @@ struct warp {
     unsigned arrived, generation;
 };
 
-static struct {
+/* Threads that wait for each other until `expected` have come. */
+struct meeting {
+    unsigned arrived, generation;
+};
+
+struct bulk_copy {
+    void *to;
+    const void *from;
+    uint32_t bytes;
+    uint64_t *barrier;
+};
+
+struct running_block {
     fiber fibers[THREADS];
     warp warps[THREADS / 32];
-    unsigned count, current, arrived, generation;
+    unsigned left, current; /* threads that are not done; the one that runs */
+    meeting all, some;
+    dim3 index;
+    unsigned char *shared;
+    std::vector<bulk_copy> bulk; /* under way */
+};
+
+static struct {
+    running_block *block; /* that runs */
+    unsigned count;       /* of its threads */
     uint64_t progress;
     void *scheduler;
     const char *name;
@@ -67,22 +89,30 @@ struct copy {
 /* Of each thread: groups of copies under way, the last one not yet closed. */
 static std::vector<std::vector<copy>> copies[THREADS];
 
-alignas(256) static unsigned char shared_memory[SHARED_BYTES];
-
 void *emulator_shared(void)
 {
-    return shared_memory;
+    return e.block->shared;
 }
 
 static void yield(void)
 {
-    emulator_switch(&e.fibers[e.current].sp, e.scheduler);
+    emulator_switch(&e.block->fibers[e.block->current].sp, e.scheduler);
+}
+
+void emulator_yield(void)
+{
+    yield();
+}
+
+void emulator_sent(void)
+{
+    e.progress++;
 }
 
 static void enter(void)
 {
     (*e.kernel)();
-    e.fibers[e.current].done = true;
+    e.block->fibers[e.block->current].done = true;
     e.progress++;
     yield();
     abort();
@@ -102,26 +132,37 @@ static void start(fiber *f)
     f->phase = 0;
 }
 
+static void meet(meeting *m, unsigned expected)
+{
+    const unsigned generation = m->generation;
+    e.progress++;
+    if (++m->arrived == expected) {
+        m->arrived = 0;
+        m->generation++;
+    }
+    while (m->generation == generation)
+        yield();
+}
+
 void __syncthreads(void)
 {
-    const unsigned generation = e.generation;
-    e.progress++;
-    if (++e.arrived == e.count) {
-        e.arrived = 0;
-        e.generation++;
-    }
-    while (e.generation == generation)
-        yield();
+    meet(&e.block->all, e.count);
+}
+
+void emulator_meet(unsigned threads)
+{
+    meet(&e.block->some, threads);
 }
 
 const uint64_t *emulator_exchange(uint64_t word)
 {
-    fiber *f = &e.fibers[e.current];
-    warp *w = &e.warps[e.current / 32];
+    const unsigned current = e.block->current;
+    fiber *f = &e.block->fibers[current];
+    warp *w = &e.block->warps[current / 32];
     const unsigned phase = f->phase, generation = w->generation;
-    const unsigned lanes = e.count - e.current / 32 * 32 < 32 ? e.count % 32 : 32;
+    const unsigned lanes = e.count - current / 32 * 32 < 32 ? e.count % 32 : 32;
     f->phase ^= 1;
-    w->words[phase][e.current % 32] = word;
+    w->words[phase][current % 32] = word;
     e.progress++;
     if (++w->arrived == lanes) {
         w->arrived = 0;
@@ -132,27 +173,49 @@ const uint64_t *emulator_exchange(uint64_t word)
     return w->words[phase];
 }
 
-static void run_block(void)
+static void start_block(running_block *b, dim3 index, size_t shared_bytes)
 {
-    e.arrived = e.generation = 0;
+    b->all = b->some = {0, 0};
+    b->index = index;
+    b->left = e.count;
+    b->bulk.clear();
+    if (!b->shared)
+        b->shared = (unsigned char *)aligned_alloc(256, SHARED_BYTES);
+    memset(b->shared, 0xff, shared_bytes);
     for (unsigned i = 0; i < (e.count + 31) / 32; i++)
-        e.warps[i].arrived = e.warps[i].generation = 0;
+        b->warps[i].arrived = b->warps[i].generation = 0;
+    for (unsigned i = 0; i < e.count; i++)
+        start(&b->fibers[i]);
+}
+
+/* Every thread goes on to where it waits. */
+static void turn_block(running_block *b)
+{
+    e.block = b;
+    blockIdx = b->index;
     for (unsigned i = 0; i < e.count; i++) {
-        start(&e.fibers[i]);
-        copies[i].clear();
+        if (b->fibers[i].done)
+            continue;
+        b->current = i;
+        threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+        emulator_switch(&e.scheduler, b->fibers[i].sp);
+        b->left -= b->fibers[i].done;
     }
-    for (unsigned left = e.count; left;) {
+}
+
+/* Blocks that run at once. */
+static void run_blocks(const std::vector<running_block *> &blocks)
+{
+    unsigned idle = 0; /* turns; a thread may look for several packets, one a turn */
+    for (bool left = true; left;) {
         const uint64_t before = e.progress;
-        for (unsigned i = 0; i < e.count; i++) {
-            if (e.fibers[i].done)
-                continue;
-            e.current = i;
-            threadIdx =
-                dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
-            emulator_switch(&e.scheduler, e.fibers[i].sp);
-            left -= e.fibers[i].done;
+        left = false;
+        for (running_block *b : blocks) {
+            turn_block(b);
+            left |= b->left > 0;
         }
-        if (left && e.progress == before) {
+        idle = e.progress == before ? idle + 1 : 0;
+        if (left && idle > IDLE_TURNS) {
             fprintf(stderr, "emulator: %s: threads wait for others that never come\n", e.name);
             abort();
         }
@@ -164,6 +227,7 @@ struct kept_launch {
     dim3 grid, block;
     size_t shared_bytes;
     std::function<void()> kernel;
+    bool together;
 };
 
 struct emulator_graph {
@@ -191,12 +255,22 @@ static void run_grid(const kept_launch &l)
     e.count = l.block.x * l.block.y * l.block.z;
     gridDim = l.grid;
     blockDim = l.block;
+    static std::vector<running_block *> pool;
+    const size_t at_once = l.together ? (size_t)l.grid.x * l.grid.y * l.grid.z : 1;
+    while (pool.size() < at_once)
+        pool.push_back(new running_block());
+    std::vector<running_block *> running;
     for (unsigned z = 0; z < l.grid.z; z++)
         for (unsigned y = 0; y < l.grid.y; y++)
             for (unsigned x = 0; x < l.grid.x; x++) {
-                blockIdx = dim3(x, y, z);
-                memset(shared_memory, 0xff, l.shared_bytes);
-                run_block();
+                running.push_back(pool[running.size()]);
+                start_block(running.back(), dim3(x, y, z), l.shared_bytes);
+                if (running.size() < at_once)
+                    continue;
+                for (auto &groups : copies)
+                    groups.clear();
+                run_blocks(running);
+                running.clear();
             }
 }
 
@@ -209,7 +283,7 @@ static void flush(emulator_stream *stream)
 }
 
 void emulator_launch(emulator_stream *stream, const char *name, dim3 grid, dim3 block,
-                     size_t shared_bytes, const std::function<void()> &kernel)
+                     size_t shared_bytes, const std::function<void()> &kernel, bool together)
 {
     const size_t threads = (size_t)block.x * block.y * block.z;
     if (threads > THREADS || !threads || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu ||
@@ -218,7 +292,7 @@ void emulator_launch(emulator_stream *stream, const char *name, dim3 grid, dim3 
                 grid.x, grid.y, grid.z, block.x, block.y, block.z, shared_bytes);
         abort();
     }
-    const kept_launch launch = {name, grid, block, shared_bytes, kernel};
+    const kept_launch launch = {name, grid, block, shared_bytes, kernel, together};
     if (recording && stream->late) {
         fprintf(stderr, "emulator: %s: on another stream while a graph is recorded\n", name);
         abort();
@@ -236,15 +310,16 @@ void emulator_launch(emulator_stream *stream, const char *name, dim3 grid, dim3 
 /* Every lane gives its arguments; the last to come does the work of all, then all go on. */
 template <typename A> static void together(A *own, void (*work)(A *const *all))
 {
-    fiber *f = &e.fibers[e.current];
-    warp *w = &e.warps[e.current / 32];
+    const unsigned current = e.block->current;
+    fiber *f = &e.block->fibers[current];
+    warp *w = &e.block->warps[current / 32];
     const unsigned phase = f->phase, generation = w->generation;
     if (e.count % 32) {
         fprintf(stderr, "emulator: %s: a warp that is not full\n", e.name);
         abort();
     }
     f->phase ^= 1;
-    w->words[phase][e.current % 32] = (uint64_t)(uintptr_t)own;
+    w->words[phase][current % 32] = (uint64_t)(uintptr_t)own;
     e.progress++;
     if (++w->arrived == 32) {
         A *all[32];
@@ -342,7 +417,7 @@ void cuda_copy_async(void *shared, const void *global, bool there)
 {
     if ((uintptr_t)shared % 16 || (there && (uintptr_t)global % 16))
         fprintf(stderr, "emulator: %s: an asynchronous copy is not aligned\n", e.name), abort();
-    auto &groups = copies[e.current];
+    auto &groups = copies[e.block->current];
     if (groups.empty())
         groups.emplace_back();
     const copy c = {shared, there ? global : NULL};
@@ -354,7 +429,7 @@ void cuda_copy_async(void *shared, const void *global, bool there)
 
 void cuda_copy_commit(void)
 {
-    auto &groups = copies[e.current];
+    auto &groups = copies[e.block->current];
     if (groups.empty())
         groups.emplace_back();
     groups.emplace_back();
@@ -362,11 +437,87 @@ void cuda_copy_commit(void)
 
 void emulator_copy_wait(int left)
 {
-    auto &groups = copies[e.current];
+    auto &groups = copies[e.block->current];
     while (groups.size() > (size_t)left + 1) {
         for (const copy &c : groups.front())
             carry_out(c);
         groups.erase(groups.begin());
+    }
+}
+
+/* ---- barriers with bytes, bulk copies ---- */
+
+/* A barrier: arrivals to come, bytes to come, phases ended. */
+struct phases {
+    uint16_t arrivals, ended;
+    int32_t bytes;
+};
+
+static phases *phases_of(uint64_t *barrier)
+{
+    static_assert(sizeof(phases) == sizeof *barrier, "in its place");
+    return reinterpret_cast<phases *>(barrier);
+}
+
+static void end_phase(phases *p)
+{
+    if (p->arrivals || p->bytes)
+        return;
+    p->arrivals = 1;
+    p->ended++;
+    e.progress++;
+}
+
+void cuda_barrier_init(uint64_t *barrier)
+{
+    *phases_of(barrier) = {1, 0, 0};
+}
+
+void cuda_barrier_expect(uint64_t *barrier, uint32_t bytes)
+{
+    phases *p = phases_of(barrier);
+    if (!p->arrivals)
+        fprintf(stderr, "emulator: %s: a barrier's phase has its arrival\n", e.name), abort();
+    p->arrivals--;
+    p->bytes += (int32_t)bytes;
+    end_phase(p);
+}
+
+void cuda_barrier_arrive(uint64_t *barrier)
+{
+    cuda_barrier_expect(barrier, 0);
+}
+
+void cuda_copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
+{
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || !bytes)
+        fprintf(stderr, "emulator: %s: a bulk copy is not aligned\n", e.name), abort();
+    memset(to, 0xff, bytes);
+    e.block->bulk.push_back({to, from, bytes, barrier});
+    e.progress++;
+}
+
+static void end_copies(uint64_t *barrier)
+{
+    std::vector<bulk_copy> others;
+    for (const bulk_copy &c : e.block->bulk) {
+        if (c.barrier != barrier) {
+            others.push_back(c);
+            continue;
+        }
+        memcpy(c.to, c.from, c.bytes);
+        phases_of(barrier)->bytes -= (int32_t)c.bytes;
+    }
+    if (others.size() < e.block->bulk.size())
+        end_phase(phases_of(barrier));
+    e.block->bulk.swap(others);
+}
+
+void cuda_barrier_wait(uint64_t *barrier, uint32_t parity)
+{
+    while ((phases_of(barrier)->ended & 1) == parity) {
+        yield();
+        end_copies(barrier);
     }
 }
 
@@ -579,7 +730,7 @@ cudaError_t cudaSetDevice(int)
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int)
 {
-    *out = {"emulated", 9, 0, 4, SHARED_BYTES};
+    *out = {"emulated", 9, 0, 16, SHARED_BYTES};
     return cudaSuccess;
 }
 

@@ -32,6 +32,7 @@ struct kind { /* of engine */
     uint32_t prompt; /* tokens of the first sequence; the others have `step` more each */
     uint32_t step;
     bool pages_move; /* with small budgets: what is read does not stay in memory */
+    uint64_t seed;   /* of random weights; 0: the model's own */
 };
 
 struct way { /* to run the same sequences */
@@ -41,9 +42,15 @@ struct way { /* to run the same sequences */
 };
 
 static const struct kind kinds[] = {
-    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, false, 31, 13, false},
-    {"tests/golden/noencoder-kv2-groups2-bias", ENGINE_DTYPE_FP32, false, 330, 13, true},
-    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, true, 70, 20, false},
+    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, false, 31, 13, false, 0},
+    {"tests/golden/noencoder-kv2-groups2-bias", ENGINE_DTYPE_FP32, false, 330, 13, true, 0},
+    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, true, 70, 20, false, 0},
+    /* Mamba-2 blocks in one kernel (mamba_run.cu). */
+    {"tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, 70, 20, false, 0},
+};
+static const struct kind large_kinds[] = {
+    {"engine/models/ramba-20m", ENGINE_DTYPE_BF16, false, 70, 20, false, 0},
+    {"tests/bench/ramba-370m", ENGINE_DTYPE_BF16, false, 70, 20, false, 1},
 };
 
 static int failures;
@@ -151,8 +158,8 @@ static void check_moves(const struct engine_stats *s)
     }
 }
 
-/* The logits of every sequence at every token; NULL: no GPU. */
-static float *run(const struct kind *kind, const struct way *way)
+/* The logits of every sequence at every token, [SEQUENCES, TOKENS, *vocabulary]. */
+static float *run(const struct kind *kind, const struct way *way, size_t *vocabulary)
 {
     struct chunk_ram ram;
     struct engine *engine = NULL;
@@ -166,6 +173,7 @@ static float *run(const struct kind *kind, const struct way *way)
                                      .memory_dtype = kind->dtype,
                                      .landmarks_fp8 = kind->fp8,
                                      .slice_tokens = SLICE,
+                                     .random_weights_seed = kind->seed,
                                      .io = chunk_ram_io(&ram)};
     enum status status = engine_open(&options, &engine, &err);
     if (way->budgets != AMPLE &&
@@ -197,7 +205,7 @@ static float *run(const struct kind *kind, const struct way *way)
     if (way->plain)
         table.step_begin = NULL;
     engine->ops = &table;
-    const size_t v = engine_get_info(engine)->config->vocab_size;
+    const size_t v = *vocabulary = engine_get_info(engine)->config->vocab_size;
     float *logits = calloc((size_t)SEQUENCES * TOKENS * v, sizeof *logits);
     struct sequence sequences[SEQUENCES];
     ASSERT(logits);
@@ -232,11 +240,12 @@ static float *run(const struct kind *kind, const struct way *way)
 
 /* The same logits, whether it goes the first way or any of the others. */
 static void compare_ways(const struct kind *kind, const struct way *first, const struct way *ways,
-                         size_t count, size_t v)
+                         size_t count)
 {
-    float *want = run(kind, first);
+    size_t v;
+    float *want = run(kind, first, &v);
     for (size_t i = 0; i < count; i++) {
-        float *got = run(kind, &ways[i]);
+        float *got = run(kind, &ways[i], &v);
         size_t at = 0, all = (size_t)SEQUENCES * TOKENS * v;
         while (at < all && memcmp(&got[at], &want[at], sizeof *got) == 0)
             at++;
@@ -249,7 +258,7 @@ static void compare_ways(const struct kind *kind, const struct way *first, const
     free(want);
 }
 
-static void compare(const struct kind *kind, size_t v)
+static void compare(const struct kind *kind)
 {
     static const struct way ways[] = {
         {"together, recorded", false, true, AMPLE},
@@ -258,7 +267,7 @@ static void compare(const struct kind *kind, size_t v)
         {"together, recorded, least budgets", false, true, LEAST},
         {"alone, recorded", false, false, AMPLE},
     };
-    compare_ways(kind, &ways[0], ways + 1, sizeof ways / sizeof *ways - 1, v);
+    compare_ways(kind, &ways[0], ways + 1, sizeof ways / sizeof *ways - 1);
 }
 
 /* The logits behind one more token. */
@@ -276,7 +285,7 @@ static const float *after(struct engine *engine, struct engine_session *session)
 static void check_copies(void)
 {
     static const struct kind kind = {
-        "tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, true, PROMPT, 0, false};
+        "tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, true, PROMPT, 0, false, 0};
     struct chunk_ram ram;
     struct engine *engine;
     struct error err = {0};
@@ -338,7 +347,8 @@ static void check_fault(const struct fault *f)
         ASSERT(dup2(ends[1], STDERR_FILENO) >= 0 && dup2(ends[1], STDOUT_FILENO) >= 0);
         close(ends[0]);
         setenv("RAMBAD_CUDA_FAULT", f->what, 1);
-        run(&kinds[f->kind], &f->way);
+        size_t vocabulary;
+        run(&kinds[f->kind], &f->way, &vocabulary);
         exit(0);
     }
     close(ends[1]);
@@ -361,7 +371,8 @@ static void check_fault(const struct fault *f)
     }
 }
 
-/* With --paging: small budgets alone, for tools that look at every access. */
+/* With --paging: small budgets alone, for tools that look at every access; with --large: models of
+ * the sizes that are in use alone. */
 int main(int argc, char **argv)
 {
     static const struct way way = {"faulty", false, true, AMPLE},
@@ -392,14 +403,20 @@ int main(int argc, char **argv)
         {"alloc:10", 2, way},
     };
     if (argc > 1 && strcmp(argv[1], "--paging") == 0) {
-        compare_ways(&kinds[1], &small, &least, 1, 256);
+        compare_ways(&kinds[1], &small, &least, 1);
+        printf("%d failed\n", failures);
+        return failures != 0;
+    }
+    if (argc > 1 && strcmp(argv[1], "--large") == 0) {
+        for (size_t i = 0; i < sizeof large_kinds / sizeof *large_kinds; i++)
+            compare(&large_kinds[i]);
         printf("%d failed\n", failures);
         return failures != 0;
     }
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
         check_fault(&faults[i]);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        compare(&kinds[i], 256);
+        compare(&kinds[i]);
     check_copies();
     printf("%d failed\n", failures);
     return failures != 0;

@@ -1,0 +1,584 @@
+/* mamba_run.cu - Mamba-2 blocks that follow each other, of a recorded step of few rows, in one
+ * kernel: a row of small vectors passes from block to block of the grid while the weights of the
+ * layers to come are on their way to shared memory.
+ *
+ * Each block of the grid has RUN_WIDTH of the inner width: their rows of x and z of in_proj, the
+ * time step of their head, a share of B and C, their part of the states, and RUN_OUT rows of
+ * out_proj. Three times a layer all blocks need what all of them made: the hidden state, B and C,
+ * and the gated output. It travels in packets of 8 or 16 bytes that carry the number of the layer
+ * and are written and read whole: a reader looks at the packet itself until its number is there,
+ * and needs no barrier. A packet is written again only when all have read it: each of the three is
+ * made from all of the one before it. Sums run in the order of linear.cu and mamba_step.cu, to the
+ * bit. */
+#include "engine/cuda/exchange.cuh"
+#include "engine/cuda/mamba_run.cuh"
+
+#define RUN_WARPS 8 /* that compute; linear.cu shares out depth among as many */
+#define RUN_THREADS (RUN_WARPS * CUDA_WARP)
+#define RUN_PAD 32           /* elements behind a row in shared memory: off the banks */
+#define RUN_DEPTH 32         /* of a product, that a warp takes at a time */
+#define RUN_TURNS (1u << 24) /* looks for a packet that must come: seconds, then it is a fault */
+#define TILE 8               /* weight rows of a product */
+
+/* What a block has in shared memory. */
+struct room {
+    uint32_t in_rows, in_stages, state_stages;
+    size_t in, out, state, rows, sums, parts, columns, inputs, barriers, bytes;
+};
+
+static __host__ __device__ __forceinline__ struct room room_of(const struct run &r, uint32_t rows,
+                                                               uint32_t tiles)
+{
+    struct room m;
+    size_t at = 0;
+    const auto next = [&](size_t bytes) {
+        const size_t from = at;
+        at += (bytes + 127) / 128 * 128;
+        return from;
+    };
+    m.in_rows = 2 * RUN_WIDTH + r.columns + 1;
+    m.in_stages = m.state_stages = rows == 1 ? 2 : 1;
+    m.in = next(sizeof(bf16) * m.in_stages * m.in_rows * (r.d + RUN_PAD));
+    m.out = next(sizeof(bf16) * RUN_OUT * (r.s.inner + RUN_PAD));
+    m.state = next(sizeof(float) * m.state_stages * rows * RUN_WIDTH * r.s.n);
+    m.rows = next(sizeof(bf16) * rows * (r.s.inner + RUN_PAD));
+    m.sums = next(sizeof(float) * RUN_WARPS * rows * tiles * TILE);
+    m.parts = next(sizeof(float) * 2 * rows * RUN_WARPS);
+    m.columns = next(sizeof(float) * rows * 2 * r.s.n);
+    m.inputs = next(sizeof(float) * rows * (2 * RUN_WIDTH + 2));
+    m.barriers = next(8 * 10);
+    m.bytes = at;
+    return m;
+}
+
+/* Four elements of a row as a product takes them, with the sum of their squares before `w`. */
+static __device__ __forceinline__ uint4 pack_four(const float4 v, const float4 w, uint32_t number)
+{
+    uint4 packet;
+    packet.x = cuda_pack(v.x * w.x, v.y * w.y);
+    packet.y = cuda_pack(v.z * w.z, v.w * w.w);
+    packet.z = __float_as_uint(fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x))));
+    packet.w = number;
+    return packet;
+}
+
+/* ---- the weights' way ---- */
+
+struct barriers {
+    uint64_t in_full[2], in_free[2], state_full[2], state_free[2], out_full, out_free;
+};
+
+static __device__ __forceinline__ uint32_t weight_row(const struct run &r, uint32_t i)
+{
+    const struct mamba_shape &s = r.s;
+    if (i < RUN_WIDTH)
+        return s.inner + blockIdx.x * RUN_WIDTH + i; /* x */
+    if (i < 2 * RUN_WIDTH)
+        return blockIdx.x * RUN_WIDTH + i - RUN_WIDTH; /* z */
+    if (i < 2 * RUN_WIDTH + r.columns)
+        return 2 * s.inner + blockIdx.x * r.columns + i - 2 * RUN_WIDTH; /* B, C */
+    return s.inner + s.conv + blockIdx.x * RUN_WIDTH / s.width;          /* dt */
+}
+
+/* One warp: everything of layer after layer that products and states read, as soon as there is
+ * room. */
+static __device__ void fetch_layers(const struct run &r, const struct room &m, uint32_t rows,
+                                    unsigned char *memory, struct barriers *b)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, inner = r.s.inner;
+    const uint64_t policy = cuda_passing_policy();
+    const auto fetch_in = [&](uint32_t l) {
+        const uint32_t slot = l % m.in_stages, bytes = r.d * sizeof(bf16);
+        bf16 *to = reinterpret_cast<bf16 *>(memory + m.in) + slot * m.in_rows * (r.d + RUN_PAD);
+        if (lane == 0)
+            cuda_barrier_expect(&b->in_full[slot], m.in_rows * bytes);
+        __syncwarp();
+        for (uint32_t i = lane; i < m.in_rows; i += CUDA_WARP)
+            cuda_copy_passing(to + i * (r.d + RUN_PAD),
+                              r.layers[l].in_proj + (size_t)weight_row(r, i) * r.d, bytes,
+                              &b->in_full[slot], policy);
+    };
+    const auto fetch_out = [&](uint32_t l) {
+        const uint32_t bytes = inner * sizeof(bf16);
+        if (lane == 0)
+            cuda_barrier_expect(&b->out_full, RUN_OUT * bytes);
+        __syncwarp();
+        if (lane < RUN_OUT)
+            cuda_copy_passing(reinterpret_cast<bf16 *>(memory + m.out) + lane * (inner + RUN_PAD),
+                              r.layers[l].out_proj + (size_t)(blockIdx.x * RUN_OUT + lane) * inner,
+                              bytes, &b->out_full, policy);
+    };
+    const auto fetch_state = [&](uint32_t l) {
+        const uint32_t slot = l % m.state_stages, floats = RUN_WIDTH * r.s.n;
+        if (lane == 0)
+            cuda_barrier_expect(&b->state_full[slot], r.row_count * floats * sizeof(float));
+        __syncwarp();
+        if (lane < r.row_count)
+            cuda_copy_bulk(reinterpret_cast<float *>(memory + m.state) +
+                               (slot * rows + lane) * floats,
+                           r.segments[lane].ssm + r.layers[l].ssm + (size_t)blockIdx.x * floats,
+                           floats * sizeof(float), &b->state_full[slot]);
+    };
+    fetch_in(0);
+    fetch_state(0);
+    fetch_out(0);
+    for (uint32_t l = 1; l < m.in_stages && l < r.layer_count; l++)
+        fetch_in(l);
+    for (uint32_t l = 1; l < m.state_stages && l < r.layer_count; l++)
+        fetch_state(l);
+    for (uint32_t l = 0; l + 1 < r.layer_count; l++) {
+        if (l + m.in_stages < r.layer_count) {
+            cuda_barrier_wait(&b->in_free[l % m.in_stages], l / m.in_stages & 1);
+            fetch_in(l + m.in_stages);
+        }
+        if (l + m.state_stages < r.layer_count) {
+            cuda_barrier_wait(&b->state_free[l % m.state_stages], l / m.state_stages & 1);
+            fetch_state(l + m.state_stages);
+        }
+        cuda_barrier_wait(&b->out_free, l & 1);
+        fetch_out(l + 1);
+    }
+}
+
+/* ---- a layer ---- */
+
+/* What a thread needs for one result of in_proj. */
+struct own_result {
+    uint32_t row, o; /* o: as weight_row has it; in_rows and more: none */
+    struct column<bf16> column;
+    float bias, dt_bias, rate;
+};
+
+template <int T>
+static __device__ __forceinline__ void load_own(const struct run &r, uint32_t in_rows, uint32_t l,
+                                                uint32_t e, struct own_result *own)
+{
+    const struct mamba_shape &s = r.s;
+    const struct run_layer &layer = r.layers[l];
+    own->row = e / (T * TILE);
+    own->o = own->row < r.row_count ? e % (T * TILE) : in_rows;
+    if (own->o >= in_rows)
+        return;
+    const uint32_t w = weight_row(r, own->o);
+    own->bias = layer.in_bias ? layer.in_bias[w] : 0;
+    if (w >= s.inner + s.conv) {
+        own->dt_bias = layer.weights.dt_bias[w - s.inner - s.conv];
+        own->rate = layer.weights.a_log[w - s.inner - s.conv];
+    } else if (w >= s.inner) {
+        own->column =
+            load_column(s, layer.weights, r.segments[own->row].conv + layer.conv, w - s.inner);
+    }
+}
+
+static __device__ __forceinline__ void keep_column(const struct run &r, uint32_t l,
+                                                   const struct own_result &own)
+{
+#pragma unroll
+    for (int k = 0; k < TAPS - 1; k++)
+        r.segments[own.row].conv[r.layers[l].conv + (size_t)k * r.s.conv + own.column.j] =
+            own.column.tail[k];
+}
+
+/* Products of the rows with N tiles of 8 weight rows that lie in shared memory; those from `count`
+ * on are not there. */
+template <int R, int N>
+static __device__ __forceinline__ void multiply(const bf16 *weights, const bf16 *rows, uint32_t k,
+                                                uint32_t count, uint32_t row_count, float *sums)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    const uint32_t own = R == 1 ? 0 : lane / 4, row = own < row_count ? own : 0;
+    const bf16 *from[N], *x = rows + row * (k + RUN_PAD) + 8 * (lane % 4);
+    float acc[N][4] = {};
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const uint32_t o = n * TILE + lane / 4;
+        from[n] = weights + (o < count ? o : count - 1) * (k + RUN_PAD) + 8 * (lane % 4);
+    }
+#pragma unroll 4
+    for (uint32_t at = warp * RUN_DEPTH; at < k; at += RUN_WARPS * RUN_DEPTH) {
+        const uint4 v = *reinterpret_cast<const uint4 *>(x + at);
+        const uint32_t left[4] = {v.x, 0, v.y, 0}, right[4] = {v.z, 0, v.w, 0};
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const uint4 w = *reinterpret_cast<const uint4 *>(from[n] + at);
+            const uint32_t low[2] = {w.x, w.y}, high[2] = {w.z, w.w};
+            cuda_mma(acc[n], left, low);
+            cuda_mma(acc[n], right, high);
+        }
+    }
+    if (lane / 4 < R)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            *reinterpret_cast<float2 *>(sums + ((warp * R + lane / 4) * N + n) * TILE +
+                                        lane % 4 * 2) = float2{acc[n][0], acc[n][1]};
+}
+
+/* Of all warps, in their order. */
+template <int R, int N>
+static __device__ __forceinline__ float sum_of(const float *sums, uint32_t row, uint32_t o)
+{
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < RUN_WARPS; w++)
+        sum += sums[(w * R + row) * N * TILE + o];
+    return sum;
+}
+
+static __device__ __forceinline__ float norm_scale(const float *parts, uint32_t row, uint32_t k,
+                                                   float epsilon)
+{
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < RUN_WARPS; w++)
+        sum += parts[row * RUN_WARPS + w];
+    return 1 / sqrtf(sum / (float)k + epsilon);
+}
+
+/* Rows of `k` that all blocks sent, four elements a packet, L packets of a row a thread; R at a
+ * time are looked for together. */
+template <int R, int L>
+static __device__ __forceinline__ void receive_rows(const uint4 *packets, uint32_t k,
+                                                    uint32_t row_count, uint32_t number, bf16 *rows,
+                                                    float *parts)
+{
+    float sums[R] = {};
+#pragma unroll
+    for (int j = 0; j < L; j++) {
+        const uint32_t i = threadIdx.x + j * RUN_THREADS;
+        if (4 * i >= k)
+            break;
+        uint4 packet[R];
+        bool there;
+        uint32_t turns = 0;
+        do {
+            there = true;
+#pragma unroll
+            for (uint32_t r = 0; r < R; r++)
+                packet[r] =
+                    r < row_count ? cuda_look(packets + r * (k / 4) + i) : uint4{0, 0, 0, number};
+#pragma unroll
+            for (uint32_t r = 0; r < R; r++)
+                there &= packet[r].w == number;
+            if (++turns > RUN_TURNS)
+                __trap();
+        } while (!there);
+#pragma unroll
+        for (uint32_t r = 0; r < R; r++)
+            if (r < row_count) {
+                *reinterpret_cast<uint2 *>(rows + r * (k + RUN_PAD) + 4 * i) =
+                    uint2{packet[r].x, packet[r].y};
+                sums[r] += __uint_as_float(packet[r].z);
+            }
+    }
+#pragma unroll
+    for (uint32_t r = 0; r < R; r++) {
+        const float sum = cuda_warp_sum(sums[r]);
+        if (threadIdx.x % CUDA_WARP == 0)
+            parts[r * RUN_WARPS + threadIdx.x / CUDA_WARP] = sum;
+    }
+}
+
+/* The same of one row of at most two packets a thread, both looked for at once. */
+static __device__ __forceinline__ void receive_row(const uint4 *packets, uint32_t k,
+                                                   uint32_t number, bf16 *rows, float *parts)
+{
+    const uint32_t i = threadIdx.x, second = i + RUN_THREADS;
+    const bool one = 4 * i < k, two = 4 * second < k;
+    uint4 a = {0, 0, 0, number}, b = {0, 0, 0, number};
+    uint32_t turns = 0;
+    do {
+        if (one)
+            a = cuda_look(packets + i);
+        if (two)
+            b = cuda_look(packets + second);
+        if (++turns > RUN_TURNS)
+            __trap();
+    } while (a.w != number || b.w != number);
+    if (one)
+        *reinterpret_cast<uint2 *>(rows + 4 * i) = uint2{a.x, a.y};
+    if (two)
+        *reinterpret_cast<uint2 *>(rows + 4 * second) = uint2{b.x, b.y};
+    const float sum = cuda_warp_sum(__uint_as_float(a.z) + __uint_as_float(b.z));
+    if (threadIdx.x % CUDA_WARP == 0)
+        parts[threadIdx.x / CUDA_WARP] = sum;
+}
+
+template <int R, int V>
+static __device__ __forceinline__ void receive_columns(const struct run &r, uint32_t number,
+                                                       float *columns)
+{
+    const uint32_t n = r.s.n, t = threadIdx.x;
+    const uint32_t head = blockIdx.x * RUN_WIDTH / r.s.width,
+                   group = head / (r.s.heads / r.s.groups), all = 2 * r.s.groups * n;
+    if (t >= 2 * n)
+        return;
+    const uint2 *from = r.columns_sent + (t < n ? group * n + t : (r.s.groups + group) * n + t - n);
+    uint2 packet[R];
+    bool there;
+    uint32_t turns = 0;
+    do {
+        there = true;
+#pragma unroll
+        for (uint32_t i = 0; i < R; i++)
+            packet[i] = i < r.row_count ? cuda_look(from + i * all) : uint2{0, number};
+#pragma unroll
+        for (uint32_t i = 0; i < R; i++)
+            there &= packet[i].y == number;
+        if (++turns > RUN_TURNS)
+            __trap();
+    } while (!there);
+#pragma unroll
+    for (uint32_t i = 0; i < R; i++)
+        if (i < r.row_count)
+            columns[i * 2 * n + t] = __uint_as_float(packet[i].x);
+}
+
+#define RUN_STATES 4 /* rows of a state that a warp steps together: a packet */
+
+template <int R, int V>
+static __device__ __forceinline__ void
+step_states(const struct run &r, uint32_t l, const float *state, const float *columns,
+            const float *inputs, float through, const float4 gate, uint32_t number)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP, n = r.s.n;
+    constexpr uint32_t parts = RUN_WIDTH / RUN_STATES;
+    for (uint32_t item = warp; item < parts * r.row_count; item += RUN_WARPS) {
+        const uint32_t row = item / parts, first = item % parts * RUN_STATES;
+        const float *b = columns + row * 2 * n + V * lane,
+                    *u = inputs + row * (2 * RUN_WIDTH + 2) + first, *z = u + RUN_WIDTH;
+        const float time = inputs[row * (2 * RUN_WIDTH + 2) + 2 * RUN_WIDTH],
+                    decay = inputs[row * (2 * RUN_WIDTH + 2) + 2 * RUN_WIDTH + 1];
+        const floats<V> bs = *reinterpret_cast<const floats<V> *>(b),
+                        cs = *reinterpret_cast<const floats<V> *>(b + n);
+        floats<V> h[RUN_STATES];
+        float sums[RUN_STATES];
+#pragma unroll
+        for (int i = 0; i < RUN_STATES; i++) {
+            h[i] = *reinterpret_cast<const floats<V> *>(state + (row * RUN_WIDTH + first + i) * n +
+                                                        V * lane);
+            const float add = time * u[i];
+            sums[i] = 0;
+#pragma unroll
+            for (int k = 0; k < V; k++) {
+                h[i].v[k] = fmaf(decay, h[i].v[k], add * bs.v[k]);
+                sums[i] = fmaf(h[i].v[k], cs.v[k], sums[i]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < RUN_STATES; i++)
+            sums[i] = fmaf(through, u[i], cuda_warp_sum(sums[i])) * z[i];
+        if (lane == 0)
+            cuda_send(r.gated_sent + row * (r.s.inner / 4) +
+                          (blockIdx.x * RUN_WIDTH + first) / RUN_STATES,
+                      pack_four(float4{sums[0], sums[1], sums[2], sums[3]}, gate, number));
+        float *to = r.segments[row].ssm + r.layers[l].ssm +
+                    (size_t)(blockIdx.x * RUN_WIDTH + first) * n + V * lane;
+#pragma unroll
+        for (int i = 0; i < RUN_STATES; i++)
+            *reinterpret_cast<floats<V> *>(to + (size_t)i * n) = h[i];
+    }
+}
+
+/* R: rows at most; T: tiles of in_proj's rows; N is 32 V. Grid: parts of RUN_WIDTH. */
+template <int R, int T, int V>
+static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
+    run_layers(const __grid_constant__ struct run r)
+{
+    CUDA_SHARED(unsigned char, memory);
+    const struct room m = room_of(r, R, T);
+    struct barriers *barriers = reinterpret_cast<struct barriers *>(memory + m.barriers);
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    if (threadIdx.x == 0)
+        for (int i = 0; i < 10; i++)
+            cuda_barrier_init(reinterpret_cast<uint64_t *>(barriers) + i);
+    cuda_barriers_ready();
+    __syncthreads();
+    cuda_depend_release();
+    if (warp == RUN_WARPS) {
+        fetch_layers(r, m, R, memory, barriers);
+        return;
+    }
+    constexpr int own_count = (R * T * TILE + RUN_THREADS - 1) / RUN_THREADS;
+    bf16 *rows = reinterpret_cast<bf16 *>(memory + m.rows);
+    float *sums = reinterpret_cast<float *>(memory + m.sums),
+          *parts = reinterpret_cast<float *>(memory + m.parts), *out_parts = parts + R * RUN_WARPS,
+          *columns = reinterpret_cast<float *>(memory + m.columns),
+          *inputs = reinterpret_cast<float *>(memory + m.inputs);
+    const struct mamba_shape &s = r.s;
+    const uint32_t head = blockIdx.x * RUN_WIDTH / s.width;
+    /* An output of out_proj: its row, and which; and the four that its packet has. */
+    const uint32_t out_row = threadIdx.x / RUN_OUT, out = threadIdx.x % RUN_OUT,
+                   out_at = blockIdx.x * RUN_OUT + out;
+    const bool has_out = out_row < r.row_count && threadIdx.x < R * RUN_OUT;
+    const uint32_t gate_at = blockIdx.x * RUN_WIDTH + warp % (RUN_WIDTH / RUN_STATES) * RUN_STATES;
+    struct own_result own[own_count] = {};
+    float through, out_bias;
+    float4 gate, next_norm = {};
+    const auto load_layer = [&](uint32_t l) {
+        const struct run_layer &layer = r.layers[l];
+#pragma unroll
+        for (int k = 0; k < own_count; k++)
+            load_own<T>(r, m.in_rows, l, threadIdx.x + k * RUN_THREADS, &own[k]);
+        through = layer.weights.skip[head];
+        gate = *reinterpret_cast<const float4 *>(layer.gate_norm + gate_at);
+    };
+    const auto load_out = [&](uint32_t l) {
+        out_bias = has_out && r.layers[l].out_bias ? r.layers[l].out_bias[out_at] : 0;
+        if (l + 1 < r.layer_count)
+            next_norm = *reinterpret_cast<const float4 *>(r.layers[l + 1].norm + out_at / 4 * 4);
+    };
+    load_layer(0);
+    load_out(0);
+    cuda_depend_wait();
+    const uint32_t serial = *reinterpret_cast<volatile uint32_t *>(r.serial);
+    float x = has_out ? r.hidden[out_row * r.d + out_at] : 0;
+    for (uint32_t l = 0; l < r.layer_count; l++) {
+        const uint32_t number = serial + l + 1;
+        /* in_proj */
+        if (l == 0) {
+            const uint32_t i = 4 * threadIdx.x;
+#pragma unroll
+            for (uint32_t row = 0; row < R; row++) {
+                float sum = 0;
+                if (row < r.row_count && i < r.d) {
+                    const uint4 packet =
+                        pack_four(*reinterpret_cast<const float4 *>(r.hidden + row * r.d + i),
+                                  *reinterpret_cast<const float4 *>(r.layers[0].norm + i), 0);
+                    *reinterpret_cast<uint2 *>(rows + row * (r.d + RUN_PAD) + i) =
+                        uint2{packet.x, packet.y};
+                    sum = __uint_as_float(packet.z);
+                }
+                sum = cuda_warp_sum(sum);
+                if (lane == 0)
+                    parts[row * RUN_WARPS + warp] = sum;
+            }
+        } else {
+            receive_rows<R, 1>(r.hidden_sent, r.d, r.row_count, number - 1, rows, parts);
+        }
+        cuda_meet<RUN_THREADS>();
+        const uint32_t in_slot = l % m.in_stages;
+        cuda_barrier_wait(&barriers->in_full[in_slot], l / m.in_stages & 1);
+        multiply<R, T>(reinterpret_cast<bf16 *>(memory + m.in) +
+                           in_slot * m.in_rows * (r.d + RUN_PAD),
+                       rows, r.d, m.in_rows, r.row_count, sums);
+        cuda_meet<RUN_THREADS>();
+        if (threadIdx.x == 0)
+            cuda_barrier_arrive(&barriers->in_free[in_slot]);
+#pragma unroll
+        for (int k = 0; k < own_count; k++) {
+            struct own_result &o = own[k];
+            if (o.o >= m.in_rows)
+                continue;
+            const float value = fmaf(sum_of<R, T>(sums, o.row, o.o),
+                                     norm_scale(parts, o.row, r.d, r.epsilon), o.bias);
+            float *in = inputs + o.row * (2 * RUN_WIDTH + 2);
+            if (o.o < RUN_WIDTH) {
+                in[o.o] = convolve(&o.column, value);
+                keep_column(r, l, o);
+            } else if (o.o < 2 * RUN_WIDTH) {
+                in[o.o] = cuda_silu(value);
+            } else if (o.o < 2 * RUN_WIDTH + r.columns) {
+                const float sent = convolve(&o.column, value);
+                cuda_send(r.columns_sent + o.row * 2 * s.groups * s.n + blockIdx.x * r.columns +
+                              o.o - 2 * RUN_WIDTH,
+                          uint2{__float_as_uint(sent), number});
+                keep_column(r, l, o);
+            } else {
+                const float time =
+                    fminf(fmaxf(cuda_softplus(value + o.dt_bias), s.dt_min), s.dt_max);
+                in[2 * RUN_WIDTH] = time;
+                in[2 * RUN_WIDTH + 1] = expf(time * -expf(o.rate));
+            }
+        }
+        /* The recurrence. */
+        receive_columns<R, V>(r, number, columns);
+        const uint32_t state_slot = l % m.state_stages;
+        cuda_barrier_wait(&barriers->state_full[state_slot], l / m.state_stages & 1);
+        cuda_meet<RUN_THREADS>();
+        step_states<R, V>(
+            r, l, reinterpret_cast<float *>(memory + m.state) + state_slot * R * RUN_WIDTH * s.n,
+            columns, inputs, through, gate, number);
+        if (l + 1 < r.layer_count)
+            load_layer(l + 1);
+        /* out_proj */
+        if (R == 1)
+            receive_row(r.gated_sent, s.inner, number, rows, out_parts);
+        else
+            receive_rows<R, 2>(r.gated_sent, s.inner, r.row_count, number, rows, out_parts);
+        cuda_meet<RUN_THREADS>();
+        if (threadIdx.x == 0)
+            cuda_barrier_arrive(&barriers->state_free[state_slot]);
+        cuda_barrier_wait(&barriers->out_full, l & 1);
+        multiply<R, 1>(reinterpret_cast<bf16 *>(memory + m.out), rows, s.inner, RUN_OUT,
+                       r.row_count, sums);
+        cuda_meet<RUN_THREADS>();
+        if (threadIdx.x == 0)
+            cuda_barrier_arrive(&barriers->out_free);
+        if (warp * CUDA_WARP < R * RUN_OUT) {
+            if (has_out)
+                x = fmaf(sum_of<R, 1>(sums, out_row, out),
+                         norm_scale(out_parts, out_row, s.inner, r.epsilon), out_bias + x);
+            float4 v;
+            v.x = __shfl_sync(CUDA_ALL_LANES, x, lane & ~3u);
+            v.y = __shfl_sync(CUDA_ALL_LANES, x, (lane & ~3u) + 1);
+            v.z = __shfl_sync(CUDA_ALL_LANES, x, (lane & ~3u) + 2);
+            v.w = __shfl_sync(CUDA_ALL_LANES, x, lane | 3u);
+            if (has_out && l + 1 == r.layer_count)
+                r.hidden[out_row * r.d + out_at] = x;
+            else if (has_out && lane % 4 == 0)
+                cuda_send(r.hidden_sent + (out_row * r.d + out_at) / 4,
+                          pack_four(v, next_norm, number));
+        }
+        if (l + 1 < r.layer_count)
+            load_out(l + 1);
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        *r.serial = serial + r.layer_count;
+}
+
+template <int R, int T, int V> static bool launch(struct ops_context *x, const struct run &r)
+{
+    const size_t shared = room_of(r, R, T).bytes;
+    if (shared > x->shared_most)
+        return false;
+    CUDA_ALLOW_SHARED(x, (run_layers<R, T, V>), shared);
+    CUDA_LAUNCH_TOGETHER(x, (run_layers<R, T, V>), dim3(r.s.inner / RUN_WIDTH),
+                         dim3(RUN_THREADS + CUDA_WARP), shared, r);
+    return true;
+}
+
+template <int R, int T> static bool choose_width(struct ops_context *x, const struct run &r)
+{
+    return r.s.n == 4 * CUDA_WARP ? launch<R, T, 4>(x, r) : launch<R, T, 2>(x, r);
+}
+
+template <int R> static bool choose_tiles(struct ops_context *x, const struct run &r)
+{
+    return cuda_ceil(2 * RUN_WIDTH + r.columns + 1, TILE) == 5 ? choose_width<R, 5>(x, r)
+                                                               : choose_width<R, 6>(x, r);
+}
+
+void cuda_run_launch(struct ops_context *x, const struct run &r)
+{
+    const bool done = r.row_count == 1 ? choose_tiles<1>(x, r) : choose_tiles<RUN_ROWS>(x, r);
+    ASSERT(done);
+}
+
+bool cuda_run_covers(const struct ops_context *x, uint32_t row_count)
+{
+    const struct mamba_shape s = mamba_shape_of(&x->config);
+    const uint32_t d = x->config.hidden_size, blocks = s.inner / RUN_WIDTH,
+                   columns = 2 * s.groups * s.n;
+    struct run r = {};
+    if (x->wide || !x->early || row_count > RUN_ROWS || s.inner != 2 * d ||
+        s.inner % (8 * RUN_WIDTH) || s.width % RUN_WIDTH || s.taps != TAPS ||
+        (s.n != 4 * CUDA_WARP && s.n != 2 * CUDA_WARP) || blocks > (uint32_t)x->multiprocessors ||
+        d > 4 * RUN_THREADS || columns % blocks || columns / blocks > 2 * TILE - 1)
+        return false;
+    r.s = s;
+    r.d = d;
+    r.columns = columns / blocks;
+    const uint32_t tiles = cuda_ceil(2 * RUN_WIDTH + r.columns + 1, TILE);
+    return (tiles == 5 || tiles == 6) &&
+           room_of(r, row_count == 1 ? 1 : RUN_ROWS, tiles).bytes <= x->shared_most;
+}
