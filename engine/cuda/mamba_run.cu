@@ -20,9 +20,13 @@
 #define RUN_TURNS (1u << 24) /* looks for a packet that must come: seconds, then it is a fault */
 #define TILE 8               /* weight rows of a product */
 
+struct barriers {
+    uint64_t in_full, in_free, state_full, state_free, out_full, out_free;
+};
+
 /* What a block has in shared memory. */
 struct room {
-    uint32_t in_rows, in_stages, state_stages;
+    uint32_t in_rows;
     size_t in, out, state, rows, sums, parts, columns, inputs, barriers, bytes;
 };
 
@@ -37,18 +41,31 @@ static __host__ __device__ __forceinline__ struct room room_of(const struct run 
         return from;
     };
     m.in_rows = 2 * RUN_WIDTH + r.columns + 1;
-    m.in_stages = m.state_stages = rows == 1 ? 2 : 1;
-    m.in = next(sizeof(bf16) * m.in_stages * m.in_rows * (r.d + RUN_PAD));
+
+    m.in = next(sizeof(bf16) * m.in_rows * (r.d + RUN_PAD));
     m.out = next(sizeof(bf16) * RUN_OUT * (r.s.inner + RUN_PAD));
-    m.state = next(sizeof(float) * m.state_stages * rows * RUN_WIDTH * r.s.n);
+    m.state = next(sizeof(float) * rows * RUN_WIDTH * r.s.n);
     m.rows = next(sizeof(bf16) * rows * (r.s.inner + RUN_PAD));
     m.sums = next(sizeof(float) * RUN_WARPS * rows * tiles * TILE);
     m.parts = next(sizeof(float) * 2 * rows * RUN_WARPS);
     m.columns = next(sizeof(float) * rows * 2 * r.s.n);
     m.inputs = next(sizeof(float) * rows * (2 * RUN_WIDTH + 2));
-    m.barriers = next(8 * 10);
+    m.barriers = next(sizeof(struct barriers));
     m.bytes = at;
     return m;
+}
+
+/* Where packet `i` of a row is sent, of which each block of the grid has P: what different blocks
+ * write does not share a line of the cache, where one would wait for the other. */
+template <int P> static __device__ __forceinline__ uint32_t packet_at(uint32_t row, uint32_t i)
+{
+    return (row * gridDim.x + i / P) * (RUN_LINE / sizeof(uint4)) + i % P;
+}
+
+/* Column `i` of B and C likewise. */
+static __device__ __forceinline__ uint32_t column_at(const struct run &r, uint32_t row, uint32_t i)
+{
+    return (row * gridDim.x + i / r.columns) * (RUN_LINE / sizeof(uint2)) + i % r.columns;
 }
 
 /* Four elements of a row as a product takes them, with the sum of their squares before `w`. */
@@ -64,10 +81,6 @@ static __device__ __forceinline__ uint4 pack_four(const float4 v, const float4 w
 
 /* ---- the weights' way ---- */
 
-struct barriers {
-    uint64_t in_full[2], in_free[2], state_full[2], state_free[2], out_full, out_free;
-};
-
 static __device__ __forceinline__ uint32_t weight_row(const struct run &r, uint32_t i)
 {
     const struct mamba_shape &s = r.s;
@@ -82,21 +95,21 @@ static __device__ __forceinline__ uint32_t weight_row(const struct run &r, uint3
 
 /* One warp: everything of layer after layer that products and states read, as soon as there is
  * room. */
-static __device__ void fetch_layers(const struct run &r, const struct room &m, uint32_t rows,
+static __device__ void fetch_layers(const struct run &r, const struct room &m,
                                     unsigned char *memory, struct barriers *b)
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, inner = r.s.inner;
     const uint64_t policy = cuda_passing_policy();
     const auto fetch_in = [&](uint32_t l) {
-        const uint32_t slot = l % m.in_stages, bytes = r.d * sizeof(bf16);
-        bf16 *to = reinterpret_cast<bf16 *>(memory + m.in) + slot * m.in_rows * (r.d + RUN_PAD);
+        const uint32_t bytes = r.d * sizeof(bf16);
+        bf16 *to = reinterpret_cast<bf16 *>(memory + m.in);
         if (lane == 0)
-            cuda_barrier_expect(&b->in_full[slot], m.in_rows * bytes);
+            cuda_barrier_expect(&b->in_full, m.in_rows * bytes);
         __syncwarp();
         for (uint32_t i = lane; i < m.in_rows; i += CUDA_WARP)
             cuda_copy_passing(to + i * (r.d + RUN_PAD),
                               r.layers[l].in_proj + (size_t)weight_row(r, i) * r.d, bytes,
-                              &b->in_full[slot], policy);
+                              &b->in_full, policy);
     };
     const auto fetch_out = [&](uint32_t l) {
         const uint32_t bytes = inner * sizeof(bf16);
@@ -109,34 +122,26 @@ static __device__ void fetch_layers(const struct run &r, const struct room &m, u
                               bytes, &b->out_full, policy);
     };
     const auto fetch_state = [&](uint32_t l) {
-        const uint32_t slot = l % m.state_stages, floats = RUN_WIDTH * r.s.n;
+        const uint32_t floats = RUN_WIDTH * r.s.n;
         if (lane == 0)
-            cuda_barrier_expect(&b->state_full[slot], r.row_count * floats * sizeof(float));
+            cuda_barrier_expect(&b->state_full, r.row_count * floats * sizeof(float));
         __syncwarp();
         if (lane < r.row_count)
-            cuda_copy_bulk(reinterpret_cast<float *>(memory + m.state) +
-                               (slot * rows + lane) * floats,
+            cuda_copy_bulk(reinterpret_cast<float *>(memory + m.state) + lane * floats,
                            r.segments[lane].ssm + r.layers[l].ssm + (size_t)blockIdx.x * floats,
-                           floats * sizeof(float), &b->state_full[slot]);
+                           floats * sizeof(float), &b->state_full);
     };
     fetch_in(0);
     fetch_state(0);
     fetch_out(0);
-    for (uint32_t l = 1; l < m.in_stages && l < r.layer_count; l++)
+    for (uint32_t l = 1; l < r.layer_count; l++) {
+        const uint32_t parity = (l - 1) & 1;
+        cuda_barrier_wait(&b->in_free, parity);
         fetch_in(l);
-    for (uint32_t l = 1; l < m.state_stages && l < r.layer_count; l++)
+        cuda_barrier_wait(&b->state_free, parity);
         fetch_state(l);
-    for (uint32_t l = 0; l + 1 < r.layer_count; l++) {
-        if (l + m.in_stages < r.layer_count) {
-            cuda_barrier_wait(&b->in_free[l % m.in_stages], l / m.in_stages & 1);
-            fetch_in(l + m.in_stages);
-        }
-        if (l + m.state_stages < r.layer_count) {
-            cuda_barrier_wait(&b->state_free[l % m.state_stages], l / m.state_stages & 1);
-            fetch_state(l + m.state_stages);
-        }
-        cuda_barrier_wait(&b->out_free, l & 1);
-        fetch_out(l + 1);
+        cuda_barrier_wait(&b->out_free, parity);
+        fetch_out(l);
     }
 }
 
@@ -236,7 +241,7 @@ static __device__ __forceinline__ float norm_scale(const float *parts, uint32_t 
 
 /* Rows of `k` that all blocks sent, four elements a packet, L packets of a row a thread; R at a
  * time are looked for together. */
-template <int R, int L>
+template <int R, int L, int P>
 static __device__ __forceinline__ void receive_rows(const uint4 *packets, uint32_t k,
                                                     uint32_t row_count, uint32_t number, bf16 *rows,
                                                     float *parts)
@@ -254,8 +259,8 @@ static __device__ __forceinline__ void receive_rows(const uint4 *packets, uint32
             there = true;
 #pragma unroll
             for (uint32_t r = 0; r < R; r++)
-                packet[r] =
-                    r < row_count ? cuda_look(packets + r * (k / 4) + i) : uint4{0, 0, 0, number};
+                packet[r] = r < row_count ? cuda_look(packets + packet_at<P>(r, i))
+                                          : uint4{0, 0, 0, number};
 #pragma unroll
             for (uint32_t r = 0; r < R; r++)
                 there &= packet[r].w == number;
@@ -288,9 +293,9 @@ static __device__ __forceinline__ void receive_row(const uint4 *packets, uint32_
     uint32_t turns = 0;
     do {
         if (one)
-            a = cuda_look(packets + i);
+            a = cuda_look(packets + packet_at<RUN_WIDTH / 4>(0, i));
         if (two)
-            b = cuda_look(packets + second);
+            b = cuda_look(packets + packet_at<RUN_WIDTH / 4>(0, second));
         if (++turns > RUN_TURNS)
             __trap();
     } while (a.w != number || b.w != number);
@@ -309,10 +314,12 @@ static __device__ __forceinline__ void receive_columns(const struct run &r, uint
 {
     const uint32_t n = r.s.n, t = threadIdx.x;
     const uint32_t head = blockIdx.x * RUN_WIDTH / r.s.width,
-                   group = head / (r.s.heads / r.s.groups), all = 2 * r.s.groups * n;
+                   group = head / (r.s.heads / r.s.groups),
+                   all = gridDim.x * (RUN_LINE / sizeof(uint2));
     if (t >= 2 * n)
         return;
-    const uint2 *from = r.columns_sent + (t < n ? group * n + t : (r.s.groups + group) * n + t - n);
+    const uint2 *from =
+        r.columns_sent + column_at(r, 0, t < n ? group * n + t : (r.s.groups + group) * n + t - n);
     uint2 packet[R];
     bool there;
     uint32_t turns = 0;
@@ -368,8 +375,8 @@ step_states(const struct run &r, uint32_t l, const float *state, const float *co
         for (int i = 0; i < RUN_STATES; i++)
             sums[i] = fmaf(through, u[i], cuda_warp_sum(sums[i])) * z[i];
         if (lane == 0)
-            cuda_send(r.gated_sent + row * (r.s.inner / 4) +
-                          (blockIdx.x * RUN_WIDTH + first) / RUN_STATES,
+            cuda_send(r.gated_sent + packet_at<RUN_WIDTH / 4>(
+                                         row, (blockIdx.x * RUN_WIDTH + first) / RUN_STATES),
                       pack_four(float4{sums[0], sums[1], sums[2], sums[3]}, gate, number));
         float *to = r.segments[row].ssm + r.layers[l].ssm +
                     (size_t)(blockIdx.x * RUN_WIDTH + first) * n + V * lane;
@@ -389,13 +396,13 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
     struct barriers *barriers = reinterpret_cast<struct barriers *>(memory + m.barriers);
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     if (threadIdx.x == 0)
-        for (int i = 0; i < 10; i++)
+        for (uint32_t i = 0; i < sizeof *barriers / sizeof(uint64_t); i++)
             cuda_barrier_init(reinterpret_cast<uint64_t *>(barriers) + i);
     cuda_barriers_ready();
     __syncthreads();
     cuda_depend_release();
     if (warp == RUN_WARPS) {
-        fetch_layers(r, m, R, memory, barriers);
+        fetch_layers(r, m, memory, barriers);
         return;
     }
     constexpr int own_count = (R * T * TILE + RUN_THREADS - 1) / RUN_THREADS;
@@ -453,17 +460,16 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
                     parts[row * RUN_WARPS + warp] = sum;
             }
         } else {
-            receive_rows<R, 1>(r.hidden_sent, r.d, r.row_count, number - 1, rows, parts);
+            receive_rows<R, 1, RUN_OUT / 4>(r.hidden_sent, r.d, r.row_count, number - 1, rows,
+                                            parts);
         }
         cuda_meet<RUN_THREADS>();
-        const uint32_t in_slot = l % m.in_stages;
-        cuda_barrier_wait(&barriers->in_full[in_slot], l / m.in_stages & 1);
-        multiply<R, T>(reinterpret_cast<bf16 *>(memory + m.in) +
-                           in_slot * m.in_rows * (r.d + RUN_PAD),
-                       rows, r.d, m.in_rows, r.row_count, sums);
+        cuda_barrier_wait(&barriers->in_full, l & 1);
+        multiply<R, T>(reinterpret_cast<bf16 *>(memory + m.in), rows, r.d, m.in_rows, r.row_count,
+                       sums);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
-            cuda_barrier_arrive(&barriers->in_free[in_slot]);
+            cuda_barrier_arrive(&barriers->in_free);
 #pragma unroll
         for (int k = 0; k < own_count; k++) {
             struct own_result &o = own[k];
@@ -472,18 +478,20 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
             const float value = fmaf(sum_of<R, T>(sums, o.row, o.o),
                                      norm_scale(parts, o.row, r.d, r.epsilon), o.bias);
             float *in = inputs + o.row * (2 * RUN_WIDTH + 2);
-            if (o.o < RUN_WIDTH) {
-                in[o.o] = convolve(&o.column, value);
+            /* What others wait for first. */
+            if (o.o < RUN_WIDTH || (o.o >= 2 * RUN_WIDTH && o.o < 2 * RUN_WIDTH + r.columns)) {
+                const float next = convolve(&o.column, value);
+                if (o.o < RUN_WIDTH)
+                    in[o.o] = next;
+                else
+                    cuda_send(r.columns_sent +
+                                  column_at(r, o.row, blockIdx.x * r.columns + o.o - 2 * RUN_WIDTH),
+                              uint2{__float_as_uint(next), number});
                 keep_column(r, l, o);
             } else if (o.o < 2 * RUN_WIDTH) {
                 in[o.o] = cuda_silu(value);
-            } else if (o.o < 2 * RUN_WIDTH + r.columns) {
-                const float sent = convolve(&o.column, value);
-                cuda_send(r.columns_sent + o.row * 2 * s.groups * s.n + blockIdx.x * r.columns +
-                              o.o - 2 * RUN_WIDTH,
-                          uint2{__float_as_uint(sent), number});
-                keep_column(r, l, o);
-            } else {
+            }
+            if (o.o == 2 * RUN_WIDTH + r.columns) {
                 const float time =
                     fminf(fmaxf(cuda_softplus(value + o.dt_bias), s.dt_min), s.dt_max);
                 in[2 * RUN_WIDTH] = time;
@@ -492,22 +500,21 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
         }
         /* The recurrence. */
         receive_columns<R, V>(r, number, columns);
-        const uint32_t state_slot = l % m.state_stages;
-        cuda_barrier_wait(&barriers->state_full[state_slot], l / m.state_stages & 1);
+        cuda_barrier_wait(&barriers->state_full, l & 1);
         cuda_meet<RUN_THREADS>();
-        step_states<R, V>(
-            r, l, reinterpret_cast<float *>(memory + m.state) + state_slot * R * RUN_WIDTH * s.n,
-            columns, inputs, through, gate, number);
+        step_states<R, V>(r, l, reinterpret_cast<float *>(memory + m.state), columns, inputs,
+                          through, gate, number);
         if (l + 1 < r.layer_count)
             load_layer(l + 1);
         /* out_proj */
         if (R == 1)
             receive_row(r.gated_sent, s.inner, number, rows, out_parts);
         else
-            receive_rows<R, 2>(r.gated_sent, s.inner, r.row_count, number, rows, out_parts);
+            receive_rows<R, 2, RUN_WIDTH / 4>(r.gated_sent, s.inner, r.row_count, number, rows,
+                                              out_parts);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
-            cuda_barrier_arrive(&barriers->state_free[state_slot]);
+            cuda_barrier_arrive(&barriers->state_free);
         cuda_barrier_wait(&barriers->out_full, l & 1);
         multiply<R, 1>(reinterpret_cast<bf16 *>(memory + m.out), rows, s.inner, RUN_OUT,
                        r.row_count, sums);
@@ -526,7 +533,7 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
             if (has_out && l + 1 == r.layer_count)
                 r.hidden[out_row * r.d + out_at] = x;
             else if (has_out && lane % 4 == 0)
-                cuda_send(r.hidden_sent + (out_row * r.d + out_at) / 4,
+                cuda_send(r.hidden_sent + packet_at<RUN_OUT / 4>(out_row, out_at / 4),
                           pack_four(v, next_norm, number));
         }
         if (l + 1 < r.layer_count)

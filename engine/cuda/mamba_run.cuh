@@ -9,6 +9,7 @@
 #define RUN_LAYERS 32 /* of one kernel at most: its arguments have 4 KiB */
 #define RUN_WIDTH 16  /* of the inner width, that a block of the grid has */
 #define RUN_OUT 8     /* rows of out_proj that it has */
+#define RUN_LINE 128  /* bytes of a line of the cache: what it sends of a row has one */
 
 struct run_layer {
     struct step_weights<bf16> weights;
@@ -24,7 +25,8 @@ struct run {
     float epsilon;
     const struct cuda_segment *segments; /* [row_count] on the device, a row each */
     float *hidden;                       /* [row_count, d] in and out */
-    /* On the device, for RUN_ROWS rows, nobody else's; zeros in the beginning. */
+    /* On the device, RUN_LINE bytes for each of RUN_ROWS rows and each block of the grid, nobody
+     * else's; zeros in the beginning. */
     uint4 *hidden_sent, *gated_sent;
     uint2 *columns_sent;
     uint32_t *serial; /* layers that were run */

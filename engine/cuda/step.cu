@@ -162,9 +162,10 @@ enum status cuda_step_open(struct ops_context *x, struct error *err)
     r->d = c->hidden_size;
     r->columns = 2 * r->s.groups * r->s.n * RUN_WIDTH / r->s.inner;
     r->epsilon = c->norm_epsilon;
-    r->hidden_sent = (uint4 *)cuda_take(x, RUN_ROWS * sizeof(uint4) * (r->d / 4));
-    r->gated_sent = (uint4 *)cuda_take(x, RUN_ROWS * sizeof(uint4) * (r->s.inner / 4));
-    r->columns_sent = (uint2 *)cuda_take(x, RUN_ROWS * sizeof(uint2) * 2 * r->s.groups * r->s.n);
+    const size_t lines = RUN_ROWS * RUN_LINE * cuda_ceil(r->s.inner, RUN_WIDTH);
+    r->hidden_sent = (uint4 *)cuda_take(x, lines);
+    r->gated_sent = (uint4 *)cuda_take(x, lines);
+    r->columns_sent = (uint2 *)cuda_take(x, lines);
     r->serial = (uint32_t *)cuda_take(x, sizeof *r->serial);
     if (!s->graphs || !s->host_memory || !s->device_memory || !s->candidates || !s->best ||
         !s->arrived || !s->largest || !r->hidden_sent || !r->gated_sent || !r->columns_sent ||
