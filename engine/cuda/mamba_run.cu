@@ -567,7 +567,7 @@ template <int R> static bool choose_tiles(struct ops_context *x, const struct ru
 
 void cuda_run_launch(struct ops_context *x, const struct run &r)
 {
-    const bool done = r.row_count == 1 ? choose_tiles<1>(x, r) : choose_tiles<RUN_ROWS>(x, r);
+    const bool done = choose_tiles<RUN_ROWS>(x, r);
     ASSERT(done);
 }
 
@@ -586,6 +586,5 @@ bool cuda_run_covers(const struct ops_context *x, uint32_t row_count)
     r.d = d;
     r.columns = columns / blocks;
     const uint32_t tiles = cuda_ceil(2 * RUN_WIDTH + r.columns + 1, TILE);
-    return (tiles == 5 || tiles == 6) &&
-           room_of(r, row_count == 1 ? 1 : RUN_ROWS, tiles).bytes <= x->shared_most;
+    return (tiles == 5 || tiles == 6) && room_of(r, RUN_ROWS, tiles).bytes <= x->shared_most;
 }

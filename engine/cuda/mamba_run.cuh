@@ -5,7 +5,7 @@
 
 #include "engine/cuda/mamba_step.cuh"
 
-#define RUN_ROWS 8    /* at most */
+#define RUN_ROWS 1    /* at most: more have kernels that are faster (mamba_step.cu) */
 #define RUN_LAYERS 32 /* of one kernel at most: its arguments have 4 KiB */
 #define RUN_WIDTH 16  /* of the inner width, that a block of the grid has */
 #define RUN_OUT 8     /* rows of out_proj that it has */
