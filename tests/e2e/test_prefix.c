@@ -524,17 +524,12 @@ static void hold_budget(unsigned mib)
     /* A talk that is too large by itself keeps its last places. */
     cJSON *history = begin("This one is long.");
     struct said last = turn(ann, history, 0, 0);
-    size_t exact = 0;
     for (size_t i = 0; i < 2 * QUESTIONS; i++) {
         answer_and_ask(history, &last, questions[i % QUESTIONS]);
         const struct said said = turn(ann, history, 0, 0);
-        /* Where the text is read in other tokens than were said, it is read anew. */
-        assert_true(said.cached <= last.prompt + last.completion - 1);
-        assert_true(said.cached >= last.cached);
-        exact += said.cached == last.prompt + last.completion - 1;
+        assert_true(said.cached == last.prompt + last.completion - 1);
         last = said;
     }
-    assert_true(exact >= QUESTIONS);
     wait_for_budget(bytes);
     cJSON_Delete(history);
 }
