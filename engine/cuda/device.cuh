@@ -339,6 +339,50 @@ template <int left> static __device__ __forceinline__ void cuda_copy_wait(void)
 {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(left) : "memory");
 }
+
+/* A barrier in shared memory, whose phases each end with `arrivals` arrivals. */
+static __device__ __forceinline__ void cuda_barrier_init(uint64_t *barrier, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(barrier)),
+                 "r"(arrivals)
+                 : "memory");
+}
+
+/* What this thread has read and written before is behind whoever waits. */
+static __device__ __forceinline__ void cuda_barrier_arrive(uint64_t *barrier)
+{
+    asm volatile("{\n"
+                 ".reg .b64 state;\n"
+                 "mbarrier.arrive.shared.b64 state, [%0];\n"
+                 "}\n" ::"r"((uint32_t)__cvta_generic_to_shared(barrier))
+                 : "memory");
+}
+
+/* An arrival that comes once this thread's asynchronous copies so far are done. */
+static __device__ __forceinline__ void cuda_barrier_copied(uint64_t *barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(barrier))
+                 : "memory");
+}
+
+/* Until the phase of this parity has ended; the first has parity 0, and the one before it has. */
+static __device__ __forceinline__ void cuda_barrier_wait(uint64_t *barrier, uint32_t parity)
+{
+#if __CUDA_ARCH__ >= 900
+#define CUDA_BARRIER_TEST "mbarrier.try_wait.parity.shared.b64"
+#else
+#define CUDA_BARRIER_TEST "mbarrier.test_wait.parity.shared.b64"
+#endif
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n" CUDA_BARRIER_TEST " done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}\n" ::"r"((uint32_t)__cvta_generic_to_shared(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
 #endif
 
 /* `bytes` from global memory to the L2 cache, both aligned to 16: a hint. */

@@ -26,26 +26,12 @@ template <int threads> static __device__ __forceinline__ void cuda_meet(void)
     asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
 }
 
-/* ---- barriers in shared memory: a phase ends with one arrival and all bytes expected ---- */
-
-static __device__ __forceinline__ void cuda_barrier_init(uint64_t *barrier)
-{
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(cuda_shared_address(barrier))
-                 : "memory");
-}
-
-/* Behind the last of them, before __syncthreads. */
+/* Barriers are set up that copies will arrive at; before __syncthreads. */
 static __device__ __forceinline__ void cuda_barriers_ready(void)
 {
 #if CUDA_EXCHANGES
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
-}
-
-static __device__ __forceinline__ void cuda_barrier_arrive(uint64_t *barrier)
-{
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(cuda_shared_address(barrier))
-                 : "memory");
 }
 
 /* Arrives, with bytes to come by copies. */
@@ -56,21 +42,6 @@ static __device__ __forceinline__ void cuda_barrier_expect(uint64_t *barrier, ui
         "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(cuda_shared_address(barrier)),
         "r"(bytes)
         : "memory");
-#endif
-}
-
-/* Until the phase of this parity has ended; the first one's is 0. */
-static __device__ __forceinline__ void cuda_barrier_wait(uint64_t *barrier, uint32_t parity)
-{
-#if CUDA_EXCHANGES
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}\n" ::"r"(cuda_shared_address(barrier)),
-                 "r"(parity)
-                 : "memory");
 #endif
 }
 

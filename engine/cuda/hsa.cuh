@@ -16,5 +16,10 @@ struct hsa_shape {
 bool cuda_attend_pages(struct ops_context *context, const struct hsa_shape &shape,
                        uint32_t row_count, const float *q, const float *weights,
                        const void *const *pages, float *o);
+/* The same for many rows, in a form that reads a page once for neighbours that picked it; the same
+ * bits. False: not covered, or too few rows; nothing was done. */
+bool cuda_attend_groups(struct ops_context *context, const struct hsa_shape &shape,
+                        uint32_t row_count, const float *q, const float *weights,
+                        const void *const *pages, float *o);
 
 #endif

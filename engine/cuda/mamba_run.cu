@@ -397,7 +397,7 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     if (threadIdx.x == 0)
         for (uint32_t i = 0; i < sizeof *barriers / sizeof(uint64_t); i++)
-            cuda_barrier_init(reinterpret_cast<uint64_t *>(barriers) + i);
+            cuda_barrier_init(reinterpret_cast<uint64_t *>(barriers) + i, 1);
     cuda_barriers_ready();
     __syncthreads();
     cuda_depend_release();

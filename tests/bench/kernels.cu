@@ -22,6 +22,7 @@ struct ops_context *bench_kernels_open(void *stream, uint32_t heads, uint32_t kv
     x->config.topk = topk;
     x->config.retrieval_dim = heads * head_dim;
     x->multiprocessors = device.multiProcessorCount;
+    x->shared_most = device.sharedMemPerBlockOptin;
     x->early = device.major >= 9;
     x->stream = (cudaStream_t)stream;
     return x;

@@ -103,6 +103,11 @@ template <typename T> static inline T __shfl_sync(unsigned, T x, int lane)
     return emulator_from((unsigned)lane, x);
 }
 
+static inline int __clz(unsigned x)
+{
+    return x ? __builtin_clz(x) : 32;
+}
+
 static inline unsigned __ballot_sync(unsigned, int predicate)
 {
     const uint64_t *all = emulator_exchange(predicate != 0);
@@ -137,6 +142,12 @@ template <int left> static inline void cuda_copy_wait(void)
     emulator_copy_wait(left);
 }
 
+/* As PTX's mbarrier. */
+void cuda_barrier_init(uint64_t *barrier, uint32_t arrivals);
+void cuda_barrier_arrive(uint64_t *barrier);
+void cuda_barrier_copied(uint64_t *barrier);
+void cuda_barrier_wait(uint64_t *barrier, uint32_t parity);
+
 /* ---- and exchange.cuh ----
  * Bulk copies are done when somebody waits for them; until then there is NaN. */
 
@@ -145,10 +156,7 @@ template <int threads> static inline void cuda_meet(void)
 {
     emulator_meet(threads);
 }
-void cuda_barrier_init(uint64_t *barrier);
-void cuda_barrier_arrive(uint64_t *barrier);
 void cuda_barrier_expect(uint64_t *barrier, uint32_t bytes);
-void cuda_barrier_wait(uint64_t *barrier, uint32_t parity);
 void cuda_copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
 static inline void cuda_barriers_ready(void)
 {

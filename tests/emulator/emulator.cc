@@ -7,6 +7,7 @@
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
 #include "engine/cuda/mamba_blocks.cuh"
+#include "engine/cuda/retrieve.cuh"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -445,79 +446,84 @@ void emulator_copy_wait(int left)
     }
 }
 
-/* ---- barriers with bytes, bulk copies ---- */
-
-/* A barrier: arrivals to come, bytes to come, phases ended. */
-struct phases {
-    uint16_t arrivals, ended;
-    int32_t bytes;
+/* In a barrier's 64 bits. */
+struct barrier {
+    uint16_t arrivals, left;        /* of a phase, and until this one ends */
+    uint32_t phase : 1, bytes : 31; /* that are still to come */
 };
+static_assert(sizeof(barrier) == sizeof(uint64_t), "a barrier is 8 bytes");
 
-static phases *phases_of(uint64_t *barrier)
+static barrier *barrier_at(uint64_t *at)
 {
-    static_assert(sizeof(phases) == sizeof *barrier, "in its place");
-    return reinterpret_cast<phases *>(barrier);
+    return reinterpret_cast<barrier *>(at);
 }
 
-static void end_phase(phases *p)
+static void end_phase(barrier *b)
 {
-    if (p->arrivals || p->bytes)
-        return;
-    p->arrivals = 1;
-    p->ended++;
     e.progress++;
+    if (b->left || b->bytes)
+        return;
+    b->left = b->arrivals;
+    b->phase ^= 1;
 }
 
-void cuda_barrier_init(uint64_t *barrier)
+void cuda_barrier_init(uint64_t *at, uint32_t arrivals)
 {
-    *phases_of(barrier) = {1, 0, 0};
+    *barrier_at(at) = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 0};
 }
 
-void cuda_barrier_expect(uint64_t *barrier, uint32_t bytes)
+void cuda_barrier_expect(uint64_t *at, uint32_t bytes)
 {
-    phases *p = phases_of(barrier);
-    if (!p->arrivals)
-        fprintf(stderr, "emulator: %s: a barrier's phase has its arrival\n", e.name), abort();
-    p->arrivals--;
-    p->bytes += (int32_t)bytes;
-    end_phase(p);
+    barrier *b = barrier_at(at);
+    if (!b->left || b->left > b->arrivals)
+        fprintf(stderr, "emulator: %s: a barrier that nobody set up\n", e.name), abort();
+    b->left--;
+    b->bytes += bytes;
+    end_phase(b);
 }
 
-void cuda_barrier_arrive(uint64_t *barrier)
+void cuda_barrier_arrive(uint64_t *at)
 {
-    cuda_barrier_expect(barrier, 0);
+    cuda_barrier_expect(at, 0);
 }
 
-void cuda_copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
+void cuda_barrier_copied(uint64_t *at)
+{
+    cuda_copy_commit();
+    emulator_copy_wait(0);
+    cuda_barrier_arrive(at);
+}
+
+void cuda_copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *at)
 {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || !bytes)
         fprintf(stderr, "emulator: %s: a bulk copy is not aligned\n", e.name), abort();
     memset(to, 0xff, bytes);
-    e.block->bulk.push_back({to, from, bytes, barrier});
+    e.block->bulk.push_back({to, from, bytes, at});
     e.progress++;
 }
 
-static void end_copies(uint64_t *barrier)
+static void end_copies(uint64_t *at)
 {
     std::vector<bulk_copy> others;
     for (const bulk_copy &c : e.block->bulk) {
-        if (c.barrier != barrier) {
+        if (c.barrier != at) {
             others.push_back(c);
             continue;
         }
         memcpy(c.to, c.from, c.bytes);
-        phases_of(barrier)->bytes -= (int32_t)c.bytes;
+        barrier_at(at)->bytes -= c.bytes;
     }
     if (others.size() < e.block->bulk.size())
-        end_phase(phases_of(barrier));
+        end_phase(barrier_at(at));
     e.block->bulk.swap(others);
 }
 
-void cuda_barrier_wait(uint64_t *barrier, uint32_t parity)
+void cuda_barrier_wait(uint64_t *at, uint32_t parity)
 {
-    while ((phases_of(barrier)->ended & 1) == parity) {
+    while (barrier_at(at)->phase == parity) {
         yield();
-        end_copies(barrier);
+        end_copies(at);
     }
 }
 
@@ -772,6 +778,13 @@ bool cuda_product(struct ops_context *x, const void *w, uint32_t n, uint32_t k, 
                 ((float *)out)[to] = how == CUDA_ADD ? ((float *)out)[to] + sum : sum;
         }
     return true;
+}
+
+/* Scans take the form of other GPUs. */
+bool cuda_scan_blocks(struct ops_context *, const struct cuda_segment *, const struct ops_segment *,
+                      uint32_t, struct cuda_candidate *)
+{
+    return false;
 }
 
 /* Shapes of both kinds are tested: these, and those whose gate has its norm at once. */

@@ -1,0 +1,100 @@
+/* hsa_tile.cuh - sparse attention of one row and kv head over one page, on tensor cores: the query
+ * heads that share the kv head are the rows of a tile. A page has a softmax of its own, whose
+ * probabilities its weight goes to, so that all picks add up in the same sums, in the order of the
+ * picks: whoever does that by these functions gets the same bits.
+ * For bf16, chunks of HSA_TOKENS, heads of 64 or 128. Thread: device code. Private to cuda/. */
+#ifndef ENGINE_CUDA_HSA_TILE_CUH
+#define ENGINE_CUDA_HSA_TILE_CUH
+
+#include "engine/cuda/device.cuh"
+
+#define HSA_TOKENS 64
+#define HSA_TILE 16 /* query heads of a tile */
+#define HSA_LOG2_E 1.4426950408889634f
+
+/* K or V of a page, whose rows lie `stride` apart, on its way to shared memory. One warp. */
+template <int HD>
+static __device__ __forceinline__ void hsa_fetch(bf16 *to, const bf16 *from, uint32_t stride)
+{
+    constexpr uint32_t units = HD / 8, rows = CUDA_WARP / units; /* at once */
+    const uint32_t lane = threadIdx.x % CUDA_WARP, row = lane / units;
+    from += (size_t)row * stride + lane % units * 8;
+#pragma unroll 4
+    for (uint32_t k = 0; k < HSA_TOKENS; k += rows, from += rows * stride)
+        cuda_copy_async(to + cuda_swizzled<HD>(k + row, lane % units * 8), from);
+}
+
+/* A lane's place in a swizzled tile, whose 16 x 16 elements at (0, 0) four matrices make: see
+ * cuda_swizzled_row. Those at (row, column), multiples of 16: hsa_at. */
+template <int HD> static __device__ __forceinline__ uint32_t hsa_lane(bool by_rows)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, inner = lane % 8;
+    const uint32_t second = lane / 8 % 2, third = lane / 16;
+    return cuda_swizzled<HD>(inner + (by_rows ? second : third) * 8,
+                             (by_rows ? third : second) * 8);
+}
+
+template <int HD>
+static __device__ __forceinline__ const bf16 *hsa_at(const bf16 *tile, uint32_t lane, uint32_t row,
+                                                     uint32_t column)
+{
+    return tile + (lane ^ column) + row * HD;
+}
+
+/* The largest, or the sum, of a row of a tile: over the four lanes that share it. */
+static __device__ __forceinline__ float hsa_row_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(CUDA_ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(CUDA_ALL_LANES, x, 2));
+}
+
+static __device__ __forceinline__ float hsa_row_sum(float x)
+{
+    x += __shfl_xor_sync(CUDA_ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(CUDA_ALL_LANES, x, 2);
+}
+
+/* weight * softmax(q K^T), as the tensor cores take it. query(k, a): the tile's columns from 16 k
+ * on, scaled for exp2, as cuda_mma's a. One warp. */
+template <int HD, typename Q>
+static __device__ __forceinline__ void hsa_weigh(const Q &query, const bf16 *keys, float weight,
+                                                 bool softmax1, uint32_t out[HSA_TOKENS / 16][4])
+{
+    const uint32_t lane = hsa_lane<HD>(false);
+    float scores[HSA_TOKENS / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < HD / 16; k++) {
+        uint32_t a[4];
+        query(k, a);
+#pragma unroll
+        for (int n = 0; n < HSA_TOKENS / 16; n++) {
+            uint32_t b[4];
+            cuda_load_matrices(b, hsa_at<HD>(keys, lane, n * 16, k * 16));
+            cuda_mma(scores[2 * n], a, b);
+            cuda_mma(scores[2 * n + 1], a, b + 2);
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float top = softmax1 ? 0 : -INFINITY, sum = 0;
+#pragma unroll
+        for (int n = 0; n < HSA_TOKENS / 8; n++)
+            top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+        top = hsa_row_max(top);
+#pragma unroll
+        for (int n = 0; n < HSA_TOKENS / 8; n++)
+#pragma unroll
+            for (int i = 2 * half; i < 2 * half + 2; i++) {
+                scores[n][i] = cuda_exp2(scores[n][i] - top);
+                sum += scores[n][i];
+            }
+        sum = hsa_row_sum(sum) + (softmax1 ? cuda_exp2(-top) : 0);
+        const float share = weight / sum;
+#pragma unroll
+        for (int n = 0; n < HSA_TOKENS / 8; n++)
+            out[n / 2][n % 2 * 2 + half] =
+                cuda_pack(scores[n][2 * half] * share, scores[n][2 * half + 1] * share);
+    }
+}
+
+#endif
