@@ -56,10 +56,8 @@ static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
     const struct group group = groups[blockIdx.y];
     const struct cuda_segment segment = segments[group.segment];
     struct cuda_candidate *best = shared + (size_t)warp * SCAN_ROWS * s.topk;
-    for (uint32_t i = lane; i < SCAN_ROWS * s.topk; i += CUDA_WARP) {
-        best[i].score = -INFINITY;
-        best[i].chunk = CUDA_NO_CHUNK;
-    }
+    for (uint32_t i = lane; i < SCAN_ROWS * s.topk; i += CUDA_WARP)
+        best[i] = no_candidate();
     __syncwarp();
     const uint64_t position = segment.position + (group.row - segment.row);
     const uint64_t last = visible(s, position + group.count - 1, segment.chunk_count);
@@ -86,12 +84,8 @@ static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
             const float sum = cuda_warp_sum(sums[r]);
             found.score = lane == r ? sum : found.score;
         }
-        if (lane < group.count && chunk < seen && before(found, own[s.topk - 1])) {
-            uint32_t at = s.topk - 1;
-            for (; at && before(found, own[at - 1]); at--)
-                own[at] = own[at - 1];
-            own[at] = found;
-        }
+        if (lane < group.count && chunk < seen && before(found, own[s.topk - 1]))
+            cuda_insert(own, s.topk, found);
     }
     __syncwarp();
     for (uint32_t i = lane; i < group.count * s.topk; i += CUDA_WARP) {
@@ -113,31 +107,20 @@ static __global__ void __launch_bounds__(MERGE_WARPS *CUDA_WARP)
     if (row >= rows)
         return;
     const struct cuda_candidate *from = candidates + row * count;
-    struct cuda_candidate last;
-    last.score = INFINITY;
-    last.chunk = 0;
+    struct cuda_candidate last = no_candidate();
     uint32_t found = 0;
     for (; found < topk; found++) {
-        struct cuda_candidate best;
-        best.score = -INFINITY;
-        best.chunk = CUDA_NO_CHUNK;
+        struct cuda_candidate best = no_candidate();
         for (uint32_t i = lane; i < count; i += CUDA_WARP) {
             const struct cuda_candidate c = from[i];
             if (c.chunk != CUDA_NO_CHUNK && (found == 0 || before(last, c)) && before(c, best))
                 best = c;
         }
-        for (int step = CUDA_WARP / 2; step; step /= 2) {
-            struct cuda_candidate other;
-            other.score = __shfl_xor_sync(CUDA_ALL_LANES, best.score, step);
-            other.chunk = __shfl_xor_sync(CUDA_ALL_LANES, best.chunk, step);
-            if (before(other, best))
-                best = other;
-        }
-        if (best.chunk == CUDA_NO_CHUNK)
+        last = cuda_warp_best(best);
+        if (last.chunk == CUDA_NO_CHUNK)
             break;
-        last = best;
         if (lane == 0)
-            shared[warp][found] = best;
+            shared[warp][found] = last;
     }
     __syncwarp();
     weigh(w, topk, found, shared[warp], ordered[warp], chunks + row * topk, weights + row * topk);

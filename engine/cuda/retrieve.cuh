@@ -71,6 +71,29 @@ static __device__ __forceinline__ void cuda_insert(struct cuda_candidate *list, 
     list[at] = found;
 }
 
+/* Scores of `N` chunks from `chunk` on, of those below `seen`, the same in all lanes, to a warp's
+ * list in shared memory, whose last one is `worst`. */
+template <int N>
+static __device__ __forceinline__ void cuda_keep_scores(struct cuda_candidate *list,
+                                                        uint32_t length, const float scores[N],
+                                                        uint64_t chunk, uint64_t seen,
+                                                        struct cuda_candidate *worst)
+{
+#pragma unroll
+    for (uint32_t i = 0; i < N; i++) {
+        struct cuda_candidate found;
+        found.score = scores[i];
+        found.chunk = (uint32_t)(chunk + i);
+        if (chunk + i >= seen || !before(found, *worst))
+            continue;
+        if (threadIdx.x % CUDA_WARP == 0)
+            cuda_insert(list, length, found);
+        __syncwarp();
+        *worst = list[length - 1];
+        __syncwarp();
+    }
+}
+
 /* The best of a block's WARPS, in order: lane w follows the list of warp w. One warp. */
 template <int WARPS>
 static __device__ __forceinline__ void cuda_merge_warps(const struct cuda_candidate *lists,

@@ -269,19 +269,7 @@ static __global__ void __launch_bounds__(WARPS *CUDA_WARP)
             score_codes(norm, own, codes_of(chunk), scale_at(chunk), s.dim, s.width, s.heads,
                         scores);
         }
-#pragma unroll
-        for (uint32_t i = 0; i < AHEAD; i++) {
-            struct cuda_candidate found;
-            found.score = scores[i];
-            found.chunk = (uint32_t)(chunk + i);
-            if (chunk + i >= seen || !before(found, worst))
-                continue;
-            if (lane == 0)
-                cuda_insert(best, s.topk, found);
-            __syncwarp();
-            worst = best[s.topk - 1];
-            __syncwarp();
-        }
+        cuda_keep_scores<AHEAD>(best, s.topk, scores, chunk, seen, &worst);
     }
     __syncthreads();
     if (warp == 0)

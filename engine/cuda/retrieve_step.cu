@@ -134,19 +134,7 @@ static __global__ void __launch_bounds__(SCAN_WARPS *CUDA_WARP)
             score_plain(own, landmark(chunk), s.width, s.dim, (uint32_t)(seen - chunk), norm,
                         scores);
         }
-#pragma unroll
-        for (uint32_t i = 0; i < SCAN_AHEAD; i++) {
-            struct cuda_candidate found;
-            found.score = scores[i];
-            found.chunk = (uint32_t)(chunk + i);
-            if (chunk + i >= seen || !before(found, worst))
-                continue;
-            if (lane == 0)
-                cuda_insert(best, s.topk, found);
-            __syncwarp();
-            worst = best[s.topk - 1];
-            __syncwarp();
-        }
+        cuda_keep_scores<SCAN_AHEAD>(best, s.topk, scores, chunk, seen, &worst);
     }
     __syncthreads();
     if (warp == 0)
