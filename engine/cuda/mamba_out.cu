@@ -8,28 +8,23 @@
 
 #include "engine/cuda/device.cuh"
 #include "engine/cuda/mamba_blocks.cuh"
+#include "engine/cuda/wgmma.cuh"
 
 #define ROWS 128 /* of a block's tile */
-#define COLUMNS 256
-#define DEPTH 64 /* of a stage: what a swizzle of 128 bytes spans */
+#define COLUMNS WGMMA_COLUMNS
+#define DEPTH WGMMA_DEPTH /* of a stage */
 #define STAGES 4
-#define GROUP 128           /* threads of a warpgroup */
+#define GROUP WGMMA_GROUP
 #define THREADS (3 * GROUP) /* two that multiply, one that fetches */
 #define GROUP_ROWS (ROWS / 2)
 #define STAGE_BYTES ((ROWS + COLUMNS) * DEPTH * 2)
-#define ATOM 1024 /* bytes that a swizzle repeats after: eight rows of a stage */
+#define ATOM WGMMA_ATOM
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 
 static __device__ __forceinline__ uint32_t address_of(const void *shared)
 {
     return (uint32_t)__cvta_generic_to_shared(shared);
-}
-
-static __device__ __forceinline__ void barrier_init(uint64_t *barrier, uint32_t arrivals)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(arrivals)
-                 : "memory");
 }
 
 /* The one arrival of this phase, which ends when `bytes` have come too. */
@@ -39,24 +34,6 @@ static __device__ __forceinline__ void barrier_expect(uint64_t *barrier, uint32_
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)),
         "r"(bytes)
         : "memory");
-}
-
-static __device__ __forceinline__ void barrier_arrive(uint64_t *barrier)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(barrier)) : "memory");
-}
-
-/* Until the phase of this parity has ended. */
-static __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity)
-{
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}\n" ::"r"(address_of(barrier)),
-                 "r"(parity)
-                 : "memory");
 }
 
 /* The map's box at (column, row) to shared memory; zeros beyond the matrix. */
@@ -69,45 +46,6 @@ static __device__ __forceinline__ void fetch_box(void *to, const CUtensorMap *ma
                  : "memory");
 }
 
-/* A stage's rows of DEPTH elements, swizzled by 128 bytes, as wgmma takes them. */
-static __device__ __forceinline__ uint64_t matrix_at(const void *rows)
-{
-    return (uint64_t)(address_of(rows) >> 4) | (uint64_t)1 << 16 | (uint64_t)(ATOM >> 4) << 32 |
-           (uint64_t)1 << 62;
-}
-
-#define SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
-#define SUMS_64(i) SUMS_16(i), SUMS_16(i + 16), SUMS_16(i + 32), SUMS_16(i + 48)
-
-/* d [64, 256] (+)= a [64, 16] b [256, 16]^T, one warpgroup. d[4 j + i]: row 16 warp + lane / 4,
- * eight further when i is 2 or 3, column 8 j + 2 (lane % 4) + i % 2. */
-static __device__ __forceinline__ void multiply(float d[COLUMNS / 2], uint64_t a, uint64_t b,
-                                                bool add)
-{
-    asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, "
-                 "%8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, "
-                 "%24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, "
-                 "%40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, "
-                 "%56, %57, %58, %59, %60, %61, %62, %63, "
-                 "%64, %65, %66, %67, %68, %69, %70, %71, "
-                 "%72, %73, %74, %75, %76, %77, %78, %79, "
-                 "%80, %81, %82, %83, %84, %85, %86, %87, "
-                 "%88, %89, %90, %91, %92, %93, %94, %95, "
-                 "%96, %97, %98, %99, %100, %101, %102, %103, "
-                 "%104, %105, %106, %107, %108, %109, %110, %111, "
-                 "%112, %113, %114, %115, %116, %117, %118, %119, "
-                 "%120, %121, %122, %123, %124, %125, %126, %127}, "
-                 "%128, %129, more, 1, 1, 0, 0;\n}\n"
-                 : SUMS_64(0), SUMS_64(64)
-                 : "l"(a), "l"(b), "r"((int)add));
-}
-
 static __device__ __forceinline__ void fetch_stages(const CUtensorMap *x, const CUtensorMap *w,
                                                     uint8_t *stages, uint64_t *full,
                                                     uint64_t *empty, uint32_t steps)
@@ -116,7 +54,7 @@ static __device__ __forceinline__ void fetch_stages(const CUtensorMap *x, const 
         const uint32_t slot = i % STAGES;
         uint8_t *to = stages + slot * STAGE_BYTES;
         if (i >= STAGES)
-            barrier_wait(empty + slot, (i / STAGES - 1) % 2);
+            cuda_barrier_wait(empty + slot, (i / STAGES - 1) % 2);
         barrier_expect(full + slot, STAGE_BYTES);
         fetch_box(to, x, i * DEPTH, blockIdx.y * ROWS, full + slot);
         fetch_box(to + ROWS * DEPTH * 2, w, i * DEPTH, blockIdx.x * COLUMNS, full + slot);
@@ -131,21 +69,15 @@ static __device__ __forceinline__ void multiply_stages(const uint8_t *stages, ui
     for (uint32_t i = 0; i < steps; i++) {
         const uint32_t slot = i % STAGES;
         const uint8_t *stage = stages + slot * STAGE_BYTES;
-        barrier_wait(full + slot, i / STAGES % 2);
-        const uint64_t a = matrix_at(stage + group * GROUP_ROWS * DEPTH * 2);
-        const uint64_t b = matrix_at(stage + ROWS * DEPTH * 2);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int k = 0; k < DEPTH / 16; k++) /* 16 elements: 2 units of 16 bytes */
-            multiply(d, a + 2 * k, b + 2 * k, i || k);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        cuda_barrier_wait(full + slot, i / STAGES % 2);
+        wgmma_step(d, stage + group * GROUP_ROWS * DEPTH * 2, stage + ROWS * DEPTH * 2, !i);
         if (i) { /* the step before this one is done with its stage */
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            wgmma_wait<1>();
             if (threadIdx.x % GROUP == 0)
-                barrier_arrive(empty + (i - 1) % STAGES);
+                cuda_barrier_arrive(empty + (i - 1) % STAGES);
         }
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wgmma_wait<0>();
 }
 
 /* out += scale * d, a warpgroup's rows, as far as there are. */
@@ -196,8 +128,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
     const uint32_t steps = s.depth / DEPTH;
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < STAGES; i++) {
-            barrier_init(full + i, 1);
-            barrier_init(empty + i, 2);
+            cuda_barrier_init(full + i, 1);
+            cuda_barrier_init(empty + i, 2);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

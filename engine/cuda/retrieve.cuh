@@ -148,6 +148,56 @@ static __device__ __forceinline__ uint32_t cuda_merge_lists(const struct cuda_ca
     return found;
 }
 
+#define CUDA_SCAN_LIST 8
+
+/* The best that a thread has seen, best first. It sees chunks in order, so of equal scores the one
+ * that came first stays in front. */
+struct scan_list {
+    float scores[CUDA_SCAN_LIST];
+    uint32_t chunks[CUDA_SCAN_LIST];
+};
+
+static __device__ __forceinline__ void cuda_scan_insert(struct scan_list *list, float score,
+                                                        uint32_t chunk)
+{
+    list->scores[CUDA_SCAN_LIST - 1] = score;
+    list->chunks[CUDA_SCAN_LIST - 1] = chunk;
+#pragma unroll
+    for (int i = CUDA_SCAN_LIST - 1; i > 0; i--) {
+        const bool up = list->scores[i] > list->scores[i - 1];
+        const float s = list->scores[i], t = list->scores[i - 1];
+        const uint32_t c = list->chunks[i], d = list->chunks[i - 1];
+        list->scores[i] = up ? t : s;
+        list->scores[i - 1] = up ? s : t;
+        list->chunks[i] = up ? d : c;
+        list->chunks[i - 1] = up ? c : d;
+    }
+}
+
+static __device__ __forceinline__ void cuda_scan_clear(struct scan_list *list)
+{
+#pragma unroll
+    for (int i = 0; i < CUDA_SCAN_LIST; i++) {
+        list->scores[i] = -INFINITY;
+        list->chunks[i] = CUDA_NO_CHUNK;
+    }
+}
+
+/* To its place among candidates [rows, heads, lists, CUDA_SCAN_LIST]. */
+static __device__ __forceinline__ void cuda_scan_store(struct cuda_candidate *candidates,
+                                                       uint32_t heads, uint32_t lists, size_t row,
+                                                       uint32_t head, uint32_t at,
+                                                       const struct scan_list &list)
+{
+    struct cuda_candidate *out =
+        candidates + ((row * heads + head) * lists + at) * CUDA_SCAN_LIST;
+#pragma unroll
+    for (int i = 0; i < CUDA_SCAN_LIST; i++) {
+        out[i].score = list.scores[i];
+        out[i].chunk = list.chunks[i];
+    }
+}
+
 struct weighing {
     bool softmax;
     float pos_decay;
@@ -244,7 +294,6 @@ void cuda_codes_close(struct ops_context *context);
 
 /* ---- retrieve_scan.cu ---- */
 
-#define CUDA_SCAN_LIST 8
 /* The scan of long segments on tensor cores covers this form. */
 bool cuda_scans_rows(const struct ops_context *context);
 /* How many lists of CUDA_SCAN_LIST candidates each row and head of a long segment gets, whose rows
@@ -256,5 +305,13 @@ uint32_t cuda_scan_lists(const struct ops_context *context, uint32_t row_count, 
 void cuda_scan_rows(struct ops_context *context, const struct cuda_segment *segment,
                     const struct ops_segment *host, uint32_t lists,
                     struct cuda_candidate *candidates);
+
+/* ---- retrieve_blocks.cu ---- */
+
+/* cuda_scan_rows on Hopper; `lists` is even. False: not covered, nothing was done; the answer does
+ * not depend on the rows. */
+bool cuda_scan_blocks(struct ops_context *context, const struct cuda_segment *segment,
+                      const struct ops_segment *host, uint32_t lists,
+                      struct cuda_candidate *candidates);
 
 #endif

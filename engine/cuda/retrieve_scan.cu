@@ -1,6 +1,7 @@
 /* retrieve_scan.cu - the scan over the landmarks for segments of many rows: a product on tensor
  * cores, 128 queries by 128 landmarks at a time, whose scores go through shared memory to the best
- * of each row, kept in registers, and never further. For bf16 and at most CUDA_SCAN_LIST picks. */
+ * of each row, kept in registers, and never further. For bf16 and at most CUDA_SCAN_LIST picks.
+ * Hopper has a form of its own: retrieve_blocks.cu. */
 #include "engine/cuda/retrieve.cuh"
 
 #define QUERIES 128
@@ -52,32 +53,9 @@ static __device__ __forceinline__ void multiply(const bf16 *queries, const bf16 
     }
 }
 
-/* The best that a thread has seen, best first. It sees chunks in order, so of equal scores the one
- * that came first stays in front. */
-struct list {
-    float scores[CUDA_SCAN_LIST];
-    uint32_t chunks[CUDA_SCAN_LIST];
-};
-
-static __device__ __forceinline__ void insert(struct list *list, float score, uint32_t chunk)
-{
-    list->scores[CUDA_SCAN_LIST - 1] = score;
-    list->chunks[CUDA_SCAN_LIST - 1] = chunk;
-#pragma unroll
-    for (int i = CUDA_SCAN_LIST - 1; i > 0; i--) {
-        const bool up = list->scores[i] > list->scores[i - 1];
-        const float s = list->scores[i], t = list->scores[i - 1];
-        const uint32_t c = list->chunks[i], d = list->chunks[i - 1];
-        list->scores[i] = up ? t : s;
-        list->scores[i - 1] = up ? s : t;
-        list->chunks[i] = up ? d : c;
-        list->chunks[i - 1] = up ? c : d;
-    }
-}
-
 /* The tile's scores, one half of the landmarks after the other, to each row's lists. */
 static __device__ __forceinline__ void rank(float *scores, const float acc[4][4][4], uint32_t first,
-                                            uint64_t seen, struct list *list)
+                                            uint64_t seen, struct scan_list *list)
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     const uint32_t top = warp / WARPS_ACROSS * WARP_QUERIES + lane / 4;
@@ -101,7 +79,7 @@ static __device__ __forceinline__ void rank(float *scores, const float acc[4][4]
 #pragma unroll 8
         for (uint32_t i = 0; i < SCORED / PARTS; i++)
             if (i < there && from[i] > list->scores[CUDA_SCAN_LIST - 1])
-                insert(list, from[i], chunk + i);
+                cuda_scan_insert(list, from[i], chunk + i);
     }
 }
 
@@ -137,12 +115,8 @@ static __global__ void __launch_bounds__(THREADS)
         }
         cuda_copy_commit();
     };
-    struct list list;
-#pragma unroll
-    for (int i = 0; i < CUDA_SCAN_LIST; i++) {
-        list.scores[i] = -INFINITY;
-        list.chunks[i] = CUDA_NO_CHUNK;
-    }
+    struct scan_list list;
+    cuda_scan_clear(&list);
     for (uint32_t step = 0; step < STAGES - 1; step++)
         fetch_step(step);
     for (uint32_t tile = 0; tile < mine; tile++) {
@@ -159,15 +133,8 @@ static __global__ void __launch_bounds__(THREADS)
     }
     if (own >= row_count)
         return;
-    struct cuda_candidate *out =
-        candidates + ((((size_t)row + own) * s.heads + h) * gridDim.y * PARTS + blockIdx.y * PARTS +
-                      threadIdx.x / QUERIES) *
-                         CUDA_SCAN_LIST;
-#pragma unroll
-    for (int i = 0; i < CUDA_SCAN_LIST; i++) {
-        out[i].score = list.scores[i];
-        out[i].chunk = list.chunks[i];
-    }
+    cuda_scan_store(candidates, s.heads, gridDim.y * PARTS, row + own, h,
+                    blockIdx.y * PARTS + threadIdx.x / QUERIES, list);
 }
 
 bool cuda_scans_rows(const struct ops_context *x)
@@ -193,6 +160,8 @@ void cuda_scan_rows(struct ops_context *x, const struct cuda_segment *segment,
                     struct cuda_candidate *candidates)
 {
     const struct scan_shape s = scan_shape_of(&x->config);
+    if (cuda_scan_blocks(x, segment, host, lists, candidates))
+        return;
     const size_t bytes = STAGES * (QUERIES + LANDMARKS) * SLAB * sizeof(bf16) +
                          QUERIES * SCORE_STRIDE * sizeof(float);
     CUDA_ALLOW_SHARED(x, scan_rows, bytes);
