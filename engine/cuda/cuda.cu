@@ -391,6 +391,27 @@ static void read_fault(struct ops_context *x)
     }
 }
 
+/* Whether the kernels that run here were compiled for Hopper or later. Code for older GPUs may run
+ * on such a one, too (its PTX), but lacks the waits of kernels that begin early. */
+#ifdef __CUDACC__
+static __global__ void nothing(void)
+{
+}
+
+static bool made_for_hopper(void)
+{
+    cudaFuncAttributes code;
+    const bool known = cudaFuncGetAttributes(&code, nothing) == cudaSuccess;
+    cudaGetLastError();
+    return known && code.ptxVersion >= 90;
+}
+#else
+static bool made_for_hopper(void)
+{
+    return true;
+}
+#endif
+
 /* Chooses the device and makes the stream. */
 static enum status open_device(struct ops_context *x, struct error *err)
 {
@@ -416,7 +437,7 @@ static enum status open_device(struct ops_context *x, struct error *err)
                          cudaGetErrorString(error));
     x->multiprocessors = device.multiProcessorCount;
     x->shared_most = device.sharedMemPerBlockOptin;
-    x->early = device.major >= 9;
+    x->early = device.major >= 9 && made_for_hopper();
     snprintf(x->description, sizeof x->description, "cuda (%.100s, %s%s)", device.name,
              x->wide ? "fp32" : "bf16", x->fp8 ? ", landmarks fp8" : "");
     return STATUS_OK;

@@ -156,8 +156,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
 #else
 
+/* Code for 9.0 that may not use what 9.0 alone has: it must not be taken for what it stands for. */
 static __global__ void add_scaled(CUtensorMap, CUtensorMap, struct scaled_rows)
 {
+    __trap();
 }
 
 #endif
@@ -182,8 +184,8 @@ static PFN_cuTensorMapEncodeTiled_v12000 find_encoder(void)
 
 bool cuda_adds_scaled(const struct ops_context *x)
 {
-    return !x->wide && x->config.hidden_size % COLUMNS == 0 && x->config.inner_size % DEPTH == 0 &&
-           find_encoder();
+    return x->early && !x->wide && x->config.hidden_size % COLUMNS == 0 &&
+           x->config.inner_size % DEPTH == 0 && find_encoder();
 }
 
 /* Rows of `depth` bf16, in boxes of DEPTH by `box`. */
