@@ -1,0 +1,25 @@
+/* checks.h - what is checked of each op of the CUDA backend: against ref, and that a part alone
+ * gives the same bits. Thread: main. Each makes its own weights and data, and says what it found.
+ */
+#ifndef TESTS_KERNEL_CUDA_CHECKS_H
+#define TESTS_KERNEL_CUDA_CHECKS_H
+
+#include "tests/kernel/cuda/bed.h"
+
+#define CHECK_SEGMENTS 40 /* at most, of one call */
+
+void check_ends(struct bed *b); /* embed, logits */
+void check_draw(struct bed *b);
+void check_pack(struct bed *b);
+
+/* n segments of counts[i] rows. */
+void check_mamba(struct bed *b, const uint32_t *counts, uint32_t n);
+
+void check_encode(struct bed *b, uint32_t count); /* chunks */
+
+/* n segments of counts[i] rows, which see about chunks[i] landmarks. */
+void check_retrieve(struct bed *b, const uint32_t *counts, const uint64_t *chunks, uint32_t n);
+
+void check_hsa(struct bed *b, uint32_t row_count);
+
+#endif

@@ -1,0 +1,194 @@
+/* Pages of chunks: the encoder writes them, sparse attention reads them. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/base/assert.h"
+#include "tests/kernel/cuda/checks.h"
+
+static void make_encoder(struct bed *b, struct ops_encoder_layer *h, struct ops_encoder_layer *g)
+{
+    const struct model_config *c = &b->config;
+    const uint32_t d = c->hidden_size, kv = c->encoder_kv_heads * c->head_dim,
+                   m = c->encoder_mlp_size;
+    WEIGHT(h->input_norm, g->input_norm, 1, d, 1, 0.2f);
+    MATRIX(h->q, g->q, d, d);
+    WEIGHT(h->q_bias, g->q_bias, 1, d, 0, 0.2f);
+    MATRIX(h->k, g->k, kv, d);
+    WEIGHT(h->k_bias, g->k_bias, 1, kv, 0, 0.2f);
+    MATRIX(h->v, g->v, kv, d);
+    WEIGHT(h->v_bias, g->v_bias, 1, kv, 0, 0.2f);
+    MATRIX(h->o, g->o, d, d);
+    WEIGHT(h->q_norm, g->q_norm, 1, c->head_dim, 1, 0.2f);
+    WEIGHT(h->k_norm, g->k_norm, 1, c->head_dim, 1, 0.2f);
+    WEIGHT(h->post_norm, g->post_norm, 1, d, 1, 0.2f);
+    MATRIX(h->gate, g->gate, m, d);
+    MATRIX(h->up, g->up, m, d);
+    MATRIX(h->down, g->down, d, m);
+}
+
+static void make_chunking(struct bed *b, struct ops_chunking_weights *h,
+                          struct ops_chunking_weights *g, struct ops_encoder_layer *hl,
+                          struct ops_encoder_layer *gl)
+{
+    const struct model_config *c = &b->config;
+    const uint32_t d = c->hidden_size, kv = c->kv_heads * c->head_dim;
+    *h = *g = (struct ops_chunking_weights){0};
+    if (c->encoder_layers) {
+        WEIGHT(h->cls, g->cls, 1, d, 0, 0.5f);
+        if (c->encoder_prenorm)
+            WEIGHT(h->enc_prenorm, g->enc_prenorm, 1, d, 1, 0.2f);
+        for (uint32_t i = 0; i < c->encoder_layers; i++)
+            make_encoder(b, &hl[i], &gl[i]);
+        h->encoder = hl;
+        g->encoder = gl;
+        WEIGHT(h->encoder_norm, g->encoder_norm, 1, d, 1, 0.2f);
+    } else {
+        WEIGHT(h->norm, g->norm, 1, d, 1, 0.2f);
+    }
+    MATRIX(h->proj_k, g->proj_k, kv, d);
+    MATRIX(h->proj_v, g->proj_v, kv, d);
+    MATRIX(h->landmark, g->landmark, c->retrieval_dim, d);
+    if (c->qk_norm)
+        WEIGHT(h->k_norm, g->k_norm, 1, c->head_dim, 1, 0.2f);
+}
+
+#define CHUNKS 19
+
+void check_encode(struct bed *b, uint32_t count)
+{
+    const struct model_config *c = &b->config;
+    const size_t d = c->hidden_size, s = c->chunk_tokens, element = b->wide ? 4 : 2;
+    const size_t kv = 2 * s * c->kv_heads * c->head_dim, r = c->retrieval_dim;
+    struct ops_chunking_weights host, device;
+    struct ops_encoder_layer host_layers[2] = {0}, device_layers[2] = {0};
+    ASSERT(count <= CHUNKS && c->encoder_layers <= 2);
+    make_chunking(b, &host, &device, host_layers, device_layers);
+    float *x = random_floats(count * s * d, 1);
+    float *gx = to_device(b, x, count * s * d * sizeof *x);
+    char *pages = calloc(count, kv * element), *marks = calloc(count, r * element);
+    char *cuda_pages = b->cuda->alloc_host(b->cuda_context, count * kv * element);
+    char *cuda_marks = to_device(b, NULL, count * r * element);
+    ASSERT(pages && marks && cuda_pages);
+    memset(cuda_pages, 0xff, count * kv * element);
+    const float *from[CHUNKS], *device_from[CHUNKS];
+    void *to[CHUNKS], *device_to[CHUNKS], *landmark[CHUNKS], *device_landmark[CHUNKS];
+    for (size_t i = 0; i < count; i++) {
+        from[i] = x + i * s * d;
+        device_from[i] = gx + i * s * d;
+        to[i] = pages + i * kv * element;
+        device_to[i] = cuda_pages + i * kv * element;
+        landmark[i] = marks + i * r * element;
+        device_landmark[i] = cuda_marks + i * r * element;
+    }
+    b->ref->encode_chunks(b->ref_context, &host, count, from, to, landmark);
+    b->cuda->encode_chunks(b->cuda_context, &device, count, device_from, device_to,
+                           device_landmark);
+    const double stages = 2 + 5.0 * c->encoder_layers;
+    float *want = widen(b, pages, count * kv), *got = widen(b, cuda_pages, count * kv);
+    compare(b, "encode_chunks pages", got, want, count * kv, error_bound(b, stages));
+    free(want);
+    free(got);
+    char *host_marks = malloc(count * r * element);
+    b->cuda->copy(b->cuda_context, host_marks, cuda_marks, count * r * element);
+    want = widen(b, marks, count * r);
+    got = widen(b, host_marks, count * r);
+    compare(b, "encode_chunks landmarks", got, want, count * r, error_bound(b, stages));
+    free(want);
+    free(got);
+    /* The last chunk alone. */
+    char *lone = malloc(kv * element);
+    memcpy(lone, device_to[count - 1], kv * element);
+    memset(device_to[count - 1], 0xff, kv * element);
+    b->cuda->host_wrote(b->cuda_context, device_to[count - 1]);
+    b->cuda->encode_chunks(b->cuda_context, &device, 1, device_from + count - 1,
+                           device_to + count - 1, device_landmark + count - 1);
+    same(b, "encode_chunks alone", device_to[count - 1], lone, kv * element);
+    free(lone);
+    free(host_marks);
+    free(pages);
+    free(marks);
+    free(x);
+    b->cuda->release_host(b->cuda_context, cuda_pages);
+    release(b, cuda_marks);
+    release(b, gx);
+}
+
+#define PAGES 40
+
+void check_hsa(struct bed *b, uint32_t row_count)
+{
+    const struct model_config *c = &b->config;
+    const size_t d = c->hidden_size, picks = (size_t)c->retrieval_heads * c->topk;
+    const size_t kv = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim;
+    const size_t bytes = kv * (b->wide ? 4 : 2);
+    struct ops_hsa_weights host = {0}, device = {0};
+    WEIGHT(host.pre_norm, device.pre_norm, 1, c->hidden_size, 1, 0.2f);
+    MATRIX(host.query, device.query, c->hidden_size, c->hidden_size);
+    MATRIX(host.out, device.out, c->hidden_size, c->hidden_size);
+    if (c->qk_norm)
+        WEIGHT(host.q_norm, device.q_norm, 1, c->head_dim, 1, 0.2f);
+    char *pages = b->cuda->alloc_host(b->cuda_context, PAGES * bytes);
+    ASSERT(pages);
+    float *elements = random_floats(PAGES * kv, 1);
+    to_dtype(b, elements, PAGES * kv, pages);
+    free(elements);
+    const void **named = calloc(row_count * picks, sizeof *named);
+    float *weights = calloc(row_count * picks, sizeof *weights);
+    for (size_t i = 0; i < row_count * picks; i++)
+        if (random_below(8)) { /* mostly what the row before reads */
+            const bool kept = i >= picks && random_below(8) && named[i - picks];
+            named[i] = kept ? named[i - picks] : pages + random_below(PAGES) * bytes;
+            weights[i] = (float)random_below(1000) / 4000;
+        }
+    const uint32_t first = row_count > 3 ? row_count - 3 : row_count;
+    const uint32_t counts[] = {first, 1, 1, 1};
+    struct ops_segment segments[4];
+    const struct ops_rows rows = make_rows(counts, row_count > 3 ? 4 : 1, 0, segments);
+    const size_t floats = row_count * d;
+    float *x = random_floats(floats, 1), *q = malloc(floats * 4), *o = malloc(floats * 4);
+    float *gx = to_device(b, x, floats * 4), *gq = to_device(b, NULL, floats * 4),
+          *go = to_device(b, NULL, floats * 4);
+    b->ref->hsa_query(b->ref_context, &host, &rows, x, q);
+    b->cuda->hsa_query(b->cuda_context, &device, &rows, gx, gq);
+    float *got = to_host(b, gq, floats);
+    compare(b, "hsa_query", got, q, floats, error_bound(b, 1));
+    free(got);
+    b->cuda->copy(b->cuda_context, gq, q, floats * 4); /* the next op alone */
+    b->ref->hsa_attend(b->ref_context, row_count, q, weights, named, o);
+    b->cuda->hsa_attend(b->cuda_context, row_count, gq, weights, named, go);
+    got = to_host(b, go, floats);
+    compare(b, "hsa_attend", got, o, floats, error_bound(b, 1));
+    /* As where not all pages fit: the rows behind come in a call of their own. */
+    const uint32_t cuts[] = {row_count / 3, row_count - 1};
+    for (int i = 0; i < 2; i++) {
+        b->cuda->hsa_attend(b->cuda_context, row_count - cuts[i], gq + cuts[i] * d,
+                            weights + cuts[i] * picks, named + cuts[i] * picks, go + cuts[i] * d);
+        float *parts = to_host(b, go, floats);
+        same(b, "hsa_attend in parts", parts, got, floats * sizeof *got);
+        free(parts);
+    }
+    /* The host writes other bytes to a page: the device must not remember the old ones. */
+    memcpy(pages, pages + (PAGES - 1) * bytes, bytes);
+    b->cuda->host_wrote(b->cuda_context, pages);
+    b->ref->hsa_attend(b->ref_context, row_count, q, weights, named, o);
+    b->cuda->hsa_attend(b->cuda_context, row_count, gq, weights, named, go);
+    free(got);
+    got = to_host(b, go, floats);
+    compare(b, "hsa_attend, new page", got, o, floats, error_bound(b, 1));
+    free(got);
+    b->cuda->copy(b->cuda_context, go, o, floats * 4);
+    b->ref->hsa_out(b->ref_context, &host, &rows, o, x);
+    b->cuda->hsa_out(b->cuda_context, &device, &rows, go, gx);
+    got = to_host(b, gx, floats);
+    compare(b, "hsa_out", got, x, floats, error_bound(b, 1));
+    free(got);
+    b->cuda->release_host(b->cuda_context, pages);
+    release(b, gx);
+    release(b, gq);
+    release(b, go);
+    free(named);
+    free(weights);
+    free(x);
+    free(q);
+    free(o);
+}
