@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <ftw.h>
+#include <lmdb.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +33,18 @@ void store_helper_remove(char *path)
     free(path);
 }
 
+int store_helper_setup(void **state)
+{
+    *state = store_helper_folder();
+    return 0;
+}
+
+int store_helper_teardown(void **state)
+{
+    store_helper_remove(*state);
+    return 0;
+}
+
 struct storage *store_open(const struct storage_options *options)
 {
     struct storage *storage = NULL;
@@ -51,6 +64,46 @@ void store_drop_cache(const char *path)
     ASSERT(fd >= 0 && fdatasync(fd) == 0);
     ASSERT(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
     close(fd);
+}
+
+/* Flips the last byte of the record under the cursor. */
+static void damage_record(MDB_cursor *cursor, MDB_val *key, MDB_val *value)
+{
+    unsigned char *copy = malloc(value->mv_size);
+    ASSERT(copy);
+    memcpy(copy, value->mv_data, value->mv_size);
+    copy[value->mv_size - 1] ^= 1;
+    value->mv_data = copy;
+    ASSERT(mdb_cursor_put(cursor, key, value, MDB_CURRENT) == 0);
+    free(copy);
+}
+
+size_t store_damage(const char *path, const char *const *keys, size_t key_count)
+{
+    static const char *const names[] = {"memory", "object", "item"};
+    MDB_env *env;
+    MDB_txn *txn;
+    size_t hits = 0;
+    ASSERT(mdb_env_create(&env) == 0 && mdb_env_set_maxdbs(env, 32) == 0);
+    ASSERT(mdb_env_open(env, path, 0, 0600) == 0 && mdb_txn_begin(env, NULL, 0, &txn) == 0);
+    for (size_t n = 0; n < sizeof names / sizeof *names; n++) {
+        MDB_dbi dbi;
+        MDB_cursor *cursor;
+        MDB_val key, value;
+        ASSERT(mdb_dbi_open(txn, names[n], 0, &dbi) == 0);
+        ASSERT(mdb_cursor_open(txn, dbi, &cursor) == 0);
+        while (mdb_cursor_get(cursor, &key, &value, MDB_NEXT) == 0)
+            for (size_t i = 0; i < key_count; i++) {
+                if (!memmem(key.mv_data, key.mv_size, keys[i], strlen(keys[i])))
+                    continue;
+                damage_record(cursor, &key, &value);
+                hits++;
+            }
+        mdb_cursor_close(cursor);
+    }
+    ASSERT(mdb_txn_commit(txn) == 0);
+    mdb_env_close(env);
+    return hits;
 }
 
 void store_wait_init(struct store_wait *wait)

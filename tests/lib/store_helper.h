@@ -14,11 +14,19 @@
 char *store_helper_folder(void);
 /* Deletes the folder with all in it and frees the path. */
 void store_helper_remove(char *path);
+/* A test whose *state is a folder of its own. */
+#define STORE_TEST(name) \
+    cmocka_unit_test_setup_teardown(name, store_helper_setup, store_helper_teardown)
+int store_helper_setup(void **state);
+int store_helper_teardown(void **state);
 
 /* Opens a store, which must succeed. */
 struct storage *store_open(const struct storage_options *options);
 /* Drops the store's data, which is closed, from the page cache. */
 void store_drop_cache(const char *path);
+/* Flips a byte of every record of a memory, an object or an item whose key has one of these in it;
+ * a daemon may have the store open. Returns how many there were. */
+size_t store_damage(const char *path, const char *const *keys, size_t key_count);
 
 /* Waits for one queued write. */
 struct store_wait {
@@ -40,8 +48,8 @@ enum status store_fork_at(struct storage *storage, const char *id, const char *f
 enum status store_settle(struct storage *storage, const char *ephemeral, const char *id);
 enum status store_remove(struct storage *storage, const char *id);
 enum status store_truncate(struct storage *storage, const char *id);
-enum status store_append(struct storage *storage, uint64_t branch, uint64_t index,
-                         const void *kv, const void *landmark);
+enum status store_append(struct storage *storage, uint64_t branch, uint64_t index, const void *kv,
+                         const void *landmark);
 enum status store_commit(struct storage *storage, const struct storage_commit *commit);
 
 /* Bytes of item `index` of `stream` (a branch, a memory...): any change of place changes them. */

@@ -580,18 +580,6 @@ static void test_read_only_folder(void **state)
     assert_int_equal(chmod(path, 0755), 0);
 }
 
-static int setup(void **state)
-{
-    *state = store_helper_folder();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    store_helper_remove(*state);
-    return 0;
-}
-
 int main(int argc, char **argv)
 {
     const char *library = getenv("IO_SHIM"), *given = getenv("RAMBAD_SEED");
@@ -617,11 +605,9 @@ int main(int argc, char **argv)
         return 1;
     print_message("RAMBAD_SEED=%llu\n", (unsigned long long)seed);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_images, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_faults, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_migration_faults, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_repair_faults, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_read_only_folder, setup, teardown),
+        STORE_TEST(test_images),           STORE_TEST(test_faults),
+        STORE_TEST(test_migration_faults), STORE_TEST(test_repair_faults),
+        STORE_TEST(test_read_only_folder),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -16,18 +16,6 @@
 #define KV STORE_TREE_KV
 #define LANDMARK STORE_TREE_LANDMARK
 
-static int setup(void **state)
-{
-    *state = store_helper_folder();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    store_helper_remove(*state);
-    return 0;
-}
-
 /* ---- tests ---- */
 
 static void test_round_trip(void **state)
@@ -560,13 +548,14 @@ static void test_lineage_limit(void **state)
 
 int main(void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_round_trip),       TEST(test_bad_calls),      TEST(test_metadata),
-        TEST(test_order_of_appends), TEST(test_forks_of_forks), TEST(test_delete_orders),
-        TEST(test_recovery),         TEST(test_list),           TEST(test_tenants),
-        TEST(test_packing),          TEST(test_second_process), TEST(test_refusals),
-        TEST(test_read_only),        TEST(test_lineage_limit),
+        STORE_TEST(test_round_trip),     STORE_TEST(test_bad_calls),
+        STORE_TEST(test_metadata),       STORE_TEST(test_order_of_appends),
+        STORE_TEST(test_forks_of_forks), STORE_TEST(test_delete_orders),
+        STORE_TEST(test_recovery),       STORE_TEST(test_list),
+        STORE_TEST(test_tenants),        STORE_TEST(test_packing),
+        STORE_TEST(test_second_process), STORE_TEST(test_refusals),
+        STORE_TEST(test_read_only),      STORE_TEST(test_lineage_limit),
     };
     return cmocka_run_group_tests_name("storage", tests, NULL, NULL);
 }

@@ -12,18 +12,6 @@
 #include "tests/lib/store_helper.h"
 #include "tests/lib/store_past.h"
 
-static int setup(void **state)
-{
-    *state = store_helper_folder();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    store_helper_remove(*state);
-    return 0;
-}
-
 /* An object that says `text`, made for memory "a". */
 static struct storage_object object_of(const char *id, const char *text)
 {
@@ -310,11 +298,8 @@ static void test_replace(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_with_its_turn, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_lists, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_deletes, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_rewind, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_replace, setup, teardown)};
+    const struct CMUnitTest tests[] = {STORE_TEST(test_with_its_turn), STORE_TEST(test_lists),
+                                       STORE_TEST(test_deletes), STORE_TEST(test_rewind),
+                                       STORE_TEST(test_replace)};
     return cmocka_run_group_tests_name("storage_keep", tests, NULL, NULL);
 }

@@ -509,18 +509,6 @@ static void test_bad_turns(void **state)
     free(past);
 }
 
-static int setup(void **state)
-{
-    *state = store_helper_folder();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    store_helper_remove(*state);
-    return 0;
-}
-
 /* ---- memory in use ---- */
 
 #define LARGE_KV 16384u /* of a chunk: what lies in it cannot be packed */
@@ -632,13 +620,9 @@ static void test_bounded(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_round_trip, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_view, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_damage, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_foreign, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_turns, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_bad_turns, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_bounded, setup, teardown),
+        STORE_TEST(test_round_trip), STORE_TEST(test_view),  STORE_TEST(test_damage),
+        STORE_TEST(test_foreign),    STORE_TEST(test_turns), STORE_TEST(test_bad_turns),
+        STORE_TEST(test_bounded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -16,18 +16,6 @@
 #define KV STORE_TREE_KV
 #define LANDMARK STORE_TREE_LANDMARK
 
-static int setup(void **state)
-{
-    *state = store_helper_folder();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    store_helper_remove(*state);
-    return 0;
-}
-
 struct busy_gate { /* holds the writer thread inside a callback */
     pthread_mutex_t mutex;
     int answered;
@@ -271,10 +259,10 @@ static void test_bad_neighbour(void **state)
 
 int main(void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_full_queue), TEST(test_order_of_answers), TEST(test_readers_and_writer),
-        TEST(test_map_full),   TEST(test_bad_neighbour),
+        STORE_TEST(test_full_queue),         STORE_TEST(test_order_of_answers),
+        STORE_TEST(test_readers_and_writer), STORE_TEST(test_map_full),
+        STORE_TEST(test_bad_neighbour),
     };
     return cmocka_run_group_tests_name("storage_queue", tests, NULL, NULL);
 }

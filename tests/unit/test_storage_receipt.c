@@ -14,18 +14,6 @@
 #include "tests/lib/store_helper.h"
 #include "tests/lib/store_past.h"
 
-static int setup(void **state)
-{
-    *state = store_helper_folder();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    store_helper_remove(*state);
-    return 0;
-}
-
 /* Receipt `index`, which says its text. */
 static struct storage_receipt receipt_of(uint64_t index, const char *text)
 {
@@ -214,8 +202,7 @@ static void test_repair(void **state)
 
 int main(void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-    const struct CMUnitTest tests[] = {TEST(test_with_its_write), TEST(test_old),
-                                       TEST(test_repair)};
+    const struct CMUnitTest tests[] = {STORE_TEST(test_with_its_write), STORE_TEST(test_old),
+                                       STORE_TEST(test_repair)};
     return cmocka_run_group_tests_name("storage_receipt", tests, NULL, NULL);
 }

@@ -350,26 +350,11 @@ static void test_random(void **state)
     free(pasts);
 }
 
-static int setup(void **state)
-{
-    *state = store_helper_folder();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    store_helper_remove(*state);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_history, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_rewind, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_many_forks, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_migration, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_random, setup, teardown),
+        STORE_TEST(test_history),   STORE_TEST(test_rewind), STORE_TEST(test_many_forks),
+        STORE_TEST(test_migration), STORE_TEST(test_random),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
