@@ -177,7 +177,7 @@ bool job_prefix_take(struct job *job, const char *id, const struct engine_sessio
         same = false;
     free(stored);
     if (!same) {
-        missed(job, "damaged");
+        missed(job, status_code(STATUS_CORRUPT));
     } else if (position) {
         job->thread->counted.prefix_hits++;
         job->thread->counted.prefix_tokens += position;
@@ -213,7 +213,7 @@ static void open_entry(struct job *job)
     }
     if (status) {
         if (!read)
-            missed(job, "damaged");
+            missed(job, status_code(status));
         if (job->prefix_from)
             prefix_doom(thread->prefix, job->prefix_from);
         prefix_doom(thread->prefix, entry);
@@ -246,7 +246,7 @@ static void entry_made(struct reply *reply, enum status status)
     }
     if (job->prefix_from && status != STATUS_DISK_FULL)
         prefix_doom(job->thread->prefix, job->prefix_from);
-    missed(job, status_text(status));
+    missed(job, status_code(status));
     job_prefix_close(job);
     job_generate_open_empty(job);
 }

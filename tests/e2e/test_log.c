@@ -12,15 +12,19 @@
 
 #include "tests/lib/answer.h"
 #include "tests/lib/daemon.h"
+#include "tests/lib/store_helper.h"
 #include "tests/lib/wire.h"
 
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
-#define LONG_PROMPT /* more tokens than are worth a place in the cache */                    \
-    "Once upon a midnight dreary, while I pondered, weak and weary, over many a quaint and " \
+#define BEGINNING /* more tokens than are worth a place in the cache, and so is the rest */ \
+    "Once upon a midnight dreary, while I pondered, weak and weary, over many a quaint and "
+#define LONG_PROMPT \
+    BEGINNING       \
     "curious volume of forgotten lore, while I nodded, nearly napping, suddenly there came a tap"
 
 static struct daemon daemon_;
 static char *folder;
+static const char *const roomy[] = {"--threads", "1", NULL};
 
 /* The first line of this event for the request; NULL: there is none. Every line is looked at. */
 static cJSON *find(const char *event, const char *request)
@@ -70,11 +74,16 @@ static int ask(const char *id, const char *method, const char *path, const char 
     return status;
 }
 
+static void say(const char *id, const char *prompt, const char *fields)
+{
+    char body[1024];
+    snprintf(body, sizeof body, "{\"prompt\":\"%s\",\"max_tokens\":2%s}", prompt, fields);
+    assert_int_equal(ask(id, "POST", "/v1/completions", body), 200);
+}
+
 static void complete(const char *id, const char *fields)
 {
-    char body[512];
-    snprintf(body, sizeof body, "{\"prompt\":\"" LONG_PROMPT "\",\"max_tokens\":2%s}", fields);
-    assert_int_equal(ask(id, "POST", "/v1/completions", body), 200);
+    say(id, LONG_PROMPT, fields);
 }
 
 static void expect_miss(const char *event, const char *request, const char *reason,
@@ -118,13 +127,11 @@ static void test_requests(void **state)
     daemon_end(&daemon_, folder);
 }
 
-/* What a prompt began with was not known; a memory was not in RAM. */
-static void test_misses(void **state)
+/* What a prompt began with was not known, or is not at hand. */
+static void test_prefix_misses(void **state)
 {
     (void)state;
-    static const char *const roomy[] = {"--threads", "1", NULL};
-    static const char *const narrow[] = {"--threads", "1", "--session-memory", "0", NULL};
-    char id[LIMITS_ID_BYTES], named[128], path[128];
+    static const char *const prefixes[] = {STORAGE_PREFIX};
     begin(roomy);
     complete("first", "");
     complete("second", "");
@@ -132,13 +139,44 @@ static void test_misses(void **state)
     assert_null(find("prefix_miss", "second"));
     complete("echoes", ",\"echo\":true,\"logprobs\":1");
     expect_miss("prefix_miss", "echoes", "echo", NULL);
+    /* The beginning was said, and has no end of its own to go on from; then it has. */
+    say("parts", BEGINNING "dull", "");
+    expect_miss("prefix_miss", "parts", "no_snapshot", NULL);
+    say("parts-again", BEGINNING "slow", "");
+    assert_null(find("prefix_miss", "parts-again"));
+    complete("twice", ",\"n\":2"); /* each goes on alone, from what is on disk */
+    assert_null(find("prefix_miss", "twice"));
+    expect_miss("cache_miss", "twice", "prefix", NULL);
+    assert_true(store_damage(daemon_.data, prefixes, 1) > 0);
+    complete("broken", "");
+    expect_miss("prefix_miss", "broken", "corrupt", NULL);
+    daemon_kill(&daemon_); /* it would find the damage that it was done */
+    store_helper_remove(folder);
+}
 
+/* A memory was not in RAM. */
+static void test_memory_misses(void **state)
+{
+    (void)state;
+    static const char *const narrow[] = {"--threads", "1", "--session-memory", "0", NULL};
+    char id[LIMITS_ID_BYTES], named[128], path[128], body[256];
+    struct wire writer;
+    begin(roomy);
     daemon_create_memory(&daemon_, NULL, id);
     snprintf(named, sizeof named, ",\"memory\":\"%s\"", id);
     snprintf(path, sizeof path, "/v1/memories/%s/rewind", id);
     complete("writes", named);
     complete("goes-on", named);
     assert_null(find("cache_miss", "goes-on"));
+    snprintf(body, sizeof body, "{\"prompt\":\"x\",\"max_tokens\":1000000,\"ignore_eos\":true%s}",
+             named);
+    wire_open(&writer, &daemon_);
+    wire_ask(&writer, "POST", "/v1/completions", "", body, strlen(body));
+    wire_wait_metric(&daemon_, "rambad_jobs_running", 1);
+    snprintf(body, sizeof body, "%s,\"memory_write\":false", named);
+    complete("beside-a-writer", body);
+    expect_miss("cache_miss", "beside-a-writer", "in_use", id);
+    wire_close(&writer);
     restart(narrow);
     complete("after-the-start", named);
     expect_miss("cache_miss", "after-the-start", "first_use", id);
@@ -156,6 +194,7 @@ static void test_misses(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_requests),
-                                       cmocka_unit_test(test_misses)};
+                                       cmocka_unit_test(test_prefix_misses),
+                                       cmocka_unit_test(test_memory_misses)};
     return cmocka_run_group_tests_name("log", tests, NULL, NULL);
 }
