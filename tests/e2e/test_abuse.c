@@ -29,12 +29,8 @@ static int setup(void **state)
     static const char *const flags[] = {
         "--threads", "1", "--header-timeout", "5", "--drain-timeout", "300", NULL};
     (void)state;
-    const char *options = getenv("ASAN_OPTIONS");
-    char with[1024];
-    /* Freed memory is used again, as it is without a sanitizer, whatever else it is told. */
-    snprintf(with, sizeof with, "%s:quarantine_size_mb=1:thread_local_quarantine_size_kb=16",
-             options ? options : "");
-    setenv("ASAN_OPTIONS", with, 1);
+    /* Freed memory is used again, as it is without a sanitizer. */
+    sanitizer_address_option("quarantine_size_mb=1:thread_local_quarantine_size_kb=16");
     folder = daemon_begin(&server, MODEL, flags);
     return 0;
 }

@@ -30,12 +30,7 @@ static const char *const flags[] = {"--threads", "1", NULL};
 
 static cJSON *call(const char *path, const char *body, int status)
 {
-    struct wire_answer answer;
-    if (wire_call(&daemon_, "POST", path, body, &answer) != status)
-        fail_msg("%s %s: HTTP %d %s", path, body, answer.status, buf_text(&answer.body));
-    cJSON *json = wire_json(&answer);
-    wire_answer_close(&answer);
-    return json;
+    return wire_call_json(&daemon_, "POST", path, body, status);
 }
 
 static cJSON *chat(const char *fields)

@@ -22,13 +22,7 @@ static const char *const flags[] = {"--threads", "1", NULL};
 
 static cJSON *call(const char *method, const char *path, const char *body, int status)
 {
-    struct wire_answer answer;
-    if (wire_call(&daemon_, method, path, body, &answer) != status)
-        fail_msg("%s %s %s: HTTP %d %s", method, path, body ? body : "", answer.status,
-                 buf_text(&answer.body));
-    cJSON *json = wire_json(&answer);
-    wire_answer_close(&answer);
-    return json;
+    return wire_call_json(&daemon_, method, path, body, status);
 }
 
 /* A call of the conversation `id`. */

@@ -31,12 +31,7 @@ static const char *const fresh_flags[] = {"--threads", "1", "--prefix-cache", "0
 
 static cJSON *ask(const struct daemon *daemon, const char *path, const char *body)
 {
-    struct wire_answer answer;
-    if (wire_call(daemon, "POST", path, body, &answer) != 200)
-        fail_msg("%s %s: HTTP %d %s", path, body, answer.status, buf_text(&answer.body));
-    cJSON *json = wire_json(&answer);
-    wire_answer_close(&answer);
-    return json;
+    return wire_call_json(daemon, "POST", path, body, 200);
 }
 
 /* ---- a client's history ---- */
@@ -233,14 +228,11 @@ static void test_stranger(void **state)
     assert_true(turn(bob, history, 0, 0).cached < 200); /* what bob's own talks began with */
     assert_true(turn(ann, history, 0, 0).cached == said.prompt + said.completion - 1);
     /* Nobody has a memory of it. */
-    struct wire_answer answer;
-    assert_int_equal(wire_call(&kept, "GET", "/v1/memories", NULL, &answer), 200);
-    cJSON *list = wire_json(&answer);
+    cJSON *list = wire_call_json(&kept, "GET", "/v1/memories", NULL, 200);
     assert_int_equal(cJSON_GetArraySize(answer_at(list, "data")), 0);
     assert_true(wire_metric(&kept, "rambad_prefix_entries") > 0);
     assert_true(wire_metric(&kept, "rambad_memories") == 0);
     cJSON_Delete(list);
-    wire_answer_close(&answer);
     cJSON_Delete(history);
 }
 
@@ -325,16 +317,11 @@ static struct response respond(const cJSON *history, const char *fields)
 static void check_memory(const struct response *said, double tokens)
 {
     char path[128];
-    struct wire_answer answer;
     snprintf(path, sizeof path, "/v1/responses/%.*s", LIMITS_ID_BYTES - 1, said->id);
-    assert_int_equal(wire_call(&kept, "GET", path, NULL, &answer), 200);
-    cJSON *response = wire_json(&answer);
-    wire_answer_close(&answer);
+    cJSON *response = wire_call_json(&kept, "GET", path, NULL, 200);
     snprintf(path, sizeof path, "/v1/memories/%.39s", answer_text(response, "memory"));
-    assert_int_equal(wire_call(&kept, "GET", path, NULL, &answer), 200);
-    cJSON *memory = wire_json(&answer);
+    cJSON *memory = wire_call_json(&kept, "GET", path, NULL, 200);
     assert_true(answer_number(memory, "token_count") == tokens);
-    wire_answer_close(&answer);
     cJSON_Delete(memory);
     cJSON_Delete(response);
 }

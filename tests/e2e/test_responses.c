@@ -16,7 +16,7 @@
 
 #define MODEL_NAME "ramba-20m"
 #define GREEDY "\"temperature\":0,\"max_output_tokens\":12"
-#define PATH_BYTES 192
+#define PATH_BYTES 256
 
 static struct daemon daemon_;
 static char *folder;
@@ -26,13 +26,7 @@ static const char *const flags[] = {"--threads", "1", "--keep-snapshots", "2", "
 
 static cJSON *call(const char *method, const char *path, const char *body, int status)
 {
-    struct wire_answer answer;
-    if (wire_call(&daemon_, method, path, body, &answer) != status)
-        fail_msg("%s %s %s: HTTP %d %s", method, path, body ? body : "", answer.status,
-                 buf_text(&answer.body));
-    cJSON *json = wire_json(&answer);
-    wire_answer_close(&answer);
-    return json;
+    return wire_call_json(&daemon_, method, path, body, status);
 }
 
 static cJSON *respond(const char *fields, ...) __attribute__((format(printf, 1, 2)));

@@ -12,7 +12,6 @@
 #include <unistd.h>
 
 #include <cmocka.h>
-#include <lmdb.h>
 
 #include "tests/lib/answer.h"
 #include "tests/lib/daemon.h"
@@ -125,14 +124,9 @@ static void fill_in(const char *pattern, char out[512])
 static cJSON *call(const char *method, const char *path, const char *body, int status)
 {
     char filled[512], at[512];
-    struct wire_answer answer;
     fill_in(path, at);
     fill_in(body ? body : "", filled);
-    if (wire_call(&daemon_, method, at, body ? filled : NULL, &answer) != status)
-        fail_msg("%s %s: HTTP %d: %s", method, at, answer.status, buf_text(&answer.body));
-    cJSON *json = wire_json(&answer);
-    wire_answer_close(&answer);
-    return json;
+    return wire_call_json(&daemon_, method, at, body ? filled : NULL, status);
 }
 
 static void make_id(const char *path, const char *body, int status, char id[LIMITS_ID_BYTES])
@@ -144,11 +138,9 @@ static void make_id(const char *path, const char *body, int status, char id[LIMI
 
 static int setup(void **state)
 {
-    const char *options = getenv("ASAN_OPTIONS");
-    char more[512]; /* a daemon that checks itself would not have a library before its own */
     (void)state;
-    snprintf(more, sizeof more, "%s:verify_asan_link_order=0", options ? options : "");
-    setenv("ASAN_OPTIONS", more, 1);
+    /* A daemon that checks itself would not have a library before its own. */
+    sanitizer_address_option("verify_asan_link_order=0");
     document_open(&document);
     setenv("RAMBAD_API_KEY", KEY, 1);
     folder = daemon_begin(&daemon_, "tests/golden/" MODEL_NAME, flags);
@@ -643,43 +635,6 @@ static void reach_connections(void)
     await_status("/health/live", 200);
 }
 
-/* Flips a byte of every record that is named by one of these ids, below the running daemon. */
-static void damage(const char *const *ids, size_t id_count)
-{
-    static const char *const names[] = {"memory", "object", "item"};
-    MDB_env *env;
-    MDB_txn *txn;
-    int hits = 0;
-    assert_int_equal(mdb_env_create(&env), 0);
-    assert_int_equal(mdb_env_set_maxdbs(env, 32), 0);
-    assert_int_equal(mdb_env_open(env, daemon_.data, 0, 0600), 0);
-    assert_int_equal(mdb_txn_begin(env, NULL, 0, &txn), 0);
-    for (size_t n = 0; n < sizeof names / sizeof *names; n++) {
-        MDB_dbi dbi;
-        MDB_cursor *cursor;
-        MDB_val key, value;
-        assert_int_equal(mdb_dbi_open(txn, names[n], 0, &dbi), 0);
-        assert_int_equal(mdb_cursor_open(txn, dbi, &cursor), 0);
-        while (mdb_cursor_get(cursor, &key, &value, MDB_NEXT) == 0)
-            for (size_t i = 0; i < id_count; i++) {
-                if (!memmem(key.mv_data, key.mv_size, ids[i], strlen(ids[i])))
-                    continue;
-                unsigned char *copy = malloc(value.mv_size);
-                assert_non_null(copy);
-                memcpy(copy, value.mv_data, value.mv_size);
-                copy[value.mv_size - 1] ^= 1;
-                value.mv_data = copy;
-                assert_int_equal(mdb_cursor_put(cursor, &key, &value, MDB_CURRENT), 0);
-                free(copy);
-                hits++;
-            }
-        mdb_cursor_close(cursor);
-    }
-    assert_int_equal(mdb_txn_commit(txn), 0);
-    mdb_env_close(env);
-    assert_true(hits > 0);
-}
-
 /* After SIGTERM, while something is to be finished. */
 static void reach_drain(void)
 {
@@ -739,7 +694,7 @@ static void test_failures(void **state)
     reach_full_queues();
     reach_timeouts();
     reach_connections();
-    damage(damaged, sizeof damaged / sizeof *damaged);
+    assert_true(store_damage(daemon_.data, damaged, sizeof damaged / sizeof *damaged) > 0);
     all_answer(500, ALL);
     daemon_kill(&daemon_);
     store_helper_remove(other);

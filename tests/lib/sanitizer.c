@@ -35,3 +35,11 @@ void sanitizer_preload_nothing(void)
 {
     unsetenv("LD_PRELOAD");
 }
+
+void sanitizer_address_option(const char *option)
+{
+    char options[1024];
+    const char *told = getenv("ASAN_OPTIONS");
+    snprintf(options, sizeof options, "%s:%s", told ? told : "", option);
+    setenv("ASAN_OPTIONS", options, 1);
+}

@@ -1,5 +1,5 @@
-/* sanitizer.h - what a test that measures memory must know of the sanitizer it was built with; the
- * daemon of the same tree has the same. */
+/* sanitizer.h - what a test must know of the sanitizer it was built with, and tell it; the daemon
+ * of the same tree has the same. */
 #ifndef TESTS_LIB_SANITIZER_H
 #define TESTS_LIB_SANITIZER_H
 
@@ -19,5 +19,8 @@
  * name or no runtime. */
 void sanitizer_preload(const char *library);
 void sanitizer_preload_nothing(void);
+
+/* Adds to what AddressSanitizer is told (ASAN_OPTIONS) in programs that are started from now on. */
+void sanitizer_address_option(const char *option);
 
 #endif

@@ -210,6 +210,18 @@ struct cJSON *wire_json(const struct wire_answer *answer)
     return root;
 }
 
+struct cJSON *wire_call_json(const struct daemon *daemon, const char *method, const char *path,
+                             const char *body, int status)
+{
+    struct wire_answer answer;
+    if (wire_call(daemon, method, path, body, &answer) != status)
+        fail_msg("%s %s %s: HTTP %d, not %d: %s", method, path, body ? body : "", answer.status,
+                 status, buf_text(&answer.body));
+    cJSON *json = wire_json(&answer);
+    wire_answer_close(&answer);
+    return json;
+}
+
 void wire_check_error(const struct wire_answer *answer, int status, const char *code,
                       const char *param)
 {

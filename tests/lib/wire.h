@@ -49,6 +49,9 @@ bool wire_ends(struct wire *wire, double *seconds);
 /* One request on a connection of its own. */
 int wire_call(const struct daemon *daemon, const char *method, const char *path, const char *body,
               struct wire_answer *answer);
+/* The same, for one whose answer must have this status; its body, which must be JSON: delete it. */
+struct cJSON *wire_call_json(const struct daemon *daemon, const char *method, const char *path,
+                             const char *body, int status);
 /* The value of a header field; false when there is none. */
 bool wire_header(const struct wire_answer *answer, const char *name, char *out, size_t room);
 /* The body, which must be JSON; delete it. */
