@@ -310,22 +310,6 @@ static void test_talk(void **state)
     }
 }
 
-/* Has the file read again, until the key is good. */
-static void reread(const char *key)
-{
-    const double start = daemon_now();
-    int status;
-    kill(daemon_.pid, SIGHUP);
-    do {
-        struct wire_answer answer;
-        usleep(20000);
-        status = ask(key, "GET", "/v1/models", NULL, &answer);
-        wire_answer_close(&answer);
-        if (daemon_now() - start > WIRE_SECONDS)
-            fail_msg("the key is not known after SIGHUP");
-    } while (status != 200);
-}
-
 /* A second key of a name sees what the first has made; the first can then be taken away. */
 static void test_rotation(void **state)
 {
@@ -334,17 +318,16 @@ static void test_rotation(void **state)
     refuse("rk_", "GET", "/v1/models", NULL, 401, "unauthorized", NULL);
     daemon_new_key(&daemon_, "eve", keys, eve);
     refuse(eve, "GET", "/v1/models", NULL, 401, "unauthorized", NULL);
-    reread(eve);
+    daemon_reread_keys(&daemon_);
     new_memory(eve, "{}", id);
     snprintf(path, sizeof path, "/v1/memories/%s", id);
     assert_int_equal(truncate(keys, 0), 0); /* no key at all: a slip, not a wish */
-    kill(daemon_.pid, SIGHUP);
-    usleep(200000);
+    daemon_reread_keys(&daemon_);
     expect(eve, "GET", path, NULL, 200);
     daemon_new_key(&daemon_, "ann", keys, ann);
     daemon_new_key(&daemon_, "bob", keys, bob);
     daemon_new_key(&daemon_, "eve", keys, second);
-    reread(second);
+    daemon_reread_keys(&daemon_);
     expect(second, "GET", path, NULL, 200);
     refuse(eve, "GET", path, NULL, 401, "unauthorized", NULL);
 }

@@ -408,6 +408,28 @@ void daemon_read_file(const char *path, struct buf *out)
     fclose(file);
 }
 
+/* How often the log tells of the file of keys. */
+static int count_readings(const struct daemon *daemon)
+{
+    struct buf log;
+    int count = 0;
+    buf_init(&log);
+    daemon_read_file(daemon->log, &log);
+    for (const char *at = buf_text(&log); (at = strstr(at, "\"event\":\"keys ")); at++)
+        count++;
+    buf_close(&log);
+    return count;
+}
+
+void daemon_reread_keys(const struct daemon *daemon)
+{
+    const int before = count_readings(daemon);
+    assert_int_equal(kill(daemon->pid, SIGHUP), 0);
+    for (const double start = daemon_now(); count_readings(daemon) == before; usleep(5000))
+        if (daemon_now() - start > READY_SECONDS)
+            fail_msg("the log says nothing of keys after SIGHUP");
+}
+
 void daemon_check(const struct daemon *daemon)
 {
     const char *argv[] = {program("RAMBAD_BIN", "build/rambad"), "check", daemon->data, NULL};

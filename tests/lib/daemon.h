@@ -41,6 +41,8 @@ void daemon_kill(struct daemon *daemon);
 void daemon_stop(struct daemon *daemon);
 /* The same after its signal. */
 void daemon_await(struct daemon *daemon);
+/* SIGHUP, until the log says what became of it. */
+void daemon_reread_keys(const struct daemon *daemon);
 /* The end of its log, for a failing test's output. */
 void daemon_print_log(const struct daemon *daemon);
 
