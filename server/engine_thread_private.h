@@ -239,8 +239,9 @@ void live_memory_drop(struct engine_thread *thread, struct live_memory *memory);
 void live_memory_drop_all(struct engine_thread *thread);
 /* Why a memory that is not in RAM is not: "evicted" (see --session-memory), or "first_use". */
 const char *live_memory_miss(const struct engine_thread *thread, const char *id);
-/* A session over what storage holds of `id`; the log says for whom, and the `reason` that it was
- * not in RAM. */
+/* A session over what storage holds of `id`; the log says for whom (cache_miss), and the `reason`
+ * that it was not in RAM: one of live_memory_miss, "in_use" by a writer that it is read beside,
+ * "other_position" than the one wanted, "prefix": each of several choices goes on alone. */
 STATUS_CHECKED enum status live_memory_load(const struct job *job, const char *id,
                                             const char *reason, uint64_t *position,
                                             struct engine_session **out, struct error *err);
@@ -255,7 +256,10 @@ void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id, 
 STATUS_CHECKED enum status job_prefix_open(struct engine_thread *thread, struct error *err);
 void job_prefix_close_all(struct engine_thread *thread);
 /* Finds what the job goes on from. True: it will be on its way by itself; false: it is to make an
- * ephemeral memory of its own, from job->prefix_from at `*at` where that is set. */
+ * ephemeral memory of its own, from job->prefix_from at `*at` where that is set. Where nothing is
+ * gone on from, the log says why (prefix_miss): "new", "no_snapshot" of what was said before, "echo"
+ * asks of each token what it was likely, or an error's code. Else (prefix_hit) it says how many of
+ * the prompt's tokens were said before, and how many of those a snapshot has. */
 bool job_prefix_start(struct job *job, uint64_t *at);
 /* The job's session stands at `position` of memory `id`: whether the prompt begins like that. It
  * need not be read so far, then. Else a memory that is only the job's shall be made. */

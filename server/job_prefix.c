@@ -181,9 +181,10 @@ bool job_prefix_take(struct job *job, const char *id, const struct engine_sessio
     } else if (position) {
         job->thread->counted.prefix_hits++;
         job->thread->counted.prefix_tokens += position;
+        const uint64_t known = job->prefix_border > position ? job->prefix_border : position;
         log_event(LOG_DEBUG, "prefix_hit", "request", LOG_STR, g->request_id, "prompt_tokens",
-                  LOG_INT, (int64_t)g->token_count, "cached_tokens", LOG_INT, (int64_t)position,
-                  NULL);
+                  LOG_INT, (int64_t)g->token_count, "known_tokens", LOG_INT, (int64_t)known,
+                  "cached_tokens", LOG_INT, (int64_t)position, NULL);
     }
     if (job->prefix_from) {
         job->prefix_from->users--;

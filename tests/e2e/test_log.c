@@ -18,13 +18,15 @@
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
 #define BEGINNING /* more tokens than are worth a place in the cache, and so is the rest */ \
     "Once upon a midnight dreary, while I pondered, weak and weary, over many a quaint and "
-#define LONG_PROMPT \
-    BEGINNING       \
-    "curious volume of forgotten lore, while I nodded, nearly napping, suddenly there came a tap"
+#define LONG_BUT_ITS_END \
+    BEGINNING            \
+    "curious volume of forgotten lore, while I nodded, nearly napping, suddenly there came a "
+#define LONG_PROMPT LONG_BUT_ITS_END "tap"
 
 static struct daemon daemon_;
 static char *folder;
 static const char *const roomy[] = {"--threads", "1", NULL};
+static const char *const talkative[] = {"--threads", "1", "--log-level", "debug", NULL};
 
 /* The first line of this event for the request; NULL: there is none. Every line is looked at. */
 static cJSON *find(const char *event, const char *request)
@@ -97,6 +99,17 @@ static void expect_miss(const char *event, const char *request, const char *reas
     cJSON_Delete(line);
 }
 
+/* A part of what was said before can be gone on from, and a part is new. */
+static void expect_hit(const char *request)
+{
+    cJSON *line = wait_for("prefix_hit", request);
+    const double cached = answer_number(line, "cached_tokens");
+    const double known = answer_number(line, "known_tokens");
+    assert_true(0 < cached && cached < known);
+    assert_true(known < answer_number(line, "prompt_tokens"));
+    cJSON_Delete(line);
+}
+
 static void begin(const char *const *flags)
 {
     folder = daemon_begin(&daemon_, MODEL, flags);
@@ -112,7 +125,7 @@ static void restart(const char *const *flags)
 static void test_requests(void **state)
 {
     (void)state;
-    begin((const char *const[]){"--threads", "1", "--log-level", "debug", NULL});
+    begin(talkative);
     assert_int_equal(ask("mine-1", "GET", "/v1/memories/mem_none", NULL), 404);
     assert_int_equal(ask("mine-2", "GET", "/v1/nowhere", NULL), 404);
     assert_int_equal(ask("not plain!", "GET", "/v1/models", NULL), 200);
@@ -132,7 +145,7 @@ static void test_prefix_misses(void **state)
 {
     (void)state;
     static const char *const prefixes[] = {STORAGE_PREFIX};
-    begin(roomy);
+    begin(talkative);
     complete("first", "");
     complete("second", "");
     expect_miss("prefix_miss", "first", "new", NULL);
@@ -144,6 +157,9 @@ static void test_prefix_misses(void **state)
     expect_miss("prefix_miss", "parts", "no_snapshot", NULL);
     say("parts-again", BEGINNING "slow", "");
     assert_null(find("prefix_miss", "parts-again"));
+    /* Said once as far as the last word, with a snapshot of the beginning alone. */
+    say("ends-otherwise", LONG_BUT_ITS_END "rap", "");
+    expect_hit("ends-otherwise");
     complete("twice", ",\"n\":2"); /* each goes on alone, from what is on disk */
     assert_null(find("prefix_miss", "twice"));
     expect_miss("cache_miss", "twice", "prefix", NULL);
