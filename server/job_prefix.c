@@ -362,7 +362,7 @@ static void open_made(struct job *job)
         return;
     }
     if (job->prefix_from && (status || !job_prefix_take(job, memory->id, memory->session))) {
-        if (status) { /* when the queue is full there is still one of that name: the job fails */
+        if (status) {
             (void)!storage_memory_delete(thread->storage, job->generate.memory, NULL, NULL);
         } else {
             live_memory_delete_ephemeral(thread, memory->id, memory->branch);
@@ -616,7 +616,7 @@ void job_prefix_sweep(struct engine_thread *thread)
             return;
         struct live_memory *live = live_memory_find(thread, entry->id);
         if (storage_memory_delete(thread->storage, entry->id, NULL, NULL))
-            return; /* the writer's queue is full: later */
+            return; /* out of memory: later */
         if (live)
             live_memory_drop(thread, live);
         thread->counted.prefix_evictions += !entry->doomed;

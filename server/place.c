@@ -110,7 +110,7 @@ void place_new(struct place *place)
 
 void place_close(struct place *place)
 {
-    if (place->is_fork && !place->lasts) /* when the queue is full the next opening drops it */
+    if (place->is_fork && !place->lasts)
         (void)!storage_memory_delete(place->server->storage, place->memory, NULL, NULL);
     free(place->replay);
     place->replay = NULL;

@@ -1,6 +1,6 @@
 /* reach.c - see reach.h.
  *
- *   FORK -> (READ -> REPLAY ->) RELEASE -> SETTLE -> answered
+ *   FORK -> (READ -> REPLAY ->) RELEASE -> SETTLE or REPLACE -> answered
  *   A replay may take longer than a client waits for a byte: one that accepts text/event-stream
  *   hears how far it is, and gets the memory as the last event.
  *   All states can reach the answer of a failure; the ephemeral fork is then deleted. */
@@ -30,7 +30,7 @@ static void finish(struct reach *reach, enum status status, const char *message)
 {
     struct wait *wait = reach->wait;
     if (status) {
-        if (reach->has_fork) /* when the queue is full the next opening drops it */
+        if (reach->has_fork)
             (void)!storage_memory_delete(reach->server->storage, reach->fork, NULL, NULL);
         if (!wait->request->gone) {
             struct error err;
@@ -61,21 +61,26 @@ static void settled(struct wait *wait)
 {
     struct reach *reach = reach_of(wait);
     reach->has_fork = wait->status != STATUS_OK;
-    finish(reach, wait->status, NULL);
+    finish(reach, wait->status,
+           wait->status == STATUS_NOT_FOUND ? "it was deleted meanwhile" : NULL);
 }
 
 static void target_released_cb(void *context, enum status status)
 {
     struct reach *reach = context;
+    struct storage *storage = reach->server->storage;
+    struct wait *wait = reach->wait;
     if (status) {
         finish(reach, status, "is being used by another request; try again when it is done");
         return;
     }
-    wait_for_write(reach->wait, settled);
-    status = storage_memory_settle(reach->server->storage, reach->fork, reach->wait->id,
-                                   wait_stored_cb, reach->wait);
+    wait_for_write(wait, settled);
+    status = reach->is_rewind
+                 ? storage_memory_replace(storage, reach->fork, wait->id, 0, NULL, wait_stored_cb,
+                                          wait)
+                 : storage_memory_settle(storage, reach->fork, wait->id, wait_stored_cb, wait);
     if (status)
-        wait_refused(reach->wait, status);
+        wait_refused(wait, status);
 }
 
 /* The engine has let go of the fork; now of the memory whose place it takes. */

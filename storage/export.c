@@ -111,7 +111,7 @@ enum status storage_export_open(struct storage *storage, const char *id,
 
 void storage_export_close(struct storage_export *file)
 {
-    if (file->has_fork) /* should the queue be full, the next opening drops it */
+    if (file->has_fork)
         (void)!storage_memory_delete(file->storage, file->fork, NULL, NULL);
     memory_file_manifest_close(&file->manifest);
     ZSTD_freeCCtx(file->zstd);

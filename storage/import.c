@@ -351,17 +351,12 @@ enum status storage_import_feed(struct storage_import *file, const void *data, s
 
 enum status storage_import_finish(struct storage_import *file, const char *id, struct error *err)
 {
-    struct storage_memory memory;
     if (!file->ended || file->inside)
         return damaged(file, "is missing or not whole: the file was cut", err);
-    enum status status = storage_memory_get(file->storage, id, &memory);
-    if (status == STATUS_OK) {
-        storage_memory_close(&memory);
-        return error_set(err, STATUS_CONFLICT, "there is a memory %s already", id);
-    }
-    if (status == STATUS_NOT_FOUND)
-        status = gather_settle(&file->gather, file->storage, file->memory, id);
+    const enum status status = gather_settle(&file->gather, file->storage, file->memory, id);
     file->has_memory = status != STATUS_OK;
+    if (status == STATUS_CONFLICT)
+        return error_set(err, status, "there is a memory %s already", id);
     return status ? failed(status, err) : STATUS_OK;
 }
 
@@ -399,7 +394,7 @@ enum status storage_import_open(struct storage *storage, uint32_t vocabulary, si
 void storage_import_close(struct storage_import *file)
 {
     (void)!gather_wait(&file->gather); /* chunks whose tokens never came */
-    if (file->has_memory)              /* should the queue be full, the next opening drops it */
+    if (file->has_memory)
         (void)!storage_memory_delete(file->storage, file->memory, NULL, NULL);
     memory_file_manifest_close(&file->manifest);
     ZSTD_freeDStream(file->zstd);

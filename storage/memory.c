@@ -327,7 +327,8 @@ static enum status settle_turn(struct store_write *write, const char *id,
     return status ? status : turn_retain(write, id, memory->branch, memory->position, false);
 }
 
-enum status memory_settle(struct store_write *write, const char *ephemeral, const char *id)
+enum status memory_settle(struct store_write *write, const char *ephemeral, const char *id,
+                          bool replaces)
 {
     struct record_memory from, old, memory;
     struct record_branch branch;
@@ -337,15 +338,17 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
     if (!from.ephemeral)
         return STATUS_INVALID;
     status = memory_get(write->storage, write->txn, id, &old);
-    if (status && status != STATUS_NOT_FOUND)
+    if (status && (replaces || status != STATUS_NOT_FOUND))
         return status;
-    bool existed = status == STATUS_OK;
-    memory = existed ? old : from;
+    if (!status && !replaces)
+        return STATUS_CONFLICT;
+    memory = replaces ? old : from;
     char *metadata;
     status = keep_metadata(&memory, &metadata);
     if (status)
         return status;
-    memory.ephemeral = existed && old.ephemeral;
+    memory.ephemeral = replaces && old.ephemeral;
+    (void)expiry_touch(&memory, store_stamp(write->storage)); /* it is written anyway */
     memory.branch = from.branch;
     memory.position = from.position;
     memory.text_bytes = from.text_bytes;
@@ -356,11 +359,11 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
     status = delete_record(write, ephemeral, &from);
     if (!status)
         status = branch_put(write, memory.branch, &branch);
-    if (!status && existed && old.snapshot)
+    if (!status && replaces && old.snapshot)
         status = snapshot_release(write, old.snapshot);
-    if (!status && existed)
+    if (!status && replaces)
         status = branch_disown(write, old.branch);
-    if (!status && existed)
+    if (!status && replaces)
         status = keep_cut(write, id, memory.position);
     if (!status)
         status = memory_put(write, id, &memory);

@@ -31,9 +31,9 @@ STATUS_CHECKED enum status memory_expire(struct store_write *write, const char *
 STATUS_CHECKED enum status memory_commit(struct store_write *write,
                                          const struct storage_commit *commit);
 STATUS_CHECKED enum status memory_truncate(struct store_write *write, const char *id);
-/* The ephemeral memory takes the place of `id`, or becomes it. */
+/* The ephemeral memory becomes `id`, or takes its place when it `replaces` it. */
 STATUS_CHECKED enum status memory_settle(struct store_write *write, const char *ephemeral,
-                                         const char *id);
+                                         const char *id, bool replaces);
 /* Bookmarks a turn of the memory's own; "" takes the bookmark back. */
 STATUS_CHECKED enum status memory_bookmark(struct store_write *write, const char *id,
                                            uint64_t position, const char *bookmark);

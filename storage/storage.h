@@ -64,7 +64,8 @@ void storage_close(struct storage *storage);
  * from inside the queueing call (but perhaps before that has returned to its thread); never when
  * the queueing call returned anything but STATUS_OK. May be NULL. May queue further writes.
  * A queueing call returns STATUS_BUSY when the queue is full (room comes with a callback; a write
- * larger than the whole queue is taken when the queue is empty), STATUS_CLOSED once
+ * larger than the whole queue is taken when the queue is empty, storage_memory_delete always: it is
+ * small, and makes room on the disk), STATUS_CLOSED once
  * storage_close has begun or when the store is read only, STATUS_INVALID for an id that is empty
  * or too long, STATUS_TOO_LARGE for metadata beyond 128 KiB, STATUS_NO_MEMORY. */
 typedef void (*storage_done_cb)(void *context, enum status status);
@@ -111,8 +112,8 @@ struct storage_keep {
     struct storage_list lists[2];
 };
 
-/* A memory is over so many seconds after it was made, or was last committed to or forked. Nothing
- * happens to it by itself: see storage_expired. */
+/* A memory is over so many seconds after it was made, or was last committed to, forked or replaced.
+ * Nothing happens to it by itself: see storage_expired. */
 struct storage_expires {
     int64_t seconds; /* 0: never */
     bool from_use;
@@ -201,15 +202,17 @@ STATUS_CHECKED enum status storage_commit(struct storage *storage,
 STATUS_CHECKED enum status storage_truncate(struct storage *storage, const char *id,
                                             storage_done_cb done_cb, void *context);
 
-/* The ephemeral memory takes the place of memory `id`, which keeps its metadata and loses its own
- * branch as by a delete; or becomes `id` where there is none. How a memory is rewound: make an
- * ephemeral fork at an earlier position, write to it what leads to the place wanted, settle it.
- * STATUS_INVALID: the first is not ephemeral. STATUS_NOT_FOUND, STATUS_DISK_FULL, STATUS_IO. */
+/* The ephemeral memory becomes memory `id`. The callback gets STATUS_NOT_FOUND, STATUS_INVALID (it is
+ * not ephemeral), STATUS_CONFLICT (id taken), STATUS_DISK_FULL, STATUS_IO. */
 STATUS_CHECKED enum status storage_memory_settle(struct storage *storage, const char *ephemeral,
                                                  const char *id, storage_done_cb done_cb,
                                                  void *context);
-/* The same, and of the list of `id` goes what lies behind `position`, and what `keep` holds comes in
- * its place: all at once. How a part of a memory's past is told anew. */
+/* The ephemeral memory takes the place of memory `id`, which keeps its metadata and loses its own
+ * branch as by a delete. How a memory is rewound: make an ephemeral fork at an earlier position, write
+ * to it what leads to the place wanted, replace the memory by it. Of the list of `id` goes what lies
+ * behind the new end, or, with `keep`, behind `position`, and what `keep` holds comes in its place: all
+ * at once. How a part of a memory's past is told anew. Answers as storage_memory_settle, but
+ * STATUS_NOT_FOUND: there is no `id` (any longer). */
 STATUS_CHECKED enum status storage_memory_replace(struct storage *storage, const char *ephemeral,
                                                   const char *id, uint64_t position,
                                                   const struct storage_keep *keep,

@@ -35,6 +35,7 @@ enum item_kind {
     ITEM_COMMIT,
     ITEM_TRUNCATE,
     ITEM_SETTLE,
+    ITEM_REPLACE,
     ITEM_BOOKMARK,
     ITEM_DELETE_TURN,
     ITEM_TURNS,
@@ -279,11 +280,16 @@ static enum status carry_out(struct writer *writer, struct store_write *write, s
             set_remove(&writer->failed, memory.branch);
         return status;
     case ITEM_SETTLE:
+        return memory_settle(write, item->from, item->id, false);
+    case ITEM_REPLACE:
         status = memory_get(write->storage, write->txn, item->id, &memory);
         if (!status)
+            status = memory_settle(write, item->from, item->id, true);
+        if (!status && item->keep_size)
+            status = replace_list(write, item);
+        if (!status)
             set_remove(&writer->failed, memory.branch);
-        status = memory_settle(write, item->from, item->id);
-        return status || !item->keep_size ? status : replace_list(write, item);
+        return status;
     case ITEM_BOOKMARK:
         return memory_bookmark(write, item->id, item->at, item->bookmark);
     case ITEM_DELETE_TURN:
@@ -394,7 +400,7 @@ static void collect_all(struct writer *writer)
 static bool item_frees(const struct item *item)
 {
     return item->kind == ITEM_DELETE || item->kind == ITEM_EXPIRE || item->kind == ITEM_TRUNCATE ||
-           item->kind == ITEM_SETTLE || item->kind == ITEM_DELETE_TURN ||
+           item->kind == ITEM_REPLACE || item->kind == ITEM_DELETE_TURN ||
            item->kind == ITEM_DELETE_OBJECT || item->kind == ITEM_DELETE_OBJECT_AND_MEMORY;
 }
 
@@ -661,7 +667,8 @@ static struct item *new_keep_item(enum item_kind kind, size_t before,
     return item;
 }
 
-/* Takes the item on success and frees it otherwise. What was promised a place has one. */
+/* Takes the item on success and frees it otherwise. What was promised a place has one, as has a delete:
+ * there are never more of them than requests and ephemeral memories. */
 static enum status enqueue_promised(struct storage *storage, struct item *item, bool is_promised)
 {
     struct writer *writer = storage->writer;
@@ -669,9 +676,10 @@ static enum status enqueue_promised(struct storage *storage, struct item *item, 
     pthread_mutex_lock(&writer->mutex);
     if (writer->closing) {
         status = STATUS_CLOSED;
-    } else if (!is_promised && (writer->queue_items >= LIMITS_WRITER_QUEUE_ITEMS ||
-                                (writer->queue_items > 0 &&
-                                 writer->queue_bytes + item->bytes > storage->queue_bytes))) {
+    } else if (!is_promised && item->kind != ITEM_DELETE &&
+               (writer->queue_items >= LIMITS_WRITER_QUEUE_ITEMS ||
+                (writer->queue_items > 0 &&
+                 writer->queue_bytes + item->bytes > storage->queue_bytes))) {
         status = STATUS_BUSY;
     } else {
         if (list_empty(&writer->queue))
@@ -812,7 +820,7 @@ enum status storage_memory_replace(struct storage *storage, const char *ephemera
 {
     if (!storage->writer)
         return STATUS_CLOSED;
-    struct item *item = new_keep_item(ITEM_SETTLE, 0, keep, done_cb, context);
+    struct item *item = new_keep_item(ITEM_REPLACE, 0, keep, done_cb, context);
     if (item)
         item->at = position;
     return queue_named(storage, item, id, ephemeral);

@@ -1,6 +1,7 @@
 /* Any place of a memory's past: forks and rewinds to turns whose snapshot is kept, and to others by
  * reading the tokens again. Each must answer as the memory did when it stood there, before and
  * after a kill -9. */
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -8,11 +9,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
 #include "tests/lib/daemon.h"
 #include "tests/lib/store_helper.h"
+#include "tests/lib/wire.h"
 
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
 #define TURNS 9 /* more than keep their snapshot */
@@ -233,6 +236,49 @@ static void test_progress(struct past *past)
     buf_close(&events);
 }
 
+/* A memory that is deleted while it is being rewound stays deleted. */
+struct rewinding {
+    const struct past *past;
+    const char *id;
+    uint64_t to;
+    int code;
+};
+
+static void *rewind_beside(void *context)
+{
+    struct rewinding *rewinding = context;
+    struct buf answer;
+    buf_init(&answer);
+    rewinding->code = rewind_to(rewinding->past, rewinding->id, rewinding->to, &answer);
+    buf_close(&answer);
+    return NULL;
+}
+
+static void test_deleted_meanwhile(struct past *past)
+{
+    char path[160];
+    pthread_t thread;
+    struct buf answer;
+    struct rewinding rewinding = {.past = past};
+    buf_init(&answer);
+    /* Again where the rewind was there first. */
+    for (unsigned i = 0; i < 20 && rewinding.code != 404; i++) {
+        const struct client_memory fork = fork_at(past, past->id, past->position[0]);
+        rewinding.id = fork.id;
+        rewinding.to = fork.token_count - 3;
+        const double before = wire_metric(&past->daemon, "rambad_prefill_tokens_total");
+        assert_int_equal(pthread_create(&thread, NULL, rewind_beside, &rewinding), 0);
+        while (wire_metric(&past->daemon, "rambad_prefill_tokens_total") == before)
+            usleep(1000); /* until it reads the tokens again */
+        remove_memory(past, fork.id);
+        pthread_join(thread, NULL);
+        snprintf(path, sizeof path, "/v1/memories/%s", fork.id);
+        assert_int_equal(call(past, "GET", path, NULL, &answer), 404);
+    }
+    assert_int_equal(rewinding.code, 404);
+    buf_close(&answer);
+}
+
 static void test_past(void **state)
 {
     struct past *past = *state;
@@ -256,6 +302,7 @@ static void test_past(void **state)
     }
     test_commands(past);
     test_progress(past);
+    test_deleted_meanwhile(past);
     /* Between turns too; and what goes on from there is what goes on from the memory itself. */
     struct client_memory fork = fork_at(past, past->id, past->position[3] + 17);
     assert_int_equal(rewind_to(past, past->id, past->position[3] + 17, &answer), 200);

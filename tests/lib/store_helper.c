@@ -168,6 +168,14 @@ enum status store_settle(struct storage *storage, const char *ephemeral, const c
                              storage_memory_settle(storage, ephemeral, id, store_wait_cb, &wait));
 }
 
+enum status store_replace(struct storage *storage, const char *ephemeral, const char *id)
+{
+    struct store_wait wait;
+    store_wait_init(&wait);
+    return store_wait_finish(
+        &wait, storage_memory_replace(storage, ephemeral, id, 0, NULL, store_wait_cb, &wait));
+}
+
 enum status store_remove(struct storage *storage, const char *id)
 {
     struct store_wait wait;

@@ -46,6 +46,7 @@ enum status store_create_ephemeral(struct storage *storage, const char *id, cons
 enum status store_fork_at(struct storage *storage, const char *id, const char *from, uint64_t at,
                           bool ephemeral);
 enum status store_settle(struct storage *storage, const char *ephemeral, const char *id);
+enum status store_replace(struct storage *storage, const char *ephemeral, const char *id);
 enum status store_remove(struct storage *storage, const char *id);
 enum status store_truncate(struct storage *storage, const char *id);
 enum status store_append(struct storage *storage, uint64_t branch, uint64_t index, const void *kv,

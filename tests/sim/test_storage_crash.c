@@ -82,7 +82,7 @@ static enum status operate(struct world *world, struct storage *storage, unsigne
     enum status status = STATUS_OK;
     if (world->has_ephemeral && what < 60) {
         struct store_past *to = &world->pasts[world->settles];
-        status = storage ? store_settle(storage, "e", to->id) : STATUS_OK;
+        status = storage ? store_replace(storage, "e", to->id) : STATUS_OK;
         char id[LIMITS_ID_BYTES];
         memcpy(id, to->id, sizeof id);
         *to = world->ephemeral;

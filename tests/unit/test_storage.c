@@ -383,7 +383,7 @@ static void test_tenants(void **state)
                                                                     store_wait_cb, &wait)),
                      STATUS_OK);
     assert_int_equal(store_create_ephemeral(storage, "e", "m4"), STATUS_OK);
-    assert_int_equal(store_settle(storage, "e", "m4"), STATUS_OK);
+    assert_int_equal(store_replace(storage, "e", "m4"), STATUS_OK);
     storage_close(storage);
     storage = store_tree_open(*state);
     assert_listed(storage, "ann", NULL, 2, true, "fork m6");

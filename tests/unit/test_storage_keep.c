@@ -227,7 +227,7 @@ static void test_rewind(void **state)
     other.made_memory = false;
     assert_int_equal(commit(storage, 6, 1, false, &keep), STATUS_OK);
     assert_int_equal(store_fork_at(storage, "e", "a", 3, true), STATUS_OK);
-    assert_int_equal(store_settle(storage, "e", "a"), STATUS_OK);
+    assert_int_equal(store_replace(storage, "e", "a"), STATUS_OK);
     assert_object(storage, "r1", 3, true);
     assert_no_object(storage, "r2");
     assert_int_equal(commit_object(storage, 6, 3, "r3"), STATUS_OK);

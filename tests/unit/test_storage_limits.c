@@ -227,17 +227,22 @@ static void test_expiry_settled(void **state)
     create(limits->storage, "old", NULL, "ann", 100, false, false);
     create(limits->storage, "e1", NULL, "", 0, false, true);
     create(limits->storage, "e2", NULL, "bob", 30, false, true);
+    create(limits->storage, "used", NULL, "ann", 100, true, false);
+    create(limits->storage, "e3", NULL, "", 0, false, true);
     pass(limits, 40);
     assert_over(limits->storage, "");
-    assert_int_equal(store_settle(limits->storage, "e1", "old"), STATUS_OK);
+    assert_int_equal(store_replace(limits->storage, "e1", "old"), STATUS_OK);
     assert_int_equal(store_settle(limits->storage, "e2", "new"), STATUS_OK);
+    assert_int_equal(store_replace(limits->storage, "e3", "used"), STATUS_OK);
     assert_over(limits->storage, "new ");
     pass(limits, 60);
-    assert_over(limits->storage, "new old ");
+    assert_over(limits->storage, "new old "); /* a rewind is a use */
+    pass(limits, EXPIRY_SLACK_S);
+    assert_over(limits->storage, "new old used ");
     reopen(limits);
-    assert_over(limits->storage, ""); /* how long it was closed, the wall clock alone says */
+    assert_over(limits->storage, "new "); /* how long it was closed, the wall clock alone says */
     pass(limits, EXPIRY_BELIEF_S);
-    assert_over(limits->storage, "new old ");
+    assert_over(limits->storage, "new old used ");
 }
 
 static void test_clock_jumps(void **state)
@@ -429,7 +434,7 @@ static void test_quota_settled(void **state)
     strcpy(past->id, "e");
     assert_int_equal(write_more(limits, past, 100), STATUS_OK);
     assert_int_equal(used(limits, "ann"), record);
-    assert_int_equal(store_settle(limits->storage, "e", "a"), STATUS_OK);
+    assert_int_equal(store_replace(limits->storage, "e", "a"), STATUS_OK);
     assert_int_equal(used(limits, "ann"),
                      store_past_get(limits->storage, "a").bytes_on_disk + record);
     assert_true(used(limits, "ann") > record);
@@ -684,7 +689,7 @@ static void test_left_over(void **state)
     assert_left_over(limits, "o3 ");
     /* Gone back to before the second: the first is still gone on from. */
     assert_int_equal(store_fork_at(limits->storage, "e", "a", 1, true), STATUS_OK);
-    assert_int_equal(store_settle(limits->storage, "e", "a"), STATUS_OK);
+    assert_int_equal(store_replace(limits->storage, "e", "a"), STATUS_OK);
     assert_left_over(limits, "o1 o3 ");
     pass(limits, 7 * 86400);
     assert_int_equal(expire(limits->storage, "b"), STATUS_OK);

@@ -122,12 +122,14 @@ static void test_rewind(void **state)
     assert_int_equal(store_fork_at(storage, "b", "a", 211, false), STATUS_INVALID);
     /* A retained turn is there at once, a dropped one is written again from nothing. */
     assert_int_equal(reach(storage, a, 189), 0);
+    assert_int_equal(store_settle(storage, "e", "a"), STATUS_CONFLICT);
+    assert_int_equal(store_replace(storage, "e", "b"), STATUS_NOT_FOUND);
     assert_int_equal(store_settle(storage, "e", "b"), STATUS_OK);
     b->count = 189;
     store_past_assert(storage, b);
     assert_string_equal(store_past_get(storage, "b").parent, "a");
     assert_int_equal(reach(storage, a, 63), 63);
-    assert_int_equal(store_settle(storage, "e", "a"), STATUS_OK);
+    assert_int_equal(store_replace(storage, "e", "a"), STATUS_OK);
     a->count = 63;
     store_past_assert(storage, a);
     store_past_assert(storage, b);
@@ -147,7 +149,7 @@ static void test_rewind(void **state)
 
     /* To the beginning, and on along another way. */
     assert_int_equal(reach(storage, a, 0), 0);
-    assert_int_equal(store_settle(storage, "e", "a"), STATUS_OK);
+    assert_int_equal(store_replace(storage, "e", "a"), STATUS_OK);
     a->count = 0;
     store_past_assert(storage, a);
     store_past_write(storage, a, 50, 2, false);
@@ -274,7 +276,8 @@ static void go_to(struct storage *storage, struct store_past *to, const struct s
     char id[LIMITS_ID_BYTES];
     reach(storage, from, at);
     strcpy(id, to->id);
-    assert_int_equal(store_settle(storage, "e", id), STATUS_OK);
+    assert_int_equal(to == from ? store_replace(storage, "e", id) : store_settle(storage, "e", id),
+                     STATUS_OK);
     if (to != from)
         *to = *from;
     strcpy(to->id, id);
