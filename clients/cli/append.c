@@ -238,7 +238,7 @@ static int read_options(struct cli *cli, int argc, char **argv, struct options *
             if (!cli_number(value, 1000000, &options->wait_s))
                 return cli_usage(cli, "--wait wants seconds, not '%s'", value);
         } else if (argv[i][0] == '-' && argv[i][1]) {
-            return cli_usage(cli, "unknown option '%s'", argv[i]);
+            return cli_unknown(cli, argv[i]);
         } else if (count < 2) {
             rest[count++] = argv[i];
         } else {

@@ -154,7 +154,7 @@ static int read_option(struct cli *cli, int argc, char **argv, int *at, struct o
         if (*end || end == value || !(options->temperature >= 0 && options->temperature <= 2))
             return cli_usage(cli, "--temperature wants a number from 0 to 2, not '%s'", value);
     } else {
-        return cli_usage(cli, "unknown option '%s'", argv[*at]);
+        return cli_unknown(cli, argv[*at]);
     }
     return -1;
 }

@@ -48,6 +48,7 @@ int cli_fail(const struct cli *cli, int code, const char *format, ...)
 int cli_fail_http(const struct cli *cli, const struct http_answer *answer);
 /* "see ramba --help" behind the message. */
 int cli_usage(const struct cli *cli, const char *format, ...) __attribute__((format(printf, 2, 3)));
+int cli_unknown(const struct cli *cli, const char *option);
 
 /* Takes `--name VALUE` or `--name=VALUE` at argv[*at]; *at then stands on its last argument.
  * Returns NULL when argv[*at] is another option or VALUE is missing. */

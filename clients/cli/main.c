@@ -89,6 +89,11 @@ int cli_usage(const struct cli *cli, const char *format, ...)
     return CLI_USAGE;
 }
 
+int cli_unknown(const struct cli *cli, const char *option)
+{
+    return cli_usage(cli, "option '%s' is unknown here, or its value is missing", option);
+}
+
 int cli_fail_http(const struct cli *cli, const struct http_answer *answer)
 {
     const char *message = answer->error.message;
@@ -217,7 +222,7 @@ int main(int argc, char **argv)
             return finish(&cli, CLI_OK);
         }
         if (!(value = cli_value(argc, argv, &i, "--url")))
-            return cli_usage(&cli, "unknown option '%s'", argv[i]);
+            return cli_unknown(&cli, argv[i]);
         url = value;
     }
     if (i >= argc) {

@@ -8,10 +8,12 @@
 
 #define PAGE 100
 
-/* Ids are made by the server of these alone, and must not change a path. */
+/* Of a memory or a conversation, which is one. Ids are made by the server of these alone, and must not
+ * change a path. */
 static bool looks_like_id(const char *text)
 {
-    return strncmp(text, "mem_", 4) == 0 && strlen(text) < LIMITS_ID_BYTES &&
+    return (strncmp(text, "mem_", 4) == 0 || strncmp(text, "conv_", 5) == 0) &&
+           strlen(text) < LIMITS_ID_BYTES &&
            text[strspn(text, "abcdefghijklmnopqrstuvwxyz0123456789_")] == 0;
 }
 
@@ -185,7 +187,7 @@ static int create(struct cli *cli, int argc, char **argv, bool is_fork)
             if (!cli_number(value, INT64_MAX, &at) || at == 0)
                 return cli_usage(cli, "--at wants a position in tokens, not '%s'", value);
         } else if (argv[i][0] == '-')
-            return cli_usage(cli, "unknown option '%s'", argv[i]);
+            return cli_unknown(cli, argv[i]);
         else if (is_fork && !from)
             from = argv[i];
         else
@@ -236,7 +238,7 @@ int cli_turns(struct cli *cli, int argc, char **argv)
     if (argc != 2)
         return cli_usage(cli, "wants one MEMORY");
     int code = cli_get_memory(cli, argv[1], &memory);
-    uint64_t from = memory.token_count;
+    uint64_t from = code == CLI_OK ? memory.token_count : 0;
     for (bool more = true, is_first = true; code == CLI_OK && more; is_first = false) {
         char path[160];
         struct http_answer answer;
@@ -290,7 +292,7 @@ int cli_remove(struct cli *cli, int argc, char **argv)
         return cli_usage(cli, "wants at least one MEMORY");
     for (int i = 1; i < argc; i++)
         if (argv[i][0] == '-')
-            return cli_usage(cli, "unknown option '%s'", argv[i]);
+            return cli_unknown(cli, argv[i]);
     for (int i = 1; i < argc; i++) { /* one that is missing does not keep the others */
         struct client_memory memory;
         int code = cli_get_memory(cli, argv[i], &memory);

@@ -51,6 +51,8 @@ int cli_import(struct cli *cli, int argc, char **argv)
 {
     struct client_memory memory;
     struct http_answer answer;
+    if (argc > 1 && argv[1][0] == '-' && argv[1][1])
+        return cli_unknown(cli, argv[1]);
     if (argc != 2)
         return cli_usage(cli, "wants one FILE, which may be - for standard input");
     bool piped = strcmp(argv[1], "-") == 0;

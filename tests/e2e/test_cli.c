@@ -120,6 +120,23 @@ static void test_forks(void **state)
     buf_close(&out);
 }
 
+/* A conversation is a memory, too: what is listed can be named. */
+static void test_conversation(void **state)
+{
+    (void)state;
+    char id[LIMITS_ID_BYTES];
+    struct buf out;
+    buf_init(&out);
+    assert_int_equal(
+        daemon_call(&daemon_, "POST", "/v1/conversations", "application/json", "{}", 2, &out), 200);
+    assert_int_equal(sh(&out, "ramba ls | grep -o '^conv_[0-9a-f]*'"), 0);
+    snprintf(id, sizeof id, "%s", out.data);
+    assert_int_equal(sh(&out, "ramba show %s | grep '^id  *%s$'", id, id), 0);
+    assert_int_equal(sh(&out, "ramba rm %s", id), 0);
+    assert_int_equal(sh(&out, "ramba show %s 2>/dev/null", id), 4);
+    buf_close(&out);
+}
+
 static void test_exit_codes(void **state)
 {
     (void)state;
@@ -347,10 +364,10 @@ static int teardown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_pipes),      cmocka_unit_test(test_forks),
-        cmocka_unit_test(test_exit_codes), cmocka_unit_test(test_daemon_program),
-        cmocka_unit_test(test_progress),   cmocka_unit_test(test_server_dies),
-        cmocka_unit_test(test_interrupt),
+        cmocka_unit_test(test_pipes),          cmocka_unit_test(test_forks),
+        cmocka_unit_test(test_conversation),   cmocka_unit_test(test_exit_codes),
+        cmocka_unit_test(test_daemon_program), cmocka_unit_test(test_progress),
+        cmocka_unit_test(test_server_dies),    cmocka_unit_test(test_interrupt),
     };
     daemon_choose_tests();
     return cmocka_run_group_tests(tests, setup, teardown);
