@@ -384,11 +384,6 @@ void engine_chunk_durable(struct engine *engine, struct chunk_key key, enum stat
     }
 }
 
-void engine_forget_chunks(struct engine *engine, uint64_t branch, uint64_t first)
-{
-    memory_forget(&engine->memory, branch, first);
-}
-
 void engine_get_stats(const struct engine *engine, struct engine_stats *stats)
 {
     struct engine *unlocked = (struct engine *)(uintptr_t)engine; /* the lock is not its state */

@@ -90,8 +90,9 @@ STATUS_CHECKED enum status engine_session_fork(const struct engine_session *sess
                                                uint64_t branch, struct engine_session **out);
 /* Pages of its own branch that only this session could reach may stay cached. */
 void engine_session_destroy(struct engine_session *session);
-/* Forgets the pages of `branch` from chunk `first` on: they were truncated or deleted. */
-void engine_forget_chunks(struct engine *engine, uint64_t branch, uint64_t first);
+/* Forgets the pages of the session's own branch from chunk `first` on, which are to be truncated or
+ * deleted. Takes a time that their number alone decides. */
+void engine_session_forget(struct engine_session *session, uint64_t first);
 /* Tokens consumed so far. */
 uint64_t engine_session_position(const struct engine_session *session);
 /* Resident bytes: state, partial chunk, landmarks (shared blocks counted in full). */

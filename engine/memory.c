@@ -339,22 +339,13 @@ void memory_durable(struct memory *memory, struct chunk_key key, bool failed)
     memory_page_unpin(memory, page);
 }
 
-void memory_forget(struct memory *memory, uint64_t branch, uint64_t first)
+void memory_forget(struct memory *memory, struct chunk_key key)
 {
-    for (size_t i = 0; i <= memory->table_mask; i++) {
-        struct memory_page *page = memory->table[i];
-        while (page) {
-            struct memory_page *next = page->next;
-            if (page->key.branch == branch && page->key.index >= first) {
-                const bool waiting = page->unacknowledged;
-                page->unacknowledged = false;
-                drop(memory, page);
-                if (waiting)
-                    memory_page_unpin(memory, page);
-            }
-            page = next;
-        }
-    }
+    struct memory_page *page = find(memory, key);
+    if (page && page->unacknowledged)
+        memory_durable(memory, key, true);
+    else if (page)
+        drop(memory, page);
 }
 
 /* ---- landmark blocks ---- */

@@ -93,8 +93,8 @@ STATUS_CHECKED enum status memory_load(struct memory *memory, const struct chunk
                                        struct memory_page *const *pages, size_t count);
 /* The chunk is on disk, or never will be (then its page is dropped). */
 void memory_durable(struct memory *memory, struct chunk_key key, bool failed);
-/* Drops the pages of `branch` from chunk `first` on. None of them is in use. */
-void memory_forget(struct memory *memory, uint64_t branch, uint64_t first);
+/* Drops the page of that chunk, if there is one. It is not in use. */
+void memory_forget(struct memory *memory, struct chunk_key key);
 
 /* Takes a block, its content unspecified, with one reference. NULL: no memory. */
 struct memory_landmarks *memory_landmarks_take(struct memory *memory);

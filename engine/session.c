@@ -350,6 +350,14 @@ void engine_session_destroy(struct engine_session *session)
     free(session);
 }
 
+void engine_session_forget(struct engine_session *session, uint64_t first)
+{
+    const struct chunk_range *own = &session->ranges[session->range_count - 1];
+    const uint64_t from = first > own->first ? first : own->first;
+    for (uint64_t i = from; i < session->chunk_count; i++)
+        memory_forget(&session->engine->memory, (struct chunk_key){own->branch, i});
+}
+
 uint64_t engine_session_position(const struct engine_session *session)
 {
     return session->position;

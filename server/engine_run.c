@@ -106,8 +106,6 @@ static void truncated(struct reply *reply, enum status status)
     if (status && status != STATUS_NOT_FOUND)
         log_event(LOG_ERROR, "truncate failed", "memory", LOG_STR, job->memory->id, "status",
                   LOG_STR, status_text(status), NULL);
-    const uint64_t chunk = engine_get_info(job->thread->engine)->config->chunk_tokens;
-    engine_forget_chunks(job->thread->engine, job->memory->branch, job->memory->position / chunk);
     live_memory_drop(job->thread, job->memory);
     job->memory = NULL;
 }
@@ -124,6 +122,8 @@ static void abort_step(struct job *job)
             return;
         }
         job->pending++;
+        const uint64_t chunk = engine_get_info(job->thread->engine)->config->chunk_tokens;
+        engine_session_forget(job->memory->session, job->memory->position / chunk);
         engine_session_destroy(job->memory->session);
         job->memory->session = NULL;
     }

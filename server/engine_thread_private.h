@@ -248,7 +248,7 @@ STATUS_CHECKED enum status live_memory_load(const struct job *job, const char *i
 /* `prefix` and 24 hexadecimal digits. */
 void live_memory_new_id(const char *prefix, char id[LIMITS_ID_BYTES]);
 /* Deletes an ephemeral memory, when storage gets to it. */
-void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id, uint64_t branch);
+void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id);
 
 /* ---- job_prefix.c: requests that name no memory ---- */
 

@@ -34,6 +34,23 @@ void job_generate_begin(struct job *job)
     job_post(job, &event);
 }
 
+/* A fork of the session of the memory that is asked. That comes to RAM for it, and stays there for
+ * whoever asks next, as far as the budget allows. STATUS_CONFLICT: it is being written to, or
+ * stands elsewhere than at `position` by now. */
+static enum status fork_memory(struct job *job, struct sequence *s, uint64_t position,
+                               struct error *err)
+{
+    struct live_memory *memory;
+    enum status status = live_memory_open(job->thread, job->generate.memory, job, &memory, err);
+    if (status)
+        return status;
+    status = memory->position == position
+                 ? engine_session_fork(memory->session, s->branch, &s->session)
+                 : STATUS_CONFLICT;
+    live_memory_release(job->thread, memory);
+    return status;
+}
+
 /* The session of an ephemeral memory that storage has just made. */
 static enum status open_ephemeral(struct job *job, struct sequence *s, struct error *err)
 {
@@ -48,20 +65,12 @@ static enum status open_ephemeral(struct job *job, struct sequence *s, struct er
         return error_set(err, STATUS_CONFLICT, "memory %s went on in another request",
                          job->generate.memory);
     }
-    const struct live_memory *live =
-        job->generate.memory[0] ? live_memory_find(thread, job->generate.memory) : NULL;
-    uint64_t position;
-    if (live && !live->user && live->position == record.token_count) {
-        status = engine_session_fork(live->session, s->branch, &s->session);
-        if (status)
-            error_set(err, status, "out of memory for a session");
-        else
-            thread->counted.resumes_ram++;
-    } else {
-        const char *reason = !job->generate.memory[0] ? "prefix"
-                             : !live      ? live_memory_miss(thread, job->generate.memory)
-                             : live->user ? "in_use"
-                                          : "other_position";
+    const bool named = job->generate.memory[0];
+    uint64_t position = record.token_count;
+    if (!named || fork_memory(job, s, position, err)) {
+        const struct live_memory *live =
+            named ? live_memory_find(thread, job->generate.memory) : NULL;
+        const char *reason = !named ? "prefix" : live && live->user ? "in_use" : "other_position";
         status = live_memory_load(job, s->id, reason, &position, &s->session, err);
     }
     storage_memory_close(&record);
@@ -88,7 +97,7 @@ static void ephemeral_made(struct reply *reply, enum status status)
         if (s->session)
             engine_session_destroy(s->session);
         s->session = NULL;
-        live_memory_delete_ephemeral(job->thread, s->id, s->branch);
+        live_memory_delete_ephemeral(job->thread, s->id);
         job_generate_open_empty(job);
     } else if (status) {
         job_fail(job, status, "%s", err.message);
@@ -725,11 +734,13 @@ void job_generate_close(struct job *job)
 {
     for (uint32_t i = 0; job->sequences && i < job->generate.choices; i++) {
         struct sequence *s = &job->sequences[i];
-        if (s->session && !job->generate.memory_write && !job->prefix) /* else it is the live
-                                                                           memory's */
+        if (s->session && !job->generate.memory_write && !job->prefix) { /* else it is the live
+                                                                             memory's */
+            engine_session_forget(s->session, 0);
             engine_session_destroy(s->session);
+        }
         if (s->id[0])
-            live_memory_delete_ephemeral(job->thread, s->id, s->branch);
+            live_memory_delete_ephemeral(job->thread, s->id);
         if (s->sampler)
             sampler_destroy(s->sampler);
         if (s->stop)

@@ -365,7 +365,7 @@ static void open_made(struct job *job)
         if (status) {
             (void)!storage_memory_delete(thread->storage, job->generate.memory, NULL, NULL);
         } else {
-            live_memory_delete_ephemeral(thread, memory->id, memory->branch);
+            live_memory_delete_ephemeral(thread, memory->id);
             live_memory_drop(thread, memory);
         }
         make_empty(job);

@@ -158,7 +158,10 @@ void live_memory_release(struct engine_thread *thread, struct live_memory *memor
 {
     memory->user = NULL;
     list_remove(&memory->node);
-    list_push_back(&thread->memories, &memory->node);
+    if (engine_session_bytes(memory->session) > thread->options.session_bytes)
+        list_push_front(&thread->memories, &memory->node); /* others need not go first, in vain */
+    else
+        list_push_back(&thread->memories, &memory->node);
     size_t idle = 0;
     LIST_EACH(node, &thread->memories)
     {
@@ -192,26 +195,8 @@ void live_memory_new_id(const char *prefix, char id[LIMITS_ID_BYTES])
              (unsigned)words[1]);
 }
 
-static void ephemeral_deleted(struct reply *reply, enum status status)
+void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id)
 {
-    uint64_t *branch = reply->context;
-    (void)status; /* what is left of it is dropped at the next opening */
-    engine_forget_chunks(reply->thread->engine, *branch, 0);
-    free(branch);
-    reply_free(reply);
-}
-
-void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id, uint64_t branch)
-{
-    uint64_t *kept = malloc(sizeof *kept);
-    struct reply *reply = kept ? reply_create(thread, ephemeral_deleted, kept) : NULL;
-    if (!reply) {
-        free(kept);
-        return;
-    }
-    *kept = branch;
-    if (storage_memory_delete(thread->storage, id, reply_done_cb, reply)) {
-        reply_cancel(reply);
-        free(kept);
-    }
+    /* What is left of it, should the queue be full, is dropped at the next opening. */
+    (void)!storage_memory_delete(thread->storage, id, NULL, NULL);
 }

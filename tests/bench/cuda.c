@@ -21,6 +21,7 @@
 
 #include "engine/engine_private.h"
 #include "proto/base/assert.h"
+#include "tests/lib/noise_io.h"
 
 #define SECONDS_MAX 100 /* rows after that are left out, and said to be */
 
@@ -378,93 +379,25 @@ static bool left_out(const char *what, uint32_t rows, uint64_t context)
     return true;
 }
 
-/* ---- the past ----
- * Chunks that nobody keeps: landmarks and pages of any chunk are the same random bytes. */
-struct fake {
-    size_t kv_bytes, landmark_bytes;
-    uint16_t *noise;
-    size_t noise_count;
-};
+/* ---- the past ---- */
 
-static size_t append_room(void *context)
-{
-    (void)context;
-    return SIZE_MAX / 2;
-}
-
-static enum status append(void *context, struct chunk_key key, const void *kv, const void *landmark)
-{
-    (void)context, (void)key, (void)kv, (void)landmark;
-    return STATUS_OK;
-}
-
-static void fill(const struct fake *f, uint64_t index, void *out, size_t bytes)
-{
-    const size_t from = (size_t)(index * 977) % (f->noise_count - bytes / 2);
-    memcpy(out, f->noise + from, bytes);
-}
-
-static enum status read_chunks(void *context, const struct chunk_read *reads, size_t count)
-{
-    const struct fake *f = context;
-    for (size_t i = 0; i < count; i++)
-        fill(f, reads[i].key.index, reads[i].kv, f->kv_bytes);
-    return STATUS_OK;
-}
-
-static enum status read_landmarks(void *context, uint64_t branch, uint64_t first, uint64_t count,
-                                  void *out)
-{
-    const struct fake *f = context;
-    (void)branch;
-    for (uint64_t i = 0; i < count; i++)
-        fill(f, first + i, (char *)out + i * f->landmark_bytes, f->landmark_bytes);
-    return STATUS_OK;
-}
-
-static void make_noise(struct fake *f)
-{
-    f->noise_count = (size_t)1 << 20;
-    f->noise = malloc(f->noise_count * sizeof *f->noise);
-    ASSERT(f->noise);
-    uint64_t state = 1;
-    for (size_t i = 0; i < f->noise_count; i++) { /* bf16 between 1/8 and 2, either sign */
-        state = state * 6364136223846793005u + 1442695040888963407u;
-        f->noise[i] = (uint16_t)((state >> 48 & 0x8000) | 0x3e00 | (state >> 40 & 0x1ff));
-    }
-}
-
-/* A session of `branch` at `position`, with landmarks of everything before it. */
+/* A session of `branch` at `position`, with landmarks of everything before it; NULL: no room. */
 static struct engine_session *session_at(struct engine *engine, uint64_t branch, uint64_t position)
 {
-    const struct chunk_range range = {.branch = branch};
     struct engine_session *s;
     struct error err = {0};
-    ASSERT(!engine_session_create(engine, &range, 1, NULL, 0, &s, &err));
-    if (!position)
+    if (!noise_io_session(engine, branch, position, &s, &err))
         return s;
-    const size_t bytes = engine_session_snapshot_bytes(s);
-    char *snapshot = malloc(bytes);
-    ASSERT(snapshot);
-    engine_session_snapshot(s, snapshot);
-    engine_session_destroy(s);
-    memcpy(snapshot + 16, &position, sizeof position); /* after magic, version, fingerprint */
-    if (engine_session_create(engine, &range, 1, snapshot, bytes, &s, &err)) {
-        printf("no session at %llu: %s\n", (unsigned long long)position, err.message);
-        free(snapshot);
-        return NULL;
-    }
-    ASSERT(engine_session_position(s) == position);
-    free(snapshot);
-    return s;
+    printf("no session at %llu: %s\n", (unsigned long long)position, err.message);
+    return NULL;
 }
 
 /* The session goes, and with it the pages that its steps read or made: another may use its branch.
  */
-static void end_session(struct engine *engine, struct engine_session *s, uint64_t branch)
+static void end_session(struct engine_session *s)
 {
+    engine_session_forget(s, 0);
     engine_session_destroy(s);
-    engine_forget_chunks(engine, branch, 0);
 }
 
 /* ---- floors ---- */
@@ -589,7 +522,7 @@ static void time_decode(struct engine *engine, uint32_t batch, uint64_t context)
         report(&r);
     }
     while (opened--) {
-        end_session(engine, sequences[opened].session, 1 + opened);
+        end_session(sequences[opened].session);
         sampler_destroy(sequences[opened].sampler);
     }
 }
@@ -640,7 +573,7 @@ static void time_prefill(struct engine *engine, uint32_t slice, uint64_t context
         waiting = false;
         memcpy(r.device, clocks, sizeof clocks);
         report(&r);
-        end_session(engine, s, 1);
+        end_session(s);
     }
     free(tokens);
 }
@@ -662,7 +595,7 @@ static void time_all(struct engine *engine)
 
 int main(int argc, char **argv)
 {
-    struct fake fake = {0};
+    struct noise_io past;
     struct engine *engine;
     struct error err = {0};
     struct engine_options options = {.model_path = "tests/bench/ramba-370m",
@@ -670,11 +603,7 @@ int main(int argc, char **argv)
                                      .host_memory_bytes = (size_t)1 << 30,
                                      .slice_tokens = 4096,
                                      .running_max = BATCH_MAX,
-                                     .io = {.context = &fake,
-                                            .append_room = append_room,
-                                            .append = append,
-                                            .read = read_chunks,
-                                            .read_landmarks = read_landmarks},
+                                     .io = noise_io(&past),
                                      .random_weights_seed = 1};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--plain") == 0)
@@ -687,13 +616,13 @@ int main(int argc, char **argv)
             csv = fopen(argv[++i], "we");
     }
     began = now();
-    make_noise(&fake);
-    enum status status = measure_device(fake.noise, fake.noise_count, &err);
+    noise_io_init(&past);
+    enum status status = measure_device(past.noise, past.count, &err);
     if (!status)
         status = engine_open(&options, &engine, &err);
     if (status) {
         printf("%s: %s\n", status == STATUS_UNSUPPORTED ? "SKIPPED" : "FAIL", err.message);
-        free(fake.noise);
+        noise_io_close(&past);
         return status == STATUS_UNSUPPORTED ? 77 : 1;
     }
     if (csv) {
@@ -701,8 +630,7 @@ int main(int argc, char **argv)
         fprintf(csv,
                 "what,rows,context,op,calls,ms,call_ms,floor_ms,over_floor,bytes,operations\n");
     }
-    fake.kv_bytes = engine_get_info(engine)->kv_bytes;
-    fake.landmark_bytes = engine_get_info(engine)->landmark_bytes;
+    noise_io_attach(&past, engine);
     printf("%s, %.0f MB of weights, open after %.0f s\n", engine_get_info(engine)->backend,
            (double)engine_get_info(engine)->weight_bytes / 1e6, now() - began);
     set_clocks(engine);
@@ -710,7 +638,7 @@ int main(int argc, char **argv)
     printf("%.0f seconds in all\n", now() - began);
     engine->ops = real;
     engine_close(engine);
-    free(fake.noise);
+    noise_io_close(&past);
     if (csv)
         fclose(csv);
     return 0;

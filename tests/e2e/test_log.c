@@ -204,6 +204,8 @@ static void test_memory_misses(void **state)
     snprintf(named, sizeof named, ",\"memory\":\"%s\",\"memory_write\":false", id);
     complete("rewound", named);
     expect_miss("cache_miss", "rewound", "first_use", id);
+    complete("asks-again", named); /* whoever asks first brings it to RAM */
+    assert_null(find("cache_miss", "asks-again"));
     daemon_end(&daemon_, folder);
 }
 

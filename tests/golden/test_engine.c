@@ -212,8 +212,8 @@ static void run(struct bed *bed, size_t longest, uint64_t seed)
         check_logits(bed, at - 1);
         check_picks(bed, &item, at - 1);
     }
+    engine_session_forget(bed->session, 0);
     engine_session_destroy(bed->session);
-    engine_forget_chunks(bed->engine, 1, 0);
     for (size_t i = 0; i < bed->ram.count; i++) {
         free(bed->ram.items[i].kv);
         free(bed->ram.items[i].landmark);

@@ -164,7 +164,7 @@ static void a_snapshot_brings_everything_back(void **state)
         struct engine_session *again;
         const struct chunk_range range = {.branch = 2};
         struct error err = {0};
-        engine_forget_chunks(bed.engine, 2, 0);
+        engine_session_forget(kept, 0);
         assert_int_equal(engine_session_create(bed.engine, &range, 1, snapshot, size, &again, &err),
                          STATUS_OK);
         assert_int_equal(engine_session_position(again), stops[i]);
@@ -318,6 +318,58 @@ static void a_fork_goes_its_own_way(void **state)
     close_bed(&bed);
 }
 
+/* Pages of the branch that are in memory. */
+static size_t pages_of(const struct bed *bed, uint64_t branch)
+{
+    const struct memory *memory = &bed->engine->memory;
+    size_t count = 0;
+    for (size_t i = 0; i <= memory->table_mask; i++)
+        for (const struct memory_page *page = memory->table[i]; page; page = page->next)
+            count += page->key.branch == branch;
+    return count;
+}
+
+static void a_fork_forgets_its_own_pages_alone(void **state)
+{
+    (void)state;
+    struct bed bed;
+    open_bed(&bed, 0, ENGINE_BACKEND_CPU);
+    struct engine_session *trunk = open_session(&bed, 1), *fork, *straight;
+    feed(&bed, trunk, 333, 256);
+    assert_int_equal(engine_session_fork(trunk, 5, &fork), STATUS_OK);
+    feed(&bed, fork, 433, 256);
+    assert_int_equal(pages_of(&bed, 1), 20);
+    assert_int_equal(pages_of(&bed, 5), 7); /* chunks 20 to 26 */
+    engine_session_forget(fork, 25);
+    assert_int_equal(pages_of(&bed, 5), 5);
+    engine_session_forget(fork, 0);
+    assert_int_equal(pages_of(&bed, 5), 0);
+    assert_int_equal(pages_of(&bed, 1), 20);
+    /* They come back from the disk. */
+    feed(&bed, fork, 800, 256);
+    assert_true(bed.ram.reads > 0);
+    straight = open_session(&bed, 9);
+    feed(&bed, straight, 333, 256);
+    feed(&bed, straight, 433, 256);
+    feed(&bed, straight, 800, 256);
+    same_logits(&bed, straight, fork);
+    /* One that waits for the disk goes, too, and its answer finds nothing. */
+    const size_t pages = pages_of(&bed, 5);
+    struct engine_step_item item = {.session = fork, .tokens = bed.tokens + 800, .token_count = 32};
+    assert_int_equal(engine_step(bed.engine, &item, 1), STATUS_OK);
+    assert_int_equal(pages_of(&bed, 5), pages + 2);
+    assert_int_equal(bed.engine->memory.pinned, 2);
+    engine_session_forget(fork, 50);
+    assert_int_equal(pages_of(&bed, 5), pages);
+    assert_int_equal(bed.engine->memory.pinned, 0);
+    chunk_ram_acknowledge(&bed.ram, bed.engine);
+    assert_int_equal(bed.engine->memory.pinned, 0);
+    engine_session_destroy(trunk);
+    engine_session_destroy(fork);
+    engine_session_destroy(straight);
+    close_bed(&bed);
+}
+
 static void few_pages_give_the_same_output(void **state)
 {
     (void)state;
@@ -416,7 +468,7 @@ static void a_lost_chunk_fails_its_memory_alone(void **state)
     for (size_t i = 0; i < bed.ram.count; i++)
         if (bed.ram.items[i].key.branch == 2)
             bed.ram.items[i].key.branch = 77; /* gone */
-    engine_forget_chunks(bed.engine, 2, 0);
+    engine_session_forget(bad, 0);
     struct engine_step_item items[] = {
         {.session = bad, .tokens = bed.tokens + 800, .token_count = 1, .want_logits = true},
         {.session = good, .tokens = bed.tokens + 800, .token_count = 1, .want_logits = true}};
@@ -441,6 +493,7 @@ int main(void)
         cmocka_unit_test(a_rounded_session_goes_on_as_its_snapshot),
         cmocka_unit_test(cuts_change_nothing),
         cmocka_unit_test(a_fork_goes_its_own_way),
+        cmocka_unit_test(a_fork_forgets_its_own_pages_alone),
         cmocka_unit_test(few_pages_give_the_same_output),
         cmocka_unit_test(a_full_queue_changes_nothing),
         cmocka_unit_test(chunks_of_many_at_once_wait),
