@@ -214,11 +214,7 @@ static void run(struct bed *bed, size_t longest, uint64_t seed)
     }
     engine_session_forget(bed->session, 0);
     engine_session_destroy(bed->session);
-    for (size_t i = 0; i < bed->ram.count; i++) {
-        free(bed->ram.items[i].kv);
-        free(bed->ram.items[i].landmark);
-    }
-    bed->ram.count = bed->ram.acknowledged = 0;
+    chunk_ram_cut(&bed->ram, 0);
 }
 
 /* Runs a model over its golden's tokens; what it was off by is then in `*bed`. */

@@ -13,11 +13,18 @@ void chunk_ram_init(struct chunk_ram *ram)
 
 void chunk_ram_close(struct chunk_ram *ram)
 {
-    for (size_t i = 0; i < ram->count; i++) {
+    chunk_ram_cut(ram, 0);
+    free(ram->items);
+}
+
+void chunk_ram_cut(struct chunk_ram *ram, size_t count)
+{
+    for (size_t i = count; i < ram->count; i++) {
         free(ram->items[i].kv);
         free(ram->items[i].landmark);
     }
-    free(ram->items);
+    ram->count = count < ram->count ? count : ram->count;
+    ram->acknowledged = count < ram->acknowledged ? count : ram->acknowledged;
 }
 
 static size_t append_room(void *context)
@@ -27,10 +34,19 @@ static size_t append_room(void *context)
     return ram->room > waiting ? ram->room - waiting : 0;
 }
 
+static bool holds(const struct chunk_ram *ram, size_t at, uint64_t branch, uint64_t index)
+{
+    return ram->items[at].key.branch == branch && ram->items[at].key.index == index;
+}
+
+/* The last of that name: at its own index, where all were written in order and once. */
 static struct chunk_ram_item *find(struct chunk_ram *ram, uint64_t branch, uint64_t index)
 {
+    const bool in_order = ram->count && ram->items[ram->count - 1].key.index == ram->count - 1;
+    if (in_order && index < ram->count && holds(ram, index, branch, index))
+        return &ram->items[index];
     for (size_t i = ram->count; i--;)
-        if (ram->items[i].key.branch == branch && ram->items[i].key.index == index)
+        if (holds(ram, i, branch, index))
             return &ram->items[i];
     return NULL;
 }

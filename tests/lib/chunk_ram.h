@@ -20,6 +20,8 @@ struct chunk_ram {
 
 void chunk_ram_init(struct chunk_ram *ram);
 void chunk_ram_close(struct chunk_ram *ram);
+/* Forgets all but the first `count` chunks appended. */
+void chunk_ram_cut(struct chunk_ram *ram, size_t count);
 struct chunk_io chunk_ram_io(struct chunk_ram *ram);
 /* Call once the engine is open. */
 void chunk_ram_attach(struct chunk_ram *ram, struct engine *engine);
