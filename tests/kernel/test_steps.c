@@ -186,9 +186,8 @@ static float *run(const struct kind *kind, const struct way *way, size_t *vocabu
         const size_t least =
             picks + 2 * ((options.slice_tokens + options.running_max) / info->config->chunk_tokens +
                          options.running_max + 1);
-        const size_t device = way->budgets == SMALL ? sequence_count * picks
-                              : picks > 16          ? picks
-                                                    : 16;
+        const size_t rows = way->budgets == SMALL ? sequence_count * picks : picks;
+        const size_t device = rows > 16 ? rows : 16;
         const size_t host =
             way->budgets == SMALL && least < device * 3 / 2 ? device * 3 / 2 : least;
         options.device_memory_bytes = device * page;
