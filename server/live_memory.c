@@ -197,6 +197,6 @@ void live_memory_new_id(const char *prefix, char id[LIMITS_ID_BYTES])
 
 void live_memory_delete_ephemeral(struct engine_thread *thread, const char *id)
 {
-    /* What is left of it, should the queue be full, is dropped at the next opening. */
+    /* What is left of it after a failure is dropped at the next opening. */
     (void)!storage_memory_delete(thread->storage, id, NULL, NULL);
 }
