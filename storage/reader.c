@@ -1,7 +1,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "proto/base/assert.h"
+#include "proto/base/log.h"
 #include "storage/branch.h"
 #include "storage/keep.h"
 #include "storage/memory.h"
@@ -86,6 +86,32 @@ static bool may_be_listed(const struct record_branch *branch, const char *tenant
            (!tenant || strcmp(branch->tenant, tenant) == 0);
 }
 
+/* The memory that writes a branch, as the branch's record names it. STATUS_NOT_FOUND: it is not to be
+ * listed. */
+static enum status read_listed(const struct storage *storage, MDB_txn *txn, const MDB_val *key,
+                               const MDB_val *value, const char *tenant,
+                               struct storage_memory *memory)
+{
+    struct record_branch branch;
+    struct record_memory record;
+    enum status status =
+        record_branch_decode(key->mv_data, key->mv_size, value->mv_data, value->mv_size, &branch);
+    if (status || !may_be_listed(&branch, tenant))
+        return status ? status : STATUS_NOT_FOUND;
+    status = memory_get(storage, txn, branch.owner, &record);
+    if (status)
+        return status == STATUS_NOT_FOUND ? STATUS_CORRUPT : status;
+    return record.ephemeral ? STATUS_NOT_FOUND
+                            : fill_memory(storage, txn, branch.owner, &record, memory);
+}
+
+/* A damaged memory does not keep the others from being listed. */
+static void log_damaged(const MDB_val *key)
+{
+    log_event(LOG_ERROR, "storage_memory_damaged", "branch", LOG_INT,
+              key->mv_size == 8 ? (int64_t)record_key_read(key->mv_data) : -1, NULL);
+}
+
 /* Walks the branches from the newest down: their order is the order of creation. */
 static enum status list_memories(struct storage *storage, MDB_txn *txn, const char *tenant,
                                  uint64_t before, size_t limit, struct storage_memory *memories,
@@ -102,24 +128,18 @@ static enum status list_memories(struct storage *storage, MDB_txn *txn, const ch
     rc = mdb_cursor_get(cursor, &key, &value, MDB_SET_RANGE);
     rc = mdb_cursor_get(cursor, &key, &value, rc == MDB_NOTFOUND ? MDB_LAST : MDB_PREV);
     for (; rc == 0 && !status && !*has_more; rc = mdb_cursor_get(cursor, &key, &value, MDB_PREV)) {
-        struct record_branch branch;
-        struct record_memory record;
-        status =
-            record_branch_decode(key.mv_data, key.mv_size, value.mv_data, value.mv_size, &branch);
-        if (status || !may_be_listed(&branch, tenant))
-            continue;
-        status = memory_get(storage, txn, branch.owner, &record);
-        if (status == STATUS_NOT_FOUND)
-            status = STATUS_CORRUPT;
-        if (status || record.ephemeral)
-            continue;
-        if (*count == limit) {
+        struct storage_memory memory;
+        status = read_listed(storage, txn, &key, &value, tenant, &memory);
+        if (status == STATUS_CORRUPT)
+            log_damaged(&key);
+        if (status == STATUS_CORRUPT || status == STATUS_NOT_FOUND) {
+            status = STATUS_OK;
+        } else if (!status && *count == limit) {
             *has_more = true;
-            continue;
+            storage_memory_close(&memory);
+        } else if (!status) {
+            memories[(*count)++] = memory;
         }
-        status = fill_memory(storage, txn, branch.owner, &record, &memories[*count]);
-        if (!status)
-            ++*count;
     }
     mdb_cursor_close(cursor);
     return status || rc == 0 || rc == MDB_NOTFOUND ? status : store_status(rc);

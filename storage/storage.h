@@ -281,7 +281,8 @@ STATUS_CHECKED enum status storage_memory_get(struct storage *storage, const cha
 void storage_memory_close(struct storage_memory *memory);
 /* The tenant's memories (NULL: everybody's) that are not ephemeral, newest first, after the one
  * named `after` (NULL: from the start): at most `limit` into `memories`; `*has_more` says whether
- * there are others. An `after` that is none of them is STATUS_NOT_FOUND. */
+ * there are others. A damaged one is logged and left out. An `after` that is none of them is
+ * STATUS_NOT_FOUND. */
 STATUS_CHECKED enum status storage_memory_list(struct storage *storage, const char *tenant,
                                                const char *after, size_t limit,
                                                struct storage_memory *memories, size_t *count,

@@ -379,6 +379,37 @@ static void test_reads_of_damage(void **state)
     assert_true(refused > 100);
 }
 
+/* A damaged memory does not keep the others from being listed. */
+static void test_list_of_damage(void **state)
+{
+    static const struct {
+        size_t db, record;
+        const char *left;
+    } cases[] = {{1, 0, "b "}, {1, 1, "a "}, {2, 0, "b a "}, {2, 1, "b "}, {2, 2, "a "}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct storage_memory memories[4];
+        struct record record;
+        char listed[64] = "";
+        size_t count;
+        bool more;
+        assert_true(raw_get(*state, cases[i].db, cases[i].record, &record));
+        record.value[record.size - 1] ^= 1;
+        raw_put(*state, cases[i].db, &record);
+        struct storage *storage = open_at(*state);
+        assert_int_equal(storage_memory_list(storage, NULL, NULL, 4, memories, &count, &more),
+                         STATUS_OK);
+        for (size_t j = 0; j < count; j++) {
+            strcat(strcat(listed, memories[j].id), " ");
+            storage_memory_close(&memories[j]);
+        }
+        assert_string_equal(listed, cases[i].left);
+        assert_false(more);
+        storage_close(storage);
+        record.value[record.size - 1] ^= 1;
+        raw_put(*state, cases[i].db, &record);
+    }
+}
+
 /* ---- repair ---- */
 
 static void copy_file(const char *folder, const char *from, const char *to)
@@ -639,9 +670,9 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_every_byte),    TEST(test_every_byte_of_keys), TEST(test_every_record_missing),
-        TEST(test_every_length),  TEST(test_reads_of_damage),    TEST(test_repair),
-        TEST(test_older_formats), TEST(test_newer_format),
+        TEST(test_every_byte),   TEST(test_every_byte_of_keys), TEST(test_every_record_missing),
+        TEST(test_every_length), TEST(test_reads_of_damage),    TEST(test_list_of_damage),
+        TEST(test_repair),       TEST(test_older_formats),      TEST(test_newer_format),
     };
     return cmocka_run_group_tests_name("storage_damage", tests, NULL, NULL);
 }
