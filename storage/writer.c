@@ -18,10 +18,10 @@
  * that an acknowledgement does not wait long and the dirty pages fit in memory. */
 #define GROUP_BYTES (64 * LIMITS_MIB)
 #define GROUP_ITEMS 4096
-/* Records freed in one transaction, and groups between two steps while writes are waiting. */
 /* Appends alone wait for company, so many and storage->linger_ns: nobody hears of a turn before its
  * commit, and a chunk by itself would cost a sync and half a page for each of its tables. */
 #define LINGER_BYTES (4 * LIMITS_MIB)
+/* Records freed in one transaction, and groups between two steps while writes are waiting. */
 #define COLLECT_RECORDS 64
 #define COLLECT_EVERY 8
 #define HISTOGRAM_FIRST_NS 64000u
@@ -55,11 +55,10 @@ struct item {
     uint64_t branch, index; /* append; commit: the branch once it is known */
     const void *kv, *landmark;
     char id[LIMITS_ID_BYTES];
-    char from[LIMITS_ID_BYTES];   /* create: "" for none; settle: the ephemeral memory; delete item:
-                                     the list's owner */
+    char from[LIMITS_ID_BYTES];   /* create: "" for none; settle, replace: the ephemeral memory */
     char tenant[LIMITS_ID_BYTES]; /* create */
-    uint64_t
-        at; /* turns: how many in `payload`; create; bookmark, delete turn: the turn's position */
+    uint64_t at; /* create; bookmark, delete turn: the turn's position; replace: where the list is cut;
+                    turns: how many in `payload` */
     char bookmark[LIMITS_BOOKMARK_BYTES];
     bool ephemeral;
     size_t keep_at, keep_size;      /* commit, put: in `payload` */
