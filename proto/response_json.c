@@ -154,7 +154,7 @@ void response_add_annotation(struct response *response, const struct buf *json)
 
 /* ---- the object ---- */
 
-bool response_is_over(const struct response *response)
+static bool is_over(const struct response *response)
 {
     return response->status >= RESPONSE_COMPLETED;
 }
@@ -259,7 +259,7 @@ uint64_t response_event_count(const struct response *r)
 {
     return 1 + (r->begun ? OPENING_EVENTS + step_count(r) : 0) +
            (is_answered(r)        ? annotation_count(r) + CLOSING_EVENTS
-            : response_is_over(r) ? 1
+            : is_over(r) ? 1
                                   : 0);
 }
 

@@ -59,7 +59,6 @@ void response_add_step(struct response *response, const char *text, size_t text_
 /* `json` is one annotation. */
 void response_add_annotation(struct response *response, const struct buf *json);
 
-bool response_is_over(const struct response *response);
 void response_append_object(const struct response *response, struct buf *out);
 /* The message, as it stands when the response has ended so. */
 void response_append_item(const struct response *response, enum response_status end,

@@ -36,7 +36,8 @@ bool cors_is_list(const char *list)
     return true;
 }
 
-bool cors_allows(const struct config *config, const char *origin)
+/* Whether a page of `origin` may call; "" is none. */
+static bool allows(const struct config *config, const char *origin)
 {
     const char *list = config->cors_origin;
     if (!*origin || strcmp(list, "*") == 0)
@@ -50,14 +51,14 @@ bool cors_allows(const struct config *config, const char *origin)
 bool cors_is_stranger(const struct config *config, const struct http_head *head)
 {
     const char *own = authority(head->origin, strlen(head->origin));
-    return *head->origin && !cors_allows(config, head->origin) &&
+    return *head->origin && !allows(config, head->origin) &&
            !(own && strcasecmp(own, head->host) == 0);
 }
 
 bool cors_is_preflight(const struct config *config, const struct http_head *head)
 {
     return strcmp(head->method, "OPTIONS") == 0 && *head->access_control_request_method &&
-           cors_allows(config, head->origin);
+           allows(config, head->origin);
 }
 
 void cors_append(const struct config *config, const struct http_head *head, struct buf *out)
@@ -67,7 +68,7 @@ void cors_append(const struct config *config, const struct http_head *head, stru
         return;
     if (!any)
         buf_append_text(out, "vary: origin\r\n");
-    if (!cors_allows(config, head->origin))
+    if (!allows(config, head->origin))
         return;
     buf_append_format(out, "access-control-allow-origin: %s\r\n", any ? "*" : head->origin);
     if (!cors_is_preflight(config, head)) {

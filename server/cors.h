@@ -15,8 +15,6 @@ struct config;
 /* Whether `list`, as in --cors-origin, is one: "*", or origins such as https://example.com with
  * commas between them. */
 bool cors_is_list(const char *list);
-/* Whether a page of `origin` may call; "" is none. */
-bool cors_allows(const struct config *config, const char *origin);
 /* The request comes from a page of an origin that is neither allowed nor the server's own. */
 bool cors_is_stranger(const struct config *config, const struct http_head *head);
 /* A browser asks before it calls, for a page that may. */

@@ -481,11 +481,6 @@ void engine_thread_close(struct engine_thread *engine_thread, void (*closed_cb)(
     uv_close((uv_handle_t *)&engine_thread->deadline, handle_closed);
 }
 
-const struct engine *engine_thread_engine(const struct engine_thread *engine_thread)
-{
-    return engine_thread->engine;
-}
-
 void engine_thread_release_memory(struct engine_thread *engine_thread, const char *id,
                                   void (*released_cb)(void *context, enum status status),
                                   void *context)

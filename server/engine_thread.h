@@ -37,9 +37,6 @@ void engine_thread_drain(struct engine_thread *engine_thread, uint64_t deadline_
 void engine_thread_close(struct engine_thread *engine_thread, void (*closed_cb)(void *context),
                          void *context);
 
-/* Borrowed, immutable parts for the loop: tokeniser, sizes. Any thread. */
-const struct engine *engine_thread_engine(const struct engine_thread *engine_thread);
-
 /* Seconds after which a job that was just refused with STATUS_BUSY may be sent again, by what was
  * measured; told once. One second where nothing was, as for the store's full queue. Loop thread. */
 double engine_thread_retry_after(struct engine_thread *engine_thread);

@@ -225,8 +225,6 @@ void job_fail(struct job *job, enum status status, const char *format, ...)
 /* ---- live_memory.c ---- */
 
 struct live_memory *live_memory_find(struct engine_thread *thread, const char *id);
-/* Whether an idle one is what storage holds: false after a rewind. */
-bool live_memory_is_current(const struct live_memory *memory, const struct storage_memory *record);
 /* Opens the memory for `job`, which becomes its user: from RAM, else from storage.
  * STATUS_CONFLICT: another job uses it. */
 STATUS_CHECKED enum status live_memory_open(struct engine_thread *thread, const char *id,
@@ -237,11 +235,10 @@ void live_memory_release(struct engine_thread *thread, struct live_memory *memor
 /* Destroys the session and forgets the memory. */
 void live_memory_drop(struct engine_thread *thread, struct live_memory *memory);
 void live_memory_drop_all(struct engine_thread *thread);
-/* Why a memory that is not in RAM is not: "evicted" (see --session-memory), or "first_use". */
-const char *live_memory_miss(const struct engine_thread *thread, const char *id);
 /* A session over what storage holds of `id`; the log says for whom (cache_miss), and the `reason`
- * that it was not in RAM: one of live_memory_miss, "in_use" by a writer that it is read beside,
- * "other_position" than the one wanted, "prefix": each of several choices goes on alone. */
+ * that it was not in RAM: "evicted" (see --session-memory), "first_use", "in_use" by a writer that
+ * it is read beside, "other_position" than the one wanted, "prefix": each of several choices goes on
+ * alone. */
 STATUS_CHECKED enum status live_memory_load(const struct job *job, const char *id,
                                             const char *reason, uint64_t *position,
                                             struct engine_session **out, struct error *err);

@@ -20,12 +20,14 @@ struct live_memory *live_memory_find(struct engine_thread *thread, const char *i
     return NULL;
 }
 
-bool live_memory_is_current(const struct live_memory *memory, const struct storage_memory *record)
+/* Whether an idle one is what storage holds: false after a rewind. */
+static bool is_current(const struct live_memory *memory, const struct storage_memory *record)
 {
     return memory->branch == record->branch && memory->position == record->token_count;
 }
 
-const char *live_memory_miss(const struct engine_thread *thread, const char *id)
+/* Why a memory that is not in RAM is not. */
+static const char *why_missed(const struct engine_thread *thread, const char *id)
 {
     const uint64_t hash = hash64(id, strlen(id), 0);
     for (size_t i = 0; i < sizeof thread->evicted / sizeof *thread->evicted; i++)
@@ -114,7 +116,7 @@ enum status live_memory_open(struct engine_thread *thread, const char *id, struc
         return error_set(err, status,
                          status == STATUS_NOT_FOUND ? "no memory named %s" : "memory %s: %s", id,
                          status_text(status));
-    if (memory && live_memory_is_current(memory, &record)) {
+    if (memory && is_current(memory, &record)) {
         storage_memory_close(&record);
         memory->user = job;
         thread->counted.resumes_ram++;
@@ -122,7 +124,7 @@ enum status live_memory_open(struct engine_thread *thread, const char *id, struc
         return STATUS_OK;
     }
     /* It stands elsewhere now: it was rewound, or written by a request that had no session. */
-    const char *reason = memory ? "other_position" : live_memory_miss(thread, id);
+    const char *reason = memory ? "other_position" : why_missed(thread, id);
     if (memory)
         live_memory_drop(thread, memory);
     memory = calloc(1, sizeof *memory);

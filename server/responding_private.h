@@ -1,4 +1,5 @@
-/* responding_private.h - for responding.c and responding_prepare.c. See responding.h. */
+/* responding_private.h - for responding.c and responding_prepare.c. See responding.h.
+ * Thread: the loop, and where it says so libuv's pool. Owns nothing. */
 #ifndef SERVER_RESPONDING_PRIVATE_H
 #define SERVER_RESPONDING_PRIVATE_H
 

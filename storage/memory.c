@@ -375,7 +375,8 @@ enum status memory_settle(struct store_write *write, const char *ephemeral, cons
 
 /* ---- turns ---- */
 
-enum status memory_find_turn(const struct storage *storage, MDB_txn *txn,
+/* The turn at `position` of a memory, and its branch. STATUS_NOT_FOUND: there is no such turn. */
+static enum status find_turn(const struct storage *storage, MDB_txn *txn,
                              const struct record_memory *memory, uint64_t position,
                              uint64_t *branch, struct record_turn *turn)
 {
@@ -398,7 +399,7 @@ static enum status own_turn(struct store_write *write, const char *id, uint64_t 
     struct record_branch record;
     enum status status = memory_get(write->storage, write->txn, id, memory);
     if (!status)
-        status = memory_find_turn(write->storage, write->txn, memory, position, branch, turn);
+        status = find_turn(write->storage, write->txn, memory, position, branch, turn);
     if (!status)
         status = branch_get(write->storage, write->txn, *branch, &record);
     if (!status && record.owner[0] && strcmp(record.owner, id) != 0)

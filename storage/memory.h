@@ -43,10 +43,6 @@ STATUS_CHECKED enum status memory_delete_turn(struct store_write *write, const c
 /* Turns without snapshots for an ephemeral memory, all of its own; else STATUS_INVALID. */
 STATUS_CHECKED enum status memory_put_turns(struct store_write *write, const char *id,
                                             const struct storage_turn *turns, size_t count);
-/* The branch of the turn at `position` of a memory. STATUS_NOT_FOUND: there is no such turn. */
-STATUS_CHECKED enum status memory_find_turn(const struct storage *storage, MDB_txn *txn,
-                                            const struct record_memory *memory, uint64_t position,
-                                            uint64_t *branch, struct record_turn *turn);
 
 /* At opening: drops ephemeral memories and what lies past committed positions, some memories a
  * transaction. A damaged memory is logged and left to `check`; it does not close the others. */

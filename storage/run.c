@@ -77,8 +77,8 @@ static enum status run_at_or_before(MDB_cursor *cursor, const struct run_shape *
     return decode(shape, &key, &value, run);
 }
 
-enum status run_last(MDB_cursor *cursor, const struct run_shape *shape, uint64_t branch,
-                     struct record_run *run)
+static enum status last_run(MDB_cursor *cursor, const struct run_shape *shape, uint64_t branch,
+                            struct record_run *run)
 {
     return run_at_or_before(cursor, shape, branch, UINT64_MAX, run);
 }
@@ -142,7 +142,7 @@ static enum status copy_small_tail(struct store_write *write, const struct run_s
     int rc = mdb_cursor_open(write->txn, write->storage->db[shape->db], &cursor);
     if (rc)
         return store_status(rc);
-    enum status status = run_last(cursor, shape, branch, run);
+    enum status status = last_run(cursor, shape, branch, run);
     if (!status && run->first + run->count == first && run->count < shape->max_count &&
         run->group == shape->group &&
         record_run_bytes(run->count, run->item_bytes, run->group) < shape->merge_bytes &&
@@ -240,7 +240,7 @@ enum status run_cut(struct store_write *write, const struct run_shape *shape, ui
     for (;;) {
         struct record_run run;
         uint64_t freed = 0;
-        status = run_last(cursor, shape, branch, &run);
+        status = last_run(cursor, shape, branch, &run);
         if (!status)
             freed = run_space(write->storage, shape, run.count);
         else if (status == STATUS_CORRUPT)

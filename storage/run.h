@@ -39,8 +39,5 @@ STATUS_CHECKED enum status run_cut(struct store_write *write, const struct run_s
  * STATUS_NOT_FOUND, STATUS_CORRUPT. */
 STATUS_CHECKED enum status run_find(MDB_cursor *cursor, const struct run_shape *shape,
                                     uint64_t branch, uint64_t index, struct record_run *run);
-/* The last run of a branch. STATUS_NOT_FOUND, STATUS_CORRUPT. */
-STATUS_CHECKED enum status run_last(MDB_cursor *cursor, const struct run_shape *shape,
-                                    uint64_t branch, struct record_run *run);
 
 #endif

@@ -306,11 +306,6 @@ void engine_thread_get_stats(const struct engine_thread *thread, struct engine_t
     *stats = (struct engine_thread_stats){.running = thread->job_count};
 }
 
-const struct engine *engine_thread_engine(const struct engine_thread *thread)
-{
-    return thread->engine;
-}
-
 /* ---- life ---- */
 
 enum status engine_thread_open(uv_loop_t *loop, const struct engine_thread_options *options,
