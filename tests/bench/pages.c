@@ -3,15 +3,17 @@
  * And that none of this changes a bit of the output.
  *
  *   bench_pages BOOK... [--model DIR] [--backend cpu|cuda] [--tokens N] [--read N] [--steps N]
- *               [--room N,N,...]
+ *               [--turns N] [--room N,N,...]
  *
  * The books, one after another, are one memory: its first --tokens are read with room for all,
- * once. Then, from there and for each room, --read tokens more are read in slices and --steps go in
- * one by one. A room is so many times the pages that a token reads (or the least that the engine
- * takes), on the device, with all pages in the host's memory, and again in both. Prints a line for
- * each and for either way to read, and whether all logits were the same; exits with 1 when they
- * were not, with 77 without the backend. The disk is RAM here (tests/lib/chunk_ram.h): what misses
- * there cost is not told. */
+ * once. Then, from there and for each room, forks of it, --turns of them, read --read tokens more
+ * in slices and --steps one by one, each of other text and by turns: one alone (the default) finds
+ * what its last token read where it was, so that nothing need come ahead; of several each has lost
+ * its pages to the others where room is short. A room is so many times the pages that a token reads
+ * (or the least that the engine takes), on the device, with all pages in the host's memory, and
+ * again in both. Prints a line for each and for either way to read, and whether all logits were the
+ * same; exits with 1 when they were not, with 77 without the backend. The disk is RAM here
+ * (tests/lib/chunk_ram.h): what misses there cost is not told. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,11 +27,12 @@
 
 #define SLICE 512
 #define ROOMS_MAX 16
+#define TURNS_MAX 64
 #define AMPLE ((size_t)32 << 30) /* of host memory, taken as it is needed */
 
 static const char *model = "engine/models/ramba-20m";
 static enum engine_backend backend = ENGINE_BACKEND_CPU;
-static size_t tokens = 65536, reads = 4096, steps = 512;
+static size_t tokens = 65536, reads = 4096, steps = 512, turns = 1;
 static size_t rooms[ROOMS_MAX] = {2, 4, 16, 64}, room_count = 4;
 
 /* The memory, and where it stands when its first tokens are read. */
@@ -88,21 +91,31 @@ static struct engine *open_engine(struct past *past, const struct room *room)
     return engine;
 }
 
-/* Takes the session to `end`, `slice` tokens at a time; `*hash` goes on over the logits. */
-static void feed(struct engine *engine, struct past *past, struct engine_session *session,
-                 size_t end, size_t slice, uint64_t *hash)
+/* The session goes on by the next `count` of `ids`; `*hash` (may be NULL) over its logits. */
+static void step(struct engine *engine, struct past *past, struct engine_session *session,
+                 const int32_t *ids, size_t count, uint64_t *hash)
 {
     const size_t v = engine_get_info(engine)->config->vocab_size;
-    while (engine_session_position(session) < end) {
-        const size_t at = (size_t)engine_session_position(session), left = end - at;
-        struct engine_step_item item = {.session = session,
-                                        .tokens = past->ids.ids + at,
-                                        .token_count = (uint32_t)(left < slice ? left : slice),
-                                        .want_logits = hash != NULL};
-        ASSERT(!engine_step(engine, &item, 1) && !item.status);
-        chunk_ram_acknowledge(&past->ram, engine);
-        if (hash)
-            *hash = hash64(session_logits(session), v * sizeof(float), *hash);
+    struct engine_step_item item = {.session = session,
+                                    .tokens = ids,
+                                    .token_count = (uint32_t)count,
+                                    .want_logits = hash != NULL};
+    ASSERT(!engine_step(engine, &item, 1) && !item.status);
+    chunk_ram_acknowledge(&past->ram, engine);
+    if (hash)
+        *hash = hash64(session_logits(session), v * sizeof(float), *hash);
+}
+
+/* Each of the forks goes on by `count` tokens of its own text, `slice` at a time, by turns. */
+static void feed(struct engine *engine, struct past *past, struct engine_session **forks,
+                 size_t count, size_t slice, uint64_t *hash)
+{
+    for (size_t done = 0, n; done < count; done += n) {
+        n = count - done < slice ? count - done : slice;
+        for (size_t j = 0; j < turns; j++) {
+            const uint64_t at = engine_session_position(forks[j]) + j * (reads + steps);
+            step(engine, past, forks[j], past->ids.ids + at, n, hash);
+        }
     }
 }
 
@@ -114,17 +127,19 @@ static void read_past(struct past *past, const struct buf *text)
     struct engine_session *session;
     struct error err = {0};
     ASSERT(!tokenizer_encode(engine_tokenizer(engine), text->data, text->size, false, &past->ids));
-    if (past->ids.count < tokens + reads + steps) {
-        printf("FAIL: the books have %zu tokens, %zu are wanted\n", past->ids.count,
-               tokens + reads + steps);
+    const size_t wanted = tokens + turns * (reads + steps);
+    if (past->ids.count < wanted) {
+        printf("FAIL: the books have %zu tokens, %zu are wanted\n", past->ids.count, wanted);
         exit(2);
     }
     ASSERT(!engine_session_create(engine, &range, 1, NULL, 0, &session, &err));
     const double begin = now();
-    feed(engine, past, session, tokens, SLICE, NULL);
-    printf("%s, %s: %zu tokens of text read in %.1f s, %u pages for each token\n", model,
-           engine_get_info(engine)->backend, tokens, now() - begin,
-           engine->config.group_count * engine->config.retrieval_heads * engine->config.topk);
+    for (size_t at = 0; at < tokens; at += SLICE)
+        step(engine, past, session, past->ids.ids + at, SLICE, NULL);
+    printf("%s, %s: %zu tokens of text read in %.1f s, %u pages for each token, %zu by turns\n",
+           model, engine_get_info(engine)->backend, tokens, now() - begin,
+           engine->config.group_count * engine->config.retrieval_heads * engine->config.topk,
+           turns);
     past->snapshot_bytes = engine_session_snapshot_bytes(session);
     past->snapshot = malloc(past->snapshot_bytes);
     past->chunks = past->ram.count;
@@ -176,7 +191,7 @@ static uint64_t measure(struct past *past, const struct room *room)
 {
     const struct chunk_range range = {.branch = 1};
     struct engine *engine = open_engine(past, room);
-    struct engine_session *session;
+    struct engine_session *session, *forks[TURNS_MAX];
     struct engine_stats before;
     struct error err = {0};
     uint64_t hash = 0;
@@ -188,13 +203,17 @@ static uint64_t measure(struct past *past, const struct room *room)
     printf("\n");
     ASSERT(!engine_session_create(engine, &range, 1, past->snapshot, past->snapshot_bytes, &session,
                                   &err));
+    for (size_t j = 0; j < turns; j++)
+        ASSERT(!engine_session_fork(session, 2 + j, &forks[j]));
     double begin = now();
-    feed(engine, past, session, tokens + reads, SLICE, &hash);
-    print_line("in slices", reads, now() - begin, engine, &before);
+    feed(engine, past, forks, reads, SLICE, &hash);
+    print_line("in slices", turns * reads, now() - begin, engine, &before);
     engine_get_stats(engine, &before);
     begin = now();
-    feed(engine, past, session, tokens + reads + steps, 1, &hash);
-    print_line("one by one", steps, now() - begin, engine, &before);
+    feed(engine, past, forks, steps, 1, &hash);
+    print_line("one by one", turns * steps, now() - begin, engine, &before);
+    for (size_t j = 0; j < turns; j++)
+        engine_session_destroy(forks[j]);
     engine_session_destroy(session);
     engine_close(engine);
     chunk_ram_cut(&past->ram, past->chunks);
@@ -227,7 +246,8 @@ static bool measure_all(struct past *past)
             same += measure(past, &ways[j]) == want;
     }
     printf("%s: the logits of %zu slices and %zu steps are the same bits in %zu of %zu rooms\n",
-           same == measured ? "SAME" : "FAIL", (reads + SLICE - 1) / SLICE, steps, same, measured);
+           same == measured ? "SAME" : "FAIL", turns * ((reads + SLICE - 1) / SLICE), turns * steps,
+           same, measured);
     return same == measured;
 }
 
@@ -262,12 +282,14 @@ int main(int argc, char **argv)
             reads = strtoull(value, NULL, 10);
         else if (strcmp(argv[i], "--steps") == 0)
             steps = strtoull(value, NULL, 10);
+        else if (strcmp(argv[i], "--turns") == 0)
+            turns = strtoull(value, NULL, 10);
         else if (strcmp(argv[i], "--room") == 0)
             parse_rooms(value);
         i++;
     }
-    if (!text.size) {
-        printf("bench_pages wants a book\n");
+    if (!text.size || !turns || turns > TURNS_MAX) {
+        printf("bench_pages wants a book, and at most %d turns\n", TURNS_MAX);
         return 2;
     }
     chunk_ram_init(&past.ram);

@@ -25,6 +25,7 @@ void chunk_ram_cut(struct chunk_ram *ram, size_t count)
     }
     ram->count = count < ram->count ? count : ram->count;
     ram->acknowledged = count < ram->acknowledged ? count : ram->acknowledged;
+    ram->ordered = count < ram->ordered ? count : ram->ordered;
 }
 
 static size_t append_room(void *context)
@@ -34,19 +35,18 @@ static size_t append_room(void *context)
     return ram->room > waiting ? ram->room - waiting : 0;
 }
 
-static bool holds(const struct chunk_ram *ram, size_t at, uint64_t branch, uint64_t index)
+static bool holds(const struct chunk_ram *ram, size_t at, struct chunk_key key)
 {
-    return ram->items[at].key.branch == branch && ram->items[at].key.index == index;
+    return ram->items[at].key.branch == key.branch && ram->items[at].key.index == key.index;
 }
 
-/* The last of that name: at its own index, where all were written in order and once. */
-static struct chunk_ram_item *find(struct chunk_ram *ram, uint64_t branch, uint64_t index)
+/* The last of that name. */
+static struct chunk_ram_item *find(struct chunk_ram *ram, struct chunk_key key)
 {
-    const bool in_order = ram->count && ram->items[ram->count - 1].key.index == ram->count - 1;
-    if (in_order && index < ram->count && holds(ram, index, branch, index))
-        return &ram->items[index];
+    if (key.index < ram->ordered && holds(ram, key.index, key))
+        return &ram->items[key.index];
     for (size_t i = ram->count; i--;)
-        if (holds(ram, i, branch, index))
+        if (holds(ram, i, key))
             return &ram->items[i];
     return NULL;
 }
@@ -60,6 +60,11 @@ static enum status append(void *context, struct chunk_key key, const void *kv, c
         ram->items = realloc(ram->items, ram->capacity * sizeof *ram->items);
         ASSERT(ram->items);
     }
+    const bool first_branch = !ram->count || ram->items[0].key.branch == key.branch;
+    if (first_branch && key.index < ram->ordered)
+        ram->ordered = key.index; /* told anew from there on */
+    else if (first_branch && key.index == ram->count && ram->ordered == ram->count)
+        ram->ordered++;
     struct chunk_ram_item *item = &ram->items[ram->count++];
     *item = (struct chunk_ram_item){key, malloc(ram->kv_bytes), malloc(ram->landmark_bytes)};
     ASSERT(item->kv && item->landmark);
@@ -73,7 +78,7 @@ static enum status read_chunks(void *context, const struct chunk_read *reads, si
     struct chunk_ram *ram = context;
     ram->calls++;
     for (size_t i = 0; i < count; i++) {
-        const struct chunk_ram_item *item = find(ram, reads[i].key.branch, reads[i].key.index);
+        const struct chunk_ram_item *item = find(ram, reads[i].key);
         if (!item)
             return STATUS_CORRUPT;
         memcpy(reads[i].kv, item->kv, ram->kv_bytes);
@@ -87,7 +92,7 @@ static enum status read_landmarks(void *context, uint64_t branch, uint64_t first
 {
     struct chunk_ram *ram = context;
     for (uint64_t i = 0; i < count; i++) {
-        const struct chunk_ram_item *item = find(ram, branch, first + i);
+        const struct chunk_ram_item *item = find(ram, (struct chunk_key){branch, first + i});
         if (!item)
             return STATUS_CORRUPT;
         memcpy((char *)out + i * ram->landmark_bytes, item->landmark, ram->landmark_bytes);

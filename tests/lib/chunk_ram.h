@@ -14,6 +14,7 @@ struct chunk_ram {
     size_t kv_bytes, landmark_bytes;
     struct chunk_ram_item *items;
     size_t count, capacity, acknowledged;
+    size_t ordered;      /* items[i] is chunk i of the first branch for i below this */
     size_t room;         /* appends accepted before chunk_ram_acknowledge; SIZE_MAX: any number */
     size_t reads, calls; /* chunks read back, and in how many batches */
 };
