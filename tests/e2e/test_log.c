@@ -22,6 +22,7 @@
     BEGINNING            \
     "curious volume of forgotten lore, while I nodded, nearly napping, suddenly there came a "
 #define LONG_PROMPT LONG_BUT_ITS_END "tap"
+#define LARGE_WORDS 2000 /* more chunks than one block of landmarks holds */
 
 static struct daemon daemon_;
 static char *folder;
@@ -209,10 +210,41 @@ static void test_memory_misses(void **state)
     daemon_end(&daemon_, folder);
 }
 
+/* A memory that has no room in RAM even alone takes none from the others. */
+static void test_too_large(void **state)
+{
+    (void)state;
+    char small[LIMITS_ID_BYTES], large[LIMITS_ID_BYTES], ask_small[128], ask_large[128], bytes[32];
+    const char *const flags[] = {"--threads", "1", "--session-memory", bytes, NULL};
+    struct buf book;
+    begin(roomy);
+    daemon_create_memory(&daemon_, NULL, small);
+    daemon_create_memory(&daemon_, NULL, large);
+    snprintf(ask_small, sizeof ask_small, ",\"memory\":\"%s\",\"memory_write\":false", small);
+    snprintf(ask_large, sizeof ask_large, ",\"memory\":\"%s\",\"memory_write\":false", large);
+    daemon_append_text(&daemon_, small, BEGINNING, strlen(BEGINNING));
+    wire_wait_metric(&daemon_, "rambad_sessions_idle", 1);
+    snprintf(bytes, sizeof bytes, "%.0f", wire_metric(&daemon_, "rambad_sessions_idle_bytes"));
+    buf_init(&book);
+    daemon_write_book(&book, LARGE_WORDS);
+    daemon_append_text(&daemon_, large, book.data, book.size);
+    buf_close(&book);
+    restart(flags);
+    complete("small", ask_small);
+    expect_miss("cache_miss", "small", "first_use", small);
+    complete("large", ask_large);
+    expect_miss("cache_miss", "large", "first_use", large);
+    complete("large-again", ask_large);
+    expect_miss("cache_miss", "large-again", "evicted", large);
+    complete("small-again", ask_small);
+    assert_null(find("cache_miss", "small-again"));
+    daemon_end(&daemon_, folder);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_requests),
-                                       cmocka_unit_test(test_prefix_misses),
-                                       cmocka_unit_test(test_memory_misses)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_requests), cmocka_unit_test(test_prefix_misses),
+        cmocka_unit_test(test_memory_misses), cmocka_unit_test(test_too_large)};
     return cmocka_run_group_tests_name("log", tests, NULL, NULL);
 }
