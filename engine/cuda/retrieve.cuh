@@ -125,8 +125,11 @@ static __device__ __forceinline__ uint32_t cuda_merge_lists(const struct cuda_ca
                                                             struct cuda_candidate *best)
 {
     const struct cuda_candidate *list = candidates + (size_t)threadIdx.x * length;
-    uint32_t at = 0, found = 0;
-    struct cuda_candidate own = threadIdx.x < lists ? list[0] : no_candidate();
+    const auto load = [&](uint32_t i) {
+        return threadIdx.x < lists && i < length ? list[i] : no_candidate();
+    };
+    uint32_t at = 1, found = 0;
+    struct cuda_candidate own = load(0), next = load(1); /* nobody waits for what comes up */
     for (; found < length; found++) {
         const struct cuda_candidate mine = cuda_warp_best(own);
         if (threadIdx.x % CUDA_WARP == 0)
@@ -141,8 +144,10 @@ static __device__ __forceinline__ uint32_t cuda_merge_lists(const struct cuda_ca
             break;
         if (threadIdx.x == 0)
             best[found] = top;
-        if (own.chunk == top.chunk)
-            own = ++at < length ? list[at] : no_candidate();
+        if (own.chunk == top.chunk) {
+            own = next;
+            next = load(++at);
+        }
     }
     __syncthreads();
     return found;
