@@ -5,6 +5,7 @@
 template <typename T>
 static __global__ void gather_rows(const T *table, const int32_t *tokens, uint32_t d, float *out)
 {
+    cuda_depend_release();
     const T *from = table + (size_t)tokens[blockIdx.x] * d;
     for (uint32_t i = threadIdx.x; i < d; i += blockDim.x)
         out[(size_t)blockIdx.x * d + i] = cuda_float(from[i]);
