@@ -19,7 +19,7 @@ struct choice { /* what cuBLASLt advised for one shape */
 struct cuda_products {
     void *library;
     cublasLtHandle_t handle;
-    void *workspace;
+    char *workspace; /* [CUDA_LANES, WORKSPACE_BYTES] */
     struct choice *choices;
     size_t count, capacity;
     decltype(&cublasLtCreate) create;
@@ -79,7 +79,7 @@ enum status cuda_products_open(struct ops_context *x, struct error *err)
     const cublasStatus_t status = p->create(&p->handle);
     if (status != CUBLAS_STATUS_SUCCESS)
         return error_set(err, STATUS_UNSUPPORTED, "cuBLASLt cannot start: status %d", (int)status);
-    p->workspace = cuda_take(x, WORKSPACE_BYTES);
+    p->workspace = (char *)cuda_take(x, CUDA_LANES * WORKSPACE_BYTES);
     if (!p->workspace)
         return error_set(err, STATUS_NO_MEMORY, "out of GPU memory for cuBLASLt's workspace");
     return STATUS_OK;
@@ -217,7 +217,8 @@ bool cuda_product(struct ops_context *x, const void *w, uint32_t n, uint32_t k, 
     const float one = 1, before = how == CUDA_ADD ? 1 : 0;
     if (choice && known)
         status = p->multiply(p->handle, d.product, &one, w, d.w, in, d.x, &before, out, d.out, out,
-                             d.out, &choice->algorithm, p->workspace, WORKSPACE_BYTES, x->stream);
+                             d.out, &choice->algorithm, p->workspace + x->lane * WORKSPACE_BYTES,
+                             WORKSPACE_BYTES, x->stream);
     if (status)
         cuda_fail(x, STATUS_INTERNAL,
                   "cuBLASLt failed in a product of [%u, %u] and [%u, %u]: "

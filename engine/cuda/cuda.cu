@@ -6,6 +6,7 @@
 
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
+#include "engine/cuda/encode.cuh"
 #include "engine/cuda/retrieve.cuh"
 
 extern "C" {
@@ -298,18 +299,10 @@ static enum status cuda_place(struct ops_context *x, struct ops_tensor *tensor, 
 
 /* ---- opening ---- */
 
-static size_t larger(size_t a, size_t b)
-{
-    return a > b ? a : b;
-}
-
 static bool take_memory(struct ops_context *x)
 {
     const struct model_config *c = &x->config;
     const size_t rows = x->max_rows, d = c->hidden_size, element = x->wide ? 4 : 2;
-    const size_t encoded = (size_t)CUDA_CHUNKS * (c->chunk_tokens + 1);
-    const size_t kv = (size_t)larger(c->kv_heads, c->encoder_kv_heads) * c->head_dim;
-    const size_t widest = larger(larger(d, c->encoder_mlp_size), c->retrieval_dim);
     const size_t picks = rows * c->retrieval_heads * c->topk;
     /* Every running sequence may end in a block that is not full; the plain form's have 64 rows. */
     const size_t timed = rows + (size_t)LIMITS_RUNNING * CUDA_BLOCK_TOKENS;
@@ -331,20 +324,10 @@ static bool take_memory(struct ops_context *x)
     x->draw_weights =
         (uint64_t *)cuda_take(x, (size_t)CUDA_DRAWS * c->vocab_size * sizeof *x->draw_weights);
     x->drawn = (int32_t *)cuda_take(x, CUDA_DRAWS * sizeof *x->drawn);
-    x->encoder_x = (float *)cuda_take(x, encoded * d * 4);
-    x->encoder_q = (float *)cuda_take(x, encoded * widest * 4);
-    x->encoder_k = (float *)cuda_take(x, encoded * kv * 4);
-    x->encoder_v = (float *)cuda_take(x, encoded * kv * 4);
-    x->encoder_up = (float *)cuda_take(x, encoded * widest * 4);
-    x->encoder_y = cuda_take(x, encoded * widest * element);
-    x->encoder_kv = cuda_take(x, CUDA_CHUNKS * x->page_bytes);
-    x->encoder_summary = cuda_take(x, CUDA_CHUNKS * d * element);
     return x->normed && x->mixed && x->projected && x->conv && x->scanned && x->scales &&
            x->arrived && x->dt && x->decay && x->states && x->query &&
            (x->wide || x->query_narrow) && x->pick_chunks && x->pick_weights && x->draw_weights &&
-           x->drawn && x->encoder_x && x->encoder_q && x->encoder_k && x->encoder_v &&
-           x->encoder_up && x->encoder_y && x->encoder_kv && x->encoder_summary &&
-           cuda_codes_open(x) && stage_open(x, STAGE_BYTES);
+           x->drawn && cuda_encode_open(x) && cuda_codes_open(x) && stage_open(x, STAGE_BYTES);
 }
 
 static void cuda_close(struct ops_context *x)
@@ -354,14 +337,12 @@ static void cuda_close(struct ops_context *x)
     cuda_step_close(x);
     cuda_pages_close(x);
     cuda_codes_close(x);
+    cuda_encode_close(x);
     cuda_products_close(x);
-    void *all[] = {x->scales,       x->arrived,     x->normed,          x->mixed,
-                   x->projected,    x->conv,        x->scanned,         x->dt,
-                   x->decay,        x->states,      x->query,           x->query_narrow,
-                   x->candidates,   x->pick_chunks, x->pick_weights,    x->encoder_x,
-                   x->encoder_q,    x->encoder_k,   x->encoder_v,       x->encoder_up,
-                   x->encoder_y,    x->encoder_kv,  x->encoder_summary, x->stage_device,
-                   x->draw_weights, x->drawn};
+    void *all[] = {x->scales,       x->arrived,      x->normed,     x->mixed,       x->projected,
+                   x->conv,         x->scanned,      x->dt,         x->decay,       x->states,
+                   x->query,        x->query_narrow, x->candidates, x->pick_chunks, x->pick_weights,
+                   x->stage_device, x->draw_weights, x->drawn};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (all[i])
             cudaFree(all[i]);

@@ -23,6 +23,7 @@ extern "C" {
 #define CUDA_FEW_ROWS 8       /* up to here a segment's rows share each weight as it is read */
 #define CUDA_BLOCK_TOKENS 128 /* of a block of the chunked (SSD) form, at most */
 #define CUDA_CHUNKS 16        /* chunks encoded together, always: see encode_chunks.cu */
+#define CUDA_LANES 4          /* of these beside each other */
 #define CUDA_DRAWS 32         /* tokens drawn together */
 #define CUDA_RETIRED 16       /* staging buffers outgrown within one op */
 #define CUDA_STAGED 512       /* staged arrays remembered by their content */
@@ -30,6 +31,14 @@ extern "C" {
 struct cuda_products; /* cuBLASLt and what it chose for each shape */
 struct cuda_pages;    /* K/V pages on the device */
 struct cuda_step;     /* recorded steps */
+
+/* What encodes CUDA_CHUNKS chunks, S + 1 rows each: see encode_chunks.cu. */
+struct cuda_encoder {
+    cudaStream_t stream; /* NULL: the context's */
+    cudaEvent_t reached;
+    float *x, *q, *k, *v, *up;
+    void *y, *summary; /* inputs of products */
+};
 
 struct cuda_staged { /* an array that is on the device already */
     uint64_t hash, epoch;
@@ -86,9 +95,8 @@ struct ops_context {
     int32_t *drawn;              /* [CUDA_DRAWS] */
     uint64_t *pick_chunks;       /* [max_rows, Hr, K] */
     float *pick_weights;
-    /* Of CUDA_CHUNKS chunks, S + 1 rows each. */
-    float *encoder_x, *encoder_q, *encoder_k, *encoder_v, *encoder_up;
-    void *encoder_y, *encoder_kv, *encoder_summary;
+    struct cuda_encoder encoders[CUDA_LANES];
+    uint32_t lane; /* of what is launched; 0 but in encode_chunks.cu */
 };
 
 struct cuda_candidate {

@@ -17,8 +17,12 @@ struct encoder_inputs {
 
 /* The form on tensor cores covers this. */
 bool cuda_encodes_tiles(const struct ops_context *context, const struct encoder_heads &heads);
-/* encoder_y of `count` chunks. */
+/* `y` of the lane at work, for `count` chunks. */
 void cuda_encode_attention(struct ops_context *context, const struct encoder_heads &heads,
                            uint32_t count, const struct encoder_inputs &in);
+
+/* Scratch and streams of the lanes. False: no memory, or a failure of the device. */
+bool cuda_encode_open(struct ops_context *context);
+void cuda_encode_close(struct ops_context *context);
 
 #endif

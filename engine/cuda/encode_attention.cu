@@ -169,9 +169,9 @@ static void launch(struct ops_context *x, const struct encoder_heads &s, uint32_
                    const struct encoder_inputs &in)
 {
     const size_t bytes = 3 * POSITIONS * HD * sizeof(bf16);
+    bf16 *out = (bf16 *)x->encoders[x->lane].y;
     CUDA_ALLOW_SHARED(x, attend<HD>, bytes);
-    CUDA_LAUNCH(x, attend<HD>, dim3(count, s.heads), dim3(WARPS * CUDA_WARP), bytes, s, in,
-                (bf16 *)x->encoder_y);
+    CUDA_LAUNCH(x, attend<HD>, dim3(count, s.heads), dim3(WARPS * CUDA_WARP), bytes, s, in, out);
 }
 
 bool cuda_encodes_tiles(const struct ops_context *x, const struct encoder_heads &s)

@@ -1,6 +1,7 @@
 /* encode_chunks.cu - hidden states of whole chunks become their memory. Products always run over
  * the rows of CUDA_CHUNKS chunks, so that what a chunk becomes does not depend on how many others
- * came with it: cuBLASLt chooses its kernels by the row count. */
+ * came with it: cuBLASLt chooses its kernels by the row count. Such products leave most of a large
+ * GPU idle, so groups of chunks go beside each other, each in a lane: a stream and scratch. */
 #include <stdlib.h>
 
 #include "engine/cuda/device.cuh"
@@ -178,109 +179,169 @@ static void product(struct ops_context *x, const struct ops_tensor *weight,
     cuda_linear(x, weight, bias, &rows, in, out, add);
 }
 
-/* encoder_y from the normed rows in it. */
+/* The lane's y from the normed rows in it. */
 template <typename T>
 static void attend(struct ops_context *x, const struct ops_encoder_layer *w, uint32_t count)
 {
     const struct model_config *c = &x->config;
+    const struct cuda_encoder &e = x->encoders[x->lane];
     const uint32_t n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
     const struct encoder_heads s = {c->heads, c->encoder_kv_heads, c->head_dim, n};
-    const struct encoder_inputs in = {x->encoder_q,
-                                      x->encoder_k,
-                                      x->encoder_v,
+    const struct encoder_inputs in = {e.q,
+                                      e.k,
+                                      e.v,
                                       (const float *)w->q_bias.data,
                                       (const float *)w->k_bias.data,
                                       (const float *)w->v_bias.data,
                                       (const float *)w->q_norm.data,
                                       (const float *)w->k_norm.data};
     const bool tiles = cuda_encodes_tiles(x, s); /* which add the biases themselves */
-    product(x, &w->q, tiles ? NULL : &w->q_bias, x->encoder_y, x->encoder_q, false);
-    product(x, &w->k, tiles ? NULL : &w->k_bias, x->encoder_y, x->encoder_k, false);
-    product(x, &w->v, tiles ? NULL : &w->v_bias, x->encoder_y, x->encoder_v, false);
+    product(x, &w->q, tiles ? NULL : &w->q_bias, e.y, e.q, false);
+    product(x, &w->k, tiles ? NULL : &w->k_bias, e.y, e.k, false);
+    product(x, &w->v, tiles ? NULL : &w->v_bias, e.y, e.v, false);
     if (tiles) {
         cuda_encode_attention(x, s, count, in);
         return;
     }
     const size_t q_heads = (size_t)rows * c->heads, k_heads = (size_t)rows * c->encoder_kv_heads;
     const dim3 head_block(HEAD_WARPS * CUDA_WARP);
-    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(q_heads, HEAD_WARPS)), head_block, 0, x->encoder_q,
-                in.q_norm, c->heads, c->head_dim, n, q_heads);
-    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(k_heads, HEAD_WARPS)), head_block, 0, x->encoder_k,
-                in.k_norm, c->encoder_kv_heads, c->head_dim, n, k_heads);
+    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(q_heads, HEAD_WARPS)), head_block, 0, e.q, in.q_norm,
+                c->heads, c->head_dim, n, q_heads);
+    CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(k_heads, HEAD_WARPS)), head_block, 0, e.k, in.k_norm,
+                c->encoder_kv_heads, c->head_dim, n, k_heads);
     CUDA_LAUNCH(x, attend_chunk<T>, dim3(count, c->heads, cuda_ceil(n, ATTENTION_WARPS)),
                 dim3(ATTENTION_WARPS * CUDA_WARP), ATTENTION_WARPS * n * sizeof(float), s,
-                1 / sqrtf((float)c->head_dim), x->encoder_q, x->encoder_k, x->encoder_v,
-                (T *)x->encoder_y);
+                1 / sqrtf((float)c->head_dim), e.q, e.k, e.v, (T *)e.y);
 }
 
 template <typename T>
 static void encoder_layer(struct ops_context *x, const struct ops_encoder_layer *w, uint32_t count)
 {
     const struct model_config *c = &x->config;
+    const struct cuda_encoder &e = x->encoders[x->lane];
     const uint32_t d = c->hidden_size, n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
-    T *y = (T *)x->encoder_y;
-    cuda_norm(x, x->encoder_x, &w->input_norm, d, MODEL_MEMORY_EPSILON, rows, y);
+    T *y = (T *)e.y;
+    cuda_norm(x, e.x, &w->input_norm, d, MODEL_MEMORY_EPSILON, rows, y);
     attend<T>(x, w, count);
-    product(x, &w->o, NULL, y, x->encoder_x, true);
-    cuda_norm(x, x->encoder_x, &w->post_norm, d, MODEL_MEMORY_EPSILON, rows, y);
-    product(x, &w->gate, NULL, y, x->encoder_q, false);
-    product(x, &w->up, NULL, y, x->encoder_up, false);
+    product(x, &w->o, NULL, y, e.x, true);
+    cuda_norm(x, e.x, &w->post_norm, d, MODEL_MEMORY_EPSILON, rows, y);
+    product(x, &w->gate, NULL, y, e.q, false);
+    product(x, &w->up, NULL, y, e.up, false);
     const size_t elements = (size_t)rows * c->encoder_mlp_size;
-    CUDA_LAUNCH(x, gate_up<T>, dim3(cuda_ceil(elements, 256)), dim3(256), 0, x->encoder_q,
-                x->encoder_up, elements, y);
-    product(x, &w->down, NULL, y, x->encoder_x, true);
+    CUDA_LAUNCH(x, gate_up<T>, dim3(cuda_ceil(elements, 256)), dim3(256), 0, e.q, e.up, elements,
+                y);
+    product(x, &w->down, NULL, y, e.x, true);
 }
 
-/* encoder_y: the encoded rows of each chunk and of its summary, as inputs of products. */
+/* The lane's y: the encoded rows of each chunk and of its summary, as inputs of products. */
 template <typename T>
 static void encode(struct ops_context *x, const struct ops_chunking_weights *w, uint32_t count)
 {
     const struct model_config *c = &x->config;
+    const struct cuda_encoder &e = x->encoders[x->lane];
     const uint32_t d = c->hidden_size, rows = CUDA_CHUNKS * (c->chunk_tokens + 1);
     if (!c->encoder_layers) {
-        cuda_norm_floats(x, x->encoder_x, &w->norm, d, MODEL_MEMORY_EPSILON, rows, x->encoder_x);
-        CUDA_LAUNCH(x, average, dim3(count), dim3(256), 0, x->encoder_x, c->chunk_tokens, d);
-        cuda_narrow(x, x->encoder_x, (size_t)rows * d, x->encoder_y);
+        cuda_norm_floats(x, e.x, &w->norm, d, MODEL_MEMORY_EPSILON, rows, e.x);
+        CUDA_LAUNCH(x, average, dim3(count), dim3(256), 0, e.x, c->chunk_tokens, d);
+        cuda_narrow(x, e.x, (size_t)rows * d, e.y);
         return;
     }
     if (c->encoder_prenorm)
-        cuda_norm_floats(x, x->encoder_x, &w->enc_prenorm, d, MODEL_MEMORY_EPSILON, rows,
-                         x->encoder_x);
+        cuda_norm_floats(x, e.x, &w->enc_prenorm, d, MODEL_MEMORY_EPSILON, rows, e.x);
     for (uint32_t j = 0; j < c->encoder_layers; j++)
         encoder_layer<T>(x, &w->encoder[j], count);
-    cuda_norm(x, x->encoder_x, &w->encoder_norm, d, MODEL_MEMORY_EPSILON, rows, x->encoder_y);
+    cuda_norm(x, e.x, &w->encoder_norm, d, MODEL_MEMORY_EPSILON, rows, e.y);
 }
+
+/* Up to CUDA_CHUNKS chunks; arrays on the device. */
+struct group {
+    uint32_t count;
+    const float *const *chunks;
+    void *const *pages, *const *host_pages, *const *landmarks;
+};
 
 /* Keys, values and landmarks of the encoded chunks into pages and landmark blocks. */
 template <typename T>
 static void write_memory(struct ops_context *x, const struct ops_chunking_weights *w,
-                         uint32_t count, void *const *kv, void *const *landmarks)
+                         const struct group &g)
 {
     const struct model_config *c = &x->config;
+    const struct cuda_encoder &e = x->encoders[x->lane];
     const uint32_t s = c->chunk_tokens, width = c->retrieval_dim / c->retrieval_heads;
-    void *pages[CUDA_CHUNKS];
-    cuda_pages_begin(x);
-    for (uint32_t i = 0; i < count; i++)
-        pages[i] = cuda_pages_create(x, kv[i]);
-    T *const *staged_pages = (T *const *)cuda_stage(x, pages, sizeof *pages * count);
-    T *const *staged_host = (T *const *)cuda_stage(x, kv, sizeof *kv * count);
-    T *const *staged_landmarks = (T *const *)cuda_stage(x, landmarks, sizeof *landmarks * count);
-    product(x, &w->proj_k, NULL, x->encoder_y, x->encoder_k, false);
-    product(x, &w->proj_v, NULL, x->encoder_y, x->encoder_v, false);
-    CUDA_LAUNCH(x, write_pages<T>, dim3(count, cuda_ceil((uint64_t)s * c->kv_heads, HEAD_WARPS)),
-                dim3(HEAD_WARPS * CUDA_WARP), 0, x->encoder_k, x->encoder_v,
+    product(x, &w->proj_k, NULL, e.y, e.k, false);
+    product(x, &w->proj_v, NULL, e.y, e.v, false);
+    CUDA_LAUNCH(x, write_pages<T>, dim3(g.count, cuda_ceil((uint64_t)s * c->kv_heads, HEAD_WARPS)),
+                dim3(HEAD_WARPS * CUDA_WARP), 0, e.k, e.v,
                 c->qk_norm ? (const float *)w->k_norm.data : NULL, s, c->kv_heads, c->head_dim,
-                staged_pages, staged_host);
-    T *summaries = (T *)x->encoder_summary;
-    CUDA_LAUNCH(x, gather_summaries<T>, dim3(CUDA_CHUNKS), dim3(256), 0, (const T *)x->encoder_y, s,
+                (T *const *)g.pages, (T *const *)g.host_pages);
+    T *summaries = (T *)e.summary;
+    CUDA_LAUNCH(x, gather_summaries<T>, dim3(CUDA_CHUNKS), dim3(256), 0, (const T *)e.y, s,
                 c->hidden_size, summaries);
     struct ops_segment single[CUDA_CHUNKS];
     for (uint32_t i = 0; i < CUDA_CHUNKS; i++)
         single[i] = (struct ops_segment){i, 1, 0};
     const struct ops_rows rows = {single, CUDA_CHUNKS, CUDA_CHUNKS};
-    cuda_linear(x, &w->landmark, NULL, &rows, summaries, x->encoder_q, false);
-    CUDA_LAUNCH(x, write_landmarks<T>, dim3(count, c->retrieval_heads), dim3(LANDMARK_THREADS), 0,
-                x->encoder_q, c->landmark_norm, width, staged_landmarks);
+    cuda_linear(x, &w->landmark, NULL, &rows, summaries, e.q, false);
+    CUDA_LAUNCH(x, write_landmarks<T>, dim3(g.count, c->retrieval_heads), dim3(LANDMARK_THREADS), 0,
+                e.q, c->landmark_norm, width, (T *const *)g.landmarks);
+}
+
+template <typename T>
+static void run_group(struct ops_context *x, const struct ops_chunking_weights *w,
+                      const struct group &g)
+{
+    const struct model_config *c = &x->config;
+    const struct cuda_encoder &e = x->encoders[x->lane];
+    CUDA_LAUNCH(x, gather, dim3(CUDA_CHUNKS * (c->chunk_tokens + 1)), dim3(256), 0, g.chunks,
+                c->encoder_layers ? (const float *)w->cls.data : NULL, g.count, c->chunk_tokens,
+                c->hidden_size, e.x);
+    encode<T>(x, w, g.count);
+    write_memory<T>(x, w, g);
+}
+
+/* Makes ready what a group reads. False: there is no room for its pages beside those that were
+ * taken since cuda_pages_begin. */
+static bool stage_group(struct ops_context *x, uint32_t count, const float *const *chunks,
+                        void *const *kv, void *const *landmarks, struct group *out)
+{
+    void *pages[CUDA_CHUNKS];
+    const uint32_t n = count < CUDA_CHUNKS ? count : CUDA_CHUNKS;
+    for (uint32_t i = 0; i < n; i++)
+        if (!(pages[i] = cuda_pages_create(x, kv[i])))
+            return false;
+    out->count = n;
+    out->chunks = (const float *const *)cuda_stage(x, chunks, sizeof *chunks * n);
+    out->pages = (void *const *)cuda_stage(x, pages, sizeof *pages * n);
+    out->host_pages = (void *const *)cuda_stage(x, kv, sizeof *kv * n);
+    out->landmarks = (void *const *)cuda_stage(x, landmarks, sizeof *landmarks * n);
+    return !x->failed;
+}
+
+/* Each in its lane; the first one's stream is the context's own, which is behind all of them when
+ * this returns. */
+static void run_groups(struct ops_context *x, const struct ops_chunking_weights *w,
+                       const struct group *groups, uint32_t n)
+{
+    const cudaStream_t own = x->stream;
+    if (n > 1)
+        cuda_check(x, cudaEventRecord(x->encoders[0].reached, own), "an event");
+    for (uint32_t i = n; i-- > 0 && !x->failed;) {
+        struct cuda_encoder *e = &x->encoders[i];
+        x->lane = i;
+        x->stream = i ? e->stream : own;
+        if (i)
+            cuda_check(x, cudaStreamWaitEvent(e->stream, x->encoders[0].reached, 0), "a wait");
+        if (x->wide)
+            run_group<float>(x, w, groups[i]);
+        else
+            run_group<bf16>(x, w, groups[i]);
+        if (i && !x->failed)
+            cuda_check(x, cudaEventRecord(e->reached, e->stream), "an event");
+    }
+    x->lane = 0;
+    x->stream = own;
+    for (uint32_t i = 1; i < n && !x->failed; i++)
+        cuda_check(x, cudaStreamWaitEvent(own, x->encoders[i].reached, 0), "a wait");
 }
 
 extern "C" void cuda_encode_chunks(struct ops_context *x,
@@ -288,23 +349,66 @@ extern "C" void cuda_encode_chunks(struct ops_context *x,
                                    const float *const *chunks, void *const *kv,
                                    void *const *landmarks)
 {
-    const struct model_config *c = &x->config;
-    const uint32_t rows = CUDA_CHUNKS * (c->chunk_tokens + 1);
     cuda_begin(x);
-    for (uint32_t first = 0; first < count && !x->failed; first += CUDA_CHUNKS) {
-        const uint32_t n = count - first < CUDA_CHUNKS ? count - first : CUDA_CHUNKS;
-        const float *const *staged =
-            (const float *const *)cuda_stage(x, chunks + first, sizeof *chunks * n);
-        CUDA_LAUNCH(x, gather, dim3(rows), dim3(256), 0, staged,
-                    c->encoder_layers ? (const float *)weights->cls.data : NULL, n, c->chunk_tokens,
-                    c->hidden_size, x->encoder_x);
-        if (x->wide) {
-            encode<float>(x, weights, n);
-            write_memory<float>(x, weights, n, kv + first, landmarks + first);
-        } else {
-            encode<bf16>(x, weights, n);
-            write_memory<bf16>(x, weights, n, kv + first, landmarks + first);
-        }
+    for (uint32_t first = 0; first < count && !x->failed;) {
+        struct group groups[CUDA_LANES];
+        uint32_t n = 0, end = first;
+        cuda_pages_begin(x);
+        while (n < CUDA_LANES && end < count &&
+               stage_group(x, count - end, chunks + end, kv + end, landmarks + end, &groups[n]))
+            end += groups[n++].count;
+        ASSERT(n || x->failed); /* the pages of one group always fit: see cuda_pages_open */
+        run_groups(x, weights, groups, n);
+        first = end;
     }
     cuda_wait(x); /* the host reads its pages next */
+}
+
+/* ---- opening ---- */
+
+static size_t larger(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+bool cuda_encode_open(struct ops_context *x)
+{
+    const struct model_config *c = &x->config;
+    const size_t d = c->hidden_size, element = x->wide ? 4 : 2;
+    const size_t rows = (size_t)CUDA_CHUNKS * (c->chunk_tokens + 1);
+    const size_t kv = (size_t)larger(c->kv_heads, c->encoder_kv_heads) * c->head_dim;
+    const size_t widest = larger(larger(d, c->encoder_mlp_size), c->retrieval_dim);
+    bool all = true;
+    for (uint32_t i = 0; i < CUDA_LANES; i++) {
+        struct cuda_encoder *e = &x->encoders[i];
+        if (i)
+            cuda_check(x, cudaStreamCreateWithFlags(&e->stream, cudaStreamNonBlocking), "a stream");
+        cuda_check(x, cudaEventCreateWithFlags(&e->reached, cudaEventDisableTiming), "an event");
+        e->x = (float *)cuda_take(x, rows * d * 4);
+        e->q = (float *)cuda_take(x, rows * widest * 4);
+        e->k = (float *)cuda_take(x, rows * kv * 4);
+        e->v = (float *)cuda_take(x, rows * kv * 4);
+        e->up = (float *)cuda_take(x, rows * widest * 4);
+        e->y = cuda_take(x, rows * widest * element);
+        e->summary = cuda_take(x, CUDA_CHUNKS * d * element);
+        all = all && e->x && e->q && e->k && e->v && e->up && e->y && e->summary;
+    }
+    return all && !x->failed;
+}
+
+void cuda_encode_close(struct ops_context *x)
+{
+    for (uint32_t i = 0; i < CUDA_LANES; i++) {
+        struct cuda_encoder *e = &x->encoders[i];
+        void *const memory[] = {e->x, e->q, e->k, e->v, e->up, e->y, e->summary};
+        if (e->stream) {
+            cudaStreamSynchronize(e->stream);
+            cudaStreamDestroy(e->stream);
+        }
+        if (e->reached)
+            cudaEventDestroy(e->reached);
+        for (size_t j = 0; j < sizeof memory / sizeof *memory; j++)
+            if (memory[j])
+                cudaFree(memory[j]);
+    }
 }

@@ -766,17 +766,20 @@ bool cuda_product(struct ops_context *x, const void *w, uint32_t n, uint32_t k, 
     };
     if (x->failed)
         return true;
-    for (uint32_t i = 0; i < m; i++)
-        for (uint32_t j = 0; j < n; j++) {
-            float sum = 0;
-            for (uint32_t l = 0; l < k; l++)
-                sum += at(in, (size_t)i * k + l) * at(w, (size_t)j * k + l);
-            const size_t to = (size_t)i * n + j;
-            if (how == CUDA_NARROW && !x->wide)
-                ((bf16 *)out)[to] = cuda_bf16(sum);
-            else
-                ((float *)out)[to] = how == CUDA_ADD ? ((float *)out)[to] + sum : sum;
-        }
+    const auto multiply_all = [=] {
+        for (uint32_t i = 0; i < m; i++)
+            for (uint32_t j = 0; j < n; j++) {
+                float sum = 0;
+                for (uint32_t l = 0; l < k; l++)
+                    sum += at(in, (size_t)i * k + l) * at(w, (size_t)j * k + l);
+                const size_t to = (size_t)i * n + j;
+                if (how == CUDA_NARROW && !x->wide)
+                    ((bf16 *)out)[to] = cuda_bf16(sum);
+                else
+                    ((float *)out)[to] = how == CUDA_ADD ? ((float *)out)[to] + sum : sum;
+            }
+    };
+    emulator_launch(x->stream, "a product", dim3(1), dim3(1), 0, multiply_all);
     return true;
 }
 
