@@ -85,7 +85,7 @@
 /* Prefill rows of one step. A CPU's activations stay in its cache; a GPU's kernels are long against
  * their launches. */
 #define LIMITS_SLICE_TOKENS 256
-#define LIMITS_SLICE_TOKENS_GPU 4096
+#define LIMITS_SLICE_TOKENS_GPU 8192
 /* A slice that is cut at multiples of this gives the same numbers as a whole one, unless it leaves
  * a rest so short that its rows are computed one by one. */
 #define LIMITS_CUT_TOKENS 64

@@ -16,7 +16,7 @@ extern "C" {
 }
 
 #define HOST_HEAD 256                 /* in front of host memory: its size */
-#define STAGE_BYTES ((size_t)4 << 20) /* several slices' pages: each refill waits */
+#define STAGE_BYTES ((size_t)8 << 20) /* several slices' pages: each refill waits */
 
 /* ---- failures ---- */
 

@@ -21,6 +21,7 @@
 
 #include "engine/engine_private.h"
 #include "proto/base/assert.h"
+#include "proto/limits.h"
 #include "tests/lib/noise_io.h"
 
 #define SECONDS_MAX 100 /* rows after that are left out, and said to be */
@@ -591,6 +592,8 @@ static void time_all(struct engine *engine)
         time_decode(engine, 1, contexts[i]);
     for (uint64_t context = 16384; context <= 1 << 20; context *= 4)
         time_prefill(engine, 4096, context, 4);
+    for (uint64_t context = 0; context <= 1 << 20; context = context ? context * 16 : 65536)
+        time_prefill(engine, LIMITS_SLICE_TOKENS_GPU, context, 4);
 }
 
 int main(int argc, char **argv)
@@ -601,7 +604,7 @@ int main(int argc, char **argv)
     struct engine_options options = {.model_path = "tests/bench/ramba-370m",
                                      .backend = ENGINE_BACKEND_CUDA,
                                      .host_memory_bytes = (size_t)1 << 30,
-                                     .slice_tokens = 4096,
+                                     .slice_tokens = LIMITS_SLICE_TOKENS_GPU,
                                      .running_max = BATCH_MAX,
                                      .io = noise_io(&past),
                                      .random_weights_seed = 1};
