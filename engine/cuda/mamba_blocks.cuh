@@ -28,7 +28,7 @@ struct work {
     const struct run *runs;
     uint32_t block_count, run_count, tokens;
     bool mma;   /* mamba_tiles.cu's kernels */
-    bool gated; /* and mamba_out.cu's */
+    bool gated; /* and Hopper's of mamba_outputs.cu and mamba_out.cu */
 };
 
 /* What comes in, and what goes with it. */
@@ -136,6 +136,11 @@ void cuda_block_states(struct ops_context *context, const struct work *work);
 void cuda_block_outputs(struct ops_context *context, const struct work *work);
 /* How many sums of squares a row has. */
 uint32_t cuda_output_parts(const struct mamba_shape &shape);
+
+/* ---- mamba_outputs.cu ---- */
+
+/* cuda_block_outputs, gated: Hopper's form. */
+void cuda_gated_outputs(struct ops_context *context, const struct work *work);
 
 /* ---- mamba_out.cu ---- */
 

@@ -1,10 +1,8 @@
 /* mamba_tiles.cu - the chunked (SSD) form on tensor cores: bf16, heads of 64, a state of 64 or 128,
  * blocks of CUDA_BLOCK_TOKENS rows. Each kernel starts, where it may, before the one in front of it
- * has ended, with what the one before that has left. */
-#include "engine/cuda/mamba_blocks.cuh"
+ * has ended, with what the one before that has left. Hopper's last one is in mamba_outputs.cu. */
+#include "engine/cuda/mamba_outputs.cuh"
 
-#define TOKENS CUDA_BLOCK_TOKENS
-#define WIDTH 64
 #define TAPS 4
 #define PAD 8 /* elements behind a row in shared memory: eight rows fall on all banks */
 #define CONV_THREADS 128
@@ -12,8 +10,6 @@
 #define STATE_THREADS 256
 #define UNIT 4                                        /* columns of x, and */
 #define STRIP (TOKENS * WIDTH / UNIT / STATE_THREADS) /* rows that a thread convolves */
-#define OUTPUT_THREADS 256
-#define OUTPUT_HEADS 4 /* that share the scores of a block */
 
 /* `count` rows of `columns` elements from rows `stride` apart; rows behind them zeros. */
 static __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, size_t stride,
@@ -118,12 +114,6 @@ static __global__ void __launch_bounds__(CONV_THREADS)
 }
 
 /* ---- what a block adds to the state ---- */
-
-/* Two neighbours times a factor each. */
-static __device__ __forceinline__ uint32_t scaled(uint32_t pair, float first, float second)
-{
-    return cuda_pack(cuda_first(pair) * first, cuda_second(pair) * second);
-}
 
 /* states[block, h] [P, N] = what the block alone adds to the state: sum over rows of (x dt decay)
  * outer B; on the way x of conv, dt and decay. A warp has 16 of P and half of N. Grid: blocks x
@@ -260,28 +250,6 @@ static __device__ __forceinline__ void block_scores(const bf16 *cs, const bf16 *
     }
 }
 
-/* Of one head's columns: log2 of the decay up to each, its time step, and that times the decay from
- * it to the end of its 16 columns. */
-struct columns {
-    float decays[TOKENS], times[TOKENS], shares[TOKENS];
-};
-
-/* Two neighbouring scores of a row, decayed from their columns and times their time steps; columns
- * behind the row count nothing. */
-static __device__ __forceinline__ uint32_t decayed(uint32_t scores, uint32_t row, float row_decay,
-                                                   uint32_t column, const struct columns &own)
-{
-    const float first =
-        column <= row
-            ? cuda_first(scores) * cuda_exp2(row_decay - own.decays[column]) * own.times[column]
-            : 0;
-    const float second = column + 1 <= row
-                             ? cuda_second(scores) * cuda_exp2(row_decay - own.decays[column + 1]) *
-                                   own.times[column + 1]
-                             : 0;
-    return cuda_pack(first, second);
-}
-
 /* acc += exp(decay) C S^T: what a warp's rows have of the state before the block. */
 template <int N>
 static __device__ __forceinline__ void add_before(const bf16 *cs, const bf16 *ss, uint32_t warp,
@@ -308,37 +276,18 @@ static __device__ __forceinline__ void add_before(const bf16 *cs, const bf16 *ss
     }
 }
 
-/* acc += the decayed scores times x: what they have of the block's own rows. The 16 columns of the
- * warp's own rows decay one by one; those before them decay to their end, and from there to the
- * row. */
+/* acc += the decayed scores times x: what they have of the block's own rows. */
 static __device__ __forceinline__ void add_own(const uint32_t scores[TOKENS / 16][4],
                                                const bf16 *xs, const struct columns &own,
                                                float acc[WIDTH / 8][4])
 {
-    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const uint32_t top = warp * 16 + lane / 4;
-    const float upper = own.decays[top], lower = own.decays[top + 8];
+    const uint32_t warp = threadIdx.x / CUDA_WARP;
 #pragma unroll
     for (int j = 0; j < TOKENS / 16; j++) {
         if (j > (int)warp)
             continue;
-        const uint32_t column = j * 16 + lane % 4 * 2;
         uint32_t k[4], a[4];
-        if (j == (int)warp) {
-            a[0] = decayed(scores[j][0], top, upper, column, own);
-            a[1] = decayed(scores[j][1], top + 8, lower, column, own);
-            a[2] = decayed(scores[j][2], top, upper, column + 8, own);
-            a[3] = decayed(scores[j][3], top + 8, lower, column + 8, own);
-        } else {
-            const float2 f = *reinterpret_cast<const float2 *>(own.shares + column);
-            const float2 g = *reinterpret_cast<const float2 *>(own.shares + column + 8);
-            const float end = own.decays[j * 16 + 15];
-            const float up = cuda_exp2(upper - end), low = cuda_exp2(lower - end);
-            a[0] = scaled(scores[j][0], up * f.x, up * f.y);
-            a[1] = scaled(scores[j][1], low * f.x, low * f.y);
-            a[2] = scaled(scores[j][2], up * g.x, up * g.y);
-            a[3] = scaled(scores[j][3], low * g.x, low * g.y);
-        }
+        decay_tile(scores[j], j, own, a);
 #pragma unroll
         for (int p = 0; p < WIDTH / 16; p++) {
             cuda_load_transposed(
@@ -349,106 +298,31 @@ static __device__ __forceinline__ void add_own(const uint32_t scores[TOKENS / 16
     }
 }
 
-/* Where results go. */
-struct results {
-    bf16 *y; /* [rows, inner] */
-    /* Only when gated: */
-    const bf16 *projected; /* z in its first columns */
-    const float *in_bias;  /* or NULL */
-    const float *weight;   /* of the norm behind the gate */
-    float *squares;        /* [rows, parts] */
-};
-
-/* Pairs of lanes change halves of what they hold of tiles p and p + 1: two neighbours of each as
- * products have them, or four of one as memory is read and written. */
-static __device__ __forceinline__ uint2 change_halves(uint2 own)
-{
-    const bool odd = threadIdx.x % 2;
-    const uint32_t other = __shfl_xor_sync(CUDA_ALL_LANES, odd ? own.x : own.y, 1);
-    return odd ? uint2{other, own.y} : uint2{own.x, other};
-}
-
-/* z of a warp's rows, one head, as products have them. */
-static __device__ __forceinline__ void load_gate(const struct mamba_shape &s,
-                                                 const struct results &to, uint32_t row,
-                                                 uint32_t end, uint32_t column,
-                                                 uint2 gate[2][WIDTH / 16])
-{
-    const uint32_t lane = threadIdx.x % CUDA_WARP;
-    const bf16 *from =
-        to.projected + (size_t)(row + lane / 4) * s.proj + column + lane % 4 / 2 * 4 + lane % 2 * 8;
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int p = 0; p < WIDTH / 16; p++) {
-            gate[half][p] = uint2{0, 0};
-            if (row + lane / 4 + half * 8 < end)
-                gate[half][p] =
-                    *reinterpret_cast<const uint2 *>(from + (size_t)half * 8 * s.proj + p * 16);
-        }
-}
-
-/* y SiLU(z) of two neighbours; its square goes to `square`. */
-static __device__ __forceinline__ uint32_t gated(const struct results &to, uint32_t column,
-                                                 float2 y, uint32_t z, float *square)
-{
-    float2 gate = {cuda_first(z), cuda_second(z)};
-    if (to.in_bias) {
-        gate.x += to.in_bias[column];
-        gate.y += to.in_bias[column + 1];
-    }
-    y.x *= cuda_silu_narrow(gate.x);
-    y.y *= cuda_silu_narrow(gate.y);
-    *square = fmaf(y.x, y.x, fmaf(y.y, y.y, *square));
-    const float2 weight = *reinterpret_cast<const float2 *>(to.weight + column);
-    return cuda_pack(y.x * weight.x, y.y * weight.y);
-}
-
 /* y = acc + D x of a warp's rows from `row` on, up to `end`; `column`: the head's first. */
-template <bool GATED>
-static __device__ __forceinline__ void
-write_rows(const struct mamba_shape &s, const struct results &to, const float acc[WIDTH / 8][4],
-           const uint2 gate[2][WIDTH / 16], const bf16 *xs, float through, uint32_t row,
-           uint32_t end, uint32_t column, float squares[2])
+static __device__ __forceinline__ void write_rows(const struct mamba_shape &s, bf16 *y,
+                                                  const float acc[WIDTH / 8][4], const bf16 *xs,
+                                                  float through, uint32_t row, uint32_t end,
+                                                  uint32_t column)
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const uint32_t own = lane / 4 + half * 8, pair = lane % 4 * 2;
-        const bf16 *x = xs + (warp * 16 + own) * (WIDTH + PAD) + pair;
-        bf16 *y = to.y + (size_t)(row + own) * s.inner + column + lane % 4 / 2 * 4 + lane % 2 * 8;
+        const uint32_t own = lane / 4 + half * 8;
+        const bf16 *x = xs + (warp * 16 + own) * (WIDTH + PAD) + lane % 4 * 2;
+        bf16 *to = y + (size_t)(row + own) * s.inner + column + four_of_lane();
 #pragma unroll
         for (int p = 0; p < WIDTH / 8; p += 2) {
-            const uint2 z = GATED ? change_halves(gate[half][p / 2]) : uint2{0, 0};
-            uint2 out;
+            uint32_t out[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const uint32_t in = *reinterpret_cast<const uint32_t *>(x + (p + i) * 8);
-                const float2 v = {fmaf(through, cuda_first(in), acc[p + i][2 * half]),
-                                  fmaf(through, cuda_second(in), acc[p + i][2 * half + 1])};
-                (i ? out.y : out.x) =
-                    GATED ? gated(to, column + (p + i) * 8 + pair, v, i ? z.y : z.x, &squares[half])
-                          : cuda_pack(v.x, v.y);
+                out[i] = cuda_pack(fmaf(through, cuda_first(in), acc[p + i][2 * half]),
+                                   fmaf(through, cuda_second(in), acc[p + i][2 * half + 1]));
             }
-            out = change_halves(out);
+            const uint2 four = change_halves(uint2{out[0], out[1]});
             if (row + own < end)
-                *reinterpret_cast<uint2 *>(y + p * 8) = out;
+                *reinterpret_cast<uint2 *>(to + p * 8) = four;
         }
-    }
-}
-
-/* The sums of squares of a warp's rows over the block's heads, over the four lanes of a row. */
-static __device__ __forceinline__ void write_squares(const struct results &to, uint32_t row,
-                                                     uint32_t end, const float squares[2])
-{
-    const uint32_t lane = threadIdx.x % CUDA_WARP;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint32_t own = row + lane / 4 + half * 8;
-        float sum = squares[half] + __shfl_xor_sync(CUDA_ALL_LANES, squares[half], 1);
-        sum += __shfl_xor_sync(CUDA_ALL_LANES, sum, 2);
-        if (lane % 4 == 0 && own < end)
-            to.squares[(size_t)own * gridDim.y + blockIdx.y] = sum;
     }
 }
 
@@ -461,27 +335,25 @@ static __host__ __device__ constexpr uint32_t stage_elements(uint32_t n)
 /* y of a block's rows, OUTPUT_HEADS heads of one group: what came before the block, what it holds
  * itself, and D x. A warp has 16 rows. While a head is computed, the next one's x and state come;
  * at first B lies where those of the second will. Grid: blocks x parts of groups. */
-template <int N, bool GATED>
+template <int N>
 static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     block_outputs_mma(struct mamba_shape s, const struct block *blocks, const bf16 *conv,
                       const float *dt, const float *decay, const bf16 *states, const float *skip,
-                      struct results to)
+                      bf16 *y)
 {
     constexpr uint32_t stage = stage_elements(N);
     CUDA_SHARED(bf16, stages);
     bf16 *cs = stages + 2 * stage, *bs = stages + stage;
     struct columns *columns = reinterpret_cast<struct columns *>(cs + TOKENS * (N + PAD));
     const struct block block = blocks[blockIdx.x];
-    const uint32_t each = s.heads / s.groups, parts = (each + OUTPUT_HEADS - 1) / OUTPUT_HEADS;
-    const uint32_t group = blockIdx.y / parts, part = blockIdx.y % parts * OUTPUT_HEADS;
-    const uint32_t heads = min(each - part, OUTPUT_HEADS), first = group * each + part;
+    const struct output_part part = part_at(s, blockIdx.y);
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     const uint32_t rows = (block.count + 15) / 16 * 16, top = warp * 16 + lane / 4;
-    const bf16 *u = conv + (size_t)block.row * s.conv, *b = u + s.inner + (size_t)group * N;
-    const size_t of_first = (size_t)blockIdx.x * s.heads + first;
+    const bf16 *u = conv + (size_t)block.row * s.conv, *b = u + s.inner + (size_t)part.group * N;
+    const size_t of_first = (size_t)blockIdx.x * s.heads + part.first;
     const bool busy = warp * 16 < rows;
     const auto fetch_x = [&](uint32_t i) {
-        copy_rows(stages + i % 2 * stage, u + (first + i) * WIDTH, s.conv, WIDTH, block.count,
+        copy_rows(stages + i % 2 * stage, u + (part.first + i) * WIDTH, s.conv, WIDTH, block.count,
                   rows);
     };
     const auto fetch_state = [&](uint32_t i) {
@@ -491,19 +363,8 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     copy_rows(cs, b + (size_t)s.groups * N, s.conv, N, block.count, rows);
     copy_rows(bs, b, s.conv, N, block.count, rows);
     cuda_copy_commit();
-    if (GATED && threadIdx.x < block.count) /* z, of all heads */
-        cuda_bring_near(to.projected + (size_t)(block.row + threadIdx.x) * s.proj + first * WIDTH,
-                        heads * WIDTH * sizeof(bf16));
     fetch_x(0);
-    for (uint32_t i = threadIdx.x; i < heads * TOKENS; i += OUTPUT_THREADS) {
-        struct columns *own = columns + i / TOKENS;
-        const float *of_head = decay + (of_first + i / TOKENS) * TOKENS;
-        const uint32_t t = i % TOKENS;
-        const float time = dt[of_first * TOKENS + i];
-        own->times[t] = time;
-        own->decays[t] = of_head[t] * LOG2_E;
-        own->shares[t] = time * cuda_exp2((of_head[t | 15] - of_head[t]) * LOG2_E);
-    }
+    load_columns(columns, dt + of_first * TOKENS, decay + of_first * TOKENS, part.heads);
     cuda_copy_commit();
     cuda_copy_wait<1>();
     __syncthreads();
@@ -516,9 +377,8 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     fetch_state(0);
     cuda_copy_commit();
     const uint32_t row = block.row + warp * 16, end = block.row + block.count;
-    float squares[2] = {};
-    for (uint32_t i = 0; i < heads; i++) {
-        if (i + 1 < heads) {
+    for (uint32_t i = 0; i < part.heads; i++) {
+        if (i + 1 < part.heads) {
             fetch_x(i + 1);
             fetch_state(i + 1);
         }
@@ -532,16 +392,10 @@ static __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
             add_before<N>(cs, xs + TOKENS * (WIDTH + PAD), warp, cuda_exp2(own.decays[top]),
                           cuda_exp2(own.decays[top + 8]), acc);
             add_own(scores, xs, own, acc);
-            uint2 gate[2][WIDTH / 16];
-            if (GATED)
-                load_gate(s, to, row, end, (first + i) * WIDTH, gate);
-            write_rows<GATED>(s, to, acc, gate, xs, skip[first + i], row, end, (first + i) * WIDTH,
-                              squares);
+            write_rows(s, y, acc, xs, skip[part.first + i], row, end, (part.first + i) * WIDTH);
         }
         __syncthreads();
     }
-    if (GATED && busy)
-        write_squares(to, row, end, squares);
 }
 
 /* ---- the host's side ---- */
@@ -570,20 +424,20 @@ template <int N> static void launch_states(struct ops_context *x, const struct w
 
 uint32_t cuda_output_parts(const struct mamba_shape &s)
 {
-    return cuda_ceil(s.heads / s.groups, OUTPUT_HEADS) * s.groups;
+    return parts_of_group(s) * s.groups;
 }
 
-template <int N, bool GATED>
-static void launch_outputs(struct ops_context *x, const struct work *w, const struct results &to)
+template <int N> static void launch_outputs(struct ops_context *x, const struct work *w)
 {
     const struct mamba_shape s = w->shape;
     const size_t bytes = (2 * stage_elements(N) + TOKENS * (N + PAD)) * sizeof(bf16) +
                          OUTPUT_HEADS * sizeof(struct columns);
-    CUDA_ALLOW_SHARED(x, (block_outputs_mma<N, GATED>), bytes);
-    CUDA_LAUNCH_EARLY(x, (block_outputs_mma<N, GATED>), dim3(w->block_count, cuda_output_parts(s)),
+    CUDA_ALLOW_SHARED(x, block_outputs_mma<N>, bytes);
+    CUDA_LAUNCH_EARLY(x, block_outputs_mma<N>, dim3(w->block_count, cuda_output_parts(s)),
                       dim3(OUTPUT_THREADS), bytes, s, w->blocks,
                       (const bf16 *)(const void *)x->conv, x->dt, x->decay,
-                      (const bf16 *)(const void *)x->states, (const float *)w->weights->d.data, to);
+                      (const bf16 *)(const void *)x->states, (const float *)w->weights->d.data,
+                      (bf16 *)(void *)x->scanned);
 }
 
 void cuda_block_states(struct ops_context *x, const struct work *w)
@@ -596,19 +450,10 @@ void cuda_block_states(struct ops_context *x, const struct work *w)
 
 void cuda_block_outputs(struct ops_context *x, const struct work *w)
 {
-    const bool gated = w->gated;
-    struct results to = {};
-    to.y = gated ? (bf16 *)x->mixed : (bf16 *)(void *)x->scanned;
-    to.projected = (const bf16 *)(const void *)x->projected;
-    to.in_bias = (const float *)w->weights->in_proj_bias.data;
-    to.weight = (const float *)w->weights->gate_norm.data;
-    to.squares = x->scanned;
-    if (w->shape.n == 128 && gated)
-        launch_outputs<128, true>(x, w, to);
+    if (w->gated)
+        cuda_gated_outputs(x, w);
     else if (w->shape.n == 128)
-        launch_outputs<128, false>(x, w, to);
-    else if (gated)
-        launch_outputs<64, true>(x, w, to);
+        launch_outputs<128>(x, w);
     else
-        launch_outputs<64, false>(x, w, to);
+        launch_outputs<64>(x, w);
 }

@@ -1,4 +1,5 @@
-/* wgmma.cuh - products by whole warpgroups on Hopper's tensor cores, from shared memory.
+/* wgmma.cuh - products by whole warpgroups on Hopper's tensor cores, from shared memory. Where nvcc
+ * does not compile, the tests' emulator has those that are 64 columns wide.
  * Thread: device code, sm_90a alone. Private to cuda/. */
 #ifndef ENGINE_CUDA_WGMMA_CUH
 #define ENGINE_CUDA_WGMMA_CUH
@@ -10,8 +11,9 @@
 #define WGMMA_COLUMNS 256
 #define WGMMA_DEPTH 64  /* of a tile: what a swizzle of 128 bytes spans */
 #define WGMMA_ATOM 1024 /* bytes that a swizzle repeats after: eight rows of a tile */
+#define WGMMA_NARROW 64 /* columns of the narrow products */
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#if defined(__CUDACC__) && (defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__))
 
 /* A tile's rows of WGMMA_DEPTH bf16, swizzled by 128 bytes (as cuda_swizzled does), as wgmma takes
  * them. The tile begins at a multiple of WGMMA_ATOM. */
@@ -55,23 +57,83 @@ static __device__ __forceinline__ void wgmma_multiply(float d[WGMMA_COLUMNS / 2]
                  : "l"(a), "l"(b), "r"((int)add));
 }
 
+/* What this thread wrote to shared memory can be read by wgmma, once the threads have met. */
+static __device__ __forceinline__ void wgmma_hand_over(void)
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* Registers that were written are there for the products that follow. */
+static __device__ __forceinline__ void wgmma_begin(void)
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+/* The products since the last one are a group: see wgmma_wait. */
+static __device__ __forceinline__ void wgmma_end(void)
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
 /* d += (or, with `first`, =) a [64, 64] b [256, 64]^T, tiles as wgmma_tile has them; under way
  * when it returns: see wgmma_wait. */
 static __device__ __forceinline__ void wgmma_step(float d[WGMMA_COLUMNS / 2], const void *a,
                                                   const void *b, bool first)
 {
     const uint64_t rows = wgmma_tile(a), columns = wgmma_tile(b);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    wgmma_begin();
 #pragma unroll
     for (int k = 0; k < WGMMA_DEPTH / 16; k++) /* 16 elements: 2 units of 16 bytes */
         wgmma_multiply(d, rows + 2 * k, columns + 2 * k, !first || k);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    wgmma_end();
+}
+
+#define WGMMA_NARROW_SUMS                                                     \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define WGMMA_SUMS_32 WGMMA_SUMS_16(0), WGMMA_SUMS_16(16)
+
+/* d [64, 64] += (or, with `first`, =) a [64, 64] b [64, 64]^T, laid out as wgmma_step has them;
+ * between wgmma_begin and wgmma_end. */
+static __device__ __forceinline__ void wgmma_narrow(float d[WGMMA_NARROW / 2], const void *a,
+                                                    const void *b, bool first)
+{
+    const uint64_t rows = wgmma_tile(a), columns = wgmma_tile(b);
+#pragma unroll
+    for (int k = 0; k < WGMMA_DEPTH / 16; k++)
+        asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " WGMMA_NARROW_SUMS
+                     ", %32, %33, more, 1, 1, 0, 0;\n}\n"
+                     : WGMMA_SUMS_32
+                     : "l"(rows + 2 * k), "l"(columns + 2 * k), "r"((int)(!first || k)));
+}
+
+/* d [64, 64] += a [64, 16] b [16, 64]: of a, each warp's 16 rows as cuda_mma has them; b: 16 rows
+ * of a tile, from a multiple of eight rows on. Between wgmma_begin and wgmma_end; a's registers
+ * are read until the product is done. */
+static __device__ __forceinline__ void wgmma_narrow_rows(float d[WGMMA_NARROW / 2],
+                                                         const uint32_t a[4], const void *b)
+{
+    asm volatile("{\n.reg .pred more;\nsetp.eq.b32 more, 0, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " WGMMA_NARROW_SUMS
+                 ", {%32, %33, %34, %35}, %36, more, 1, 1, 1;\n}\n"
+                 : WGMMA_SUMS_32
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_tile(b)));
 }
 
 /* Until at most `left` of the warpgroup's steps are under way. */
 template <int left> static __device__ __forceinline__ void wgmma_wait(void)
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
+}
+
+/* All are done, and d is what they made of it: nothing that reads it may come before. */
+static __device__ __forceinline__ void wgmma_take(float d[WGMMA_NARROW / 2])
+{
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < WGMMA_NARROW / 2; i++)
+        asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #endif

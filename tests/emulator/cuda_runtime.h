@@ -132,6 +132,25 @@ void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
 void cuda_load_matrices(uint32_t out[4], const bf16 *row);
 void cuda_load_transposed(uint32_t out[4], const bf16 *row);
 
+/* ---- and wgmma.cuh, what is 64 columns wide; done at once ---- */
+
+void wgmma_narrow(float d[32], const void *a, const void *b, bool first);
+void wgmma_narrow_rows(float d[32], const uint32_t a[4], const void *b);
+static inline void wgmma_hand_over(void)
+{
+}
+static inline void wgmma_begin(void)
+{
+}
+static inline void wgmma_end(void)
+{
+}
+static inline void wgmma_take(float *)
+{
+}
+
+/* ---- copies and barriers ---- */
+
 /* Done at once, or only when waited for, by turns: a kernel that reads too early, or writes where
  * a copy still reads, is seen. */
 void cuda_copy_async(void *shared, const void *global, bool there = true);

@@ -372,6 +372,59 @@ void cuda_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
     together(&own, multiply);
 }
 
+/* A warp's 16 rows of a warpgroup's product; a: a tile, or registers as cuda_mma has them. */
+struct narrow {
+    float *d;
+    const bf16 *a;
+    const uint32_t *words;
+    const bf16 *b;
+    bool first;
+    unsigned warp; /* of the warpgroup */
+};
+
+/* Element `column` of row `row` of a tile, which a swizzle of 128 bytes lays out. */
+static float tile_at(const bf16 *tile, unsigned row, unsigned column)
+{
+    return cuda_float(tile[row * 64 + (column / 8 ^ row % 8) * 8 + column % 8]);
+}
+
+static void multiply_narrow(narrow *const *lanes)
+{
+    const narrow &own = *lanes[0];
+    const unsigned depth = own.words ? 16 : 64;
+    if ((uintptr_t)own.b % 1024 || (own.a && (uintptr_t)own.a % 1024))
+        fprintf(stderr, "emulator: %s: a tile is not aligned\n", e.name), abort();
+    float a[16][64];
+    for (unsigned row = 0; row < 16; row++)
+        for (unsigned k = 0; k < depth; k++)
+            a[row][k] =
+                own.words
+                    ? half_of(lanes[row % 8 * 4 + k % 8 / 2]->words[row / 8 + k / 8 * 2], k % 2)
+                    : tile_at(own.a, own.warp * 16 + row, k);
+    for (unsigned row = 0; row < 16; row++)
+        for (unsigned column = 0; column < 64; column++) {
+            float sum = 0;
+            for (unsigned k = 0; k < depth; k++)
+                sum +=
+                    a[row][k] * (own.words ? tile_at(own.b, k, column) : tile_at(own.b, column, k));
+            float *d =
+                lanes[row % 8 * 4 + column % 8 / 2]->d + column / 8 * 4 + row / 8 * 2 + column % 2;
+            *d = own.first ? sum : *d + sum;
+        }
+}
+
+void wgmma_narrow(float d[32], const void *a, const void *b, bool first)
+{
+    narrow own = {d, (const bf16 *)a, NULL, (const bf16 *)b, first, threadIdx.x / 32 % 4};
+    together(&own, multiply_narrow);
+}
+
+void wgmma_narrow_rows(float d[32], const uint32_t a[4], const void *b)
+{
+    narrow own = {d, NULL, a, (const bf16 *)b, false, threadIdx.x / 32 % 4};
+    together(&own, multiply_narrow);
+}
+
 struct matrices {
     uint32_t *out;
     const bf16 *row;
