@@ -372,26 +372,45 @@ static void read_fault(struct ops_context *x)
     }
 }
 
-/* Whether the kernels that run here were compiled for Hopper or later. Code for older GPUs may run
- * on such a one, too (its PTX), but lacks the waits of kernels that begin early. */
+/* What the kernels that run here were compiled for. Code for older GPUs may run on newer ones, too
+ * (its PTX), but lacks the waits of kernels that begin early, and code for sm_90 what sm_90a alone
+ * has: its kernels of that kind are empty. */
+enum made_for { MADE_FOR_OLDER, MADE_FOR_90, MADE_FOR_90A };
 #ifdef __CUDACC__
-static __global__ void nothing(void)
-{
-}
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define MADE_FOR MADE_FOR_90A
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define MADE_FOR MADE_FOR_90
+#else
+#define MADE_FOR MADE_FOR_OLDER
+#endif
+static __device__ int code_is_for = MADE_FOR;
 
-static bool made_for_hopper(void)
+static int made_for(void)
 {
-    cudaFuncAttributes code;
-    const bool known = cudaFuncGetAttributes(&code, nothing) == cudaSuccess;
+    int out = MADE_FOR_OLDER;
+    const bool known = cudaMemcpyFromSymbol(&out, code_is_for, sizeof out) == cudaSuccess;
     cudaGetLastError();
-    return known && code.ptxVersion >= 90;
+    return known ? out : MADE_FOR_OLDER;
 }
 #else
-static bool made_for_hopper(void)
+static int made_for(void)
 {
-    return true;
+    return MADE_FOR_90;
 }
 #endif
+
+cudaError_t cuda_know_device(struct ops_context *x, cudaDeviceProp *device)
+{
+    const cudaError_t error = cudaGetDeviceProperties(device, 0);
+    if (error != cudaSuccess)
+        return error;
+    x->multiprocessors = device->multiProcessorCount;
+    x->shared_most = device->sharedMemPerBlockOptin;
+    x->early = device->major >= 9 && made_for() >= MADE_FOR_90;
+    x->hopper = x->early && made_for() == MADE_FOR_90A;
+    return cudaSuccess;
+}
 
 /* Chooses the device and makes the stream. */
 static enum status open_device(struct ops_context *x, struct error *err)
@@ -406,7 +425,7 @@ static enum status open_device(struct ops_context *x, struct error *err)
     cudaDeviceProp device;
     error = cudaSetDevice(0);
     if (error == cudaSuccess)
-        error = cudaGetDeviceProperties(&device, 0);
+        error = cuda_know_device(x, &device);
     if (error == cudaSuccess && device.major < 8)
         return error_set(err, STATUS_UNSUPPORTED,
                          "the GPU %s has compute capability %d.%d; 8.0 or later is needed",
@@ -416,9 +435,6 @@ static enum status open_device(struct ops_context *x, struct error *err)
     if (error != cudaSuccess)
         return error_set(err, STATUS_UNSUPPORTED, "the GPU cannot be used: %s",
                          cudaGetErrorString(error));
-    x->multiprocessors = device.multiProcessorCount;
-    x->shared_most = device.sharedMemPerBlockOptin;
-    x->early = device.major >= 9 && made_for_hopper();
     snprintf(x->description, sizeof x->description, "cuda (%.100s, %s%s)", device.name,
              x->wide ? "fp32" : "bf16", x->fp8 ? ", landmarks fp8" : "");
     return STATUS_OK;

@@ -56,6 +56,7 @@ struct ops_context {
     size_t shared_most; /* bytes of shared memory that a block can have */
     bool recording;     /* a part of a step is being recorded: see step.cu */
     bool early;         /* kernels may begin before those in front of them end */
+    bool hopper;        /* the code that runs has the instructions of sm_90a alone */
     cudaStream_t stream;
     char description[160];
     enum status failed; /* sticky */
@@ -122,6 +123,8 @@ static __host__ __device__ inline uint32_t cuda_ceil(uint64_t a, uint64_t b)
 
 /* ---- cuda.cu ---- */
 
+/* What the device in use is and can do, to the context. */
+cudaError_t cuda_know_device(struct ops_context *context, cudaDeviceProp *device);
 /* Remembers and logs the first failure. */
 void cuda_fail(struct ops_context *context, enum status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));

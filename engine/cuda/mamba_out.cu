@@ -166,15 +166,12 @@ static __global__ void add_scaled(CUtensorMap, CUtensorMap, struct scaled_rows)
 
 /* ---- the host's side ---- */
 
-/* The driver's function that makes tensor maps; NULL where it, or the GPU, is of another kind. */
+/* The driver's function that makes tensor maps; NULL where it has none. */
 static PFN_cuTensorMapEncodeTiled_v12000 find_encoder(void)
 {
     cudaDriverEntryPointQueryResult found;
     void *function = NULL;
-    int major = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
-        major != 9 ||
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                          cudaEnableDefault, &found) != cudaSuccess ||
         found != cudaDriverEntryPointSuccess)
         function = NULL;
@@ -184,7 +181,7 @@ static PFN_cuTensorMapEncodeTiled_v12000 find_encoder(void)
 
 bool cuda_adds_scaled(const struct ops_context *x)
 {
-    return x->early && !x->wide && x->config.hidden_size % COLUMNS == 0 &&
+    return x->hopper && !x->wide && x->config.hidden_size % COLUMNS == 0 &&
            x->config.inner_size % DEPTH == 0 && find_encoder();
 }
 

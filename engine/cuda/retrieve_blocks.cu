@@ -186,6 +186,7 @@ static __global__ void __launch_bounds__(THREADS, 1) scan_blocks_rows(struct sca
 
 static __global__ void scan_blocks_rows(struct scan_blocks)
 {
+    __trap();
 }
 
 #endif
@@ -196,9 +197,7 @@ bool cuda_scan_blocks(struct ops_context *x, const struct cuda_segment *segment,
 {
     const size_t bytes =
         STAGES * STAGE * sizeof(bf16) + WGMMA_ATOM + QUERIES * SCORE_STRIDE * sizeof(float);
-    int major = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
-        major != 9)
+    if (!x->hopper)
         return false;
     const struct scan_blocks p = {scan_shape_of(&x->config), segment, (const bf16 *)x->query_narrow,
                                   candidates};

@@ -13,7 +13,7 @@ struct ops_context *bench_kernels_open(void *stream, uint32_t heads, uint32_t kv
 {
     struct ops_context *x = (struct ops_context *)calloc(1, sizeof *x);
     cudaDeviceProp device;
-    if (!x || cudaGetDeviceProperties(&device, 0) != cudaSuccess)
+    if (!x || cuda_know_device(x, &device) != cudaSuccess)
         return NULL;
     x->config.heads = heads;
     x->config.kv_heads = x->config.retrieval_heads = kv_heads;
@@ -21,9 +21,6 @@ struct ops_context *bench_kernels_open(void *stream, uint32_t heads, uint32_t kv
     x->config.chunk_tokens = tokens;
     x->config.topk = topk;
     x->config.retrieval_dim = heads * head_dim;
-    x->multiprocessors = device.multiProcessorCount;
-    x->shared_most = device.sharedMemPerBlockOptin;
-    x->early = device.major >= 9;
     x->stream = (cudaStream_t)stream;
     return x;
 }
