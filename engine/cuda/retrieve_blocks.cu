@@ -82,6 +82,20 @@ static __device__ __forceinline__ void fetch_steps(const struct scan_blocks &p,
         hand_over(full + i % STAGES);
 }
 
+/* Which of 32 scores are above `least`, a bit each. Looked for first and put into the lists then:
+ * lanes find theirs at different places, and insert them together. */
+static __device__ __forceinline__ uint32_t better_of(const float *scores, float least)
+{
+    uint32_t better = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 32; i += 4) {
+        const float4 v = *reinterpret_cast<const float4 *>(scores + i);
+        better |= (uint32_t)(v.x > least) << i | (uint32_t)(v.y > least) << (i + 1) |
+                  (uint32_t)(v.z > least) << (i + 2) | (uint32_t)(v.w > least) << (i + 3);
+    }
+    return better;
+}
+
 /* A warp's scores of half a block, of which d has 8 j + 2 (lane % 4) + i % 2 at 4 j + i, to its
  * rows' lists: a lane has a row and half of the columns, `there` of which are visible. */
 static __device__ __forceinline__ void rank(float *scores, const float *d, uint32_t chunk,
@@ -99,16 +113,15 @@ static __device__ __forceinline__ void rank(float *scores, const float *d, uint3
     __syncwarp();
     const float *from = scores + lane % WARP_ROWS * SCORE_STRIDE + part * (RANKED / PARTS);
     chunk += part * (RANKED / PARTS);
-    const uint32_t there =
-        chunk < seen ? (uint32_t)min((uint32_t)(seen - chunk), (uint32_t)(RANKED / PARTS)) : 0;
-    for (uint32_t i = 0; i < there; i += 4) {
-        const float4 v = *reinterpret_cast<const float4 *>(from + i);
-        const float four[4] = {v.x, v.y, v.z, v.w};
-        if (fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)) <= list->scores[CUDA_SCAN_LIST - 1])
-            continue;
-        for (uint32_t k = 0; k < 4; k++)
-            if (i + k < there && four[k] > list->scores[CUDA_SCAN_LIST - 1])
-                cuda_scan_insert(list, four[k], chunk + i + k);
+    for (uint32_t i = 0; i < RANKED / PARTS; i += 32) {
+        uint32_t better = better_of(from + i, list->scores[CUDA_SCAN_LIST - 1]);
+        if (chunk + i + 32 > seen)
+            better &= chunk + i < seen ? (1u << (uint32_t)(seen - chunk - i)) - 1 : 0;
+        for (; better; better &= better - 1) {
+            const uint32_t at = i + __ffs((int)better) - 1;
+            if (from[at] > list->scores[CUDA_SCAN_LIST - 1])
+                cuda_scan_insert(list, from[at], chunk + at);
+        }
     }
 }
 
