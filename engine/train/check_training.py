@@ -17,11 +17,11 @@ import torch
 import safetensors_io
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
 import model as form
-from model import Ramba, RetrievalLayer
+from model import Aims, Ramba, RetrievalLayer
 from ramba import Reference
 
 
-PART = form.PART
+PART, BANK = form.PART, form.BANK
 
 
 def pieces(ids, rng):
@@ -80,39 +80,104 @@ def plain_missed(config, weigh, hidden, landmarks, gold, others, own):
     return sum(retrieval) / len(retrieval), sum(contrast) / len(contrast)
 
 
-def check_missed(name, folder, rng):
-    reference, model = Reference.load(folder), Ramba.load(folder, torch.float64)
-    config = reference.config
-    number, layer = next(
-        (i, l) for i, l in enumerate(model.backbone.layers) if isinstance(l, RetrievalLayer)
-    )
-    count, size = 7, config.chunk_size
-    made = torch.Generator().manual_seed(1)
-    hidden = torch.randn(3, count * size, config.hidden_size, generator=made, dtype=torch.float64)
-    shape = (config.retrieval_heads, config.retrieval_head_dim)
-    landmarks = torch.randn(3, count, *shape, generator=made, dtype=torch.float64)
-    others = torch.randn(11, *shape, generator=made, dtype=torch.float64)
-    own = torch.rand(3, 11, generator=made) < 0.3
-    gold = []
-    while len(gold) < 20:
-        at = rng.randrange(count * size)
-        if visible(config, at):
-            gold.append((rng.randrange(3), at, rng.randrange(len(visible(config, at)) * size)))
+def plain_read(weigh, queries, others, own):
+    """RetrievalLayer.distracted by its definition."""
+    read = []
+    for number, query in enumerate(queries):
+        scores = weigh(query, others)
+        for head in range(len(scores)):
+            free = [float(scores[head, o]) for o in range(len(others)) if not own[number][o]]
+            read.append(math.log1p(64 * sum(math.log1p(math.exp(score)) for score in free)))
+    return sum(read) / len(read)
 
-    def weigh(x, marks):
-        q = reference.linear(number, "ln", reference.norm(number, "pre_norm", x)).reshape(shape)
-        if config.enable_lmk_norm:
+
+class Batches:
+    """Random hidden states and landmarks of three rows, and what may be asked of them."""
+
+    rows, chunks = 3, 7
+
+    def __init__(self, folder, rng):
+        self.reference, self.model = Reference.load(folder), Ramba.load(folder, torch.float64)
+        self.config, self.rng = self.reference.config, rng
+        self.number, self.layer = next(
+            (i, l) for i, l in enumerate(self.model.backbone.layers) if isinstance(l, RetrievalLayer)
+        )
+        self.shape = (self.config.retrieval_heads, self.config.retrieval_head_dim)
+        self.made = torch.Generator().manual_seed(1)
+        self.length = self.chunks * self.config.chunk_size
+        self.positions = torch.arange(self.length)
+
+    def random(self, *shape):
+        return torch.randn(*shape, generator=self.made, dtype=torch.float64)
+
+    def draw(self):
+        hidden = self.random(self.rows, self.length, self.config.hidden_size)
+        return hidden, self.random(self.rows, self.chunks, *self.shape)
+
+    def gold(self):
+        gold, rng = [], self.rng
+        while len(gold) < 20:
+            at = rng.randrange(self.length)
+            seen = len(visible(self.config, at)) * self.config.chunk_size
+            if seen:
+                gold.append((rng.randrange(self.rows), at, rng.randrange(seen)))
+        return gold, tuple(map(torch.tensor, zip(*gold)))
+
+    def weigh(self, x, marks):
+        reference, number = self.reference, self.number
+        q = reference.linear(number, "ln", reference.norm(number, "pre_norm", x)).reshape(self.shape)
+        if self.config.enable_lmk_norm:
             q = reference.norm(number, "lmk_q_norm", q)
             marks = reference.norm(number, "lmk_k_norm", marks)
-        return torch.einsum("he,che->hc", q, marks) * shape[1] ** -0.5
+        return torch.einsum("he,che->hc", q, marks) * self.shape[1] ** -0.5
 
-    want = plain_missed(config, weigh, hidden, landmarks, gold, others, own)
-    positions, places = torch.arange(count * size), tuple(map(torch.tensor, zip(*gold)))
-    got = layer.missed(hidden, landmarks, positions, places, others, own)
-    error = max(abs(float(a) - b) for a, b in zip(got, want))
-    good = error < 1e-6  # scores are taken to fp32
-    print(f"{'ok  ' if good else 'FAIL'} {name}: what teaches the landmarks {error:.1e}")
+
+def told(name, what, errors):
+    good = max(errors) < 1e-6  # scores are taken to fp32
+    print(f"{'ok  ' if good else 'FAIL'} {name}: {what} {max(errors):.1e}")
     return good
+
+
+def check_missed(name, folder, rng):
+    batches = Batches(folder, rng)
+    hidden, landmarks = batches.draw()
+    others = batches.random(11, *batches.shape)
+    own = torch.rand(3, 11, generator=batches.made) < 0.3
+    gold, places = batches.gold()
+    want = plain_missed(batches.config, batches.weigh, hidden, landmarks, gold, others, own)
+    got = batches.layer.missed(hidden, landmarks, batches.positions, places, others, own)
+    return told(name, "what teaches the landmarks", [abs(float(a) - b) for a, b in zip(got, want)])
+
+
+def check_aim(name, folder, rng):
+    """What batches of text and of crowds are set against, those of earlier batches too."""
+    batches = Batches(folder, rng)
+    model, weigh, each = batches.model, batches.weigh, batches.chunks
+    form.BANK, bank, needles, errors = 9, [], [], []
+    for crowd in (False, True, True):
+        hidden, landmarks = batches.draw()
+        flat, chunks = hidden.flatten(0, 1), list(landmarks.flatten(0, 1))
+        text = sorted(rng.sample(range(len(chunks)), 6))
+        asked, read = (torch.tensor(rng.sample(range(len(flat)), 5)) for _ in range(2))
+        gold, places = batches.gold()
+        earlier, bank = bank, ([chunks[i] for i in text] + bank)[:9]
+        others = [chunks[i] for i in text] + earlier
+        own = [[False] * len(others) for _ in range(batches.rows)]
+        if crowd:
+            own = [[c // each == row for c in range(len(chunks))] + [False] * len(needles + others)
+                   for row in range(batches.rows)]
+            needles, others = chunks + needles, chunks + needles + others
+        others = torch.stack(others)
+        distraction = plain_read(weigh, flat[asked], others, [own[at // batches.length] for at in asked])
+        if earlier:
+            free = [[False] * len(earlier)] * len(read)
+            distraction += plain_read(weigh, flat[read], torch.stack(earlier), free)
+        _, contrast = plain_missed(batches.config, weigh, hidden, landmarks, gold, others, own)
+        aims = Aims(places, torch.tensor(text), asked, read, crowd)
+        model.aim(aims, batches.layer, hidden, landmarks, batches.positions)
+        errors += [abs(float(model.distraction) - distraction), abs(float(model.contrast) - contrast)]
+    form.BANK = BANK
+    return told(name, "what batches are set against", errors)
 
 
 def main():
@@ -125,6 +190,7 @@ def main():
             model = shipped if name == "shipped" else folder
             good &= check(name, folder, model, random.Random(1))
             good &= check_missed(name, model, random.Random(2))
+            good &= check_aim(name, model, random.Random(3))
     return 0 if good else 1
 
 

@@ -13,6 +13,12 @@ TEXT, ANSWER = 1, 2  # what a target counts as; 0: not trained on
 CHUNK = 64
 
 
+def text_alone(marks):
+    """[rows * chunks]: which of the whole chunks are text alone, for `marks` [rows, length]."""
+    count = marks.shape[1] // CHUNK
+    return (marks[:, : count * CHUNK].reshape(-1, CHUNK) == TEXT).all(1)
+
+
 class Books:
     """The token stream of the books, and where text may be cut without changing its tokens."""
 

@@ -350,6 +350,8 @@ class Judge:
         if again and kind != "plain":
             scores.update(self.once_more(memory, questions, again))
         self.target.forget(memory)
+        if self.verbose:
+            print(f"case {kind}, {size(length)}, seed {seed}: {json.dumps(scores)}", flush=True)
         return scores
 
     def once_more(self, memory, questions, command):
@@ -446,7 +448,7 @@ def parse():
     parser.add_argument("--parallel", type=int, default=1, help="a daemon: haystacks at once")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins later")
     parser.add_argument("--again", metavar="COMMAND", help="ask again after it: to restart the daemon")
-    parser.add_argument("--verbose", action="store_true", help="print every answer that is not right")
+    parser.add_argument("--verbose", action="store_true", help="print cases, and what is not right")
     parser.add_argument("--out", help="a CSV file; a JSON and a PNG beside it")
     args = parser.parse_args()
     if args.model and (args.parallel > 1 or args.again):

@@ -42,7 +42,7 @@ DEFAULTS = dict(
 )
 
 
-BANK = 16384  # landmarks of earlier plain text kept as what holds nothing for a question
+BANK = 32768  # landmarks of earlier text kept as what holds nothing for a question: 2M tokens of it
 CROWD = 4096  # and of earlier haystacks of needles: so few that one of the same key is rare
 PART = 1024  # positions that the dense attention takes at a time, or an eighth of longer rows
 
@@ -514,17 +514,17 @@ class Aims:
         that of its share among its row's chunks and those that hold nothing for it, `attention`
         that of the place's share of the attention to that chunk, in half of the heads of the first
         HSA layer.
-    distractors: the first so many rows are plain text, or 0. `distraction` is how strongly the
-        flat positions `asked` would read that text or the plain text of earlier batches, and the
-        flat positions `text` that of earlier batches alone: it keeps landmarks apart in longer
-        contexts than are trained on.
-    rivals: every row is a haystack of needles of one kind: what holds nothing for it are then the
-        other rows, and for `contrast` those of earlier batches.
+    distractors: the flat numbers of chunks that are text alone. `distraction` is how strongly the
+        flat positions `asked` would read these or those of earlier batches, and the flat positions
+        `text` those of earlier batches alone: it keeps landmarks apart in longer contexts than are
+        trained on.
+    crowd: every row is a haystack of needles of one kind: what holds nothing for it are then also
+        the other rows, and those of earlier batches.
     """
 
-    def __init__(self, gold=None, distractors=0, asked=None, text=None, rivals=False):
+    def __init__(self, gold=None, distractors=None, asked=None, text=None, crowd=False):
         self.gold, self.distractors, self.asked, self.text = gold, distractors, asked, text
-        self.rivals = rivals
+        self.crowd = crowd
 
 
 class Backbone(nn.Module):
@@ -601,19 +601,18 @@ class Ramba(nn.Module):
         return x, after
 
     def aim(self, aims, layer, x, landmarks, positions):
-        count, others, own = landmarks.shape[1], None, None
-        flat, chunks = x.flatten(0, 1), landmarks.flatten(0, 1)
-        if aims.rivals:
-            row = torch.arange(len(x), device=x.device)
-            own = row[:, None] == row.repeat_interleave(count)
-            mine = own[aims.asked // x.shape[1]]
-            self.distraction = layer.distracted(flat[aims.asked], chunks, mine)
-            others, self.crowd = self.with_earlier(chunks, self.crowd, CROWD)
-            own = F.pad(own, (0, len(others) - len(chunks)))
-        elif aims.asked is not None and (aims.distractors or self.bank is not None):
-            bank = self.bank
-            others, self.bank = self.with_earlier(chunks[: aims.distractors * count], bank, BANK)
-            self.distraction = layer.distracted(flat[aims.asked], others)
+        others = own = None
+        if aims.asked is not None:
+            flat, chunks, bank = x.flatten(0, 1), landmarks.flatten(0, 1), self.bank
+            others, self.bank = self.with_earlier(chunks[aims.distractors], bank, BANK)
+            if aims.crowd:
+                needles, self.crowd = self.with_earlier(chunks, self.crowd, CROWD)
+                others = torch.cat([needles, others])
+                row = torch.arange(len(x), device=x.device)
+                own = row[:, None] == row.repeat_interleave(landmarks.shape[1])
+                own = F.pad(own, (0, len(others) - len(chunks)))
+            mine = None if own is None else own[aims.asked // x.shape[1]]
+            self.distraction = layer.distracted(flat[aims.asked], others, mine)
             if bank is not None:
                 read = layer.distracted(flat[aims.text], bank.to(x.dtype))
                 self.distraction = self.distraction + read
@@ -621,6 +620,12 @@ class Ramba(nn.Module):
             self.retrieval, self.contrast = layer.missed(
                 x, landmarks, positions, aims.gold, others, own
             )
+
+    def fill_banks(self, device):
+        """As after many batches, with landmarks of nothing."""
+        shape = (self.config.retrieval_heads, self.config.retrieval_dim // self.config.retrieval_heads)
+        self.bank = torch.zeros(BANK, *shape, device=device)
+        self.crowd = torch.zeros(CROWD, *shape, device=device)
 
     @staticmethod
     def with_earlier(fresh, bank, most):

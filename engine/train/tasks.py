@@ -76,13 +76,13 @@ def niah_all_question(kind, keys):
 
 
 def niah_multivalue(rng, kind=None, count=None, in_order=True):
-    """Several values of one key. In order, the newest is said first, as retrieval reads the newest
-    first; in any order, what was passed over is still said."""
+    """Several values of one key. The newest is said first, as retrieval reads the newest first; out of
+    order, one that was passed over is said last."""
     kind, count, key = kind or niah_kind(rng), count or rng.choice([2, 3, 4, 4, 4]), words.pair(rng)
     values = [niah_value(rng, kind) for _ in range(count)]
     order = list(reversed(range(count)))
     if not in_order:
-        rng.shuffle(order)
+        order.append(order.pop(rng.randrange(count)))
     parts = [(f" {values[i]}{'.' if i == order[-1] else ','}", i) for i in order]
     return Needle(
         "niah_multivalue",

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import safetensors_io
-from data import ANSWER, TEXT, Books, Builder
+from data import ANSWER, TEXT, Books, Builder, text_alone
 from model import Aims, Config, DEFAULTS, MambaLayer, Ramba
 from optimizer import Both
 from tokenizer import Tokenizer
@@ -53,10 +53,10 @@ def worker(settings, data, seed, stage, shape, queues):
             plain = size["batch"] // 16
         level = level_of(now, size["length"])
         if now >= settings["distraction_from"] and builder.rng.random() < settings["crowd_share"]:
-            plain, rows = None, builder.crowds(size["batch"], size["length"])
+            crowd, rows = True, builder.crowds(size["batch"], size["length"])
         else:
-            rows = builder.batch(level, size["batch"], size["length"], plain)
-        queues[shape].put((now, name, plain, rows))
+            crowd, rows = False, builder.batch(level, size["batch"], size["length"], plain)
+        queues[shape].put((now, name, crowd, rows))
 
 
 def configured(path, changes):
@@ -202,7 +202,7 @@ class Trainer:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def aims(self, plain, marks, gold):
+    def aims(self, crowd, marks, gold):
         """All indices are found on the host: a device that is asked for them waits."""
         rows, at = np.nonzero(gold[:, 1:] >= 0)  # the position before it makes a token's choice
         if not self.model.hsa or not len(rows):
@@ -213,7 +213,8 @@ class Trainer:
         after = np.pad(marks[:, 1:], ((0, 0), (0, 1)))
         asked, text = np.flatnonzero(after == ANSWER), np.flatnonzero(after == TEXT)
         text = text[:: max(1, len(text) // 1024)]
-        return Aims(places, plain or 0, self.put(asked), self.put(text), plain is None)
+        distractors = np.flatnonzero(text_alone(marks))
+        return Aims(places, self.put(distractors), self.put(asked), self.put(text), crowd)
 
     def answer_losses(self, x, target, kind):
         """The mean losses of text and of answers, and which targets are the most likely tokens."""
@@ -236,10 +237,10 @@ class Trainer:
             for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
                 grad.copy_(part.view_as(grad))
 
-    def gradients(self, plain, arrays):
+    def gradients(self, crowd, arrays):
         ids, marks, resets, gold = arrays
         ids_t, marks_t, resets_t = [self.put(a) for a in (ids, marks, resets)]
-        aims = self.aims(plain, marks, gold)
+        aims = self.aims(crowd, marks, gold)
         kind = self.device.split(":")[0]
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
             x, after = self.model.hidden(ids_t, resets_t, self.states(len(ids)), aims=aims)
@@ -255,9 +256,9 @@ class Trainer:
         losses = [torch.as_tensor(loss, device=self.device).detach() for loss in losses]
         return torch.stack(losses), right, after
 
-    def update(self, plain, arrays):
+    def update(self, crowd, arrays):
         """A step: the mean losses, as `log` names them, and which targets were the most likely."""
-        losses, right, after = self.gradients(plain, arrays)
+        losses, right, after = self.gradients(crowd, arrays)
         self.share_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         # A step without a finite gradient changes nothing; the host does not wait to learn of it.
@@ -295,10 +296,9 @@ class Trainer:
 
     def fits(self, builder, size):
         torch.cuda.empty_cache()
-        plain = size["batch"] // 8
-        level = level_of(LAST_STAGE, size["length"])
+        self.model.fill_banks(self.device)  # what takes the most memory: a crowd, after many others
         try:
-            self.gradients(plain, builder.batch(level, size["batch"], size["length"], plain))
+            self.gradients(True, builder.crowds(size["batch"], size["length"]))
             torch.cuda.synchronize()
             return True
         except torch.cuda.OutOfMemoryError:
@@ -306,6 +306,7 @@ class Trainer:
                 raise
             return False
         finally:
+            self.model.bank = self.model.crowd = None
             self.model.zero_grad(set_to_none=True)
 
     def agree(self, stop):
@@ -351,9 +352,9 @@ class Trainer:
         shapes = self.settings["shapes"]
         shape = draw.choices(list(shapes), [size["share"] for size in shapes.values()])[0]
         while True:
-            made_for, size, plain, arrays = queues[shape].get()
+            made_for, size, crowd, arrays = queues[shape].get()
             if made_for == self.stage:
-                return size, plain, arrays  # plain: None for rows of rivals
+                return size, crowd, arrays
 
     def held_out(self):
         """The loss on books that are not trained on. In the shape of a training step, gradients and
@@ -394,8 +395,8 @@ class Trainer:
         sums = torch.zeros(2 + len(BESIDE), device=self.device)
         stop = False
         while not stop:
-            shape, plain, arrays = self.batch(queues)
-            losses, right = self.update(plain, arrays)
+            shape, crowd, arrays = self.batch(queues)
+            losses, right = self.update(crowd, arrays)
             sums += losses
             self.step += 1
             self.tokens += arrays[0].size * self.ranks
