@@ -78,7 +78,7 @@ def niah_all_question(kind, keys):
 def niah_multivalue(rng, kind=None, count=None, in_order=True):
     """Several values of one key. The newest is said first, as retrieval reads the newest first; out of
     order, one that was passed over is said last."""
-    kind, count, key = kind or niah_kind(rng), count or rng.choice([2, 3, 4, 4, 4]), words.pair(rng)
+    kind, count, key = kind or niah_kind(rng), count or rng.choice([2, 3] + [4] * 6), words.pair(rng)
     values = [niah_value(rng, kind) for _ in range(count)]
     order = list(reversed(range(count)))
     if not in_order:
@@ -208,7 +208,7 @@ def pair(rng, taken, letters, digits):
 KINDS = {
     "passkey": passkey,
     "niah": niah,
-    "niah_multivalue": lambda rng: niah_multivalue(rng, in_order=rng.random() < 0.65),
+    "niah_multivalue": lambda rng: niah_multivalue(rng, in_order=rng.random() < 0.8),
     "niah_multiquery": niah_multiquery,
     "vt": vt,
     "phone": phone,

@@ -123,6 +123,7 @@ class Trainer:
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
         self.config, self.model = build(self.settings)
         self.model.to(self.device)
+        self.freeze(self.settings.get("first_trained_layer", 0))
         self.optimizer = Both(self.model, self.settings)
         self.tokenizer = Tokenizer.load(args.data)
         self.held = Books(os.path.join(args.data, "held.npy"), self.tokenizer)
@@ -143,6 +144,12 @@ class Trainer:
                 layer.compile(dynamic=False)  # a dynamic second shape compiles for minutes
             self.losses = torch.compile(self.answer_losses, dynamic=False)
             self.warm_up()
+
+    def freeze(self, first):
+        """What stands before the layer of that number stays as it is, the embeddings too."""
+        below = [self.model.backbone.embeddings, *self.model.backbone.layers[:first]] if first else []
+        for part in below:
+            part.requires_grad_(False)
 
     def resume(self):
         saved = torch.load(self.path, map_location=self.device)
