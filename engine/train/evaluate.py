@@ -351,7 +351,8 @@ class Judge:
             scores.update(self.once_more(memory, questions, again))
         self.target.forget(memory)
         if self.verbose:
-            print(f"case {kind}, {size(length)}, seed {seed}: {json.dumps(scores)}", flush=True)
+            # In one piece: others print beside it.
+            print(f"case {kind}, {size(length)}, seed {seed}: {json.dumps(scores)}\n", end="", flush=True)
         return scores
 
     def once_more(self, memory, questions, command):
