@@ -44,7 +44,7 @@ static __device__ __forceinline__ void fetch_rows(bf16 *to, const bf16 *from, ui
 /* What this thread copied can be read by wgmma. */
 static __device__ __forceinline__ void hand_over(uint64_t *full)
 {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    wgmma_hand_over();
     cuda_barrier_arrive(full);
 }
 
