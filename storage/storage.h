@@ -64,10 +64,10 @@ void storage_close(struct storage *storage);
  * from inside the queueing call (but perhaps before that has returned to its thread); never when
  * the queueing call returned anything but STATUS_OK. May be NULL. May queue further writes.
  * A queueing call returns STATUS_BUSY when the queue is full (room comes with a callback; a write
- * larger than the whole queue is taken when the queue is empty, storage_memory_delete always: it is
- * small, and makes room on the disk), STATUS_CLOSED once
- * storage_close has begun or when the store is read only, STATUS_INVALID for an id that is empty
- * or too long, STATUS_TOO_LARGE for metadata beyond 128 KiB, STATUS_NO_MEMORY. */
+ * larger than the whole queue is taken when the queue is empty, a storage_memory_delete without a
+ * callback always), STATUS_CLOSED once storage_close has begun or when the store is read only,
+ * STATUS_INVALID for an id that is empty or too long, STATUS_TOO_LARGE for metadata beyond 128 KiB,
+ * STATUS_NO_MEMORY. */
 typedef void (*storage_done_cb)(void *context, enum status status);
 
 /* What to answer to whoever asks again for a write that was carried out: on disk in the same commit

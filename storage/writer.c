@@ -666,8 +666,9 @@ static struct item *new_keep_item(enum item_kind kind, size_t before,
     return item;
 }
 
-/* Takes the item on success and frees it otherwise. What was promised a place has one, as has a delete:
- * there are never more of them than requests and ephemeral memories. */
+/* Takes the item on success and frees it otherwise. What was promised a place has one, as has a delete
+ * that nobody waits for, and so would not ask for again: there are no more of them than ephemeral
+ * memories. */
 static enum status enqueue_promised(struct storage *storage, struct item *item, bool is_promised)
 {
     struct writer *writer = storage->writer;
@@ -675,7 +676,7 @@ static enum status enqueue_promised(struct storage *storage, struct item *item, 
     pthread_mutex_lock(&writer->mutex);
     if (writer->closing) {
         status = STATUS_CLOSED;
-    } else if (!is_promised && item->kind != ITEM_DELETE &&
+    } else if (!is_promised && (item->kind != ITEM_DELETE || item->done_cb) &&
                (writer->queue_items >= LIMITS_WRITER_QUEUE_ITEMS ||
                 (writer->queue_items > 0 &&
                  writer->queue_bytes + item->bytes > storage->queue_bytes))) {
