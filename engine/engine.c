@@ -60,7 +60,8 @@ static enum status open_ops(struct engine *engine, const struct engine_options *
                                     .max_rows = max_rows(engine),
                                     .memory_dtype = engine->memory_dtype,
                                     .device_memory_bytes = options->device_memory_bytes,
-                                    .landmarks_fp8 = options->landmarks_fp8};
+                                    .landmarks_fp8 = options->landmarks_fp8,
+                                    .states_bf16 = options->states_bf16};
     engine->ops = table;
     return table->open(&ops, &engine->context, err);
 }
@@ -133,8 +134,10 @@ static void fill_info(struct engine *engine, const struct engine_options *option
     info->running_max = options->running_max ? options->running_max : LIMITS_RUNNING;
     info->head_count = c->retrieval_heads;
     info->group_count = c->group_count;
-    engine->state_floats = (size_t)c->mamba_count * ((size_t)c->inner_size * c->state_size +
-                                                     (size_t)(c->conv_kernel - 1) * c->conv_size);
+    engine->states_bf16 = options->states_bf16;
+    engine->state_numbers =
+        c->mamba_count * (engine_ssm_numbers(engine) + engine_conv_numbers(engine));
+    engine->state_bytes = engine_state_bytes(engine, engine->states_bf16);
 }
 
 static enum status open_pages(struct engine *engine, const struct engine_options *options,
@@ -189,8 +192,8 @@ enum status engine_open(const struct engine_options *options, struct engine **ou
         if (status)
             error_set(err, status, "out of memory for activations");
     }
-    if (!status) {
-        engine->packed = engine->ops->alloc(engine->context, packed_bytes(engine->state_floats));
+    if (!status && !engine->states_bf16) {
+        engine->packed = engine->ops->alloc(engine->context, packed_bytes(engine->state_numbers));
         if (!engine->packed)
             status = error_set(err, STATUS_NO_MEMORY, "out of memory for snapshots");
     }

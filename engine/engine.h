@@ -38,6 +38,7 @@ struct engine_options {
     enum engine_dtype memory_dtype; /* chunk memories and landmarks; BF16 halves everything */
     bool landmarks_fp8;    /* a GPU scans landmarks in fp8 and scores the best again in bf16, which
                               then lie in the host's memory; bf16 memory alone */
+    bool states_bf16;      /* recurrent states in half the memory, rounded once a step */
     uint32_t slice_tokens; /* most rows of one sequence in one step; 0: the backend's */
     uint32_t running_max;  /* sequences in a step that scratch memory is made for; 0:
                               LIMITS_RUNNING */
@@ -103,14 +104,16 @@ size_t engine_session_bytes_at(const struct engine *engine, uint64_t tokens);
 bool engine_session_has_logits(const struct engine_session *session);
 /* Rounds the recurrent state to 15 bits a number (see packed.h), so that a snapshot of it takes
  * half the room and still brings back the very state that the session goes on with. Until the next
- * step a second time changes nothing. */
+ * step a second time changes nothing. A state in bf16 stays as it is: it takes half the room
+ * already. */
 void engine_session_round(struct engine_session *session);
 bool engine_session_is_rounded(const struct engine_session *session);
 /* A snapshot holds the recurrent state, the conv tails, the partial chunk's hidden states, the
  * last logits if there are any, the position and the fingerprint; versioned, little-endian. The
- * state is packed where it is rounded, and in full otherwise: either way the session that is made
- * of it computes the same bits. engine_session_snapshot writes exactly
- * engine_session_snapshot_bytes bytes. */
+ * state is in bf16 where the engine keeps it so, else packed where it is rounded, and in full
+ * otherwise: always the session that is made of it computes the same bits. An engine whose states
+ * are of the other type takes it too, and goes on with what that makes of it.
+ * engine_session_snapshot writes exactly engine_session_snapshot_bytes bytes. */
 size_t engine_session_snapshot_bytes(const struct engine_session *session);
 /* Of the largest that any session of this model can have. Any thread. */
 size_t engine_snapshot_bytes_most(const struct engine *engine);

@@ -27,8 +27,10 @@ struct engine {
     struct engine_info info;
     char model_name[256];
     enum ops_dtype memory_dtype;
-    size_t state_floats; /* of one session: all layers */
-    void *packed;        /* room for a packed state, memory of ops->alloc */
+    bool states_bf16;
+    size_t state_numbers; /* of one session: all layers */
+    size_t state_bytes;   /* that they take */
+    void *packed;         /* room for a packed state, memory of ops->alloc; of fp32 states alone */
     const struct engine_session
         *packed_of; /* the rounded session whose state it is; NULL: nobody's */
     struct list sessions;
@@ -42,6 +44,31 @@ struct engine {
     pthread_mutex_t stats_lock;
     struct engine_stats stats, counted; /* published under the lock; the engine's own */
 };
+
+/* Of the numbers that one Mamba-2 layer's `ssm` holds. */
+static inline size_t engine_ssm_numbers(const struct engine *engine)
+{
+    return (size_t)engine->config.inner_size * engine->config.state_size;
+}
+
+/* What they take: whole words, since floats lie behind. */
+static inline size_t engine_ssm_bytes(const struct engine *engine, bool bf16)
+{
+    const size_t numbers = engine_ssm_numbers(engine);
+    return (bf16 ? (numbers + 1) / 2 : numbers) * sizeof(float);
+}
+
+static inline size_t engine_conv_numbers(const struct engine *engine)
+{
+    return (size_t)(engine->config.conv_kernel - 1) * engine->config.conv_size;
+}
+
+/* Of all layers' state, each its ssm and then its conv. */
+static inline size_t engine_state_bytes(const struct engine *engine, bool bf16)
+{
+    return engine->config.mamba_count *
+           (engine_ssm_bytes(engine, bf16) + engine_conv_numbers(engine) * sizeof(float));
+}
 
 /* Waits for the backend; where it is broken (a GPU that failed), says so and ends the process:
  * nothing computed since the last call can be trusted, and memories come back from disk. Called

@@ -41,9 +41,10 @@ struct ops_rows { /* the segments follow each other without gaps */
     uint32_t row_count;
 };
 
-/* The recurrent state of one sequence in one Mamba-2 layer. */
+/* The recurrent state of one sequence in one Mamba-2 layer. With states_bf16 a call reads `ssm` in
+ * bf16, goes through all of its rows in fp32, and rounds what it leaves once, to nearest. */
 struct ops_mamba_state {
-    float *ssm;  /* [Hm, P, N] */
+    void *ssm;   /* [Hm, P, N], floats or, with states_bf16, bf16 */
     float *conv; /* [conv_kernel - 1, di + 2GN]: the last columns of xBC before the convolution,
                     oldest first; zeros at the start of a sequence */
 };
@@ -139,6 +140,7 @@ struct ops_options {
     enum ops_dtype memory_dtype; /* of K/V pages and landmarks */
     size_t device_memory_bytes;  /* budget of a device's own copies of K/V pages; 0: its choice */
     bool landmarks_fp8;          /* with narrow_landmarks alone */
+    bool states_bf16;            /* recurrent states, which are fp32 without */
 };
 
 struct ops {

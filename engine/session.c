@@ -4,13 +4,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/bf16.h"
 #include "engine/engine_private.h"
 #include "engine/packed.h"
+#include "engine/ref/ref.h"
 #include "proto/base/assert.h"
 
 #define SNAPSHOT_MAGIC 0x31534d52u /* "RMS1" */
 
-enum { SNAPSHOT_FULL = 1, SNAPSHOT_PACKED = 2 }; /* versions */
+enum snapshot_version { SNAPSHOT_FULL = 1, SNAPSHOT_PACKED = 2, SNAPSHOT_BF16 = 3 };
 
 /* Little-endian, as every machine that we build for is; then state, partial chunk, logits. */
 struct snapshot_header {
@@ -22,16 +24,6 @@ struct snapshot_header {
 static size_t landmark_block_bytes(const struct engine *engine)
 {
     return engine->info.landmark_bytes * OPS_LANDMARK_BLOCK;
-}
-
-static size_t ssm_floats(const struct model_config *c)
-{
-    return (size_t)c->inner_size * c->state_size;
-}
-
-static size_t conv_floats(const struct model_config *c)
-{
-    return (size_t)(c->conv_kernel - 1) * c->conv_size;
 }
 
 static size_t partial_rows(const struct engine_session *session)
@@ -145,7 +137,7 @@ static struct engine_session *make(struct engine *engine, const struct chunk_ran
     s->engine = engine;
     list_push_back(&engine->sessions, &s->node);
     s->ranges = calloc(range_count, sizeof *s->ranges);
-    s->state = engine->ops->alloc(engine->context, engine->state_floats * sizeof *s->state);
+    s->state = engine->ops->alloc(engine->context, engine->state_bytes);
     s->layers = calloc(c->mamba_count, sizeof *s->layers);
     s->partial =
         engine->ops->alloc(engine->context, sizeof *s->partial * c->chunk_tokens * c->hidden_size);
@@ -168,11 +160,35 @@ static struct engine_session *make(struct engine *engine, const struct chunk_ran
     float *at = s->state;
     for (uint32_t i = 0; i < c->mamba_count; i++) {
         s->layers[i].ssm = at;
-        at += ssm_floats(c);
+        at += engine_ssm_bytes(engine, engine->states_bf16) / sizeof *at;
         s->layers[i].conv = at;
-        at += conv_floats(c);
+        at += engine_conv_numbers(engine);
     }
     return s;
+}
+
+/* ---- snapshots ---- */
+
+static enum snapshot_version version_of(const struct engine_session *session)
+{
+    return session->engine->states_bf16 ? SNAPSHOT_BF16
+           : session->rounded           ? SNAPSHOT_PACKED
+                                        : SNAPSHOT_FULL;
+}
+
+/* Of the state in a snapshot, whatever the engine's own are. */
+static size_t state_bytes(const struct engine *engine, enum snapshot_version version)
+{
+    return version == SNAPSHOT_PACKED ? packed_bytes(engine->state_numbers)
+                                      : engine_state_bytes(engine, version == SNAPSHOT_BF16);
+}
+
+static size_t snapshot_bytes(const struct engine_session *session, enum snapshot_version version)
+{
+    const struct model_config *c = &session->engine->config;
+    return sizeof(struct snapshot_header) + state_bytes(session->engine, version) +
+           sizeof(float) *
+               (partial_rows(session) * c->hidden_size + (session->has_logits ? c->vocab_size : 0));
 }
 
 /* Copies a block's unused rest from or to a snapshot, moving the cursor on. */
@@ -186,9 +202,49 @@ static void take(const struct engine *engine, void *to, const char **from, size_
 static void take_packed(struct engine_session *s, const char **from)
 {
     struct engine *engine = s->engine;
-    take(engine, engine->packed, from, packed_bytes(engine->state_floats));
-    engine->ops->unpack_state(engine->context, engine->packed, engine->state_floats, s->state);
+    take(engine, engine->packed, from, packed_bytes(engine->state_numbers));
+    engine->ops->unpack_state(engine->context, engine->packed, engine->state_numbers, s->state);
     engine->packed_of = s;
+}
+
+/* One of the other type, as an engine with that option left it: host memory, of no alignment. */
+static enum status take_other(struct engine_session *s, enum snapshot_version version,
+                              const char **from)
+{
+    const struct engine *engine = s->engine;
+    const bool bf16 = engine->states_bf16;
+    const size_t conv = engine_conv_numbers(engine) * sizeof(float);
+    float *other = malloc(engine->state_numbers * sizeof *other);
+    char *state = malloc(engine->state_bytes);
+    if (!other || !state) {
+        free(other);
+        free(state);
+        return STATUS_NO_MEMORY;
+    }
+    if (version == SNAPSHOT_PACKED)
+        ref_unpack_state(NULL, *from, engine->state_numbers, other);
+    else
+        memcpy(other, *from, state_bytes(engine, version));
+    const char *at = (const char *)other;
+    char *to = state;
+    for (uint32_t layer = 0; layer < engine->config.mamba_count; layer++) {
+        for (size_t i = 0; i < engine_ssm_numbers(engine); i++) {
+            if (bf16)
+                ((uint16_t *)(void *)to)[i] = bf16_from_float(((const float *)(const void *)at)[i]);
+            else
+                ((float *)(void *)to)[i] = bf16_to_float(((const uint16_t *)(const void *)at)[i]);
+        }
+        to += engine_ssm_bytes(engine, bf16);
+        at += engine_ssm_bytes(engine, !bf16);
+        memcpy(to, at, conv);
+        to += conv;
+        at += conv;
+    }
+    engine->ops->copy(engine->context, s->state, state, engine->state_bytes);
+    *from += state_bytes(engine, version);
+    free(other);
+    free(state);
+    return STATUS_OK;
 }
 
 static enum status restore(struct engine_session *s, const void *snapshot, size_t size,
@@ -200,8 +256,8 @@ static enum status restore(struct engine_session *s, const void *snapshot, size_
     if (size < sizeof header)
         return error_set(err, STATUS_CORRUPT, "the snapshot is cut off");
     memcpy(&header, snapshot, sizeof header);
-    if (header.magic != SNAPSHOT_MAGIC ||
-        (header.version != SNAPSHOT_FULL && header.version != SNAPSHOT_PACKED))
+    if (header.magic != SNAPSHOT_MAGIC || header.version < SNAPSHOT_FULL ||
+        header.version > SNAPSHOT_BF16)
         return error_set(err, STATUS_CORRUPT, "not a snapshot of this version");
     if (header.fingerprint != engine->info.fingerprint)
         return error_set(err, STATUS_MISMATCH,
@@ -210,14 +266,20 @@ static enum status restore(struct engine_session *s, const void *snapshot, size_
                          (unsigned long long)engine->info.fingerprint);
     s->position = header.position;
     s->has_logits = header.has_logits != 0;
-    s->rounded = header.version == SNAPSHOT_PACKED;
-    if (size != engine_session_snapshot_bytes(s))
+    const enum snapshot_version version = header.version;
+    if (size != snapshot_bytes(s, version))
         return error_set(err, STATUS_CORRUPT, "the snapshot has the wrong size");
     const char *from = (const char *)snapshot + sizeof header;
-    if (!s->rounded)
-        take(engine, s->state, &from, engine->state_floats * sizeof *s->state);
-    else
+    enum status status = STATUS_OK;
+    if (engine->states_bf16 != (version == SNAPSHOT_BF16))
+        status = take_other(s, version, &from);
+    else if (version == SNAPSHOT_PACKED)
         take_packed(s, &from);
+    else
+        take(engine, s->state, &from, engine->state_bytes);
+    if (status)
+        return error_set(err, status, "out of memory for a snapshot");
+    s->rounded = engine->states_bf16 || version == SNAPSHOT_PACKED;
     take(engine, s->partial, &from, partial_rows(s) * c->hidden_size * sizeof *s->partial);
     if (s->has_logits)
         memcpy(s->logits, from, c->vocab_size * sizeof *s->logits);
@@ -294,8 +356,7 @@ enum status engine_session_fork(const struct engine_session *session, uint64_t b
     s->position = session->position;
     s->failed = session->failed;
     s->rounded = session->rounded;
-    engine->ops->copy(engine->context, s->state, session->state,
-                      engine->state_floats * sizeof *s->state);
+    engine->ops->copy(engine->context, s->state, session->state, engine->state_bytes);
     engine->ops->copy(engine->context, s->partial, session->partial,
                       partial_rows(session) * c->hidden_size * sizeof *s->partial);
     s->has_logits = session->has_logits;
@@ -366,9 +427,8 @@ uint64_t engine_session_position(const struct engine_session *session)
 static size_t session_bytes(const struct engine *engine, size_t block_count)
 {
     const struct model_config *c = &engine->config;
-    return sizeof(struct engine_session) +
-           sizeof(float) *
-               (engine->state_floats + c->vocab_size + (size_t)c->chunk_tokens * c->hidden_size) +
+    return sizeof(struct engine_session) + engine->state_bytes +
+           sizeof(float) * (c->vocab_size + (size_t)c->chunk_tokens * c->hidden_size) +
            block_count * (landmark_block_bytes(engine) + engine->memory.narrow_bytes);
 }
 
@@ -393,14 +453,14 @@ static void pack(const struct engine_session *session)
 {
     struct engine *engine = session->engine;
     if (!session->rounded || engine->packed_of != session)
-        engine->ops->pack_state(engine->context, session->state, engine->state_floats,
+        engine->ops->pack_state(engine->context, session->state, engine->state_numbers,
                                 engine->packed);
     engine->packed_of = session;
 }
 
 void engine_session_round(struct engine_session *session)
 {
-    if (!session->rounded)
+    if (!session->rounded && !session->engine->states_bf16)
         pack(session);
     session->rounded = true;
 }
@@ -410,18 +470,9 @@ bool engine_session_is_rounded(const struct engine_session *session)
     return session->rounded;
 }
 
-static size_t state_bytes(const struct engine_session *session)
-{
-    const size_t count = session->engine->state_floats;
-    return session->rounded ? packed_bytes(count) : count * sizeof *session->state;
-}
-
 size_t engine_session_snapshot_bytes(const struct engine_session *session)
 {
-    const struct model_config *c = &session->engine->config;
-    return sizeof(struct snapshot_header) + state_bytes(session) +
-           sizeof(float) *
-               (partial_rows(session) * c->hidden_size + (session->has_logits ? c->vocab_size : 0));
+    return snapshot_bytes(session, version_of(session));
 }
 
 size_t engine_snapshot_bytes_most(const struct engine *engine)
@@ -429,27 +480,27 @@ size_t engine_snapshot_bytes_most(const struct engine *engine)
     const struct model_config *c = &engine->config;
     return sizeof(struct snapshot_header) +
            sizeof(float) *
-               (engine->state_floats + (size_t)c->chunk_tokens * c->hidden_size + c->vocab_size);
+               (engine->state_numbers + (size_t)c->chunk_tokens * c->hidden_size + c->vocab_size);
 }
 
 void engine_session_snapshot(const struct engine_session *session, void *out)
 {
     const struct engine *engine = session->engine;
     const struct model_config *c = &engine->config;
+    const enum snapshot_version version = version_of(session);
     const struct snapshot_header header = {.magic = SNAPSHOT_MAGIC,
-                                           .version =
-                                               session->rounded ? SNAPSHOT_PACKED : SNAPSHOT_FULL,
+                                           .version = version,
                                            .fingerprint = engine->info.fingerprint,
                                            .position = session->position,
                                            .has_logits = session->has_logits};
     char *to = out;
     memcpy(to, &header, sizeof header);
     to += sizeof header;
-    if (session->rounded)
+    const bool packed = version == SNAPSHOT_PACKED;
+    if (packed)
         pack(session);
-    size_t bytes = state_bytes(session);
-    engine->ops->copy(engine->context, to, session->rounded ? engine->packed : session->state,
-                      bytes);
+    size_t bytes = state_bytes(engine, version);
+    engine->ops->copy(engine->context, to, packed ? engine->packed : session->state, bytes);
     to += bytes;
     bytes = partial_rows(session) * c->hidden_size * sizeof(float);
     engine->ops->copy(engine->context, to, session->partial, bytes);

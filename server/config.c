@@ -52,6 +52,9 @@ static const struct setting settings[] = {
     {"landmarks", "FORM", "bf16",
      "fp8: a GPU keeps them in half the memory and scores the best few again in bf16", TEXT,
      FIELD(landmarks)},
+    {"state", "TYPE", "fp32",
+     "fp32 or bf16: how recurrent states are kept; bf16 decodes many sequences faster on a GPU",
+     TEXT, FIELD(state)},
     {"running", "N", TEXT_OF(LIMITS_RUNNING), "sequences generated at once, at most 32", COUNT,
      FIELD(running)},
     {"queue", "N", TEXT_OF(LIMITS_QUEUE_REQUESTS), "requests that may wait; then 429", COUNT,
@@ -261,6 +264,9 @@ static enum status check(const struct config *c, struct error *err)
     if (!one_of(c->memory_dtype, dtypes))
         return error_set_param(err, STATUS_INVALID, "memory-dtype",
                                "memory-dtype: bf16 or fp32, not %s", c->memory_dtype);
+    if (!one_of(c->state, dtypes))
+        return error_set_param(err, STATUS_INVALID, "state", "state: bf16 or fp32, not %s",
+                               c->state);
     if (!one_of(c->landmarks, landmarks))
         return error_set_param(err, STATUS_INVALID, "landmarks", "landmarks: bf16 or fp8, not %s",
                                c->landmarks);

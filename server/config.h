@@ -12,7 +12,7 @@
 
 struct config {
     char host[64], data[1024], model[1024], keys[1024], cors_origin[1024];
-    char backend[16], memory_dtype[8], landmarks[8], log_level[8], chat_template[16];
+    char backend[16], memory_dtype[8], landmarks[8], state[8], log_level[8], chat_template[16];
     uint64_t port, threads, running, queue, queue_tokens, connections;
     uint64_t max_stall;                                                 /* milliseconds */
     uint64_t drain_timeout, header_timeout, body_timeout, idle_timeout; /* seconds */

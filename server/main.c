@@ -98,6 +98,7 @@ static enum status open_engine(const struct config *config, struct engine **engi
         .host_memory_bytes = config->host_memory,
         .device_memory_bytes = config->device_memory,
         .landmarks_fp8 = strcmp(config->landmarks, "fp8") == 0,
+        .states_bf16 = strcmp(config->state, "bf16") == 0,
         .memory_dtype =
             strcmp(config->memory_dtype, "fp32") == 0 ? ENGINE_DTYPE_FP32 : ENGINE_DTYPE_BF16};
     return engine_open(&options, engine, err);

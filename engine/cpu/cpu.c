@@ -50,7 +50,7 @@ static size_t worker_floats(const struct model_config *c, uint32_t max_rows)
     const size_t s = c->chunk_tokens, hd = c->head_dim, head = cpu_panels(c->mamba_head_dim);
     const size_t product = (size_t)CPU_TILE * CPU_DEPTH;
     const size_t scores = CPU_BLOCK * (size_t)c->state_size;
-    const size_t ssd = CPU_BLOCK * CPU_BLOCK + head * CPU_BLOCK + head * c->state_size;
+    const size_t ssd = CPU_BLOCK * CPU_BLOCK + head * CPU_BLOCK + 2 * head * c->state_size;
     const size_t scan = CPU_SCAN * ((size_t)max_rows + c->retrieval_dim / c->retrieval_heads);
     const size_t attend = c->heads * s;
     const size_t encoder = (s + 1) * (s + 1) + cpu_panels(s + 1) * hd + (s + 1) * cpu_panels(hd);
@@ -132,6 +132,7 @@ static enum status cpu_open(const struct ops_options *options, struct ops_contex
         return error_set(err, STATUS_NO_MEMORY, "out of memory");
     context->config = *options->config;
     context->memory_dtype = options->memory_dtype;
+    context->states_bf16 = options->states_bf16;
     context->max_rows = options->max_rows;
     context->kernels = choose();
     enum status status = pool_open(options->threads, &context->pool);

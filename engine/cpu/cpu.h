@@ -18,6 +18,7 @@
 struct ops_context {
     struct model_config config;
     enum ops_dtype memory_dtype;
+    bool states_bf16;
     uint32_t max_rows;
     struct pool *pool;
     const struct cpu_kernels *kernels;

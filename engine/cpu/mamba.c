@@ -1,9 +1,11 @@
 /* mamba.c - one Mamba-2 block. A segment of few rows goes token by token; longer ones in blocks of
  * the chunked (SSD) form, where all but a scan over the blocks is matrix products (Dao and Gu,
- * "Transformers are SSMs", section 6). Both carry the state forward in fp32. */
+ * "Transformers are SSMs", section 6). Both carry the state forward in fp32, from what it is kept
+ * in and back. */
 #include <math.h>
 #include <string.h>
 
+#include "engine/bf16.h"
 #include "engine/cpu/cpu.h"
 #include "proto/limits.h"
 
@@ -17,8 +19,24 @@ struct mamba {
     /* Small weights as floats; conv is [taps, conv_size]. */
     const float *conv, *conv_bias, *dt_bias, *a_log, *skip, *gate_norm;
     const struct ops_segment *segment; /* of the blocked form under way */
-    float *ssm;                        /* its state */
+    void *ssm;                         /* its state */
 };
+
+/* Where head `h` of a state lies. */
+static void *head_of(const struct ops_context *x, void *ssm, uint32_t h)
+{
+    const struct model_config *c = &x->config;
+    return (char *)ssm + (size_t)h * c->mamba_head_dim * c->state_size * (x->states_bf16 ? 2 : 4);
+}
+
+/* A head's state goes back to where it is kept in bf16. */
+static void narrow_head(const struct ops_context *x, const float *from, void *head)
+{
+    const size_t count = (size_t)x->config.mamba_head_dim * x->config.state_size;
+    uint16_t *to = head;
+    for (size_t i = 0; i < count; i++)
+        to[i] = bf16_from_float(from[i]);
+}
 
 #define CONV_ROWS 16
 
@@ -83,8 +101,10 @@ static void step_task(void *argument, uint32_t index, uint32_t worker)
         return;
     const uint32_t h = index % c->mamba_heads, width = c->mamba_head_dim, n = c->state_size;
     const uint32_t group = h / (c->mamba_heads / c->state_groups);
-    float *state = t->states[index / c->mamba_heads].ssm + (size_t)h * width * n;
-    float *dtx = cpu_scratch(x, worker);
+    void *head = head_of(x, t->states[index / c->mamba_heads].ssm, h);
+    float *dtx = cpu_scratch(x, worker), *state = x->states_bf16 ? dtx + width : head;
+    if (x->states_bf16)
+        x->kernels->widen(head, state, (size_t)width * n);
     for (uint32_t row = segment->row; row < segment->row + segment->count; row++) {
         const float *u = x->conv + (size_t)row * c->conv_size + (size_t)h * width;
         const float *b = x->conv + (size_t)row * c->conv_size + c->inner_size + (size_t)group * n;
@@ -96,6 +116,8 @@ static void step_task(void *argument, uint32_t index, uint32_t worker)
         x->kernels->recur(state, width, n, expf(-dt * expf(t->a_log[h])), dtx, b, cc, y);
         x->kernels->add_scaled(y, u, t->skip[h], width);
     }
+    if (x->states_bf16)
+        narrow_head(x, state, head);
 }
 
 /* ---- the blocked form ---- */
@@ -192,11 +214,11 @@ static void blocks_task(void *argument, uint32_t h, uint32_t worker)
     const struct model_config *c = &x->config;
     const uint32_t width = c->mamba_head_dim, n = c->state_size;
     const uint32_t group = h / (c->mamba_heads / c->state_groups);
-    float *state = t->ssm + (size_t)h * width * n;
+    void *head = head_of(x, t->ssm, h);
     struct block k = {
         .state = cpu_scratch(x, worker), .rate = -expf(t->a_log[h]), .skip = t->skip[h]};
     k.scratch = k.state + cpu_panels(width) * n;
-    x->kernels->pack_transposed(state, OPS_FP32, n, width, n, k.state);
+    x->kernels->pack_transposed(head, x->states_bf16 ? OPS_BF16 : OPS_FP32, n, width, n, k.state);
     for (uint32_t block = 0; block * CPU_BLOCK < t->segment->count; block++) {
         const size_t row = t->segment->row + block * CPU_BLOCK;
         float sum = 0;
@@ -213,7 +235,10 @@ static void blocks_task(void *argument, uint32_t h, uint32_t worker)
         block_output(x, &k);
         block_state(x, &k);
     }
+    float *state = x->states_bf16 ? k.scratch : head;
     x->kernels->unpack_transposed(k.state, width, n, state);
+    if (x->states_bf16)
+        narrow_head(x, state, head);
 }
 
 static void gate_task(void *argument, uint32_t index, uint32_t worker)

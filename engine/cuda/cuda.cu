@@ -7,6 +7,7 @@
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
 #include "engine/cuda/encode.cuh"
+#include "engine/cuda/mamba.cuh"
 #include "engine/cuda/retrieve.cuh"
 
 extern "C" {
@@ -435,8 +436,9 @@ static enum status open_device(struct ops_context *x, struct error *err)
     if (error != cudaSuccess)
         return error_set(err, STATUS_UNSUPPORTED, "the GPU cannot be used: %s",
                          cudaGetErrorString(error));
-    snprintf(x->description, sizeof x->description, "cuda (%.100s, %s%s)", device.name,
-             x->wide ? "fp32" : "bf16", x->fp8 ? ", landmarks fp8" : "");
+    snprintf(x->description, sizeof x->description, "cuda (%.100s, %s%s%s)", device.name,
+             x->wide ? "fp32" : "bf16", x->fp8 ? ", landmarks fp8" : "",
+             x->states_bf16 ? ", states bf16" : "");
     return STATUS_OK;
 }
 
@@ -449,12 +451,18 @@ static enum status cuda_open(const struct ops_options *options, struct ops_conte
                          "the CUDA backend needs a retrieval_dim of at least 2");
     if (options->landmarks_fp8 && options->memory_dtype == OPS_FP32)
         return error_set(err, STATUS_INVALID, "landmarks in fp8 stand for bf16 ones, not for fp32");
+    if (options->states_bf16 && !cuda_mamba_keeps_bf16(c))
+        return error_set(
+            err, STATUS_INVALID,
+            "the CUDA backend keeps states in bf16 for a state_size of 64 or 128 and a "
+            "conv_kernel of 4");
     struct ops_context *x = (struct ops_context *)calloc(1, sizeof *x);
     if (!x)
         return error_set(err, STATUS_NO_MEMORY, "out of memory");
     x->config = *c;
     x->wide = options->memory_dtype == OPS_FP32;
     x->fp8 = options->landmarks_fp8;
+    x->states_bf16 = options->states_bf16;
     x->max_rows = options->max_rows;
     x->page_bytes = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim * (x->wide ? 4 : 2);
     x->page_budget = options->device_memory_bytes;

@@ -4,8 +4,8 @@
  *
  * Two precisions, by the memory's dtype: with BF16 memory, weights, the inputs of products and what
  * lies between the products of an op on many rows are bf16, and every sum is fp32; with FP32 memory
- * ("wide") everything is fp32. Activations between ops, recurrent states and logits are fp32 in
- * both.
+ * ("wide") everything is fp32. Activations between ops and logits are fp32 in both, and so are
+ * recurrent states unless they are asked for in bf16.
  *
  * A failure of the device is remembered in the context: the first one is logged, everything after
  * it does nothing, and the table's `check` tells the engine before it uses a result. */
@@ -51,6 +51,7 @@ struct ops_context {
     struct model_config config;
     bool wide;
     bool fp8; /* landmarks have twins on the device: see retrieve_fp8.cu */
+    bool states_bf16;
     uint32_t max_rows;
     int multiprocessors;
     size_t shared_most; /* bytes of shared memory that a block can have */
@@ -110,7 +111,7 @@ struct cuda_candidate {
 struct cuda_segment {
     uint64_t position;
     uint32_t row, count;
-    float *ssm, *conv;         /* mamba */
+    float *ssm, *conv;         /* mamba; what ssm holds may be bf16, at distances in words */
     const void *const *blocks; /* retrieve: device array of landmark blocks */
     const void *const *narrow; /* and of their twins, with fp8 */
     uint64_t chunk_count;
@@ -177,8 +178,8 @@ void cuda_linear_narrow(struct ops_context *context, const struct ops_tensor *we
 /* States that a kernel will read first: of `count` heads, in the order of all segments. */
 struct cuda_soon {
     const struct cuda_segment *segments; /* on the device */
-    size_t ssm;                          /* floats behind where they say */
-    uint32_t count, heads, head_floats;
+    size_t ssm;                          /* words behind where they say */
+    uint32_t count, heads, head_words;
 };
 /* The causal convolution and SiLU of columns [first, first + count) of a product, a multiple of 4
  * both, whose rows are segments of one row each; see ops_mamba_state. */

@@ -227,8 +227,8 @@ static __device__ __forceinline__ void fetch_soon(const struct cuda_soon &s)
     for (uint32_t head = blockIdx.y * gridDim.x + blockIdx.x; head < s.count;
          head += gridDim.x * gridDim.y) {
         const float *from =
-            s.segments[head / s.heads].ssm + s.ssm + (size_t)(head % s.heads) * s.head_floats;
-        for (uint32_t at = 32 * threadIdx.x; at < s.head_floats; at += 32 * blockDim.x)
+            s.segments[head / s.heads].ssm + s.ssm + (size_t)(head % s.heads) * s.head_words;
+        for (uint32_t at = 32 * threadIdx.x; at < s.head_words; at += 32 * blockDim.x)
             cuda_prefetch(from + at);
     }
 }

@@ -1,5 +1,5 @@
 /* mamba.cu - one Mamba-2 block: its entry. Segments of few rows go token by token (mamba_step.cu),
- * longer ones in blocks (mamba_blocks.cu). The state is fp32 and carried in place. */
+ * longer ones in blocks (mamba_blocks.cu). The state is carried in place. */
 #include <stdlib.h>
 
 #include "engine/cuda/mamba.cuh"
@@ -10,7 +10,7 @@ static const struct cuda_segment *stage_segments(struct ops_context *x, const st
 {
     struct cuda_segment *own = cuda_segments(x, rows);
     for (uint32_t i = 0; own && i < rows->segment_count; i++) {
-        own[i].ssm = states[i].ssm;
+        own[i].ssm = (float *)states[i].ssm;
         own[i].conv = states[i].conv;
         own[i].position = 0; /* unused here, and so the table is the same in the next step */
     }

@@ -29,6 +29,9 @@ static inline struct mamba_shape mamba_shape_of(const struct model_config *c)
     return s;
 }
 
+/* Whether states of this shape can be kept in bf16. */
+bool cuda_mamba_keeps_bf16(const struct model_config *config);
+
 /* Everything of the long segments between the norm (`normed`) and out_proj (`mixed`), and where it
  * returns true out_proj too, to `hidden`; `segments`: all of the step's, on the device. */
 bool cuda_mamba_blocks(struct ops_context *context, const struct ops_mamba_weights *weights,

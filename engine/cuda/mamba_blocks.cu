@@ -1,8 +1,9 @@
 /* mamba_blocks.cu - long segments of a Mamba-2 block, in blocks of the chunked (SSD) form, where
  * all but a scan over the blocks is matrix products (Dao and Gu, "Transformers are SSMs", section
  * 6). What lies between the projections is as wide as inputs of products are; sums, decays and the
- * state that goes on are fp32. Heads of 64 with a state of 64 or 128 go through tensor cores when
- * bf16; every other form, and fp32, through plain tiles, the same steps one by one. */
+ * state that goes on from block to block are fp32. Heads of 64 with a state of 64 or 128 go through
+ * tensor cores when bf16; every other form, and fp32, through plain tiles, the same steps one by
+ * one. */
 #include <stdlib.h>
 
 #include "engine/cuda/mamba_blocks.cuh"
@@ -291,9 +292,9 @@ static __device__ __forceinline__ void keep_tail(const struct mamba_shape &s,
             (in.in_bias ? in.in_bias[s.inner + j] : 0);
 }
 
-/* Turns what each block adds into the state before it, and leaves the state behind the last one; V
- * neighbours a thread; and the tail, a column a thread. Grid: tiles of a state x runs. */
-template <typename S, int V, typename T>
+/* Turns what each block adds into the state before it, and leaves the state behind the last one, as
+ * K; V neighbours a thread; and the tail, a column a thread. Grid: tiles of a state x runs. */
+template <typename K, typename S, int V, typename T>
 static __global__ void __launch_bounds__(CARRY_THREADS)
     carry_states(struct mamba_shape s, struct inputs<T> in, const struct run *runs, uint32_t tokens,
                  const struct cuda_segment *segments, const float *decay, S *states)
@@ -302,7 +303,8 @@ static __global__ void __launch_bounds__(CARRY_THREADS)
     const size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     const struct run run = runs[blockIdx.y];
     const uint32_t h = (uint32_t)(e / ((size_t)s.width * s.n));
-    float *kept = segments[run.segment].ssm + e, state[V];
+    K *kept = reinterpret_cast<K *>(segments[run.segment].ssm) + e;
+    float state[V];
     if (e < elements)
         load<V>(kept, state);
     cuda_depend_wait();
@@ -403,11 +405,16 @@ template <typename S, int V, typename T>
 static void carry(struct ops_context *x, const struct work *w)
 {
     const struct mamba_shape s = w->shape;
-    CUDA_LAUNCH_EARLY(
-        x, (carry_states<S, V, T>),
-        dim3(cuda_ceil((uint64_t)s.heads * s.width * s.n / V, CARRY_THREADS), w->run_count),
-        dim3(CARRY_THREADS), 0, s, inputs_of<T>(x, w->weights), w->runs, w->tokens, w->segments,
-        x->decay, (S *)(void *)x->states);
+    const dim3 grid(cuda_ceil((uint64_t)s.heads * s.width * s.n / V, CARRY_THREADS), w->run_count),
+        block(CARRY_THREADS);
+    if (x->states_bf16)
+        CUDA_LAUNCH_EARLY(x, (carry_states<bf16, S, V, T>), grid, block, 0, s,
+                          inputs_of<T>(x, w->weights), w->runs, w->tokens, w->segments, x->decay,
+                          (S *)(void *)x->states);
+    else
+        CUDA_LAUNCH_EARLY(x, (carry_states<float, S, V, T>), grid, block, 0, s,
+                          inputs_of<T>(x, w->weights), w->runs, w->tokens, w->segments, x->decay,
+                          (S *)(void *)x->states);
 }
 
 template <typename T> static void scan_tiles(struct ops_context *x, const struct work *w)

@@ -61,8 +61,8 @@ keep_tail(const struct mamba_shape &s, const struct place &at, const float *proj
 }
 
 /* N is 32 V and the convolution has TAPS taps: the state is read and written once and lies in
- * registers, a lane has V neighbours of each row. V 0: whatever they are. */
-template <typename T, int V>
+ * registers, a lane has V neighbours of each row. V 0: whatever they are; S is float then. */
+template <typename T, typename S, int V>
 static __global__ void __launch_bounds__(STEP_THREADS, 3)
     step(struct mamba_shape s, struct step_weights<T> w, const struct cuda_segment *segments,
          size_t ssm, size_t conv, const float *projected, float *y, uint32_t *arrived, bool early)
@@ -80,17 +80,19 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
         cuda_depend_wait();
         return;
     }
+    using kept = typename kept_of<S, width>::type;
+    kept before[WARP_ROWS];
     floats<width> state[WARP_ROWS];
     struct column<T> mine[own];
-    float *rows = at.segment.ssm + ((size_t)at.head * s.width + at.first + warp * WARP_ROWS) * s.n;
+    S *rows = reinterpret_cast<S *>(at.segment.ssm) +
+              ((size_t)at.head * s.width + at.first + warp * WARP_ROWS) * s.n;
     const uint32_t row_count =
         at.first + warp * WARP_ROWS < s.width ? s.width - at.first - warp * WARP_ROWS : 0;
-    if (V) {
+    if constexpr (V != 0) {
 #pragma unroll
         for (uint32_t r = 0; r < WARP_ROWS; r++)
             if (r < row_count)
-                state[r] =
-                    *reinterpret_cast<const floats<width> *>(rows + (size_t)r * s.n + width * lane);
+                before[r] = *reinterpret_cast<const kept *>(rows + (size_t)r * s.n + V * lane);
 #pragma unroll
         for (int i = 0; i < own; i++)
             mine[i] = load_column(s, w, at.segment.conv,
@@ -100,6 +102,12 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
                 dt_bias = w.dt_bias[at.head];
     if (early)
         cuda_depend_wait();
+    if constexpr (V != 0) {
+#pragma unroll
+        for (uint32_t r = 0; r < WARP_ROWS; r++)
+            if (r < row_count)
+                state[r] = widen_state(before[r]);
+    }
     for (uint32_t t = 0; t < at.segment.count; t++) {
         const size_t row = at.segment.row + t;
         const float raw = projected[row * s.proj + s.inner + s.conv + at.head];
@@ -135,7 +143,7 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
                 break;
             const float u = columns[warp * WARP_ROWS + r], add = time * u;
             float sum = 0;
-            if (V) {
+            if constexpr (V != 0) {
                 const floats<width> bs = *reinterpret_cast<const floats<width> *>(b + width * lane);
                 const floats<width> cs = *reinterpret_cast<const floats<width> *>(c + width * lane);
 #pragma unroll
@@ -158,12 +166,11 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
         if (t + 1 < at.segment.count)
             __syncthreads();
     }
-    if (V) {
+    if constexpr (V != 0) {
 #pragma unroll
         for (uint32_t r = 0; r < WARP_ROWS; r++)
             if (r < row_count)
-                *reinterpret_cast<floats<width> *>(rows + (size_t)r * s.n + width * lane) =
-                    state[r];
+                store_state(rows + (size_t)r * s.n + V * lane, state[r]);
     }
     /* Columns of x belong to this block alone; those of B and C to whoever read them last. */
     if (V && threadIdx.x < BLOCK_ROWS && mine[0].j < s.conv) {
@@ -272,7 +279,7 @@ static __device__ __forceinline__ void finish_row(const struct singles &m, uint3
 }
 
 /* N is 32 V. Grid: heads x segments. */
-template <int V>
+template <typename S, int V>
 static __global__ void __launch_bounds__(STEP_THREADS, SINGLE_BLOCKS) step_singles(struct singles m)
 {
     __shared__ float parts[STEP_WARPS];
@@ -284,11 +291,13 @@ static __global__ void __launch_bounds__(STEP_THREADS, SINGLE_BLOCKS) step_singl
     cuda_depend_release();
     if (!m.early)
         cuda_depend_wait();
-    float *state = m.segments[segment].ssm + m.ssm + (size_t)first * s.n + V * lane;
-    floats<V> h[SINGLE_ROWS];
+    S *state =
+        reinterpret_cast<S *>(m.segments[segment].ssm + m.ssm) + (size_t)first * s.n + V * lane;
+    using kept = typename kept_of<S, V>::type;
+    kept before[SINGLE_ROWS];
 #pragma unroll
     for (uint32_t r = 0; r < SINGLE_ROWS; r++)
-        h[r] = *reinterpret_cast<const floats<V> *>(state + (size_t)r * s.n);
+        before[r] = *reinterpret_cast<const kept *>(state + (size_t)r * s.n);
     const float rate = -expf(m.a_log[head]), through = m.skip[head], dt_bias = m.dt_bias[head];
     const float norm = m.norm ? m.norm[own] : 1;
     if (m.early)
@@ -304,13 +313,14 @@ static __global__ void __launch_bounds__(STEP_THREADS, SINGLE_BLOCKS) step_singl
 #pragma unroll
     for (uint32_t r = 0; r < SINGLE_ROWS; r++) {
         const float add = time * __shfl_sync(CUDA_ALL_LANES, u, (int)(4 * r));
+        floats<V> h = widen_state(before[r]);
         sums[r] = 0;
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            h[r].v[i] = fmaf(decay, h[r].v[i], add * bs.v[i]);
-            sums[r] = fmaf(h[r].v[i], cs.v[i], sums[r]);
+            h.v[i] = fmaf(decay, h.v[i], add * bs.v[i]);
+            sums[r] = fmaf(h.v[i], cs.v[i], sums[r]);
         }
-        *reinterpret_cast<floats<V> *>(state + (size_t)r * s.n) = h[r];
+        store_state(state + (size_t)r * s.n, h);
     }
     const float y = fmaf(through, u, sum_rows(sums)) * cuda_silu(z);
     prepare_y(m, segment, first, y, norm);
@@ -344,7 +354,7 @@ struct cuda_soon cuda_mamba_soon(const struct ops_context *x, const struct cuda_
     soon.ssm = ssm;
     soon.count = all < first ? all : first;
     soon.heads = x->config.mamba_heads;
-    soon.head_floats = x->config.mamba_head_dim * x->config.state_size;
+    soon.head_words = x->config.mamba_head_dim * x->config.state_size / (x->states_bf16 ? 2 : 1);
     return soon;
 }
 
@@ -382,13 +392,18 @@ void cuda_mamba_singles(struct ops_context *x, const struct ops_mamba_weights *w
     m.arrived = x->arrived;
     m.early = x->early && x->recording;
     const dim3 grid(m.s.heads, segment_count), block(STEP_THREADS);
-    if (m.s.n == 4 * CUDA_WARP)
-        CUDA_LAUNCH_EARLY(x, step_singles<4>, grid, block, 0, m);
+    const bool wide = m.s.n == 4 * CUDA_WARP;
+    if (x->states_bf16 && wide)
+        CUDA_LAUNCH_EARLY(x, (step_singles<bf16, 4>), grid, block, 0, m);
+    else if (x->states_bf16)
+        CUDA_LAUNCH_EARLY(x, (step_singles<bf16, 2>), grid, block, 0, m);
+    else if (wide)
+        CUDA_LAUNCH_EARLY(x, (step_singles<float, 4>), grid, block, 0, m);
     else
-        CUDA_LAUNCH_EARLY(x, step_singles<2>, grid, block, 0, m);
+        CUDA_LAUNCH_EARLY(x, (step_singles<float, 2>), grid, block, 0, m);
 }
 
-template <typename T>
+template <typename T, typename S>
 static void launch_step(struct ops_context *x, const struct ops_mamba_weights *weights,
                         const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
                         size_t conv)
@@ -399,22 +414,32 @@ static void launch_step(struct ops_context *x, const struct ops_mamba_weights *w
     const size_t shared = sizeof(float) * (BLOCK_ROWS + 2 * (size_t)s.n);
     const bool early = x->early && x->recording;
     if (s.taps == TAPS && s.n == 4 * CUDA_WARP)
-        CUDA_LAUNCH_EARLY(x, (step<T, 4>), grid, block, shared, s, w, segments, ssm, conv,
+        CUDA_LAUNCH_EARLY(x, (step<T, S, 4>), grid, block, shared, s, w, segments, ssm, conv,
                           x->projected, x->scanned, x->arrived, early);
     else if (s.taps == TAPS && s.n == 2 * CUDA_WARP)
-        CUDA_LAUNCH_EARLY(x, (step<T, 2>), grid, block, shared, s, w, segments, ssm, conv,
+        CUDA_LAUNCH_EARLY(x, (step<T, S, 2>), grid, block, shared, s, w, segments, ssm, conv,
                           x->projected, x->scanned, x->arrived, early);
     else
-        CUDA_LAUNCH_EARLY(x, (step<T, 0>), grid, block, shared, s, w, segments, ssm, conv,
+        CUDA_LAUNCH_EARLY(x, (step<T, float, 0>), grid, block, shared, s, w, segments, ssm, conv,
                           x->projected, x->scanned, x->arrived, early);
+}
+
+bool cuda_mamba_keeps_bf16(const struct model_config *c)
+{
+    return c->conv_kernel == TAPS &&
+           (c->state_size == 4 * CUDA_WARP || c->state_size == 2 * CUDA_WARP);
 }
 
 void cuda_mamba_step(struct ops_context *x, const struct ops_mamba_weights *weights,
                      const struct cuda_segment *segments, uint32_t segment_count, size_t ssm,
                      size_t conv)
 {
-    if (x->wide)
-        launch_step<float>(x, weights, segments, segment_count, ssm, conv);
+    if (x->wide && x->states_bf16)
+        launch_step<float, bf16>(x, weights, segments, segment_count, ssm, conv);
+    else if (x->wide)
+        launch_step<float, float>(x, weights, segments, segment_count, ssm, conv);
+    else if (x->states_bf16)
+        launch_step<bf16, bf16>(x, weights, segments, segment_count, ssm, conv);
     else
-        launch_step<bf16>(x, weights, segments, segment_count, ssm, conv);
+        launch_step<bf16, float>(x, weights, segments, segment_count, ssm, conv);
 }

@@ -30,6 +30,52 @@ template <int V> struct alignas(4 * V) floats {
     float v[V];
 };
 
+/* The same in bf16, two a word. */
+template <int V> struct alignas(2 * V) words {
+    uint32_t v[V / 2];
+};
+
+/* V neighbours of a state of S as they are kept; and as numbers, and back, rounded to nearest. What
+ * is loaded is not looked at before it is widened, so that nobody waits for it earlier. */
+template <typename S, int V> struct kept_of {
+    using type = floats<V>;
+};
+template <int V> struct kept_of<bf16, V> {
+    using type = words<V>;
+};
+
+template <int V>
+static __device__ __forceinline__ struct floats<V> widen_state(const struct floats<V> &kept) {
+    return kept;
+}
+
+template <int V>
+static __device__ __forceinline__ struct floats<V> widen_state(const struct words<V> &kept) {
+    struct floats<V> out;
+#pragma unroll
+    for (int i = 0; i < V / 2; i++) {
+        out.v[2 * i] = cuda_first(kept.v[i]);
+        out.v[2 * i + 1] = cuda_second(kept.v[i]);
+    }
+    return out;
+}
+
+template <int V>
+static __device__ __forceinline__ void store_state(float *to, const struct floats<V> &state)
+{
+    *reinterpret_cast<floats<V> *>(to) = state;
+}
+
+template <int V>
+static __device__ __forceinline__ void store_state(bf16 *to, const struct floats<V> &state)
+{
+    struct words<V> kept;
+#pragma unroll
+    for (int i = 0; i < V / 2; i++)
+        kept.v[i] = cuda_pack(state.v[2 * i], state.v[2 * i + 1]);
+    *reinterpret_cast<words<V> *>(to) = kept;
+}
+
 /* The weights of a column, as they are stored. */
 template <typename T> struct alignas(TAPS * sizeof(T)) taps {
     T v[TAPS];

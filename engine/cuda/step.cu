@@ -342,7 +342,7 @@ const struct cuda_segment *cuda_step_states(struct ops_context *x,
                                             size_t *conv)
 {
     const struct ops_step *step = &x->step->step;
-    *ssm = (size_t)(states[0].ssm - step->states[0]);
+    *ssm = (size_t)((float *)states[0].ssm - step->states[0]);
     *conv = (size_t)(states[0].conv - step->states[0]);
     for (uint32_t i = 1; i < step->count; i++)
         ASSERT(states[i].ssm == step->states[i] + *ssm &&
@@ -355,7 +355,7 @@ bool cuda_step_mamba(struct ops_context *x, const struct ops_mamba_weights *w,
 {
     struct run *r = &x->step->run;
     size_t ssm, conv;
-    if (!cuda_run_covers(x, x->step->step.count))
+    if (x->states_bf16 || !cuda_run_covers(x, x->step->step.count))
         return false;
     if (r->layer_count == RUN_LAYERS || (r->layer_count && r->hidden != hidden))
         cuda_step_flush(x);

@@ -6,7 +6,7 @@
 #include "engine/ref/ref.h"
 
 struct scratch {
-    float *normed, *projected, *conv, *y;
+    float *normed, *projected, *conv, *y, *ssm;
 };
 
 /* conv[j] = SiLU(sum_i w[j][i] xBC[t - k + 1 + i][j] + bias); the tail moves on by one column. */
@@ -49,14 +49,14 @@ static void recur(const struct model_config *c, const struct ops_mamba_weights *
     }
 }
 
-static void step(const struct model_config *c, const struct ops_mamba_weights *w,
-                 const struct ops_mamba_state *state, struct scratch *s, float *x)
+static void step(const struct model_config *c, const struct ops_mamba_weights *w, float *tail,
+                 struct scratch *s, float *x)
 {
     ref_rms_norm(x, &w->norm, c->hidden_size, c->norm_epsilon, s->normed);
     ref_linear(&w->in_proj, &w->in_proj_bias, s->normed, s->projected);
     const float *gate = s->projected, *xbc = gate + c->inner_size, *dt = xbc + c->conv_size;
-    convolve(c, w, state->conv, xbc, s->conv);
-    recur(c, w, state->ssm, s->conv, dt, s->y);
+    convolve(c, w, tail, xbc, s->conv);
+    recur(c, w, s->ssm, s->conv, dt, s->y);
     for (uint32_t i = 0; i < c->inner_size; i++)
         s->y[i] *= ref_silu(gate[i]);
     ref_rms_norm(s->y, &w->gate_norm, c->inner_size, c->norm_epsilon, s->y);
@@ -69,15 +69,23 @@ void ref_mamba(struct ops_context *context, const struct ops_mamba_weights *weig
                const struct ops_rows *rows, const struct ops_mamba_state *states, float *x)
 {
     const struct model_config *c = &context->config;
+    const enum ops_dtype dtype = context->states_bf16 ? OPS_BF16 : OPS_FP32;
+    const size_t numbers = (size_t)c->inner_size * c->state_size;
     struct scratch s = {ref_scratch(c->hidden_size), ref_scratch(c->proj_size),
-                        ref_scratch(c->conv_size), ref_scratch(c->inner_size)};
+                        ref_scratch(c->conv_size), ref_scratch(c->inner_size),
+                        ref_scratch(numbers)};
     for (uint32_t i = 0; i < rows->segment_count; i++) {
         const struct ops_segment *segment = &rows->segments[i];
+        for (size_t j = 0; j < numbers; j++)
+            s.ssm[j] = ref_load(states[i].ssm, dtype, j);
         for (uint32_t row = segment->row; row < segment->row + segment->count; row++)
-            step(c, weights, &states[i], &s, x + (size_t)row * c->hidden_size);
+            step(c, weights, states[i].conv, &s, x + (size_t)row * c->hidden_size);
+        for (size_t j = 0; j < numbers; j++)
+            ref_store(states[i].ssm, dtype, j, s.ssm[j]);
     }
     free(s.normed);
     free(s.projected);
     free(s.conv);
     free(s.y);
+    free(s.ssm);
 }

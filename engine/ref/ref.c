@@ -66,6 +66,7 @@ static enum status ref_open(const struct ops_options *options, struct ops_contex
         return error_set(err, STATUS_NO_MEMORY, "out of memory");
     context->config = *options->config;
     context->memory_dtype = options->memory_dtype;
+    context->states_bf16 = options->states_bf16;
     *out = context;
     return STATUS_OK;
 }

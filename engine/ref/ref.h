@@ -10,6 +10,7 @@
 struct ops_context {
     struct model_config config;
     enum ops_dtype memory_dtype;
+    bool states_bf16;
 };
 
 /* Element `i` of a tensor, or of memory of a dtype. */

@@ -8,11 +8,12 @@
  * long the calls took in steps without these waits, so where the sum of `host` is close to the
  * step's time, launches bound it. Decoding is greedy, each token the one before it gave.
  *
- *   bench_cuda [--csv FILE] [--only WHAT-ROWS-CONTEXT] [--plain] [--fp8]
+ *   bench_cuda [--csv FILE] [--only WHAT-ROWS-CONTEXT] [--plain] [--fp8] [--bf16]
  * Prints a table, and writes the same as CSV; `--only decode-1-4096` for one row, or a part of its
- * name for some; --plain for decoding without recorded parts; --fp8 with landmarks in fp8. Each row
- * says how much of the device's memory is in use with its sequences open, and how much of that
- * their landmarks are. Exits with 77 without a GPU. Runs from the repository's root. */
+ * name for some; --plain for decoding without recorded parts; --fp8 with landmarks in fp8, --bf16
+ * with states in bf16. Each row says how much of the device's memory is in use with its sequences
+ * open, and how much of that their landmarks are. Exits with 77 without a GPU. Runs from the
+ * repository's root. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -422,7 +423,8 @@ static double encoder_weights(const struct model_config *c)
 static double decode_bytes(const struct engine_info *info, uint32_t batch, uint64_t context)
 {
     const struct model_config *c = info->config;
-    const double state = 8.0 * c->mamba_count * c->inner_size * c->state_size;
+    const double state =
+        2.0 * c->mamba_count * (double)engine_ssm_bytes(measured, measured->states_bf16);
     const struct memory *memory = &measured->memory;
     const size_t block = memory->narrow_bytes ? memory->narrow_bytes : memory->block_bytes;
     const double landmarks =
@@ -613,6 +615,8 @@ int main(int argc, char **argv)
             plain = true;
         else if (strcmp(argv[i], "--fp8") == 0)
             options.landmarks_fp8 = true;
+        else if (strcmp(argv[i], "--bf16") == 0)
+            options.states_bf16 = true;
         else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc)
             only = argv[++i];
         else if (strcmp(argv[i], "--csv") == 0 && i + 1 < argc)

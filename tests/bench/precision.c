@@ -1,5 +1,5 @@
 /* What numbers of fewer bits cost on text: the same book through the same model, with landmarks in
- * fp8 (a GPU's option), and with recurrent states that are rounded to bf16 after every step.
+ * fp8 (a GPU's option), and with recurrent states in bf16.
  *
  *   bench_precision BOOK... [--model DIR] [--backend cpu|cuda] [--tokens N] [--steps N]
  *
@@ -12,7 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/bf16.h"
 #include "engine/engine_private.h"
 #include "proto/base/assert.h"
 #include "tests/lib/chunk_ram.h"
@@ -46,16 +45,6 @@ static char *read_file(const char *path, size_t *size)
     return text;
 }
 
-/* What a state kept in bf16 would hold. */
-static void round_states(const struct engine *engine, struct engine_session *session, float *host)
-{
-    const size_t bytes = engine->state_floats * sizeof(float);
-    engine->ops->copy(engine->context, host, session->state, bytes);
-    for (size_t i = 0; i < engine->state_floats; i++)
-        host[i] = bf16_to_float(bf16_from_float(host[i]));
-    engine->ops->copy(engine->context, session->state, host, bytes);
-}
-
 /* The loss of `next`, and the most probable token. */
 static double loss_of(const float *logits, uint32_t v, int32_t next, int32_t *best)
 {
@@ -77,6 +66,7 @@ static struct engine *open_engine(struct chunk_ram *ram, enum way way)
                                            .backend = backend,
                                            .host_memory_bytes = (size_t)1 << 30,
                                            .landmarks_fp8 = way == WAY_FP8_LANDMARKS,
+                                           .states_bf16 = way == WAY_BF16_STATES,
                                            .slice_tokens = SLICE,
                                            .io = chunk_ram_io(ram)};
     const enum status status = engine_open(&options, &engine, &err);
@@ -104,8 +94,7 @@ static void run(const char *text, size_t size, enum way way, struct trace *t)
     struct tokenizer_tokens ids = {0};
     struct error err;
     struct engine_session *session;
-    float *host = malloc(engine->state_floats * sizeof *host);
-    ASSERT(host && !tokenizer_encode(engine_tokenizer(engine), text, size, false, &ids));
+    ASSERT(!tokenizer_encode(engine_tokenizer(engine), text, size, false, &ids));
     ASSERT(ids.count > tokens + steps);
     ASSERT(!engine_session_create(engine, &range, 1, NULL, 0, &session, &err));
     const uint32_t most = info->group_count * info->head_count * info->config->topk;
@@ -125,8 +114,6 @@ static void run(const char *text, size_t size, enum way way, struct trace *t)
                                         .want_logits = single,
                                         .want_picks = single};
         take_step(engine, &ram, &item);
-        if (way == WAY_BF16_STATES)
-            round_states(engine, session, host);
         if (single) {
             const size_t i = at - tokens;
             t->losses[i] = loss_of(session_logits(session), info->config->vocab_size,
@@ -142,7 +129,6 @@ static void run(const char *text, size_t size, enum way way, struct trace *t)
         printf("%.1f%% of %llu picks are those of the token before\n",
                100 * (double)stats.picks_repeated / (double)stats.picks,
                (unsigned long long)stats.picks);
-    free(host);
     tokenizer_tokens_close(&ids);
     engine_session_destroy(session);
     engine_close(engine);

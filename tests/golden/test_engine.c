@@ -31,6 +31,7 @@
 #define BF16_FLIPS 50 /* one pick in so many may go the other way */
 
 static size_t folders_checked; /* 0: everything was skipped */
+static bool states_bf16;       /* recurrent states, of the engine and of what it is held against */
 
 struct bed {
     const struct golden *golden;
@@ -223,12 +224,13 @@ static void measure(const char *model, const char *golden_folder, enum engine_ba
 {
     struct golden golden;
     assert_true(golden_open(golden_folder, &golden));
-    *bed = (struct bed){.golden = &golden, .rounded = dtype == ENGINE_DTYPE_BF16};
+    *bed = (struct bed){.golden = &golden, .rounded = dtype == ENGINE_DTYPE_BF16 || states_bf16};
     chunk_ram_init(&bed->ram);
     struct engine_options options = {.model_path = model,
                                      .backend = backend,
                                      .host_memory_bytes = (size_t)64 << 20,
                                      .memory_dtype = dtype,
+                                     .states_bf16 = states_bf16,
                                      .io = chunk_ram_io(&bed->ram)};
     struct error err = {0};
     const enum status status = engine_open(&options, &bed->engine, &err);
@@ -261,12 +263,12 @@ static void measure(const char *model, const char *golden_folder, enum engine_ba
     golden_close(&golden);
 }
 
-/* What the naive computation in bf16 is off by, of a typical logit. */
-static double naive_error(const char *model, const char *golden_folder)
+/* What the naive computation with as few bits is off by, of a typical logit. */
+static double naive_error(const char *model, const char *golden_folder, enum engine_dtype dtype)
 {
     struct bed bed;
-    naive = true;
-    measure(model, golden_folder, ENGINE_BACKEND_REF, ENGINE_DTYPE_BF16, &bed);
+    naive = dtype == ENGINE_DTYPE_BF16;
+    measure(model, golden_folder, ENGINE_BACKEND_REF, dtype, &bed);
     naive = false;
     while (rounded_count)
         free(rounded_matrices[--rounded_count]);
@@ -283,8 +285,9 @@ static void check_folder(const char *model, const char *golden_folder, enum engi
     folders_checked++;
     if (bed.rounded) {
         const double error = sqrt(bed.off_squares / bed.squares);
-        printf("  rounded to bf16: %.1e of a typical logit, %zu picks flipped\n", error, bed.flips);
-        assert_true(error <= BF16_TIMES * naive_error(model, golden_folder));
+        printf("  rounded to bf16%s: %.1e of a typical logit, %zu picks flipped\n",
+               states_bf16 ? ", states too" : "", error, bed.flips);
+        assert_true(error <= BF16_TIMES * naive_error(model, golden_folder, dtype));
         assert_true(bed.flips * BF16_FLIPS <= bed.checked_picks);
     } else {
         assert_true(bed.worst_logit <= TOLERANCE * bed.largest);
@@ -314,6 +317,21 @@ static void check_own(enum engine_backend backend, enum engine_dtype dtype)
     }
     if (!small)
         check_folder("engine/models/ramba-20m", "tests/golden/shipped", backend, dtype);
+}
+
+/* With states in bf16, which CUDA keeps for states of 64 and 128. */
+static void check_states(enum engine_backend backend, enum engine_dtype dtype)
+{
+    states_bf16 = true;
+    if (backend == ENGINE_BACKEND_CPU) {
+        check_own(backend, dtype);
+    } else {
+        const char *folder = "tests/golden/wide-stickbreaking-topk8";
+        check_folder(folder, folder, backend, dtype);
+        if (!small)
+            check_folder("engine/models/ramba-20m", "tests/golden/shipped", backend, dtype);
+    }
+    states_bf16 = false;
 }
 
 static void check_published(enum engine_backend backend)
@@ -379,6 +397,18 @@ static void cuda_in_bf16_is_near_the_reference(void **state)
     check_own(ENGINE_BACKEND_CUDA, ENGINE_DTYPE_BF16);
 }
 
+static void cpu_with_states_in_bf16_is_near_the_reference(void **state)
+{
+    (void)state;
+    check_states(ENGINE_BACKEND_CPU, ENGINE_DTYPE_FP32);
+}
+
+static void cuda_with_states_in_bf16_is_near_the_reference(void **state)
+{
+    (void)state;
+    check_states(ENGINE_BACKEND_CUDA, ENGINE_DTYPE_BF16);
+}
+
 static void cuda_matches_the_published_code(void **state)
 {
     (void)state;
@@ -391,6 +421,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest cuda[] = {
         cmocka_unit_test(cuda_matches_the_reference),
         cmocka_unit_test(cuda_in_bf16_is_near_the_reference),
+        cmocka_unit_test(cuda_with_states_in_bf16_is_near_the_reference),
         cmocka_unit_test(cuda_matches_the_published_code),
     };
     small = argc > 2 && strcmp(argv[2], "small") == 0;
@@ -403,8 +434,10 @@ int main(int argc, char **argv)
         cmocka_unit_test(ref_matches_the_published_code),
         cmocka_unit_test(cpu_matches_the_reference),
         cmocka_unit_test(cpu_matches_the_published_code),
+        cmocka_unit_test(cpu_with_states_in_bf16_is_near_the_reference),
         cmocka_unit_test(cuda_matches_the_reference),
         cmocka_unit_test(cuda_in_bf16_is_near_the_reference),
+        cmocka_unit_test(cuda_with_states_in_bf16_is_near_the_reference),
         cmocka_unit_test(cuda_matches_the_published_code),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

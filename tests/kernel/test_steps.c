@@ -28,7 +28,8 @@ struct sequence {
 struct kind { /* of engine */
     const char *model;
     enum engine_dtype dtype;
-    bool fp8;        /* landmarks */
+    bool fp8; /* landmarks */
+    bool states_bf16;
     uint32_t prompt; /* tokens of the first sequence; the others have `step` more each */
     uint32_t step;
     bool pages_move; /* with small budgets: what is read does not stay in memory */
@@ -42,15 +43,18 @@ struct way { /* to run the same sequences */
 };
 
 static const struct kind kinds[] = {
-    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, false, 31, 13, false, 0},
-    {"tests/golden/noencoder-kv2-groups2-bias", ENGINE_DTYPE_FP32, false, 220, 13, true, 0},
-    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, true, 70, 20, false, 0},
+    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, false, false, 31, 13, false, 0},
+    {"tests/golden/noencoder-kv2-groups2-bias", ENGINE_DTYPE_FP32, false, false, 220, 13, true, 0},
+    {"tests/golden/encoder1-kv1-gqa-bf16", ENGINE_DTYPE_BF16, true, false, 70, 20, false, 0},
     /* Mamba-2 blocks in one kernel (mamba_run.cu). */
-    {"tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, 70, 20, false, 0},
+    {"tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, false, 70, 20, false, 0},
+    {"tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, true, 70, 20, false, 0},
 };
 static const struct kind large_kinds[] = {
-    {"engine/models/ramba-20m", ENGINE_DTYPE_BF16, false, 70, 20, false, 0},
-    {"tests/bench/ramba-370m", ENGINE_DTYPE_BF16, false, 70, 20, false, 1},
+    {"engine/models/ramba-20m", ENGINE_DTYPE_BF16, false, false, 70, 20, false, 0},
+    {"engine/models/ramba-20m", ENGINE_DTYPE_BF16, false, true, 70, 20, false, 0},
+    {"tests/bench/ramba-370m", ENGINE_DTYPE_BF16, false, false, 70, 20, false, 1},
+    {"tests/bench/ramba-370m", ENGINE_DTYPE_BF16, false, true, 70, 20, false, 1},
 };
 
 static uint32_t sequence_count = SEQUENCES, token_count = TOKENS;
@@ -173,6 +177,7 @@ static float *run(const struct kind *kind, const struct way *way, size_t *vocabu
                                      .host_memory_bytes = (size_t)64 << 20,
                                      .memory_dtype = kind->dtype,
                                      .landmarks_fp8 = kind->fp8,
+                                     .states_bf16 = kind->states_bf16,
                                      .slice_tokens = SLICE,
                                      .running_max = SEQUENCES,
                                      .random_weights_seed = kind->seed,
@@ -283,12 +288,18 @@ static const float *after(struct engine *engine, struct engine_session *session)
     return session_logits(session);
 }
 
-/* With landmarks in fp8: a fork and a session taken up again from its snapshot go on as the session
- * itself does, of whose chunks only a part is looked at again. */
-static void check_copies(void)
+/* With landmarks in fp8, of whose chunks only a part is looked at again, or states in bf16: a fork
+ * and a session taken up again from its snapshot go on as the session itself does. */
+static void check_copies(bool fp8, bool states_bf16)
 {
-    static const struct kind kind = {
-        "tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, true, PROMPT, 0, false, 0};
+    const struct kind kind = {"tests/golden/wide-stickbreaking-topk8",
+                              ENGINE_DTYPE_BF16,
+                              fp8,
+                              states_bf16,
+                              PROMPT,
+                              0,
+                              false,
+                              0};
     struct chunk_ram ram;
     struct engine *engine;
     struct error err = {0};
@@ -298,7 +309,8 @@ static void check_copies(void)
                                            .backend = ENGINE_BACKEND_CUDA,
                                            .threads = 1,
                                            .host_memory_bytes = (size_t)64 << 20,
-                                           .landmarks_fp8 = true,
+                                           .landmarks_fp8 = fp8,
+                                           .states_bf16 = states_bf16,
                                            .slice_tokens = SLICE,
                                            .io = chunk_ram_io(&ram)};
     ASSERT(!engine_open(&options, &engine, &err));
@@ -318,7 +330,7 @@ static void check_copies(void)
     for (size_t i = 0; i < 2; i++) {
         if (memcmp(after(engine, copies[i]), want, v * sizeof *want) != 0) {
             failures++;
-            printf("FAIL landmarks in fp8: a %s goes on otherwise\n",
+            printf("FAIL %s: a %s goes on otherwise\n", fp8 ? "landmarks in fp8" : "states in bf16",
                    i ? "restored session" : "fork");
         }
         engine_session_destroy(copies[i]);
@@ -422,7 +434,8 @@ int main(int argc, char **argv)
         check_fault(&faults[i]);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         compare(&kinds[i]);
-    check_copies();
+    check_copies(true, false);
+    check_copies(false, true);
     printf("%d failed\n", failures);
     return failures != 0;
 }

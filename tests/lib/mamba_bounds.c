@@ -116,7 +116,7 @@ void mamba_state_bounds(const struct model_config *c, const struct ops_mamba_wei
                      scratch(c->conv_size),
                      scratch(ssm)};
     for (size_t i = 0; i < ssm; i++)
-        k.ssm[i].value = state->ssm[i];
+        k.ssm[i].value = ((const float *)state->ssm)[i];
     for (size_t i = 0; i < tail; i++)
         k.window[c->conv_size + i].value = state->conv[i];
     for (uint32_t row = 0; row < rows; row++) {

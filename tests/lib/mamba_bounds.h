@@ -5,7 +5,7 @@
 
 #include "engine/ops.h"
 
-/* One segment from `state` (as it is before it; unchanged) over the rows x [rows, hidden_size].
+/* One segment from `state` (as it is before it, in floats; unchanged) over the rows x [rows, hidden_size].
  * `bounds`: of each number of the state behind it, ssm [heads, head_dim, state_size] and then conv
  * [conv_kernel - 1, conv_size], the largest error that is not one of the code. */
 void mamba_state_bounds(const struct model_config *config, const struct ops_mamba_weights *weights,

@@ -112,6 +112,7 @@ static void test_refusals(void **state)
                  {"--backend", "quantum", "backend"},
                  {"--memory-dtype", "fp64", "memory-dtype"},
                  {"--landmarks", "int4", "landmarks"},
+                 {"--state", "fp8", "state"},
                  {"--log-level", "loud", "log-level"},
                  {"--data", "", "data"},
                  {"--running", "0", "running"},
@@ -149,10 +150,10 @@ static const char *other_value(const char *name, const char *kind)
 {
     static const struct {
         const char *of, *value;
-    } values[] = {
-        {"backend", "ref"}, {"chat-template", "none"}, {"ADDRESS", "10.1.2.3"}, {"ORIGIN", "*"},
-        {"TYPE", "fp32"},   {"FORM", "fp8"},           {"LEVEL", "debug"},      {"SIZE", "3G"},
-        {"", "1"}};
+    } values[] = {{"backend", "ref"}, {"chat-template", "none"}, {"ADDRESS", "10.1.2.3"},
+                  {"ORIGIN", "*"},    {"state", "bf16"},         {"TYPE", "fp32"},
+                  {"FORM", "fp8"},    {"LEVEL", "debug"},        {"SIZE", "3G"},
+                  {"", "1"}};
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         if (strcmp(values[i].of, name) == 0 || strcmp(values[i].of, kind) == 0)
             return values[i].value;

@@ -12,6 +12,7 @@
 
 #include <cmocka.h>
 
+#include "engine/bf16.h"
 #include "engine/engine_private.h"
 #include "engine/packed.h"
 #include "engine/session.h"
@@ -28,12 +29,14 @@ struct bed {
     size_t vocab;
 };
 
-static void open_bed(struct bed *bed, size_t pages, enum engine_backend backend)
+static void open_bed_of(struct bed *bed, size_t pages, enum engine_backend backend,
+                        bool states_bf16)
 {
     memset(bed, 0, sizeof *bed);
     chunk_ram_init(&bed->ram);
     struct engine_options options = {.model_path = MODEL,
                                      .backend = backend,
+                                     .states_bf16 = states_bf16,
                                      .threads = 2,
                                      .host_memory_bytes = (size_t)64 << 20,
                                      .io = chunk_ram_io(&bed->ram)};
@@ -53,6 +56,11 @@ static void open_bed(struct bed *bed, size_t pages, enum engine_backend backend)
         seed = seed * 6364136223846793005u + 1442695040888963407u;
         bed->tokens[i] = (int32_t)((seed >> 33) % bed->vocab);
     }
+}
+
+static void open_bed(struct bed *bed, size_t pages, enum engine_backend backend)
+{
+    open_bed_of(bed, pages, backend, false);
 }
 
 static void close_bed(struct bed *bed)
@@ -215,7 +223,7 @@ static void a_rounded_session_goes_on_as_its_snapshot(void **state)
         engine_session_round(kept);
         assert_true(engine_session_is_rounded(kept));
         const size_t size = engine_session_snapshot_bytes(kept);
-        const size_t floats = bed.engine->state_floats;
+        const size_t floats = bed.engine->state_numbers;
         assert_int_equal(full - size, floats * 4 - packed_bytes(floats));
         assert_true(packed_bytes(floats) * 2 < floats * 4);
         char *snapshot = malloc(size), *copy = malloc(size);
@@ -259,6 +267,111 @@ static void a_rounded_session_goes_on_as_its_snapshot(void **state)
     engine_session_destroy(kept);
     engine_session_destroy(exact);
     close_bed(&bed);
+}
+
+static void *snapshot_of(const struct engine_session *session, size_t *size)
+{
+    *size = engine_session_snapshot_bytes(session);
+    void *snapshot = malloc(*size);
+    assert_non_null(snapshot);
+    engine_session_snapshot(session, snapshot);
+    return snapshot;
+}
+
+static struct engine_session *restored(struct bed *bed, const void *snapshot, size_t size)
+{
+    const struct chunk_range range = {.branch = 2};
+    struct engine_session *session;
+    struct error err = {0};
+    if (engine_session_create(bed->engine, &range, 1, snapshot, size, &session, &err))
+        fail_msg("%s", err.message);
+    return session;
+}
+
+/* With states in bf16 a session and one that is made anew of its snapshot each time compute the
+ * same bits, be the turn's state rounded or not: a snapshot holds the state as it is. */
+static void states_in_bf16_go_on_as_their_snapshots(void **state)
+{
+    (void)state;
+    struct bed bed;
+    struct engine_session *fork;
+    open_bed_of(&bed, 0, ENGINE_BACKEND_CPU, true);
+    struct engine_session *whole = open_session(&bed, 1), *kept = open_session(&bed, 2);
+    static const size_t stops[] = {3, 64, 300, 512, 777, 1101};
+    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++) {
+        size_t size, again;
+        feed(&bed, whole, stops[i], 256);
+        feed(&bed, kept, stops[i], 256);
+        void *before = snapshot_of(kept, &size);
+        engine_session_round(kept);
+        assert_true(engine_session_is_rounded(kept));
+        void *after = snapshot_of(kept, &again);
+        assert_int_equal(again, size);
+        assert_memory_equal(after, before, size);
+        free(after);
+        assert_int_equal(engine_session_fork(kept, 9, &fork), STATUS_OK);
+        engine_session_destroy(kept);
+        kept = restored(&bed, before, size);
+        struct engine_session *const copies[] = {kept, fork};
+        for (size_t j = 0; j < 2; j++) {
+            after = snapshot_of(copies[j], &again);
+            assert_int_equal(again, size);
+            assert_memory_equal(after, before, size);
+            free(after);
+        }
+        engine_session_destroy(fork);
+        free(before);
+    }
+    feed(&bed, whole, LENGTH, 256);
+    feed(&bed, kept, LENGTH, 256);
+    same_logits(&bed, whole, kept);
+    engine_session_destroy(whole);
+    engine_session_destroy(kept);
+    close_bed(&bed);
+}
+
+/* What `number` of `layer` says in a session's state. */
+static float state_number(const struct engine_session *session, size_t layer, size_t number)
+{
+    const void *ssm = session->layers[layer].ssm;
+    return session->engine->states_bf16 ? bf16_to_float(((const uint16_t *)ssm)[number])
+                                        : ((const float *)ssm)[number];
+}
+
+/* A snapshot of an engine whose states are of the other type: each number is what it was, or that
+ * rounded to bf16; and the session goes on. */
+static void snapshots_cross_types_of_states(void **state)
+{
+    (void)state;
+    for (int way = 0; way < 3; way++) { /* in full, packed, bf16 */
+        struct bed from, to;
+        size_t size;
+        open_bed_of(&from, 0, ENGINE_BACKEND_CPU, way == 2);
+        open_bed_of(&to, 0, ENGINE_BACKEND_CPU, way != 2);
+        struct engine_session *given = open_session(&from, 1);
+        feed(&from, given, 13, 256); /* no chunk is complete that the other would have to read */
+        if (way)
+            engine_session_round(given);
+        void *snapshot = snapshot_of(given, &size);
+        struct engine_session *taken = restored(&to, snapshot, size);
+        assert_int_equal(engine_session_position(taken), 13);
+        const struct model_config *c = &from.engine->config;
+        const size_t conv = engine_conv_numbers(from.engine) * sizeof(float);
+        for (size_t layer = 0; layer < c->mamba_count; layer++) {
+            for (size_t i = 0; i < engine_ssm_numbers(from.engine); i++) {
+                const float want = bf16_to_float(bf16_from_float(state_number(given, layer, i)));
+                assert_memory_equal(&want, &(float){state_number(taken, layer, i)}, sizeof want);
+            }
+            assert_memory_equal(given->layers[layer].conv, taken->layers[layer].conv, conv);
+        }
+        same_logits(&from, given, taken);
+        feed(&to, taken, 60, 256);
+        free(snapshot);
+        engine_session_destroy(given);
+        engine_session_destroy(taken);
+        close_bed(&from);
+        close_bed(&to);
+    }
 }
 
 /* A slice may be cut by what time there is, and nothing comes out different. */
@@ -491,6 +604,8 @@ int main(void)
         cmocka_unit_test(neighbours_change_nothing),
         cmocka_unit_test(a_snapshot_brings_everything_back),
         cmocka_unit_test(a_rounded_session_goes_on_as_its_snapshot),
+        cmocka_unit_test(states_in_bf16_go_on_as_their_snapshots),
+        cmocka_unit_test(snapshots_cross_types_of_states),
         cmocka_unit_test(cuts_change_nothing),
         cmocka_unit_test(a_fork_goes_its_own_way),
         cmocka_unit_test(a_fork_forgets_its_own_pages_alone),
