@@ -77,6 +77,42 @@ static void run_fp8(const struct job *job, uint64_t seed)
     bed_close(&b);
 }
 
+/* Segments of few rows, of one row each, and of any length. */
+static void check_segments(struct bed *b, uint32_t max_rows)
+{
+    const bool large = b->config.hidden_size >= 1024;
+    const uint32_t few[] = {1, 1, 5, 1, 3};
+    const uint32_t many[] = {1, 64, 7, 9, 300, 1, 65, 2, 63};
+    check_mamba(b, few, 5);
+    uint32_t single[CHECK_SEGMENTS];
+    for (uint32_t i = 0; i < CHECK_SEGMENTS; i++)
+        single[i] = 1;
+    check_mamba(b, single, large ? 11 : CHECK_SEGMENTS);
+    check_mamba(b, large ? many + 1 : many, large ? 3 : 9);
+    const uint32_t longest[] = {max_rows - 70, 70};
+    if (max_rows > 512)
+        check_mamba(b, longest, 2);
+}
+
+/* Mamba-2 blocks with states in bf16, or the refusal of shapes that have no such form. */
+static void run_states(const struct job *job, bool wide, uint64_t seed)
+{
+    struct bed b = {.wide = wide, .states_bf16 = true, .config = job->config};
+    struct error err = {0};
+    if (job->config.state_size == 64 || job->config.state_size == 128) {
+        if (!open_job(&b, job, seed, 0))
+            return;
+        check_segments(&b, job->max_rows);
+        bed_close(&b);
+        return;
+    }
+    const bool refused = bed_open(&b, job->max_rows, 0, &err) == STATUS_INVALID;
+    checks++;
+    failures += !refused;
+    printf("%-4s %-4s %-30s states in bf16: %s\n", refused ? "ok" : "FAIL", wide ? "fp32" : "bf16",
+           job->name, err.message);
+}
+
 static void run_job(const struct job *job, bool wide, uint64_t seed)
 {
     struct bed b = {.wide = wide};
@@ -88,17 +124,7 @@ static void run_job(const struct job *job, bool wide, uint64_t seed)
     const bool large = c->hidden_size >= 1024;
     check_ends(&b);
     check_pack(&b);
-    const uint32_t few[] = {1, 1, 5, 1, 3};
-    const uint32_t many[] = {1, 64, 7, 9, 300, 1, 65, 2, 63};
-    check_mamba(&b, few, 5);
-    uint32_t single[CHECK_SEGMENTS];
-    for (uint32_t i = 0; i < CHECK_SEGMENTS; i++)
-        single[i] = 1;
-    check_mamba(&b, single, large ? 11 : CHECK_SEGMENTS);
-    check_mamba(&b, large ? many + 1 : many, large ? 3 : 9);
-    const uint32_t longest[] = {job->max_rows - 70, 70};
-    if (job->max_rows > 512)
-        check_mamba(&b, longest, 2);
+    check_segments(&b, job->max_rows);
     check_encode(&b, large ? 2 : 18);
     check_scans(&b);
     if (!wide)
@@ -202,6 +228,9 @@ int main(int argc, char **argv)
                 run_job(&jobs[i], true, seed + i);
             run_job(&jobs[i], false, seed + i);
             run_fp8(&jobs[i], seed + i);
+            if (!narrow_only)
+                run_states(&jobs[i], true, seed + i);
+            run_states(&jobs[i], false, seed + i);
         }
     const char *const faults[] = {"alloc:1", "alloc:7", "launch:1", "launch:3"};
     for (size_t i = 0; !only && i < sizeof faults / sizeof *faults; i++)

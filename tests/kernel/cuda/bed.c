@@ -35,7 +35,8 @@ float *random_floats(size_t count, float scale)
 
 enum status bed_open(struct bed *b, uint32_t max_rows, size_t device_bytes, struct error *err)
 {
-    random_state = b->seed * 0x9e3779b97f4a7c15u + (b->fp8 ? 2 : b->wide);
+    random_state =
+        b->seed * 0x9e3779b97f4a7c15u + (b->fp8 ? 2 : b->wide) + (b->states_bf16 ? 4 : 0);
     b->ref = ops_ref();
     b->cuda = ops_cuda();
     b->owned_count = 0;
@@ -43,7 +44,8 @@ enum status bed_open(struct bed *b, uint32_t max_rows, size_t device_bytes, stru
                                   .threads = 1,
                                   .max_rows = max_rows,
                                   .memory_dtype = b->wide ? OPS_FP32 : OPS_BF16,
-                                  .device_memory_bytes = device_bytes};
+                                  .device_memory_bytes = device_bytes,
+                                  .states_bf16 = b->states_bf16};
     ASSERT(!b->ref->open(&options, &b->ref_context, err));
     options.landmarks_fp8 = b->fp8;
     const enum status status = b->cuda->open(&options, &b->cuda_context, err);

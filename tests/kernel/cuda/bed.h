@@ -31,7 +31,7 @@ struct bed {
     const char *name;
     uint64_t seed;
     struct model_config config;
-    bool wide, fp8; /* fp32; fp8: landmarks */
+    bool wide, fp8, states_bf16; /* fp32; fp8: landmarks */
     /* Set by bed_open. */
     const struct ops *ref, *cuda;
     struct ops_context *ref_context, *cuda_context;

@@ -12,7 +12,7 @@ void check_ends(struct bed *b); /* embed, logits */
 void check_draw(struct bed *b);
 void check_pack(struct bed *b);
 
-/* n segments of counts[i] rows. */
+/* n segments of counts[i] rows, with states as the bed has them. */
 void check_mamba(struct bed *b, const uint32_t *counts, uint32_t n);
 
 void check_encode(struct bed *b, uint32_t count); /* chunks */
