@@ -201,10 +201,10 @@ struct cuda_input {
     bool short_only;   /* such segments are left out */
     const struct cuda_soon *soon = NULL; /* or what the kernel behind reads, which nobody writes */
     const struct cuda_convolution *conv = NULL; /* or what becomes of the product */
-    bool prepared = false; /* the rows and their scales are where cuda_prepared says; x is unused */
+    bool prepared = false; /* the rows and their squares are where cuda_prepared says, not in x */
 };
 /* Where rows of short segments wait for a product of depth k: bf16 [rows, k], the norm's weight on
- * them; the norm's scales in `context->scales`. */
+ * them; if prepared, squares of each four neighbours in context->scanned, [rows, k / 4]. */
 static inline void *cuda_prepared(const struct ops_context *context, uint32_t k)
 {
     return k <= context->config.hidden_size ? context->normed : context->mixed;

@@ -296,7 +296,7 @@ void cuda_norm_linear(struct ops_context *x, const struct cuda_input *in,
         f.bias = bias ? (const float *)bias->data : NULL;
         f.out = out + row * n;
         f.add = add;
-        f.prepared = in->prepared;
+        f.squares = in->prepared ? x->scanned + row * (k / 4) : NULL;
         if (in->soon)
             f.soon = *in->soon;
         if (in->conv)

@@ -13,7 +13,6 @@
 #define TILE_ROWS 16                    /* of a tile of x */
 #define TILE_OUT 8                      /* weight rows of a tile */
 #define TILE_DEPTH 32                   /* what a lane's 16 bytes reach to */
-#define FUSED_ROWS 8                    /* up to here each block prepares the rows by itself */
 #define NORM_AHEAD 2  /* 16 bytes of a norm's weight that a thread has fetched before the rows */
 #define SHARED_PAD 32 /* elements behind a row in shared memory: off the banks */
 
@@ -59,11 +58,12 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP) prepare_rows(stru
         f.scales[blockIdx.x] = scale_of(parts, f);
 }
 
-/* The block's rows, R at most, into shared memory; parts[row] [FEW_WARPS]: their squares. */
+/* `count` rows from `first` on, R at most, into shared memory; parts[row] [FEW_WARPS]: their
+ * squares. */
 template <int R>
-static __device__ __forceinline__ void prepare_shared(const struct few &f,
-                                                      const float4 norm[NORM_AHEAD], bf16 *rows,
-                                                      float (*parts)[FEW_WARPS])
+static __device__ __forceinline__ void
+prepare_shared(const struct few &f, uint32_t first, uint32_t count, const float4 norm[NORM_AHEAD],
+               bf16 *rows, float (*parts)[FEW_WARPS])
 {
     constexpr uint32_t stride = 4 * FEW_WARPS * CUDA_WARP;
     float sums[R] = {};
@@ -74,25 +74,20 @@ static __device__ __forceinline__ void prepare_shared(const struct few &f,
             if (i >= f.k)
                 break;
             const float4 w = i < NORM_AHEAD * stride ? norm[a] : load4(f.norm, i);
-            constexpr uint32_t together = R < 4 ? R : 4; /* rows on their way */
+            float4 v[R]; /* all on their way at once */
 #pragma unroll
-            for (uint32_t first = 0; first < R; first += together) {
-                float4 v[together];
+            for (uint32_t r = 0; r < R; r++)
+                if (r < count)
+                    v[r] = load4(f.x + (size_t)(first + r) * f.k, i);
 #pragma unroll
-                for (uint32_t r = 0; r < together; r++)
-                    if (first + r < f.row_count)
-                        v[r] = load4(f.x + (size_t)(first + r) * f.k, i);
-#pragma unroll
-                for (uint32_t r = 0; r < together; r++)
-                    if (first + r < f.row_count)
-                        sums[first + r] +=
-                            prepare4(v[r], w, rows + (first + r) * (f.k + SHARED_PAD) + i);
-            }
+            for (uint32_t r = 0; r < R; r++)
+                if (r < count)
+                    sums[r] += prepare4(v[r], w, rows + r * (f.k + SHARED_PAD) + i);
         }
     }
 #pragma unroll
     for (uint32_t r = 0; r < R; r++) {
-        if (r >= f.row_count)
+        if (r >= count)
             break;
         const float sum = cuda_warp_sum(sums[r]);
         if (threadIdx.x % CUDA_WARP == 0)
@@ -119,14 +114,19 @@ template <int N> struct result {
     }
 };
 
-/* What a lane takes of a tile of the block's rows at a step of depth: of the upper eight; there are
- * no lower ones. */
+/* What a lane takes of a tile of the block's rows at a step of depth: of the upper eight and of the
+ * lower ones, of which there are none unless R is more. `count`: how many rows there are. */
+template <int R>
 static __device__ __forceinline__ void load_shared(const struct few &f, const bf16 *shared,
-                                                   uint32_t top, uint32_t column, uint4 out[2])
+                                                   uint32_t count, uint32_t column, uint4 out[2])
 {
-    const uint32_t row = top + threadIdx.x % CUDA_WARP / 4, there = row < f.row_count ? row : top;
-    out[0] = *reinterpret_cast<const uint4 *>(shared + there * (f.k + SHARED_PAD) + column);
-    out[1] = uint4{0, 0, 0, 0};
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        const uint32_t row = 8 * i + threadIdx.x % CUDA_WARP / 4;
+        out[i] = 8 * i < R ? *reinterpret_cast<const uint4 *>(
+                                 shared + (row < count ? row : 0) * (f.k + SHARED_PAD) + column)
+                           : uint4{0, 0, 0, 0};
+    }
 }
 
 /* One row, which every block prepares by itself: N tiles of weight rows, AHEAD steps of depth on
@@ -162,7 +162,7 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few
             norm[a] = load4(f.norm, 4 * (threadIdx.x + a * threads));
     cuda_depend_release();
     cuda_depend_wait();
-    prepare_shared<1>(f, norm, rows, parts);
+    prepare_shared<1>(f, 0, 1, norm, rows, parts);
     __syncthreads();
     for (uint32_t top = 0; top < f.row_count; top += TILE_ROWS) {
         float base[own]; /* what the thread's results are added to */
@@ -182,7 +182,7 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, 2) product_of_few
                 if (at >= depth)
                     break;
                 uint4 x[2];
-                load_shared(f, rows, top, at * TILE_DEPTH + 8 * (lane % 4), x);
+                load_shared<1>(f, rows, 1, at * TILE_DEPTH + 8 * (lane % 4), x);
                 const uint32_t left[4] = {x[0].x, x[1].x, x[0].y, x[1].y},
                                right[4] = {x[0].z, x[1].z, x[0].w, x[1].w};
                 /* Behind the last step the first one of the next tile. */
@@ -316,15 +316,21 @@ static __device__ __forceinline__ void convolve_pair(const struct few &f, const 
             float2{column[0].tail[k], column[1].tail[k]};
 }
 
+/* How many rows the block has of those from its first one on. */
+template <int M> static __device__ __forceinline__ uint32_t block_rows(const struct few &f)
+{
+    return min(f.row_count - blockIdx.y * M * TILE_ROWS, (uint32_t)(M * TILE_ROWS));
+}
+
 /* A lane's part of the block's rows at a step of depth: of an upper row and a lower one of each
- * tile. OWN: they lie in shared memory, at most FUSED_ROWS. */
-template <int M, bool OWN>
+ * tile. OWN: they lie in shared memory, at most so many. */
+template <int M, int OWN>
 static __device__ __forceinline__ void load_rows(const struct few &f, const bf16 *shared,
                                                  uint32_t at, uint4 out[M][2])
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, column = at * TILE_DEPTH + 8 * (lane % 4);
     if constexpr (OWN) {
-        load_shared(f, shared, 0, column, out[0]);
+        load_shared<OWN>(f, shared, block_rows<M>(f), column, out[0]);
     } else {
         const uint32_t top = blockIdx.y * M * TILE_ROWS;
 #pragma unroll
@@ -336,17 +342,40 @@ static __device__ __forceinline__ void load_rows(const struct few &f, const bf16
     }
 }
 
+/* The scales of the block's rows, of whose neighbours the squares were summed up by fours, added up
+ * in the order of prepare_rows: there each thread has every 256th of them. A warp a row. */
+template <int M>
+static __device__ __forceinline__ void scale_rows(const struct few &f, float *scales)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, count = block_rows<M>(f), fours = f.k / 4;
+    for (uint32_t row = threadIdx.x / CUDA_WARP; row < count; row += FEW_WARPS) {
+        const float *squares = f.squares + (size_t)(blockIdx.y * M * TILE_ROWS + row) * fours;
+        float sums[FEW_WARPS] = {};
+        for (uint32_t from = 0; from < fours; from += FEW_WARPS * CUDA_WARP)
+#pragma unroll
+            for (uint32_t w = 0; w < FEW_WARPS; w++) {
+                const uint32_t i = from + w * CUDA_WARP + lane;
+                sums[w] += i < fours ? squares[i] : 0;
+            }
+#pragma unroll
+        for (uint32_t w = 0; w < FEW_WARPS; w++)
+            sums[w] = cuda_warp_sum(sums[w]);
+        if (lane == 0)
+            scales[row] = scale_of(sums, f);
+    }
+}
+
 /* A block has all depth of M tiles of rows and N of weight rows: the weights come to shared memory
  * before the kernel in front has ended, each where the lane that needs it finds it, then the rows
- * to registers, AHEAD steps on their way. OWN: the block prepares its rows by itself. Grid: weight
- * rows x rows. */
-template <int M, int N, int AHEAD, bool OWN>
+ * to registers, AHEAD steps on their way. OWN: the block prepares its rows by itself, at most so
+ * many, and M is 1. Grid: weight rows x rows. */
+template <int M, int N, int AHEAD, int OWN>
 static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
     product_of_many(struct few f)
 {
     using shape = share<M, N>;
     CUDA_SHARED(unsigned char, memory); /* the weights, then sums; behind them tails, rows */
-    __shared__ float squares[OWN ? FUSED_ROWS : 1][FEW_WARPS];
+    __shared__ float squares[OWN ? OWN : 1][FEW_WARPS], own_scales[M * TILE_ROWS];
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     const uint32_t depth = f.k / TILE_DEPTH;
     uint4 *weights = reinterpret_cast<uint4 *>(memory) + threadIdx.x;
@@ -377,8 +406,8 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
     if (!f.conv.early)
         fetch_tails<M, N>(f, tails);
     cuda_copy_commit();
-    if (OWN) {
-        prepare_shared<FUSED_ROWS>(f, norm, rows, squares);
+    if constexpr (OWN != 0) {
+        prepare_shared<OWN>(f, blockIdx.y * TILE_ROWS, block_rows<M>(f), norm, rows, squares);
         __syncthreads();
     }
     uint4 x[AHEAD][M][2];
@@ -386,6 +415,8 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
     for (int i = 0; i < AHEAD; i++)
         if (warp + i * FEW_WARPS < depth)
             load_rows<M, OWN>(f, rows, warp + i * FEW_WARPS, x[i]);
+    if (!OWN && f.squares)
+        scale_rows<M>(f, own_scales);
     cuda_copy_wait<0>();
     float acc[M][N][4] = {};
     for (uint32_t from = 0; warp + from * FEW_WARPS < depth; from += AHEAD)
@@ -426,9 +457,12 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
             base[j].x += to[0];
             base[j].y += second ? to[1] : 0;
         }
-        scales[j] = OWN ? scale_of(squares[p.row], f) : f.scales[p.row];
+        if (OWN)
+            scales[j] = scale_of(squares[p.row - blockIdx.y * M * TILE_ROWS], f);
+        else if (!f.squares)
+            scales[j] = f.scales[p.row];
     }
-    __syncthreads(); /* the weights are read, the tails are there */
+    __syncthreads(); /* the weights are read, the tails are there, and the scales */
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -449,6 +483,8 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
             own[0] += sums[w * shape::results + p.at];
             own[1] += sums[w * shape::results + p.at + CUDA_WARP];
         }
+        if (!OWN && f.squares)
+            scales[j] = own_scales[p.row - blockIdx.y * M * TILE_ROWS];
         /* One rounding, in every form of these kernels: rows do not differ by who is beside. */
         own[0] = fmaf(own[0], scales[j], base[j].x);
         own[1] = fmaf(own[1], scales[j], base[j].y);
@@ -475,17 +511,17 @@ template <int N, int AHEAD> static void launch_one_row(struct ops_context *x, co
                       dim3(FEW_WARPS * CUDA_WARP), shared, f);
 }
 
-template <int M, int N, bool OWN> static size_t shared_of(const struct few &f)
+template <int M, int N, int OWN> static size_t shared_of(const struct few &f)
 {
+    const uint32_t own = f.row_count > OWN ? OWN : f.row_count;
     return share<M, N>::front(f.k) + (f.conv.count ? share<M, N>::tails : 0) +
-           (OWN ? sizeof(bf16) * f.row_count * (f.k + SHARED_PAD) : 0);
+           sizeof(bf16) * own * (f.k + SHARED_PAD);
 }
 
 /* False: it does not fit. */
-template <int M, int N, bool OWN>
-static bool launch_many(struct ops_context *x, const struct few &f)
+template <int M, int N, int OWN> static bool launch_many(struct ops_context *x, const struct few &f)
 {
-    constexpr int ahead = M < 4 ? 4 : N < 9 ? 4 : 2;
+    constexpr int ahead = N < 9 || M == 1 ? 4 : 2;
     const size_t shared = shared_of<M, N, OWN>(f);
     if (shared > x->shared_most)
         return false;
@@ -497,21 +533,21 @@ static bool launch_many(struct ops_context *x, const struct few &f)
     return true;
 }
 
-/* As few weight rows a block as keep all multiprocessors at work, or many where all have several
- * blocks: every block reads its rows anew. */
-template <int M, bool OWN> static bool choose_columns(struct ops_context *x, const struct few &f)
+/* With the first of N weight rows a block that leaves all blocks a multiprocessor of their own. */
+template <int M, int OWN, int... N>
+static bool launch_at_once(struct ops_context *x, const struct few &f)
 {
-    const uint32_t tops = cuda_ceil(f.row_count, M * TILE_ROWS),
-                   room = (uint32_t)x->multiprocessors / tops * TILE_OUT;
-    if (f.n <= room)
-        return launch_many<M, 1, OWN>(x, f);
-    if (f.n <= 2 * room)
-        return launch_many<M, 2, OWN>(x, f);
-    if constexpr (M == 4)
-        if (f.n > 5 * room && launch_many<M, 9, OWN>(x, f))
-            return true;
-    return launch_many<M, 5, OWN>(x, f) || launch_many<M, 2, OWN>(x, f) ||
-           launch_many<M, 1, OWN>(x, f);
+    const uint32_t tops = cuda_ceil(f.row_count, M * TILE_ROWS);
+    return ((tops * cuda_ceil(f.n, N * TILE_OUT) <= (uint32_t)x->multiprocessors &&
+             launch_many<M, N, OWN>(x, f)) ||
+            ...);
+}
+
+/* With the first of N that fits. */
+template <int M, int OWN, int... N>
+static bool launch_any(struct ops_context *x, const struct few &f)
+{
+    return (launch_many<M, N, OWN>(x, f) || ...);
 }
 
 bool cuda_takes_rows(const struct ops_context *x, uint32_t k)
@@ -519,19 +555,28 @@ bool cuda_takes_rows(const struct ops_context *x, uint32_t k)
     return k % TILE_DEPTH == 0 && share<1, 1>::front(k) <= x->shared_most / 2;
 }
 
+/* Each block reads its rows once the kernel in front has ended, its weights before: few rows and
+ * many weight rows a block are best, as far as all blocks run at once. */
+static bool launch_prepared(struct ops_context *x, const struct few &f)
+{
+    if (launch_at_once<1, 0, 1, 2, 4>(x, f) || launch_at_once<2, 0, 1, 2, 4, 9>(x, f) ||
+        launch_at_once<4, 0, 1, 2, 5, 9>(x, f))
+        return true;
+    return f.row_count <= TILE_ROWS       ? launch_any<1, 0, 5, 2, 1>(x, f)
+           : f.row_count <= 2 * TILE_ROWS ? launch_any<2, 0, 5, 2, 1>(x, f)
+                                          : launch_any<4, 0, 9, 5, 2, 1>(x, f);
+}
+
 static void multiply_several(struct ops_context *x, const struct few &f)
 {
     bool done;
-    if (f.row_count <= FUSED_ROWS && !f.prepared) {
-        done = choose_columns<1, true>(x, f);
-    } else {
-        if (!f.prepared)
-            CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0,
-                              f);
-        done = f.row_count <= TILE_ROWS       ? choose_columns<1, false>(x, f)
-               : f.row_count <= 2 * TILE_ROWS ? choose_columns<2, false>(x, f)
-                                              : choose_columns<4, false>(x, f);
-    }
+    if (!f.squares && f.row_count <= 8)
+        done = launch_at_once<1, 8, 1, 2, 5>(x, f) || launch_any<1, 8, 5, 2, 1>(x, f);
+    else
+        done = !f.squares && launch_at_once<1, TILE_ROWS, 1, 2, 5, 9>(x, f);
+    if (!done && !f.squares)
+        CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0, f);
+    done = done || launch_prepared(x, f);
     ASSERT(done); /* see cuda_takes_rows */
 }
 

@@ -15,7 +15,9 @@ struct few {
     bf16 *ready; /* rows prepared by prepare_rows, and their scales */
     float *scales, *out;
     const float *bias;
-    bool add, prepared;           /* the rows lie in `ready` already */
+    bool add;
+    const float *squares; /* the rows lie in `ready` already, and here the sums of squares of each
+                             four neighbours [rows, k / 4]; or NULL */
     struct cuda_soon soon;        /* count 0: nothing */
     struct cuda_convolution conv; /* count 0: of nothing */
 };

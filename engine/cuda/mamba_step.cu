@@ -201,14 +201,11 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
 struct singles {
     struct mamba_shape s;
     const float *dt_bias, *a_log, *skip, *norm; /* the last of the gate, or NULL */
-    float epsilon;
     const struct cuda_segment *segments;
     size_t ssm;
     const float *projected;
     bf16 *ready;    /* see cuda_prepared */
     float *squares; /* [rows, di / 4]: of four neighbours each */
-    float *scales;
-    uint32_t *arrived;
     bool early;
 };
 
@@ -257,33 +254,10 @@ static __device__ __forceinline__ void prepare_y(const struct singles &m, uint32
     m.squares[at / 4] = fmaf(of[3], of[3], fmaf(of[2], of[2], fmaf(of[1], of[1], of[0] * of[0])));
 }
 
-/* The scale of a row that is whole now, added up as rows are that a product prepares by itself. */
-static __device__ __forceinline__ void finish_row(const struct singles &m, uint32_t segment,
-                                                  float *parts)
-{
-    const volatile float *squares = m.squares + (size_t)segment * m.s.inner / 4;
-    float sum = 0;
-    for (uint32_t i = threadIdx.x; i < m.s.inner / 4; i += STEP_THREADS)
-        sum += squares[i];
-    sum = cuda_warp_sum(sum);
-    if (threadIdx.x % CUDA_WARP == 0)
-        parts[threadIdx.x / CUDA_WARP] = sum;
-    __syncthreads();
-    if (threadIdx.x)
-        return;
-    sum = 0;
-    for (uint32_t i = 0; i < STEP_WARPS; i++)
-        sum += parts[i];
-    m.scales[segment] = 1 / sqrtf(sum / (float)m.s.inner + m.epsilon);
-    m.arrived[segment] = 0;
-}
-
 /* N is 32 V. Grid: heads x segments. */
 template <typename S, int V>
 static __global__ void __launch_bounds__(STEP_THREADS, SINGLE_BLOCKS) step_singles(struct singles m)
 {
-    __shared__ float parts[STEP_WARPS];
-    __shared__ bool last;
     const struct mamba_shape &s = m.s;
     const uint32_t lane = threadIdx.x % CUDA_WARP, head = blockIdx.x, segment = blockIdx.y;
     const uint32_t first = head * SINGLE_WIDTH + threadIdx.x / CUDA_WARP * SINGLE_ROWS;
@@ -324,16 +298,6 @@ static __global__ void __launch_bounds__(STEP_THREADS, SINGLE_BLOCKS) step_singl
     }
     const float y = fmaf(through, u, sum_rows(sums)) * cuda_silu(z);
     prepare_y(m, segment, first, y, norm);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(&m.arrived[segment], 1u) + 1 == s.heads;
-    }
-    __syncthreads();
-    if (!last)
-        return;
-    __threadfence();
-    finish_row(m, segment, parts);
 }
 
 bool cuda_mamba_takes_singles(const struct ops_context *x, const struct ops_rows *rows)
@@ -382,14 +346,11 @@ void cuda_mamba_singles(struct ops_context *x, const struct ops_mamba_weights *w
     m.a_log = (const float *)weights->a_log.data;
     m.skip = (const float *)weights->d.data;
     m.norm = (const float *)weights->gate_norm.data;
-    m.epsilon = x->config.norm_epsilon;
     m.segments = segments;
     m.ssm = ssm;
     m.projected = x->projected;
     m.ready = (bf16 *)cuda_prepared(x, m.s.inner);
     m.squares = x->scanned;
-    m.scales = x->scales;
-    m.arrived = x->arrived;
     m.early = x->early && x->recording;
     const dim3 grid(m.s.heads, segment_count), block(STEP_THREADS);
     const bool wide = m.s.n == 4 * CUDA_WARP;

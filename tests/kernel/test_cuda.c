@@ -77,6 +77,11 @@ static void run_fp8(const struct job *job, uint64_t seed)
     bed_close(&b);
 }
 
+static bool is_emulated(const struct bed *b)
+{
+    return strstr(b->cuda->describe(b->cuda_context), "emulated");
+}
+
 /* Segments of few rows, of one row each, and of any length. */
 static void check_segments(struct bed *b, uint32_t max_rows)
 {
@@ -87,7 +92,12 @@ static void check_segments(struct bed *b, uint32_t max_rows)
     uint32_t single[CHECK_SEGMENTS];
     for (uint32_t i = 0; i < CHECK_SEGMENTS; i++)
         single[i] = 1;
-    check_mamba(b, single, large ? 11 : CHECK_SEGMENTS);
+    check_mamba(b, single, large ? 11 : 40);
+    if (large && !b->wide && !is_emulated(b)) { /* each chooses products of another form */
+        check_mamba(b, single, 27);
+        check_mamba(b, single, 50);
+        check_mamba(b, single, 128);
+    }
     check_mamba(b, large ? many + 1 : many, large ? 3 : 9);
     const uint32_t longest[] = {max_rows - 70, 70};
     if (max_rows > 512)
@@ -130,7 +140,7 @@ static void run_job(const struct job *job, bool wide, uint64_t seed)
     if (!wide)
         check_draw(&b);
     check_hsa(&b, large ? 45 : 33);
-    if (large && !wide && !strstr(b.cuda->describe(b.cuda_context), "emulated"))
+    if (large && !wide && !is_emulated(&b))
         check_hsa(&b, 541); /* the form of many rows, on a device of many multiprocessors */
     check_hsa(&b, 1);
     bed_close(&b);
