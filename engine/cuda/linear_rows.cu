@@ -61,9 +61,9 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP) prepare_rows(stru
 /* `count` rows from `first` on, R at most, into shared memory; parts[row] [FEW_WARPS]: their
  * squares. */
 template <int R>
-static __device__ __forceinline__ void
-prepare_shared(const struct few &f, uint32_t first, uint32_t count, const float4 norm[NORM_AHEAD],
-               bf16 *rows, float (*parts)[FEW_WARPS])
+static __device__ __forceinline__ void prepare_shared(const struct few &f, uint32_t first,
+                                                      uint32_t count, const float4 norm[NORM_AHEAD],
+                                                      bf16 *rows, float (*parts)[FEW_WARPS])
 {
     constexpr uint32_t stride = 4 * FEW_WARPS * CUDA_WARP;
     float sums[R] = {};
@@ -247,7 +247,9 @@ template <int M, int N> struct share {
         const size_t sums = sizeof(float) * FEW_WARPS * results;
         return weights > sums ? weights : sums;
     }
+    /* And of what the convolution needs: tails, then its weights and its bias. */
     static constexpr size_t tails = sizeof(float) * (TAPS - 1) * rows * columns;
+    static constexpr size_t conv = tails + (sizeof(taps<bf16>) + sizeof(float)) * columns;
 };
 
 /* Where a thread's `j`-th pair lies. */
@@ -266,14 +268,60 @@ template <int M, int N> struct neighbours {
     }
 };
 
-/* Tails of the block's columns that are convolved come to shared memory. */
+/* What a thread's results are added to. */
+template <int M, int N>
+static __device__ __forceinline__ void load_base(const struct few &f,
+                                                 float2 base[share<M, N>::pairs])
+{
+#pragma unroll
+    for (int j = 0; j < share<M, N>::pairs; j++) {
+        const neighbours<M, N> p(f, j);
+        const bool second = p.o + 1 < f.n;
+        base[j] = float2{0, 0};
+        if (p.there && f.bias)
+            base[j] = float2{f.bias[p.o], second ? f.bias[p.o + 1] : 0};
+        if (p.there && f.add) {
+            const float *to = f.out + (size_t)p.row * f.n + p.o;
+            base[j].x += to[0];
+            base[j].y += second ? to[1] : 0;
+        }
+    }
+}
+
+/* Whether columns of the block are convolved. */
+template <int N> static __device__ __forceinline__ bool convolves(const struct few &f)
+{
+    const struct cuda_convolution &c = f.conv;
+    const uint32_t first = blockIdx.x * N * TILE_OUT;
+    return c.count && first + N * TILE_OUT > c.first && first < c.first + c.count;
+}
+
+/* The weights and the bias of those columns come to shared memory, four at a time. */
+template <int M, int N>
+static __device__ __forceinline__ void fetch_taps(const struct few &f, float *tails)
+{
+    const struct cuda_convolution &c = f.conv;
+    constexpr uint32_t columns = N * TILE_OUT;
+    taps<bf16> *weights = reinterpret_cast<taps<bf16> *>(tails + share<M, N>::tails / 4);
+    float *bias = reinterpret_cast<float *>(weights + columns);
+    const uint32_t at = 4 * threadIdx.x, o = blockIdx.x * columns + at;
+    if (!convolves<N>(f) || at >= columns || o < c.first || o >= c.first + c.count)
+        return;
+    const taps<bf16> *from = (const taps<bf16> *)c.weights + (o - c.first);
+    cuda_copy_async(weights + at, from);
+    cuda_copy_async(weights + at + 2, from + 2);
+    if (c.bias)
+        cuda_copy_async(bias + at, c.bias + (o - c.first));
+}
+
+/* And their tails. */
 template <int M, int N>
 static __device__ __forceinline__ void fetch_tails(const struct few &f, float *tails)
 {
     const struct cuda_convolution &c = f.conv;
     constexpr uint32_t columns = N * TILE_OUT, quads = columns / 4;
     const uint32_t top = blockIdx.y * M * TILE_ROWS, first = blockIdx.x * columns;
-    if (!c.count || first + columns <= c.first || first >= c.first + c.count)
+    if (!convolves<N>(f))
         return;
     for (uint32_t i = threadIdx.x; i < M * TILE_ROWS * quads; i += FEW_WARPS * CUDA_WARP) {
         const uint32_t row = top + i / quads, o = first + i % quads * 4;
@@ -294,15 +342,16 @@ static __device__ __forceinline__ void convolve_pair(const struct few &f, const 
 {
     const struct cuda_convolution &c = f.conv;
     constexpr uint32_t columns = N * TILE_OUT, rows = M * TILE_ROWS;
-    const uint32_t j = p.o - c.first,
-                   at = (p.row - blockIdx.y * rows) * columns + p.o - blockIdx.x * columns;
-    float *to = c.segments[p.row].conv + c.offset + j;
+    const uint32_t j = p.o - blockIdx.x * columns, at = (p.row - blockIdx.y * rows) * columns + j;
+    float *to = c.segments[p.row].conv + c.offset + (p.o - c.first);
+    const taps<bf16> *weights =
+        reinterpret_cast<const taps<bf16> *>(tails + share<M, N>::tails / 4);
+    const float *bias = reinterpret_cast<const float *>(weights + columns);
     struct column<bf16> column[2];
 #pragma unroll
     for (uint32_t e = 0; e < 2; e++) {
-        column[e].weights =
-            *reinterpret_cast<const taps<bf16> *>((const bf16 *)c.weights + (size_t)(j + e) * TAPS);
-        column[e].bias = c.bias ? c.bias[j + e] : 0;
+        column[e].weights = weights[j + e];
+        column[e].bias = c.bias ? bias[j + e] : 0;
 #pragma unroll
         for (uint32_t k = 0; k < TAPS - 1; k++)
             column[e].tail[k] = tails[k * rows * columns + at + e];
@@ -382,7 +431,7 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
     float *sums = reinterpret_cast<float *>(memory);
     float *tails = reinterpret_cast<float *>(memory + shape::front(f.k));
     bf16 *rows = reinterpret_cast<bf16 *>(reinterpret_cast<unsigned char *>(tails) +
-                                          (f.conv.count ? shape::tails : 0));
+                                          (f.conv.count ? shape::conv : 0));
     for (uint32_t at = warp, i = 0; at < depth; at += FEW_WARPS)
 #pragma unroll
         for (int n = 0; n < N; n++, i++) {
@@ -391,6 +440,7 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
                             f.weight + (size_t)(o < f.n ? o : f.n - 1) * f.k + at * TILE_DEPTH +
                                 8 * (lane % 4));
         }
+    fetch_taps<M, N>(f, tails);
     if (f.conv.early)
         fetch_tails<M, N>(f, tails);
     cuda_copy_commit();
@@ -415,6 +465,9 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
     for (int i = 0; i < AHEAD; i++)
         if (warp + i * FEW_WARPS < depth)
             load_rows<M, OWN>(f, rows, warp + i * FEW_WARPS, x[i]);
+    float2 base[shape::pairs];
+    if (shape::pairs < 3)
+        load_base<M, N>(f, base);
     if (!OWN && f.squares)
         scale_rows<M>(f, own_scales);
     cuda_copy_wait<0>();
@@ -441,22 +494,14 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
             if (next < depth)
                 load_rows<M, OWN>(f, rows, next, x[i]);
         }
-    float2 base[shape::pairs];
+    if (shape::pairs >= 3) /* too many to be held that long */
+        load_base<M, N>(f, base);
     float scales[shape::pairs] = {};
 #pragma unroll
     for (int j = 0; j < shape::pairs; j++) {
         const neighbours<M, N> p(f, j);
-        const bool second = p.o + 1 < f.n;
-        base[j] = float2{0, 0};
         if (!p.there)
             continue;
-        if (f.bias)
-            base[j] = float2{f.bias[p.o], second ? f.bias[p.o + 1] : 0};
-        if (f.add) {
-            const float *to = f.out + (size_t)p.row * f.n + p.o;
-            base[j].x += to[0];
-            base[j].y += second ? to[1] : 0;
-        }
         if (OWN)
             scales[j] = scale_of(squares[p.row - blockIdx.y * M * TILE_ROWS], f);
         else if (!f.squares)
@@ -514,7 +559,7 @@ template <int N, int AHEAD> static void launch_one_row(struct ops_context *x, co
 template <int M, int N, int OWN> static size_t shared_of(const struct few &f)
 {
     const uint32_t own = f.row_count > OWN ? OWN : f.row_count;
-    return share<M, N>::front(f.k) + (f.conv.count ? share<M, N>::tails : 0) +
+    return share<M, N>::front(f.k) + (f.conv.count ? share<M, N>::conv : 0) +
            sizeof(bf16) * own * (f.k + SHARED_PAD);
 }
 
