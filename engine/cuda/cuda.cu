@@ -18,6 +18,7 @@ extern "C" {
 
 #define HOST_HEAD 256                 /* in front of host memory: its size */
 #define STAGE_BYTES ((size_t)8 << 20) /* several slices' pages: each refill waits */
+#define STAGE_WAYS 8
 
 /* ---- failures ---- */
 
@@ -190,14 +191,31 @@ void cuda_begin(struct ops_context *x)
         free_retired(x);
 }
 
+/* Where an array is remembered, or is to be: in its set of STAGE_WAYS, so that the tables of many
+ * sequences do not drive each other out from step to step. */
+static struct cuda_staged *find_staged(struct ops_context *x, uint64_t hash, const void *data,
+                                       size_t bytes)
+{
+    struct cuda_staged *set = &x->staged[hash % (CUDA_STAGED / STAGE_WAYS) * STAGE_WAYS];
+    struct cuda_staged *free_way = &set[(hash >> 32) % STAGE_WAYS]; /* any, if all are in use */
+    for (size_t i = 0; i < STAGE_WAYS; i++) {
+        if (set[i].epoch != x->stage_epoch)
+            free_way = &set[i];
+        else if (set[i].hash == hash && set[i].bytes == bytes &&
+                 memcmp(set[i].host, data, bytes) == 0)
+            return &set[i];
+    }
+    free_way->epoch = 0;
+    return free_way;
+}
+
 void *cuda_stage(struct ops_context *x, const void *data, size_t bytes)
 {
     if (x->failed)
         return NULL;
     const uint64_t hash = hash64(data, bytes, 0);
-    struct cuda_staged *known = &x->staged[hash % CUDA_STAGED];
-    if (known->epoch == x->stage_epoch && known->hash == hash && known->bytes == bytes &&
-        memcmp(known->host, data, bytes) == 0)
+    struct cuda_staged *known = find_staged(x, hash, data, bytes);
+    if (known->epoch)
         return known->device;
     if (bytes > x->stage_bytes - x->stage_used) {
         ASSERT(x->retired_count < 2 * CUDA_RETIRED);

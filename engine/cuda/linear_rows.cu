@@ -601,10 +601,11 @@ bool cuda_takes_rows(const struct ops_context *x, uint32_t k)
 }
 
 /* Each block reads its rows once the kernel in front has ended, its weights before: few rows and
- * many weight rows a block are best, as far as all blocks run at once. */
+ * many weight rows a block are best, as long as all blocks run at once, and have room beside those
+ * of the kernel in front. */
 static bool launch_prepared(struct ops_context *x, const struct few &f)
 {
-    if (launch_at_once<1, 0, 1, 2, 4>(x, f) || launch_at_once<2, 0, 1, 2, 4, 9>(x, f) ||
+    if (launch_at_once<1, 0, 1, 2>(x, f) || launch_at_once<2, 0, 1, 2, 4, 5>(x, f) ||
         launch_at_once<4, 0, 1, 2, 5, 9>(x, f))
         return true;
     return f.row_count <= TILE_ROWS       ? launch_any<1, 0, 5, 2, 1>(x, f)
@@ -618,7 +619,7 @@ static void multiply_several(struct ops_context *x, const struct few &f)
     if (!f.squares && f.row_count <= 8)
         done = launch_at_once<1, 8, 1, 2, 5>(x, f) || launch_any<1, 8, 5, 2, 1>(x, f);
     else
-        done = !f.squares && launch_at_once<1, TILE_ROWS, 1, 2, 5, 9>(x, f);
+        done = !f.squares && launch_at_once<1, TILE_ROWS, 1, 2, 5>(x, f);
     if (!done && !f.squares)
         CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0, f);
     done = done || launch_prepared(x, f);

@@ -191,8 +191,8 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
 
 /* ---- several segments of one row ----
  * in_proj has convolved its columns already, and out_proj is left its rows prepared: what is in
- * between reads and writes states and little else. A block has one head, a warp some rows of it, a
- * lane V neighbours of each. */
+ * between reads and writes states and little else. A block has one head or two, a warp some rows of
+ * each, a lane V neighbours of a row. */
 
 #define SINGLE_WIDTH 64 /* P */
 #define SINGLE_ROWS (SINGLE_WIDTH / STEP_WARPS)
@@ -254,50 +254,95 @@ static __device__ __forceinline__ void prepare_y(const struct singles &m, uint32
     m.squares[at / 4] = fmaf(of[3], of[3], fmaf(of[2], of[2], fmaf(of[1], of[1], of[0] * of[0])));
 }
 
-/* N is 32 V. Grid: heads x segments. */
+/* A warp's part of a head, as it is before the step. */
+template <typename S, int V> struct part {
+    uint32_t head, first, own; /* row of the warp; that whose numbers the lane has */
+    S *state;
+    typename kept_of<S, V>::type before[SINGLE_ROWS];
+    float rate, through, dt_bias, norm;
+};
+
+/* What nobody in front of the kernel writes. */
 template <typename S, int V>
-static __global__ void __launch_bounds__(STEP_THREADS, SINGLE_BLOCKS) step_singles(struct singles m)
+static __device__ __forceinline__ void load_part(const struct singles &m, uint32_t head,
+                                                 struct part<S, V> *p)
 {
-    const struct mamba_shape &s = m.s;
-    const uint32_t lane = threadIdx.x % CUDA_WARP, head = blockIdx.x, segment = blockIdx.y;
-    const uint32_t first = head * SINGLE_WIDTH + threadIdx.x / CUDA_WARP * SINGLE_ROWS;
-    const uint32_t own = first + lane / 4; /* the row whose numbers the lane has */
-    cuda_depend_release();
-    if (!m.early)
-        cuda_depend_wait();
-    S *state =
-        reinterpret_cast<S *>(m.segments[segment].ssm + m.ssm) + (size_t)first * s.n + V * lane;
-    using kept = typename kept_of<S, V>::type;
-    kept before[SINGLE_ROWS];
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    p->head = head;
+    p->first = head * SINGLE_WIDTH + threadIdx.x / CUDA_WARP * SINGLE_ROWS;
+    p->own = p->first + lane / 4;
+    p->state = reinterpret_cast<S *>(m.segments[blockIdx.y].ssm + m.ssm) +
+               (size_t)p->first * m.s.n + V * lane;
 #pragma unroll
     for (uint32_t r = 0; r < SINGLE_ROWS; r++)
-        before[r] = *reinterpret_cast<const kept *>(state + (size_t)r * s.n);
-    const float rate = -expf(m.a_log[head]), through = m.skip[head], dt_bias = m.dt_bias[head];
-    const float norm = m.norm ? m.norm[own] : 1;
-    if (m.early)
-        cuda_depend_wait();
+        p->before[r] =
+            *reinterpret_cast<const typename kept_of<S, V>::type *>(p->state + (size_t)r * m.s.n);
+    p->rate = -expf(m.a_log[head]);
+    p->through = m.skip[head];
+    p->dt_bias = m.dt_bias[head];
+    p->norm = m.norm ? m.norm[p->own] : 1;
+}
+
+template <typename S, int V>
+static __device__ __forceinline__ void step_part(const struct singles &m,
+                                                 const struct part<S, V> &p)
+{
+    const struct mamba_shape &s = m.s;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, segment = blockIdx.y;
     const float *row = m.projected + (size_t)segment * s.proj;
-    const float *b = row + 2 * s.inner + head / (s.heads / s.groups) * s.n + V * lane;
-    const float raw = row[s.inner + s.conv + head], u = row[s.inner + own], z = row[own];
+    const float *b = row + 2 * s.inner + p.head / (s.heads / s.groups) * s.n + V * lane;
+    const float raw = row[s.inner + s.conv + p.head], u = row[s.inner + p.own], z = row[p.own];
     const floats<V> bs = *reinterpret_cast<const floats<V> *>(b),
                     cs = *reinterpret_cast<const floats<V> *>(b + s.groups * s.n);
-    const float time = fminf(fmaxf(cuda_softplus(raw + dt_bias), s.dt_min), s.dt_max);
-    const float decay = expf(time * rate);
+    const float time = fminf(fmaxf(cuda_softplus(raw + p.dt_bias), s.dt_min), s.dt_max);
+    const float decay = expf(time * p.rate);
     float sums[SINGLE_ROWS];
 #pragma unroll
     for (uint32_t r = 0; r < SINGLE_ROWS; r++) {
         const float add = time * __shfl_sync(CUDA_ALL_LANES, u, (int)(4 * r));
-        floats<V> h = widen_state(before[r]);
+        floats<V> h = widen_state(p.before[r]);
         sums[r] = 0;
 #pragma unroll
         for (int i = 0; i < V; i++) {
             h.v[i] = fmaf(decay, h.v[i], add * bs.v[i]);
             sums[r] = fmaf(h.v[i], cs.v[i], sums[r]);
         }
-        store_state(state + (size_t)r * s.n, h);
+        store_state(p.state + (size_t)r * s.n, h);
     }
-    const float y = fmaf(through, u, sum_rows(sums)) * cuda_silu(z);
-    prepare_y(m, segment, first, y, norm);
+    const float y = fmaf(p.through, u, sum_rows(sums)) * cuda_silu(z);
+    prepare_y(m, segment, p.first, y, p.norm);
+}
+
+/* Heads of a block: as many as keep the same number of bytes on their way. */
+template <typename S> constexpr uint32_t single_heads = sizeof(float) / sizeof(S);
+
+/* N is 32 V. Grid: parts of the heads x segments. */
+template <typename S, int V>
+static __global__ void __launch_bounds__(STEP_THREADS, SINGLE_BLOCKS) step_singles(struct singles m)
+{
+    struct part<S, V> parts[single_heads<S>];
+    const uint32_t first = blockIdx.x * single_heads<S>;
+    cuda_depend_release();
+    if (!m.early)
+        cuda_depend_wait();
+#pragma unroll
+    for (uint32_t i = 0; i < single_heads<S>; i++)
+        load_part(m, first + i, &parts[i]);
+    if (m.early)
+        cuda_depend_wait();
+#pragma unroll
+    for (uint32_t i = 0; i < single_heads<S>; i++)
+        step_part(m, parts[i]);
+}
+
+template <typename S>
+static void launch_singles(struct ops_context *x, const struct singles &m, uint32_t segment_count)
+{
+    const dim3 grid(m.s.heads / single_heads<S>, segment_count), block(STEP_THREADS);
+    if (m.s.n == 4 * CUDA_WARP)
+        CUDA_LAUNCH_EARLY(x, (step_singles<S, 4>), grid, block, 0, m);
+    else
+        CUDA_LAUNCH_EARLY(x, (step_singles<S, 2>), grid, block, 0, m);
 }
 
 bool cuda_mamba_takes_singles(const struct ops_context *x, const struct ops_rows *rows)
@@ -305,7 +350,8 @@ bool cuda_mamba_takes_singles(const struct ops_context *x, const struct ops_rows
     const struct mamba_shape s = mamba_shape_of(&x->config);
     return !x->wide && rows->row_count > 1 && rows->row_count == rows->segment_count &&
            s.taps == TAPS && s.width == SINGLE_WIDTH && s.proj % 4 == 0 &&
-           (s.n == 4 * CUDA_WARP || s.n == 2 * CUDA_WARP) && x->config.hidden_size % 32 == 0;
+           (s.n == 4 * CUDA_WARP || s.n == 2 * CUDA_WARP) && x->config.hidden_size % 32 == 0 &&
+           (!x->states_bf16 || s.heads % single_heads<bf16> == 0);
 }
 
 struct cuda_soon cuda_mamba_soon(const struct ops_context *x, const struct cuda_segment *segments,
@@ -352,16 +398,10 @@ void cuda_mamba_singles(struct ops_context *x, const struct ops_mamba_weights *w
     m.ready = (bf16 *)cuda_prepared(x, m.s.inner);
     m.squares = x->scanned;
     m.early = x->early && x->recording;
-    const dim3 grid(m.s.heads, segment_count), block(STEP_THREADS);
-    const bool wide = m.s.n == 4 * CUDA_WARP;
-    if (x->states_bf16 && wide)
-        CUDA_LAUNCH_EARLY(x, (step_singles<bf16, 4>), grid, block, 0, m);
-    else if (x->states_bf16)
-        CUDA_LAUNCH_EARLY(x, (step_singles<bf16, 2>), grid, block, 0, m);
-    else if (wide)
-        CUDA_LAUNCH_EARLY(x, (step_singles<float, 4>), grid, block, 0, m);
+    if (x->states_bf16)
+        launch_singles<bf16>(x, m, segment_count);
     else
-        CUDA_LAUNCH_EARLY(x, (step_singles<float, 2>), grid, block, 0, m);
+        launch_singles<float>(x, m, segment_count);
 }
 
 template <typename T, typename S>
