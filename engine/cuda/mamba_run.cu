@@ -1,6 +1,6 @@
-/* mamba_run.cu - Mamba-2 blocks that follow each other, of a recorded step of few rows, in one
- * kernel: a row of small vectors passes from block to block of the grid while the weights of the
- * layers to come are on their way to shared memory.
+/* mamba_run.cu - Mamba-2 blocks that follow each other, of a recorded step of one row, in one
+ * kernel: small vectors pass from block to block of the grid while the weights of the layers to
+ * come are on their way to shared memory.
  *
  * Each block of the grid has RUN_WIDTH of the inner width: their rows of x and z of in_proj, the
  * time step of their head, a share of B and C, their part of the states, and RUN_OUT rows of
@@ -20,6 +20,11 @@
 #define RUN_TURNS (1u << 24) /* looks for a packet that must come: seconds, then it is a fault */
 #define TILE 8               /* weight rows of a product */
 
+/* What the state is stepped with: u and z of the block's rows, the time step and the decay. */
+struct inputs {
+    float u[RUN_WIDTH], z[RUN_WIDTH], time, decay;
+};
+
 struct barriers {
     uint64_t in_full, in_free, state_full, state_free, out_full, out_free;
 };
@@ -27,11 +32,10 @@ struct barriers {
 /* What a block has in shared memory. */
 struct room {
     uint32_t in_rows;
-    size_t in, out, state, rows, sums, parts, columns, inputs, barriers, bytes;
+    size_t in, out, state, row, sums, parts, columns, inputs, barriers, bytes;
 };
 
-static __host__ __device__ __forceinline__ struct room room_of(const struct run &r, uint32_t rows,
-                                                               uint32_t tiles)
+static __host__ __device__ __forceinline__ struct room room_of(const struct run &r, uint32_t tiles)
 {
     struct room m;
     size_t at = 0;
@@ -44,28 +48,28 @@ static __host__ __device__ __forceinline__ struct room room_of(const struct run 
 
     m.in = next(sizeof(bf16) * m.in_rows * (r.d + RUN_PAD));
     m.out = next(sizeof(bf16) * RUN_OUT * (r.s.inner + RUN_PAD));
-    m.state = next(sizeof(float) * rows * RUN_WIDTH * r.s.n);
-    m.rows = next(sizeof(bf16) * rows * (r.s.inner + RUN_PAD));
-    m.sums = next(sizeof(float) * RUN_WARPS * rows * tiles * TILE);
-    m.parts = next(sizeof(float) * 2 * rows * RUN_WARPS);
-    m.columns = next(sizeof(float) * rows * 2 * r.s.n);
-    m.inputs = next(sizeof(float) * rows * (2 * RUN_WIDTH + 2));
+    m.state = next(sizeof(float) * RUN_WIDTH * r.s.n);
+    m.row = next(sizeof(bf16) * r.s.inner);
+    m.sums = next(sizeof(float) * RUN_WARPS * tiles * TILE);
+    m.parts = next(sizeof(float) * 2 * RUN_WARPS);
+    m.columns = next(sizeof(float) * 2 * r.s.n);
+    m.inputs = next(sizeof(struct inputs));
     m.barriers = next(sizeof(struct barriers));
     m.bytes = at;
     return m;
 }
 
-/* Where packet `i` of a row is sent, of which each block of the grid has P: what different blocks
- * write does not share a line of the cache, where one would wait for the other. */
-template <int P> static __device__ __forceinline__ uint32_t packet_at(uint32_t row, uint32_t i)
+/* Where packet `i` is sent, of which each block of the grid has P: what different blocks write does
+ * not share a line of the cache, where one would wait for the other. */
+template <int P> static __device__ __forceinline__ uint32_t packet_at(uint32_t i)
 {
-    return (row * gridDim.x + i / P) * (RUN_LINE / sizeof(uint4)) + i % P;
+    return i / P * (uint32_t)(RUN_LINE / sizeof(uint4)) + i % P;
 }
 
 /* Column `i` of B and C likewise. */
-static __device__ __forceinline__ uint32_t column_at(const struct run &r, uint32_t row, uint32_t i)
+static __device__ __forceinline__ uint32_t column_at(const struct run &r, uint32_t i)
 {
-    return (row * gridDim.x + i / r.columns) * (RUN_LINE / sizeof(uint2)) + i % r.columns;
+    return i / r.columns * (uint32_t)(RUN_LINE / sizeof(uint2)) + i % r.columns;
 }
 
 /* Four elements of a row as a product takes them, with the sum of their squares before `w`. */
@@ -122,14 +126,13 @@ static __device__ void fetch_layers(const struct run &r, const struct room &m,
                               bytes, &b->out_full, policy);
     };
     const auto fetch_state = [&](uint32_t l) {
-        const uint32_t floats = RUN_WIDTH * r.s.n;
-        if (lane == 0)
-            cuda_barrier_expect(&b->state_full, r.row_count * floats * sizeof(float));
-        __syncwarp();
-        if (lane < r.row_count)
-            cuda_copy_bulk(reinterpret_cast<float *>(memory + m.state) + lane * floats,
-                           r.segments[lane].ssm + r.layers[l].ssm + (size_t)blockIdx.x * floats,
-                           floats * sizeof(float), &b->state_full);
+        const uint32_t floats = RUN_WIDTH * r.s.n, bytes = floats * sizeof(float);
+        if (lane)
+            return;
+        cuda_barrier_expect(&b->state_full, bytes);
+        cuda_copy_bulk(memory + m.state,
+                       r.segment->ssm + r.layers[l].ssm + (size_t)blockIdx.x * floats, bytes,
+                       &b->state_full);
     };
     fetch_in(0);
     fetch_state(0);
@@ -147,21 +150,18 @@ static __device__ void fetch_layers(const struct run &r, const struct room &m,
 
 /* ---- a layer ---- */
 
-/* What a thread needs for one result of in_proj. */
+/* What a thread needs for its result of in_proj. */
 struct own_result {
-    uint32_t row, o; /* o: as weight_row has it; in_rows and more: none */
+    uint32_t o; /* as weight_row has it; in_rows and more: none */
     struct column<bf16> column;
     float bias, dt_bias, rate;
 };
 
-template <int T>
 static __device__ __forceinline__ void load_own(const struct run &r, uint32_t in_rows, uint32_t l,
-                                                uint32_t e, struct own_result *own)
+                                                struct own_result *own)
 {
     const struct mamba_shape &s = r.s;
     const struct run_layer &layer = r.layers[l];
-    own->row = e / (T * TILE);
-    own->o = own->row < r.row_count ? e % (T * TILE) : in_rows;
     if (own->o >= in_rows)
         return;
     const uint32_t w = weight_row(r, own->o);
@@ -170,8 +170,7 @@ static __device__ __forceinline__ void load_own(const struct run &r, uint32_t in
         own->dt_bias = layer.weights.dt_bias[w - s.inner - s.conv];
         own->rate = layer.weights.a_log[w - s.inner - s.conv];
     } else if (w >= s.inner) {
-        own->column =
-            load_column(s, layer.weights, r.segments[own->row].conv + layer.conv, w - s.inner);
+        own->column = load_column(s, layer.weights, r.segment->conv + layer.conv, w - s.inner);
     }
 }
 
@@ -180,19 +179,18 @@ static __device__ __forceinline__ void keep_column(const struct run &r, uint32_t
 {
 #pragma unroll
     for (int k = 0; k < TAPS - 1; k++)
-        r.segments[own.row].conv[r.layers[l].conv + (size_t)k * r.s.conv + own.column.j] =
+        r.segment->conv[r.layers[l].conv + (size_t)k * r.s.conv + own.column.j] =
             own.column.tail[k];
 }
 
-/* Products of the rows with N tiles of 8 weight rows that lie in shared memory; those from `count`
+/* Products of the row with N tiles of 8 weight rows that lie in shared memory; those from `count`
  * on are not there. */
-template <int R, int N>
-static __device__ __forceinline__ void multiply(const bf16 *weights, const bf16 *rows, uint32_t k,
-                                                uint32_t count, uint32_t row_count, float *sums)
+template <int N>
+static __device__ __forceinline__ void multiply(const bf16 *weights, const bf16 *row, uint32_t k,
+                                                uint32_t count, float *sums)
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const uint32_t own = R == 1 ? 0 : lane / 4, row = own < row_count ? own : 0;
-    const bf16 *from[N], *x = rows + row * (k + RUN_PAD) + 8 * (lane % 4);
+    const bf16 *from[N], *x = row + 8 * (lane % 4);
     float acc[N][4] = {};
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -211,81 +209,37 @@ static __device__ __forceinline__ void multiply(const bf16 *weights, const bf16 
             cuda_mma(acc[n], right, high);
         }
     }
-    if (lane / 4 < R)
+    if (lane < TILE / 2)
 #pragma unroll
         for (int n = 0; n < N; n++)
-            *reinterpret_cast<float2 *>(sums + ((warp * R + lane / 4) * N + n) * TILE +
-                                        lane % 4 * 2) = float2{acc[n][0], acc[n][1]};
+            *reinterpret_cast<float2 *>(sums + (warp * N + n) * TILE + 2 * lane) =
+                float2{acc[n][0], acc[n][1]};
 }
 
-/* Of all warps, in their order. */
-template <int R, int N>
-static __device__ __forceinline__ float sum_of(const float *sums, uint32_t row, uint32_t o)
+/* Result `o` of all warps, in their order. */
+template <int N> static __device__ __forceinline__ float sum_of(const float *sums, uint32_t o)
 {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < RUN_WARPS; w++)
-        sum += sums[(w * R + row) * N * TILE + o];
+        sum += sums[w * N * TILE + o];
     return sum;
 }
 
-static __device__ __forceinline__ float norm_scale(const float *parts, uint32_t row, uint32_t k,
-                                                   float epsilon)
+static __device__ __forceinline__ float norm_scale(const float *parts, uint32_t k, float epsilon)
 {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < RUN_WARPS; w++)
-        sum += parts[row * RUN_WARPS + w];
+        sum += parts[w];
     return 1 / sqrtf(sum / (float)k + epsilon);
 }
 
-/* Rows of `k` that all blocks sent, four elements a packet, L packets of a row a thread; R at a
- * time are looked for together. */
-template <int R, int L, int P>
-static __device__ __forceinline__ void receive_rows(const uint4 *packets, uint32_t k,
-                                                    uint32_t row_count, uint32_t number, bf16 *rows,
-                                                    float *parts)
-{
-    float sums[R] = {};
-#pragma unroll
-    for (int j = 0; j < L; j++) {
-        const uint32_t i = threadIdx.x + j * RUN_THREADS;
-        if (4 * i >= k)
-            break;
-        uint4 packet[R];
-        bool there;
-        uint32_t turns = 0;
-        do {
-            there = true;
-#pragma unroll
-            for (uint32_t r = 0; r < R; r++)
-                packet[r] = r < row_count ? cuda_look(packets + packet_at<P>(r, i))
-                                          : uint4{0, 0, 0, number};
-#pragma unroll
-            for (uint32_t r = 0; r < R; r++)
-                there &= packet[r].w == number;
-            if (++turns > RUN_TURNS)
-                __trap();
-        } while (!there);
-#pragma unroll
-        for (uint32_t r = 0; r < R; r++)
-            if (r < row_count) {
-                *reinterpret_cast<uint2 *>(rows + r * (k + RUN_PAD) + 4 * i) =
-                    uint2{packet[r].x, packet[r].y};
-                sums[r] += __uint_as_float(packet[r].z);
-            }
-    }
-#pragma unroll
-    for (uint32_t r = 0; r < R; r++) {
-        const float sum = cuda_warp_sum(sums[r]);
-        if (threadIdx.x % CUDA_WARP == 0)
-            parts[r * RUN_WARPS + threadIdx.x / CUDA_WARP] = sum;
-    }
-}
-
-/* The same of one row of at most two packets a thread, both looked for at once. */
+/* A row of `k` that all blocks sent, four elements a packet, P packets a block; at most two a
+ * thread, both looked for at once. */
+template <int P>
 static __device__ __forceinline__ void receive_row(const uint4 *packets, uint32_t k,
-                                                   uint32_t number, bf16 *rows, float *parts)
+                                                   uint32_t number, bf16 *row, float *parts)
 {
     const uint32_t i = threadIdx.x, second = i + RUN_THREADS;
     const bool one = 4 * i < k, two = 4 * second < k;
@@ -293,106 +247,111 @@ static __device__ __forceinline__ void receive_row(const uint4 *packets, uint32_
     uint32_t turns = 0;
     do {
         if (one)
-            a = cuda_look(packets + packet_at<RUN_WIDTH / 4>(0, i));
+            a = cuda_look(packets + packet_at<P>(i));
         if (two)
-            b = cuda_look(packets + packet_at<RUN_WIDTH / 4>(0, second));
+            b = cuda_look(packets + packet_at<P>(second));
         if (++turns > RUN_TURNS)
             __trap();
     } while (a.w != number || b.w != number);
     if (one)
-        *reinterpret_cast<uint2 *>(rows + 4 * i) = uint2{a.x, a.y};
+        *reinterpret_cast<uint2 *>(row + 4 * i) = uint2{a.x, a.y};
     if (two)
-        *reinterpret_cast<uint2 *>(rows + 4 * second) = uint2{b.x, b.y};
+        *reinterpret_cast<uint2 *>(row + 4 * second) = uint2{b.x, b.y};
     const float sum = cuda_warp_sum(__uint_as_float(a.z) + __uint_as_float(b.z));
     if (threadIdx.x % CUDA_WARP == 0)
         parts[threadIdx.x / CUDA_WARP] = sum;
 }
 
-template <int R, int V>
 static __device__ __forceinline__ void receive_columns(const struct run &r, uint32_t number,
                                                        float *columns)
 {
     const uint32_t n = r.s.n, t = threadIdx.x;
     const uint32_t head = blockIdx.x * RUN_WIDTH / r.s.width,
-                   group = head / (r.s.heads / r.s.groups),
-                   all = gridDim.x * (RUN_LINE / sizeof(uint2));
+                   group = head / (r.s.heads / r.s.groups);
     if (t >= 2 * n)
         return;
     const uint2 *from =
-        r.columns_sent + column_at(r, 0, t < n ? group * n + t : (r.s.groups + group) * n + t - n);
-    uint2 packet[R];
-    bool there;
+        r.columns_sent + column_at(r, t < n ? group * n + t : (r.s.groups + group) * n + t - n);
+    uint2 packet;
     uint32_t turns = 0;
     do {
-        there = true;
-#pragma unroll
-        for (uint32_t i = 0; i < R; i++)
-            packet[i] = i < r.row_count ? cuda_look(from + i * all) : uint2{0, number};
-#pragma unroll
-        for (uint32_t i = 0; i < R; i++)
-            there &= packet[i].y == number;
+        packet = cuda_look(from);
         if (++turns > RUN_TURNS)
             __trap();
-    } while (!there);
-#pragma unroll
-    for (uint32_t i = 0; i < R; i++)
-        if (i < r.row_count)
-            columns[i * 2 * n + t] = __uint_as_float(packet[i].x);
+    } while (packet.y != number);
+    columns[t] = __uint_as_float(packet.x);
 }
 
-#define RUN_STATES 4 /* rows of a state that a warp steps together: a packet */
-
-template <int R, int V>
-static __device__ __forceinline__ void
-step_states(const struct run &r, uint32_t l, const float *state, const float *columns,
-            const float *inputs, float through, const float4 gate, uint32_t number)
+/* A result of in_proj: a column of B or C is sent, what others wait for, the others become inputs.
+ */
+static __device__ __forceinline__ void finish_own(const struct run &r, uint32_t l, uint32_t number,
+                                                  float value, struct own_result *own,
+                                                  struct inputs *in)
 {
-    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP, n = r.s.n;
-    constexpr uint32_t parts = RUN_WIDTH / RUN_STATES;
-    for (uint32_t item = warp; item < parts * r.row_count; item += RUN_WARPS) {
-        const uint32_t row = item / parts, first = item % parts * RUN_STATES;
-        const float *b = columns + row * 2 * n + V * lane,
-                    *u = inputs + row * (2 * RUN_WIDTH + 2) + first, *z = u + RUN_WIDTH;
-        const float time = inputs[row * (2 * RUN_WIDTH + 2) + 2 * RUN_WIDTH],
-                    decay = inputs[row * (2 * RUN_WIDTH + 2) + 2 * RUN_WIDTH + 1];
-        const floats<V> bs = *reinterpret_cast<const floats<V> *>(b),
-                        cs = *reinterpret_cast<const floats<V> *>(b + n);
-        floats<V> h[RUN_STATES];
-        float sums[RUN_STATES];
-#pragma unroll
-        for (int i = 0; i < RUN_STATES; i++) {
-            h[i] = *reinterpret_cast<const floats<V> *>(state + (row * RUN_WIDTH + first + i) * n +
-                                                        V * lane);
-            const float add = time * u[i];
-            sums[i] = 0;
-#pragma unroll
-            for (int k = 0; k < V; k++) {
-                h[i].v[k] = fmaf(decay, h[i].v[k], add * bs.v[k]);
-                sums[i] = fmaf(h[i].v[k], cs.v[k], sums[i]);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < RUN_STATES; i++)
-            sums[i] = fmaf(through, u[i], cuda_warp_sum(sums[i])) * z[i];
-        if (lane == 0)
-            cuda_send(r.gated_sent + packet_at<RUN_WIDTH / 4>(
-                                         row, (blockIdx.x * RUN_WIDTH + first) / RUN_STATES),
-                      pack_four(float4{sums[0], sums[1], sums[2], sums[3]}, gate, number));
-        float *to = r.segments[row].ssm + r.layers[l].ssm +
-                    (size_t)(blockIdx.x * RUN_WIDTH + first) * n + V * lane;
-#pragma unroll
-        for (int i = 0; i < RUN_STATES; i++)
-            *reinterpret_cast<floats<V> *>(to + (size_t)i * n) = h[i];
+    const struct mamba_shape &s = r.s;
+    const uint32_t columns = 2 * RUN_WIDTH, time = columns + r.columns;
+    if (own->o < RUN_WIDTH || (own->o >= columns && own->o < time)) {
+        const float next = convolve(&own->column, value);
+        if (own->o < RUN_WIDTH)
+            in->u[own->o] = next;
+        else
+            cuda_send(r.columns_sent + column_at(r, blockIdx.x * r.columns + own->o - columns),
+                      uint2{__float_as_uint(next), number});
+        keep_column(r, l, *own);
+    } else if (own->o < columns) {
+        in->z[own->o - RUN_WIDTH] = cuda_silu(value);
+    } else {
+        in->time = fminf(fmaxf(cuda_softplus(value + own->dt_bias), s.dt_min), s.dt_max);
+        in->decay = expf(in->time * -expf(own->rate));
     }
 }
 
-/* R: rows at most; T: tiles of in_proj's rows; N is 32 V. Grid: parts of RUN_WIDTH. */
-template <int R, int T, int V>
+#define RUN_STATES 4 /* rows of the state that a warp steps together: a packet */
+
+/* Steps the warp's rows of the block's, from `first` on, sends their outputs, keeps the state. */
+template <int V>
+static __device__ __forceinline__ void step_states(const struct run &r, uint32_t l, uint32_t first,
+                                                   const float *state, const float *columns,
+                                                   const struct inputs &in, float through,
+                                                   const float4 gate, uint32_t number)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, n = r.s.n;
+    const uint32_t at = blockIdx.x * RUN_WIDTH + first;
+    const float *b = columns + V * lane, *u = in.u + first, *z = in.z + first;
+    const floats<V> bs = *reinterpret_cast<const floats<V> *>(b),
+                    cs = *reinterpret_cast<const floats<V> *>(b + n);
+    floats<V> h[RUN_STATES];
+    float sums[RUN_STATES];
+#pragma unroll
+    for (int i = 0; i < RUN_STATES; i++) {
+        h[i] = *reinterpret_cast<const floats<V> *>(state + (first + i) * n + V * lane);
+        const float add = in.time * u[i];
+        sums[i] = 0;
+#pragma unroll
+        for (int k = 0; k < V; k++) {
+            h[i].v[k] = fmaf(in.decay, h[i].v[k], add * bs.v[k]);
+            sums[i] = fmaf(h[i].v[k], cs.v[k], sums[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < RUN_STATES; i++)
+        sums[i] = fmaf(through, u[i], cuda_warp_sum(sums[i])) * z[i];
+    if (lane == 0)
+        cuda_send(r.gated_sent + packet_at<RUN_WIDTH / 4>(at / RUN_STATES),
+                  pack_four(float4{sums[0], sums[1], sums[2], sums[3]}, gate, number));
+    float *to = r.segment->ssm + r.layers[l].ssm + (size_t)at * n + V * lane;
+#pragma unroll
+    for (int i = 0; i < RUN_STATES; i++)
+        *reinterpret_cast<floats<V> *>(to + (size_t)i * n) = h[i];
+}
+
+/* T: tiles of in_proj's rows; N is 32 V. Grid: parts of RUN_WIDTH. */
+template <int T, int V>
 static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
     run_layers(const __grid_constant__ struct run r)
 {
     CUDA_SHARED(unsigned char, memory);
-    const struct room m = room_of(r, R, T);
+    const struct room m = room_of(r, T);
     struct barriers *barriers = reinterpret_cast<struct barriers *>(memory + m.barriers);
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     if (threadIdx.x == 0)
@@ -405,29 +364,25 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
         fetch_layers(r, m, memory, barriers);
         return;
     }
-    constexpr int own_count = (R * T * TILE + RUN_THREADS - 1) / RUN_THREADS;
-    bf16 *rows = reinterpret_cast<bf16 *>(memory + m.rows);
+    bf16 *row = reinterpret_cast<bf16 *>(memory + m.row);
     float *sums = reinterpret_cast<float *>(memory + m.sums),
-          *parts = reinterpret_cast<float *>(memory + m.parts), *out_parts = parts + R * RUN_WARPS,
-          *columns = reinterpret_cast<float *>(memory + m.columns),
-          *inputs = reinterpret_cast<float *>(memory + m.inputs);
+          *parts = reinterpret_cast<float *>(memory + m.parts), *out_parts = parts + RUN_WARPS,
+          *columns = reinterpret_cast<float *>(memory + m.columns);
+    struct inputs *in = reinterpret_cast<struct inputs *>(memory + m.inputs);
     const struct mamba_shape &s = r.s;
     const uint32_t head = blockIdx.x * RUN_WIDTH / s.width;
-    /* An output of out_proj: its row, and which; and the four that its packet has. */
-    const uint32_t out_row = threadIdx.x / RUN_OUT, out = threadIdx.x % RUN_OUT,
-                   out_at = blockIdx.x * RUN_OUT + out;
-    const bool has_out = out_row < r.row_count && threadIdx.x < R * RUN_OUT;
-    const uint32_t gate_at = blockIdx.x * RUN_WIDTH + warp % (RUN_WIDTH / RUN_STATES) * RUN_STATES;
-    struct own_result own[own_count] = {};
+    const bool has_out = threadIdx.x < RUN_OUT, steps = warp < RUN_WIDTH / RUN_STATES;
+    const uint32_t out_at = blockIdx.x * RUN_OUT + threadIdx.x % RUN_OUT;
+    const uint32_t first = warp % (RUN_WIDTH / RUN_STATES) * RUN_STATES; /* of its rows */
+    struct own_result own = {};
+    own.o = threadIdx.x;
     float through, out_bias;
     float4 gate, next_norm = {};
     const auto load_layer = [&](uint32_t l) {
         const struct run_layer &layer = r.layers[l];
-#pragma unroll
-        for (int k = 0; k < own_count; k++)
-            load_own<T>(r, m.in_rows, l, threadIdx.x + k * RUN_THREADS, &own[k]);
+        load_own(r, m.in_rows, l, &own);
         through = layer.weights.skip[head];
-        gate = *reinterpret_cast<const float4 *>(layer.gate_norm + gate_at);
+        gate = *reinterpret_cast<const float4 *>(layer.gate_norm + blockIdx.x * RUN_WIDTH + first);
     };
     const auto load_out = [&](uint32_t l) {
         out_bias = has_out && r.layers[l].out_bias ? r.layers[l].out_bias[out_at] : 0;
@@ -438,102 +393,68 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
     load_out(0);
     cuda_depend_wait();
     const uint32_t serial = *reinterpret_cast<volatile uint32_t *>(r.serial);
-    float x = has_out ? r.hidden[out_row * r.d + out_at] : 0;
+    float x = has_out ? r.hidden[out_at] : 0;
     for (uint32_t l = 0; l < r.layer_count; l++) {
         const uint32_t number = serial + l + 1;
         /* in_proj */
         if (l == 0) {
             const uint32_t i = 4 * threadIdx.x;
-#pragma unroll
-            for (uint32_t row = 0; row < R; row++) {
-                float sum = 0;
-                if (row < r.row_count && i < r.d) {
-                    const uint4 packet =
-                        pack_four(*reinterpret_cast<const float4 *>(r.hidden + row * r.d + i),
-                                  *reinterpret_cast<const float4 *>(r.layers[0].norm + i), 0);
-                    *reinterpret_cast<uint2 *>(rows + row * (r.d + RUN_PAD) + i) =
-                        uint2{packet.x, packet.y};
-                    sum = __uint_as_float(packet.z);
-                }
-                sum = cuda_warp_sum(sum);
-                if (lane == 0)
-                    parts[row * RUN_WARPS + warp] = sum;
+            float sum = 0;
+            if (i < r.d) {
+                const uint4 packet =
+                    pack_four(*reinterpret_cast<const float4 *>(r.hidden + i),
+                              *reinterpret_cast<const float4 *>(r.layers[0].norm + i), 0);
+                *reinterpret_cast<uint2 *>(row + i) = uint2{packet.x, packet.y};
+                sum = __uint_as_float(packet.z);
             }
+            sum = cuda_warp_sum(sum);
+            if (lane == 0)
+                parts[warp] = sum;
         } else {
-            receive_rows<R, 1, RUN_OUT / 4>(r.hidden_sent, r.d, r.row_count, number - 1, rows,
-                                            parts);
+            receive_row<RUN_OUT / 4>(r.hidden_sent, r.d, number - 1, row, parts);
         }
         cuda_meet<RUN_THREADS>();
         cuda_barrier_wait(&barriers->in_full, l & 1);
-        multiply<R, T>(reinterpret_cast<bf16 *>(memory + m.in), rows, r.d, m.in_rows, r.row_count,
-                       sums);
+        multiply<T>(reinterpret_cast<bf16 *>(memory + m.in), row, r.d, m.in_rows, sums);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
             cuda_barrier_arrive(&barriers->in_free);
-#pragma unroll
-        for (int k = 0; k < own_count; k++) {
-            struct own_result &o = own[k];
-            if (o.o >= m.in_rows)
-                continue;
-            const float value = fmaf(sum_of<R, T>(sums, o.row, o.o),
-                                     norm_scale(parts, o.row, r.d, r.epsilon), o.bias);
-            float *in = inputs + o.row * (2 * RUN_WIDTH + 2);
-            /* What others wait for first. */
-            if (o.o < RUN_WIDTH || (o.o >= 2 * RUN_WIDTH && o.o < 2 * RUN_WIDTH + r.columns)) {
-                const float next = convolve(&o.column, value);
-                if (o.o < RUN_WIDTH)
-                    in[o.o] = next;
-                else
-                    cuda_send(r.columns_sent +
-                                  column_at(r, o.row, blockIdx.x * r.columns + o.o - 2 * RUN_WIDTH),
-                              uint2{__float_as_uint(next), number});
-                keep_column(r, l, o);
-            } else if (o.o < 2 * RUN_WIDTH) {
-                in[o.o] = cuda_silu(value);
-            }
-            if (o.o == 2 * RUN_WIDTH + r.columns) {
-                const float time =
-                    fminf(fmaxf(cuda_softplus(value + o.dt_bias), s.dt_min), s.dt_max);
-                in[2 * RUN_WIDTH] = time;
-                in[2 * RUN_WIDTH + 1] = expf(time * -expf(o.rate));
-            }
-        }
+        if (own.o < m.in_rows)
+            finish_own(r, l, number,
+                       fmaf(sum_of<T>(sums, own.o), norm_scale(parts, r.d, r.epsilon), own.bias),
+                       &own, in);
         /* The recurrence. */
-        receive_columns<R, V>(r, number, columns);
+        receive_columns(r, number, columns);
         cuda_barrier_wait(&barriers->state_full, l & 1);
         cuda_meet<RUN_THREADS>();
-        step_states<R, V>(r, l, reinterpret_cast<float *>(memory + m.state), columns, inputs,
-                          through, gate, number);
+        if (steps)
+            step_states<V>(r, l, first, reinterpret_cast<float *>(memory + m.state), columns, *in,
+                           through, gate, number);
         if (l + 1 < r.layer_count)
             load_layer(l + 1);
         /* out_proj */
-        if (R == 1)
-            receive_row(r.gated_sent, s.inner, number, rows, out_parts);
-        else
-            receive_rows<R, 2, RUN_WIDTH / 4>(r.gated_sent, s.inner, r.row_count, number, rows,
-                                              out_parts);
+        receive_row<RUN_WIDTH / 4>(r.gated_sent, s.inner, number, row, out_parts);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
             cuda_barrier_arrive(&barriers->state_free);
         cuda_barrier_wait(&barriers->out_full, l & 1);
-        multiply<R, 1>(reinterpret_cast<bf16 *>(memory + m.out), rows, s.inner, RUN_OUT,
-                       r.row_count, sums);
+        multiply<1>(reinterpret_cast<bf16 *>(memory + m.out), row, s.inner, RUN_OUT, sums);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
             cuda_barrier_arrive(&barriers->out_free);
-        if (warp * CUDA_WARP < R * RUN_OUT) {
+        if (warp == 0) {
             if (has_out)
-                x = fmaf(sum_of<R, 1>(sums, out_row, out),
-                         norm_scale(out_parts, out_row, s.inner, r.epsilon), out_bias + x);
+                x = fmaf(sum_of<1>(sums, threadIdx.x), norm_scale(out_parts, s.inner, r.epsilon),
+                         out_bias + x);
             float4 v;
             v.x = __shfl_sync(CUDA_ALL_LANES, x, lane & ~3u);
             v.y = __shfl_sync(CUDA_ALL_LANES, x, (lane & ~3u) + 1);
             v.z = __shfl_sync(CUDA_ALL_LANES, x, (lane & ~3u) + 2);
             v.w = __shfl_sync(CUDA_ALL_LANES, x, lane | 3u);
             if (has_out && l + 1 == r.layer_count)
-                r.hidden[out_row * r.d + out_at] = x;
+                r.hidden[out_at] = x;
             else if (has_out && lane % 4 == 0)
-                cuda_send(r.hidden_sent + packet_at<RUN_OUT / 4>(out_row, out_at / 4),
+                cuda_send(r.hidden_sent + packet_at<RUN_OUT / 4>(out_at / 4),
                           pack_four(v, next_norm, number));
         }
         if (l + 1 < r.layer_count)
@@ -543,48 +464,42 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
         *r.serial = serial + r.layer_count;
 }
 
-template <int R, int T, int V> static bool launch(struct ops_context *x, const struct run &r)
+template <int T, int V> static void launch(struct ops_context *x, const struct run &r)
 {
-    const size_t shared = room_of(r, R, T).bytes;
-    if (shared > x->shared_most)
-        return false;
-    CUDA_ALLOW_SHARED(x, (run_layers<R, T, V>), shared);
-    CUDA_LAUNCH_TOGETHER(x, (run_layers<R, T, V>), dim3(r.s.inner / RUN_WIDTH),
+    const size_t shared = room_of(r, T).bytes;
+    CUDA_ALLOW_SHARED(x, (run_layers<T, V>), shared);
+    CUDA_LAUNCH_TOGETHER(x, (run_layers<T, V>), dim3(r.s.inner / RUN_WIDTH),
                          dim3(RUN_THREADS + CUDA_WARP), shared, r);
-    return true;
 }
 
-template <int R, int T> static bool choose_width(struct ops_context *x, const struct run &r)
+template <int T> static void choose_width(struct ops_context *x, const struct run &r)
 {
-    return r.s.n == 4 * CUDA_WARP ? launch<R, T, 4>(x, r) : launch<R, T, 2>(x, r);
+    r.s.n == 4 * CUDA_WARP ? launch<T, 4>(x, r) : launch<T, 2>(x, r);
 }
 
-template <int R> static bool choose_tiles(struct ops_context *x, const struct run &r)
+static uint32_t tiles_of(const struct run &r)
 {
-    return cuda_ceil(2 * RUN_WIDTH + r.columns + 1, TILE) == 5 ? choose_width<R, 5>(x, r)
-                                                               : choose_width<R, 6>(x, r);
+    return cuda_ceil(2 * RUN_WIDTH + r.columns + 1, TILE);
 }
 
 void cuda_run_launch(struct ops_context *x, const struct run &r)
 {
-    const bool done = choose_tiles<RUN_ROWS>(x, r);
-    ASSERT(done);
+    tiles_of(r) == 5 ? choose_width<5>(x, r) : choose_width<6>(x, r);
 }
 
-bool cuda_run_covers(const struct ops_context *x, uint32_t row_count)
+void cuda_run_open(const struct ops_context *x, struct run *r)
 {
-    const struct mamba_shape s = mamba_shape_of(&x->config);
-    const uint32_t d = x->config.hidden_size, blocks = s.inner / RUN_WIDTH,
-                   columns = 2 * s.groups * s.n;
-    struct run r = {};
-    if (x->wide || !x->early || row_count > RUN_ROWS || s.inner != 2 * d ||
-        s.inner % (8 * RUN_WIDTH) || s.width % RUN_WIDTH || s.taps != TAPS ||
-        (s.n != 4 * CUDA_WARP && s.n != 2 * CUDA_WARP) || blocks > (uint32_t)x->multiprocessors ||
-        d > 4 * RUN_THREADS || columns % blocks || columns / blocks > 2 * TILE - 1)
-        return false;
-    r.s = s;
-    r.d = d;
-    r.columns = columns / blocks;
-    const uint32_t tiles = cuda_ceil(2 * RUN_WIDTH + r.columns + 1, TILE);
-    return (tiles == 5 || tiles == 6) && room_of(r, RUN_ROWS, tiles).bytes <= x->shared_most;
+    const uint32_t blocks = x->config.inner_size / RUN_WIDTH;
+    struct mamba_shape &s = r->s;
+    s = mamba_shape_of(&x->config);
+    r->d = x->config.hidden_size;
+    r->epsilon = x->config.norm_epsilon;
+    const uint32_t columns = 2 * s.groups * s.n;
+    if (x->wide || x->states_bf16 || !x->early || s.inner != 2 * r->d || s.inner % (8 * RUN_WIDTH) ||
+        s.width % RUN_WIDTH || s.taps != TAPS || (s.n != 4 * CUDA_WARP && s.n != 2 * CUDA_WARP) ||
+        blocks > (uint32_t)x->multiprocessors || r->d > 4 * RUN_THREADS || columns % blocks)
+        return;
+    r->columns = columns / blocks;
+    const uint32_t tiles = tiles_of(*r);
+    r->covers = (tiles == 5 || tiles == 6) && room_of(*r, tiles).bytes <= x->shared_most;
 }

@@ -158,11 +158,8 @@ enum status cuda_step_open(struct ops_context *x, struct error *err)
     s->arrived = (uint32_t *)cuda_take(x, OPS_STEP_ROWS * sizeof *s->arrived);
     s->largest = (int32_t *)cuda_alloc_host(x, OPS_STEP_ROWS * sizeof *s->largest);
     struct run *r = &s->run;
-    r->s = mamba_shape_of(c);
-    r->d = c->hidden_size;
-    r->columns = 2 * r->s.groups * r->s.n * RUN_WIDTH / r->s.inner;
-    r->epsilon = c->norm_epsilon;
-    const size_t lines = RUN_ROWS * RUN_LINE * cuda_ceil(r->s.inner, RUN_WIDTH);
+    cuda_run_open(x, r);
+    const size_t lines = RUN_LINE * (size_t)cuda_ceil(c->inner_size, RUN_WIDTH);
     r->hidden_sent = (uint4 *)cuda_take(x, lines);
     r->gated_sent = (uint4 *)cuda_take(x, lines);
     r->columns_sent = (uint2 *)cuda_take(x, lines);
@@ -355,12 +352,11 @@ bool cuda_step_mamba(struct ops_context *x, const struct ops_mamba_weights *w,
 {
     struct run *r = &x->step->run;
     size_t ssm, conv;
-    if (x->states_bf16 || !cuda_run_covers(x, x->step->step.count))
+    if (!r->covers || x->step->step.count > 1)
         return false;
     if (r->layer_count == RUN_LAYERS || (r->layer_count && r->hidden != hidden))
         cuda_step_flush(x);
-    r->segments = cuda_step_states(x, states, &ssm, &conv);
-    r->row_count = x->step->step.count;
+    r->segment = cuda_step_states(x, states, &ssm, &conv);
     r->hidden = hidden;
     struct run_layer *layer = &r->layers[r->layer_count++];
     layer->weights = cuda_step_weights<bf16>(w);
