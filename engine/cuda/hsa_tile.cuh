@@ -12,15 +12,16 @@
 #define HSA_TILE 16 /* query heads of a tile */
 #define HSA_LOG2_E 1.4426950408889634f
 
-/* K or V of a page, whose rows lie `stride` apart, on its way to shared memory. One warp. */
-template <int HD>
+/* TOKENS rows of K or V of a page, which lie `stride` apart, on their way to shared memory. One
+ * warp. */
+template <int HD, int TOKENS = HSA_TOKENS>
 static __device__ __forceinline__ void hsa_fetch(bf16 *to, const bf16 *from, uint32_t stride)
 {
     constexpr uint32_t units = HD / 8, rows = CUDA_WARP / units; /* at once */
     const uint32_t lane = threadIdx.x % CUDA_WARP, row = lane / units;
     from += (size_t)row * stride + lane % units * 8;
 #pragma unroll 4
-    for (uint32_t k = 0; k < HSA_TOKENS; k += rows, from += rows * stride)
+    for (uint32_t k = 0; k < TOKENS; k += rows, from += rows * stride)
         cuda_copy_async(to + cuda_swizzled<HD>(k + row, lane % units * 8), from);
 }
 

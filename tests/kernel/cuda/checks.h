@@ -20,6 +20,7 @@ void check_encode(struct bed *b, uint32_t count); /* chunks */
 /* n segments of counts[i] rows, which see about chunks[i] landmarks. */
 void check_retrieve(struct bed *b, const uint32_t *counts, const uint64_t *chunks, uint32_t n);
 
-void check_hsa(struct bed *b, uint32_t row_count);
+/* That many rows, and `copies` of them in one call. */
+void check_hsa(struct bed *b, uint32_t row_count, uint32_t copies);
 
 #endif

@@ -115,7 +115,37 @@ void check_encode(struct bed *b, uint32_t count)
 
 #define PAGES 40
 
-void check_hsa(struct bed *b, uint32_t row_count)
+/* The same rows over and over in one call, which then takes the form of many rows: `want` for
+ * each. */
+static void check_copies(struct bed *b, uint32_t copies, uint32_t row_count, const float *q,
+                         const float *weights, const void *const *pages, const float *want)
+{
+    const size_t floats = (size_t)row_count * b->config.hidden_size;
+    const size_t picks = (size_t)row_count * b->config.retrieval_heads * b->config.topk;
+    float *all_q = malloc(copies * floats * 4), *all_want = malloc(copies * floats * 4);
+    float *all_weights = malloc(copies * picks * sizeof *weights);
+    const void **all_pages = malloc(copies * picks * sizeof *pages);
+    for (uint32_t i = 0; i < copies; i++) {
+        memcpy(all_q + i * floats, q, floats * 4);
+        memcpy(all_want + i * floats, want, floats * 4);
+        memcpy(all_weights + i * picks, weights, picks * sizeof *weights);
+        memcpy(all_pages + i * picks, pages, picks * sizeof *pages);
+    }
+    float *gq = to_device(b, all_q, copies * floats * 4);
+    float *go = to_device(b, NULL, copies * floats * 4);
+    b->cuda->hsa_attend(b->cuda_context, copies * row_count, gq, all_weights, all_pages, go);
+    float *got = to_host(b, go, copies * floats);
+    same(b, "hsa_attend of many rows", got, all_want, copies * floats * 4);
+    free(got);
+    release(b, gq);
+    release(b, go);
+    free(all_q);
+    free(all_want);
+    free(all_weights);
+    free(all_pages);
+}
+
+void check_hsa(struct bed *b, uint32_t row_count, uint32_t copies)
 {
     const struct model_config *c = &b->config;
     const size_t d = c->hidden_size, picks = (size_t)c->retrieval_heads * c->topk;
@@ -167,6 +197,7 @@ void check_hsa(struct bed *b, uint32_t row_count)
         same(b, "hsa_attend in parts", parts, got, floats * sizeof *got);
         free(parts);
     }
+    check_copies(b, copies, row_count, q, weights, named, got);
     /* The host writes other bytes to a page: the device must not remember the old ones. */
     memcpy(pages, pages + (PAGES - 1) * bytes, bytes);
     b->cuda->host_wrote(b->cuda_context, pages);
