@@ -11,8 +11,10 @@ One layer of the 370M shape over the whole of a prompt: 16 query heads of 64, on
 64, 8 picks, retrieval width 1024. Picks are visible chunks, newest first, the same for both
 kernels: once random ones, of which neighbouring tokens share few, and once as the shipped model
 picks on a book, where most stay from token to token (make_text_picks); weights are random, and 0
-where fewer chunks are visible. Times are medians
-(triton.testing.do_bench); each result is checked against plain PyTorch in fp32 on some rows first.
+where fewer chunks are visible. Retrieval is timed for a slice of a prompt of a million tokens, too.
+Times are medians (triton.testing.do_bench); each result is checked first: some rows against plain
+PyTorch in fp32, and attention of all rows against that of few rows at a time, which has a kernel of
+its own and must give the same bits.
 The published code has no kernel for retrieval: its formula in PyTorch (a product, a mask, topk,
 sort) stands for it. Full attention is torch's scaled_dot_product_attention, causal, on as many
 tokens. Ours reads queries and writes outputs in fp32, as between the ops of the engine; the Triton
@@ -33,6 +35,8 @@ import triton
 HEADS, HEAD_DIM, CHUNK, TOPK = 16, 64, 64, 8
 WIDTH = HEADS * HEAD_DIM
 BLOCK = 256  # landmarks of a block of the engine's memory
+FEW = 256  # rows that are attended without looking at their neighbours
+SLICE, LONG = 4096, 1 << 20  # rows of a slice, and the tokens of its prompt
 
 
 def load_library(path):
@@ -136,15 +140,23 @@ class Attention:
         self.want = hsa_rows(rows, self.q, self.pages[:, 0], self.pages[:, 1], self.picks,
                              self.weights)
 
-    def ours(self):
+    def attend(self, first, count, out):
         must(self.lib.bench_kernels_attend(
-            self.context, self.tokens, self.wide.data_ptr(), self.weights.data_ptr(),
-            self.addresses.data_ptr(), self.out.data_ptr()))
+            self.context, count, self.wide[first].data_ptr(), self.weights[first].data_ptr(),
+            self.addresses[first].data_ptr(), out[first].data_ptr()))
+
+    def ours(self):
+        self.attend(0, self.tokens, self.out)
 
     def check_ours(self):
         self.ours()
         if torch.isnan(self.out).any():
             sys.exit("an output was not written")
+        alone = torch.full_like(self.out, float("nan"))
+        for first in range(0, self.tokens, FEW):
+            self.attend(first, min(FEW, self.tokens - first), alone)
+        if not torch.equal(alone, self.out):
+            sys.exit("rows in groups and few rows at a time have different bits")
         return error(self.out[self.rows], self.want)
 
     def prepare_triton(self, module):
@@ -182,35 +194,55 @@ class Attention:
 
 
 class Retrieval:
-    def __init__(self, lib, context, tokens):
-        self.lib, self.context, self.tokens = lib, context, tokens
+    """The last `count` of `tokens`."""
+
+    def __init__(self, lib, context, tokens, count):
+        self.lib, self.context, self.count, self.first = lib, context, count, tokens - count
         self.chunks = tokens // CHUNK
         blocks = (self.chunks + BLOCK - 1) // BLOCK
         self.marks = torch.zeros(blocks * BLOCK, WIDTH, device="cuda").bfloat16()
         self.marks[:self.chunks] = torch.randn(self.chunks, WIDTH, device="cuda").bfloat16()
         self.table = (self.marks.data_ptr() +
                       torch.arange(blocks, device="cuda") * BLOCK * WIDTH * 2)
-        self.q = (torch.randn(tokens, WIDTH, device="cuda") / math.sqrt(WIDTH)).bfloat16()
+        self.q = (torch.randn(count, WIDTH, device="cuda") / math.sqrt(WIDTH)).bfloat16()
         self.seen = (tokens - 1) // CHUNK
-        self.segment = lib.bench_kernels_segment(0, tokens, self.chunks, self.table.data_ptr())
-        room = lib.bench_kernels_room(context, tokens, self.seen)
+        self.segment = self.segment_of(0, count)
+        room = max(lib.bench_kernels_room(context, n, self.seen) for n in (count, FEW))
         self.candidates = torch.empty(room, device="cuda", dtype=torch.int64)
-        self.picked = torch.full((tokens, TOPK), -1, device="cuda", dtype=torch.int64)
-        self.weights = torch.full((tokens, TOPK), float("nan"), device="cuda")
+        self.picked = torch.full((count, TOPK), -1, device="cuda", dtype=torch.int64)
+        self.weights = torch.full((count, TOPK), float("nan"), device="cuda")
+
+    def segment_of(self, first, count):
+        return self.lib.bench_kernels_segment(self.first + first, count, self.chunks,
+                                              self.table.data_ptr())
+
+    def retrieve(self, segment, count, q, picked, weights):
+        must(self.lib.bench_kernels_retrieve(
+            self.context, segment, count, self.seen, q.data_ptr(), self.candidates.data_ptr(),
+            picked.data_ptr(), weights.data_ptr()))
 
     def ours(self):
-        must(self.lib.bench_kernels_retrieve(
-            self.context, self.segment, self.tokens, self.seen, self.q.data_ptr(),
-            self.candidates.data_ptr(), self.picked.data_ptr(), self.weights.data_ptr()))
+        self.retrieve(self.segment, self.count, self.q, self.picked, self.weights)
+
+    def check_part(self, first, count):
+        """Rows that are a segment of their own, scanned in more parts, get the same."""
+        rows = slice(first, first + count)
+        picked, weights = torch.empty_like(self.picked[rows]), torch.empty_like(self.weights[rows])
+        self.retrieve(self.segment_of(first, count), count, self.q[rows], picked, weights)
+        if not (torch.equal(picked, self.picked[rows]) and
+                torch.equal(weights, self.weights[rows])):
+            sys.exit("some rows alone have other picks or weights")
 
     def check_ours(self):
         """The worst that a pick's score lies below the K-th best one."""
         self.ours()
         if torch.isnan(self.weights).any():
             sys.exit("a weight was not written")
-        rows = torch.randint(TOPK * CHUNK, self.tokens, (64,), device="cuda")
+        self.check_part(self.count // 2, FEW)
+        rows = torch.randint(max(TOPK * CHUNK - self.first, 0), self.count, (64,), device="cuda")
         scores = self.q[rows].float() @ self.marks[:self.chunks].float().T
-        hidden = torch.arange(self.chunks, device="cuda") >= (rows // CHUNK)[:, None]
+        visible = (self.first + rows) // CHUNK
+        hidden = torch.arange(self.chunks, device="cuda") >= visible[:, None]
         scores.masked_fill_(hidden, float("-inf"))
         least = scores.topk(TOPK, dim=1).values[:, -1:]
         gap = (least - scores.gather(1, self.picked[rows])).max().item()
@@ -221,8 +253,8 @@ class Retrieval:
     def torch(self):
         """The published formula: the scores of all pairs, masked, topk, sort, stick-breaking."""
         scores = (self.q @ self.marks[:self.chunks].T).float()
-        hidden = (torch.arange(self.chunks, device="cuda") >=
-                  (torch.arange(self.tokens, device="cuda") // CHUNK)[:, None])
+        visible = (self.first + torch.arange(self.count, device="cuda")) // CHUNK
+        hidden = torch.arange(self.chunks, device="cuda") >= visible[:, None]
         scores.masked_fill_(hidden, float("-inf"))
         _, picks = scores.topk(TOPK, dim=1)
         picks = picks.sort(dim=1, descending=True).values
@@ -249,7 +281,7 @@ def main():
     def note(tokens, what, whose, ms, work, off):
         ours = next((r[3] for r in rows if r[0] == tokens and r[1] == what), ms)
         rows.append((tokens, what, whose, ms, ms / ours, work / ms * 1e-9, off))
-        print(f"{tokens:6} {what:15} {whose:24} {ms:9.4f} ms {ms / ours:7.2f}x "
+        print(f"{tokens:7} {what:21} {whose:24} {ms:9.4f} ms {ms / ours:7.2f}x "
               f"{work / ms * 1e-9:7.1f} TFLOP/s  {off}", flush=True)
 
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
@@ -267,13 +299,15 @@ def main():
         note(tokens, "attention", "torch, full and causal", median(attention.full),
              2 * tokens * tokens * WIDTH, "")
         del attention
-        retrieval = Retrieval(lib, context, tokens)
-        work = tokens * tokens // CHUNK * WIDTH
-        gap = retrieval.check_ours()
-        note(tokens, "retrieval", "ours", median(retrieval.ours), work, f"gap {gap:.1e}")
-        note(tokens, "retrieval", "published formula, torch", median(retrieval.torch), work, "")
-        del retrieval
+    for tokens, count in [(n, n) for n in options.tokens] + [(LONG, SLICE)]:
         torch.cuda.empty_cache()
+        retrieval = Retrieval(lib, context, tokens, count)
+        what = "retrieval" if count == tokens else f"retrieval, {count:,} rows"
+        work = count * (2 * tokens - count) // CHUNK * WIDTH
+        gap = retrieval.check_ours()
+        note(tokens, what, "ours", median(retrieval.ours), work, f"gap {gap:.1e}")
+        note(tokens, what, "published formula, torch", median(retrieval.torch), work, "")
+        del retrieval
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as out:
             writer = csv.writer(out)
