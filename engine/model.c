@@ -240,6 +240,7 @@ static void let_pages_go(struct pass *p)
     struct model *m = p->m;
     while (m->kept)
         memory_page_unpin(&p->engine->memory, m->held[--m->kept]);
+    m->picked = UNMARKED;
 }
 
 void model_retrieve(struct pass *p, const struct weights_layer *layer)
@@ -450,13 +451,59 @@ static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t i
         model_unpin_rows(p, &b);
 }
 
+/* Pins the pages of the item's marked chunks and puts where they lie to m->pages from `*count` on;
+ * false: no room. */
+static bool pin_marked(struct pass *p, struct block *b, uint32_t item, size_t *count)
+{
+    struct model *m = p->m;
+    const uint64_t *marks = p->engine->ops->picked(p->engine->context, item);
+    const uint64_t chunks = m->landmarks[item].count;
+    if (!marks)
+        return false;
+    for (uint64_t word = 0; word * 64 < chunks; word++)
+        for (uint64_t left = marks[word]; left; left &= left - 1) {
+            const uint64_t chunk = word * 64 + (uint64_t)__builtin_ctzll(left);
+            struct memory_page *page =
+                p->items[item].status ? NULL : model_pin_chunk(p, b, item, chunk, false);
+            if (!page && !p->items[item].status)
+                return false;
+            m->pages[(*count)++] = page ? page->data : NULL;
+        }
+    return true;
+}
+
+/* Pins the pages of all picks, each once, and tells the backend where they lie. False, and nothing
+ * is pinned: there is no room for all at once, or one cannot be read. */
+static bool name_picked(struct pass *p)
+{
+    struct engine *engine = p->engine;
+    struct model *m = p->m;
+    struct block b = {.pages = m->held};
+    size_t count = 0;
+    bool whole = true;
+    m->stamp++;
+    for (uint32_t i = 0; i < p->count && whole; i++)
+        whole = pin_marked(p, &b, i, &count);
+    if (whole && !memory_load(&engine->memory, &engine->io, b.pages, b.held) &&
+        engine->ops->name_picked(engine->context, m->pages, count)) {
+        m->kept = b.held;
+        return true;
+    }
+    model_unpin_rows(p, &b);
+    return false;
+}
+
 void model_hsa(struct pass *p, const struct weights_layer *layer)
 {
     struct model *m = p->m;
     const struct ops *ops = p->engine->ops;
     ops->hsa_query(p->engine->context, &layer->hsa, &p->rows, m->x, m->q);
     const struct block all = {.count = p->rows.row_count};
-    if (m->kept)
+    if (m->picked == MARKED)
+        m->picked = name_picked(p) ? NAMED : UNMARKED;
+    if (m->picked == NAMED)
+        ops->hsa_attend(p->engine->context, all.count, m->q, NULL, NULL, m->o);
+    else if (m->kept)
         attend_block(p, &all);
     else
         attend_rows(p, 0, p->rows.row_count, 0, true);
@@ -555,6 +602,7 @@ static void run_layers(struct pass *p)
             break;
         case MODEL_LAYER_RETRIEVAL: {
             model_retrieve(p, layer);
+            m->picked = engine->ops->picked ? MARKED : UNMARKED;
             model_note_picks(p, group++);
             break;
         }

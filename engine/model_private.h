@@ -36,6 +36,7 @@ struct model {
      * those that wait for theirs, and of what is expected. */
     struct memory_page **held, **waiting_held, **ahead_held;
     size_t kept; /* of `held`: pages of all rows, for the group's next HSA layers; 0: none are */
+    enum { UNMARKED, MARKED, NAMED } picked; /* the picks of all rows: see ops.h, `picked` */
     struct ops_picks waiting_picks; /* [OPS_STEP_ROWS, Hr, K] */
     struct block ahead;
     const void **expected; /* [expected_capacity] pages for the backend to bring */

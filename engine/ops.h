@@ -216,12 +216,23 @@ struct ops {
                      const struct ops_rows *rows, const struct ops_landmarks *landmarks,
                      const float *x, struct ops_picks *picks);
 
+    /* Each chunk that the last `retrieve` picked, once, so that its page is named once and not for
+     * every row that reads it: of segment i, bit c % 64 of word c / 64 says it of chunk c. Borrowed
+     * until the next `retrieve`, or a step in parts. NULL: nobody knows. */
+    const uint64_t *(*picked)(const struct ops_context *context, uint32_t segment);
+    /* The K/V pages of those chunks, segment by segment, in the order of the bits (NULL: its picks
+     * are not read), for hsa_attend of all rows, which is then given neither weights nor pages, as
+     * long as no other pages are. False: they do not fit the device all at once; they are not
+     * named. Both NULL where there is no device. */
+    bool (*name_picked)(struct ops_context *context, const void *const *pages, size_t count);
+
     /* q[rows, H * hd] = q_proj(RMSNorm(x)) (q_norm when enable_qk_norm). Apart from hsa_attend, so
      * that attention can go by sub-blocks of rows when pages are short. */
     void (*hsa_query)(struct ops_context *context, const struct ops_hsa_weights *weights,
                       const struct ops_rows *rows, const float *x, float *q);
     /* o[row_count, H * hd] for rows with q and picks given from their first row on; pages[row,
-     * Hr, K] are the K/V pages of the picks (NULL where the weight is 0). */
+     * Hr, K] are the K/V pages of the picks (NULL where the weight is 0). Weights and pages NULL:
+     * those of all rows of the last `retrieve`, which were named. */
     void (*hsa_attend)(struct ops_context *context, uint32_t row_count, const float *q,
                        const float *weights, const void *const *pages, float *o);
     /* x += o_proj(o). */

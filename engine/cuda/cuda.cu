@@ -140,6 +140,13 @@ void cuda_copy_out(struct ops_context *x, void *host, const void *device, size_t
                "a copy from the GPU");
 }
 
+void cuda_copy_in(struct ops_context *x, void *device, const void *host, size_t bytes)
+{
+    if (!x->failed)
+        copied(x, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, x->stream),
+               "a copy to the GPU");
+}
+
 static bool on_device(struct ops_context *x, const void *memory)
 {
     cudaPointerAttributes attributes;
@@ -233,8 +240,8 @@ void *cuda_stage(struct ops_context *x, const void *data, size_t bytes)
     if (x->stage_used > x->stage_bytes)
         x->stage_used = x->stage_bytes;
     memcpy(host, data, bytes);
-    if (!copied(x, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, x->stream),
-                "a copy to the GPU"))
+    cuda_copy_in(x, device, host, bytes);
+    if (x->failed)
         return NULL;
     *known = (struct cuda_staged){hash, x->stage_epoch, bytes, host, device};
     return device;
@@ -346,7 +353,8 @@ static bool take_memory(struct ops_context *x)
     return x->normed && x->mixed && x->projected && x->conv && x->scanned && x->scales &&
            x->arrived && x->dt && x->decay && x->states && x->query &&
            (x->wide || x->query_narrow) && x->pick_chunks && x->pick_weights && x->draw_weights &&
-           x->drawn && cuda_encode_open(x) && cuda_codes_open(x) && stage_open(x, STAGE_BYTES);
+           x->drawn && cuda_picked_open(x) && cuda_encode_open(x) && cuda_codes_open(x) &&
+           stage_open(x, STAGE_BYTES);
 }
 
 static void cuda_close(struct ops_context *x)
@@ -357,6 +365,7 @@ static void cuda_close(struct ops_context *x)
     cuda_pages_close(x);
     cuda_codes_close(x);
     cuda_encode_close(x);
+    cuda_picked_close(x);
     cuda_products_close(x);
     void *all[] = {x->scales,       x->arrived,      x->normed,     x->mixed,       x->projected,
                    x->conv,         x->scanned,      x->dt,         x->decay,       x->states,
@@ -552,6 +561,8 @@ static struct ops make_table(void)
     table.mamba = cuda_mamba;
     table.encode_chunks = cuda_encode_chunks;
     table.retrieve = cuda_retrieve;
+    table.picked = cuda_picked;
+    table.name_picked = cuda_name_picked;
     table.hsa_query = cuda_hsa_query;
     table.hsa_attend = cuda_hsa_attend;
     table.hsa_out = cuda_hsa_out;

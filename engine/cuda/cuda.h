@@ -31,6 +31,7 @@ extern "C" {
 struct cuda_products; /* cuBLASLt and what it chose for each shape */
 struct cuda_pages;    /* K/V pages on the device */
 struct cuda_step;     /* recorded steps */
+struct cuda_marks;    /* what the last retrieval picked */
 
 /* What encodes CUDA_CHUNKS chunks, S + 1 rows each: see encode_chunks.cu. */
 struct cuda_encoder {
@@ -76,6 +77,7 @@ struct ops_context {
     struct cuda_products *products;
     struct cuda_pages *pages;
     struct cuda_step *step;
+    struct cuda_marks *marks;
     size_t page_bytes, page_budget;
     /* Activations of the op under way; the inputs of products are bf16, or floats when wide. */
     void *normed;      /* [max_rows, d] */
@@ -148,6 +150,8 @@ void cuda_begin(struct ops_context *context);
 void *cuda_stage(struct ops_context *context, const void *data, size_t bytes);
 /* Segment structs to be filled in and staged; freed by the caller. NULL after a failure. */
 struct cuda_segment *cuda_segments(struct ops_context *context, const struct ops_rows *rows);
+/* `host` is pinned, and stays as it is until the stream has passed. */
+void cuda_copy_in(struct ops_context *context, void *device, const void *host, size_t bytes);
 void cuda_copy_out(struct ops_context *context, void *host, const void *device, size_t bytes);
 void cuda_wait(struct ops_context *context);
 
@@ -270,15 +274,20 @@ size_t cuda_pages_take(struct ops_context *context, const void *const *pages, si
 void *cuda_pages_create(struct ops_context *context, const void *page);
 /* All of the kernel's pages are taken: those that are missing come now, in one copy. */
 void cuda_pages_end(struct ops_context *context);
-/* Where these pages lie, to `data`, when they were taken not long ago, in runs that were
- * remembered, and none has moved since; else false. NULLs among the pages stay NULL. */
-bool cuda_pages_known(struct ops_context *context, const void *const *pages, size_t count,
-                      const void **data);
-/* What cuda_pages_take gave for them. */
-void cuda_pages_remember(struct ops_context *context, const void *const *pages,
-                         const void *const *data, size_t count);
 /* Waits until the copies from host pages before the last cuda_pages_end are done. */
 void cuda_pages_settle(struct ops_context *context);
+
+/* ---- picked.cu ---- */
+
+bool cuda_picked_open(struct ops_context *context);
+void cuda_picked_close(struct ops_context *context);
+/* Marks what lies in pick_chunks and pick_weights of these rows: see ops.h, `picked`; the marks are
+ * the host's once it has waited. */
+void cuda_mark_picks(struct ops_context *context, const struct ops_rows *rows,
+                     const struct ops_landmarks *landmarks);
+/* The device's copies of the pages of all picks of these rows, which were named; [rows, Hr, K] on
+ * the device. */
+const void *const *cuda_picked_pages(const struct ops_context *context, uint32_t row_count);
 
 struct ops_page_stats cuda_page_stats(const struct ops_context *context);
 
@@ -297,6 +306,8 @@ void cuda_encode_chunks(struct ops_context *context, const struct ops_chunking_w
 void cuda_retrieve(struct ops_context *context, const struct ops_retrieval_weights *weights,
                    const struct ops_rows *rows, const struct ops_landmarks *landmarks,
                    const float *x, struct ops_picks *picks);
+const uint64_t *cuda_picked(const struct ops_context *context, uint32_t segment);
+bool cuda_name_picked(struct ops_context *context, const void *const *pages, size_t count);
 void cuda_prefetch(struct ops_context *context, const void *const *pages, size_t count,
                    bool predicted);
 void cuda_fetched(struct ops_context *context);

@@ -137,15 +137,17 @@ extern "C" void cuda_hsa_attend(struct ops_context *x, uint32_t row_count, const
         launch_attend(x, row_count, q, shares, own, o);
         return;
     }
+    if (!pages) {
+        launch_attend(x, row_count, q, x->pick_weights, cuda_picked_pages(x, row_count), o);
+        cuda_pages_settle(x);
+        return;
+    }
     cuda_begin(x);
     const void **device = (const void **)malloc(sizeof *device * picks * (row_count + 1));
     if (!device)
         cuda_fail(x, STATUS_NO_MEMORY, "out of memory for a step's pages");
-    const bool known = device && cuda_pages_known(x, pages, picks * row_count, device);
     for (uint32_t first = 0; first < row_count && !x->failed;) {
-        const uint32_t count = known ? row_count : take_rows(x, first, row_count, pages, device);
-        if (!known && count == row_count)
-            cuda_pages_remember(x, pages, device, picks * row_count);
+        const uint32_t count = take_rows(x, first, row_count, pages, device);
         const void *const *staged =
             (const void *const *)cuda_stage(x, device, sizeof *device * picks * count);
         const float *shares =

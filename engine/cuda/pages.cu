@@ -19,7 +19,6 @@ extern "C" {
 #define COPY_THREADS 256
 #define RECENT_PAGES 4096
 #define AHEAD 8 /* pages between a hint and what it is for */
-#define KNOWN 8 /* more than a slice has runs of rows: its next layer reads the same pages */
 #define BATCH_MOST 1024 /* pages that come ahead together */
 
 /* How a page came: with the kernel that reads it (or somebody has taken it since); on the stream of
@@ -47,13 +46,6 @@ struct recent {
     uint64_t stamp;
 };
 
-/* Pages that were taken together, and where they lay when `moves` was what it says. */
-struct known {
-    const void **pages, **data;
-    size_t count, capacity;
-    uint64_t moves;
-};
-
 struct cuda_pages {
     struct list lru;
     size_t stride, capacity, count; /* bytes of a page; slots at most; slots there are */
@@ -63,9 +55,6 @@ struct cuda_pages {
     void **slabs; /* device memory and slot structs in turn */
     size_t slab_count;
     uint64_t stamp;
-    uint64_t moves; /* counts pages that left their slot */
-    struct known known[KNOWN];
-    uint32_t next_known;
     struct recent recent[RECENT_PAGES]; /* taken since cuda_pages_begin: rows share pages */
     uint64_t hits, misses;
     struct copy *missing; /* to be copied here by cuda_pages_end */
@@ -202,10 +191,6 @@ void cuda_pages_close(struct ops_context *x)
     free(p->slabs);
     free(p->table);
     free(p->missing);
-    for (size_t i = 0; i < KNOWN; i++) {
-        free(p->known[i].pages);
-        free(p->known[i].data);
-    }
     free(p);
     x->pages = NULL;
 }
@@ -225,7 +210,6 @@ static void empty(struct cuda_pages *p, struct slot *slot)
         at = &(*at)->next;
     *at = slot->next;
     slot->page = NULL;
-    p->moves++;
 }
 
 void cuda_pages_forget(struct ops_context *x, const void *page)
@@ -439,45 +423,6 @@ void cuda_pages_end(struct ops_context *x)
     if (!x->failed)
         p->waiting = cuda_check(x, cudaEventRecord(p->copied, x->stream), "an event");
     p->timed = !p->waiting;
-}
-
-bool cuda_pages_known(struct ops_context *x, const void *const *pages, size_t count,
-                      const void **data)
-{
-    struct cuda_pages *p = x->pages;
-    size_t at = 0;
-    for (size_t before = SIZE_MAX; at < count && at != before;) {
-        before = at;
-        for (size_t i = 0; i < KNOWN && at == before; i++) {
-            const struct known *known = &p->known[i];
-            if (known->moves != p->moves || !known->count || known->count > count - at ||
-                memcmp(known->pages, pages + at, known->count * sizeof *pages) != 0)
-                continue;
-            memcpy(data + at, known->data, known->count * sizeof *data);
-            at += known->count;
-        }
-    }
-    for (size_t i = 0; i < count && at == count; i++)
-        p->hits += pages[i] != NULL;
-    return at == count && !x->failed;
-}
-
-void cuda_pages_remember(struct ops_context *x, const void *const *pages, const void *const *data,
-                         size_t count)
-{
-    struct cuda_pages *p = x->pages;
-    struct known *known = &p->known[p->next_known++ % KNOWN];
-    if (count > known->capacity) {
-        free(known->pages);
-        free(known->data);
-        known->pages = (const void **)malloc(count * sizeof *pages);
-        known->data = (const void **)malloc(count * sizeof *data);
-        known->capacity = known->pages && known->data ? count : 0;
-    }
-    known->count = count <= known->capacity ? count : 0;
-    known->moves = p->moves;
-    memcpy(known->pages, pages, known->count * sizeof *pages);
-    memcpy(known->data, data, known->count * sizeof *data);
 }
 
 /* ---- ahead ---- */

@@ -344,6 +344,7 @@ extern "C" void cuda_retrieve(struct ops_context *x, const struct ops_retrieval_
         if (!x->fp8 || cuda_scans_rows(x))
             scan_long(x, w, rows, landmarks, segments);
     }
+    cuda_mark_picks(x, rows, landmarks);
     cuda_copy_out(x, picks->chunks, x->pick_chunks, count * sizeof *picks->chunks);
     cuda_copy_out(x, picks->weights, x->pick_weights, count * sizeof *picks->weights);
     cuda_wait(x);

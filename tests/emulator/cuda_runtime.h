@@ -108,6 +108,11 @@ static inline int __clz(unsigned x)
     return x ? __builtin_clz(x) : 32;
 }
 
+static inline int __popcll(unsigned long long x)
+{
+    return __builtin_popcountll(x);
+}
+
 static inline unsigned __ballot_sync(unsigned, int predicate)
 {
     const uint64_t *all = emulator_exchange(predicate != 0);
@@ -219,6 +224,13 @@ template <typename T> static inline T atomicMax(T *at, T x)
 {
     const T before = *at;
     *at = x > before ? x : before;
+    return before;
+}
+
+template <typename T> static inline T atomicOr(T *at, T x)
+{
+    const T before = *at;
+    *at |= x;
     return before;
 }
 

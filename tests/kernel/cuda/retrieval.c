@@ -222,6 +222,67 @@ static void check_row(const struct bed *b, double decay, const double *scores, u
     }
 }
 
+#define MARKED_PAGES 12
+
+/* What the retrieval marked is what it picked, and attention over the pages of the marked chunks is
+ * to the bit that over the pages of all picks. */
+static void check_marks(struct bed *b, const struct ops_rows *rows,
+                        const struct ops_landmarks *landmarks, const struct ops_picks *picks)
+{
+    const struct model_config *c = &b->config;
+    const size_t per_row = (size_t)c->retrieval_heads * c->topk, count = rows->row_count * per_row;
+    const size_t kv = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim;
+    const size_t bytes = kv * (b->wide ? 4 : 2), floats = (size_t)rows->row_count * c->hidden_size;
+    char *pages = b->cuda->alloc_host(b->cuda_context, MARKED_PAGES * bytes);
+    const void **named = calloc(count, sizeof *named), **marked = calloc(count, sizeof *marked);
+    ASSERT(pages && named && marked);
+    float *elements = random_floats(MARKED_PAGES * kv, 1);
+    to_dtype(b, elements, MARKED_PAGES * kv, pages);
+    free(elements);
+    size_t marks = 0, wrong = 0;
+    for (uint32_t i = 0; i < rows->segment_count; i++) {
+        const struct ops_segment *segment = &rows->segments[i];
+        const uint64_t *words = b->cuda->picked(b->cuda_context, i);
+        const size_t from = segment->row * per_row, end = from + segment->count * per_row;
+        for (uint64_t chunk = 0; chunk < landmarks[i].count; chunk++) {
+            /* As where a sequence's chunks could not be read: the page of one in seven is NULL. */
+            const size_t at = (chunk * 5 + i) % (MARKED_PAGES + 2);
+            const void *page = at < MARKED_PAGES ? pages + at * bytes : NULL;
+            bool picked = false;
+            for (size_t j = from; j < end; j++)
+                if (picks->weights[j] > 0 && picks->chunks[j] == chunk) {
+                    picked = true;
+                    named[j] = page;
+                }
+            const bool is_marked = words && words[chunk / 64] >> chunk % 64 & 1;
+            wrong += picked != is_marked;
+            if (is_marked && marks < count)
+                marked[marks++] = page;
+        }
+    }
+    verdict(b, "picked", !wrong, "%zu of %zu marks wrong", wrong, marks);
+    float *q = random_floats(floats, 1);
+    float *gq = to_device(b, q, floats * sizeof *q), *go = to_device(b, NULL, floats * sizeof *q);
+    b->cuda->hsa_attend(b->cuda_context, rows->row_count, gq, picks->weights, named, go);
+    float *want = to_host(b, go, floats);
+    const bool room = !wrong && b->cuda->name_picked(b->cuda_context, marked, marks);
+    for (int layer = 0; layer < 2 && room; layer++) {
+        b->cuda->copy(b->cuda_context, go, q, floats * sizeof *q);
+        b->cuda->hsa_attend(b->cuda_context, rows->row_count, gq, NULL, NULL, go);
+        float *got = to_host(b, go, floats);
+        same(b, "hsa_attend of marked chunks", got, want, floats * sizeof *got);
+        free(got);
+    }
+    verdict(b, "name_picked", room, "%zu pages", marks);
+    free(want);
+    free(q);
+    release(b, gq);
+    release(b, go);
+    b->cuda->release_host(b->cuda_context, pages);
+    free(named);
+    free(marked);
+}
+
 void check_retrieve(struct bed *b, const uint32_t *counts, const uint64_t *chunks, uint32_t n)
 {
     const struct model_config *c = &b->config;
@@ -270,6 +331,7 @@ void check_retrieve(struct bed *b, const uint32_t *counts, const uint64_t *chunk
             }
     verdict(b, "retrieve", !e.wrong, "%zu wrong, gap %.1e, weights within %.1e (allowed %.0e) %s",
             e.wrong, e.worst_gap, e.worst_weight, slack, e.first);
+    check_marks(b, &rows, landmarks, &picks);
     for (uint32_t i = 0; b->fp8 && i < 2; i++) /* a short segment and a long one */
         verdict(b, "retrieve, a twin wiped",
                 wiped_is_missed(b, &device, &rows, landmarks, gx, i, &picks), "segment of %u rows",
