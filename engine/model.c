@@ -193,8 +193,8 @@ static void copy_landmarks(struct pass *p, uint32_t n)
     }
 }
 
-/* Encodes and keeps the `n` chunks that were collected. */
-void model_append_chunks(struct pass *p, const struct weights_layer *layer, uint32_t n)
+/* Encodes the `n` chunks that were collected. */
+void model_encode_chunks(struct pass *p, const struct weights_layer *layer, uint32_t n)
 {
     struct engine *engine = p->engine;
     struct model *m = p->m;
@@ -211,6 +211,13 @@ void model_append_chunks(struct pass *p, const struct weights_layer *layer, uint
     }
     copy_landmarks(p, n);
     engine_must_work(engine);
+}
+
+/* Gives the `n` chunks that were encoded to whoever keeps them. */
+void model_append_chunks(struct pass *p, uint32_t n)
+{
+    struct engine *engine = p->engine;
+    struct model *m = p->m;
     for (uint32_t i = 0; i < n; i++) {
         const struct engine_session *s = m->chunk_items[i]->session;
         const struct chunk_key key = {s->ranges[s->range_count - 1].branch, m->chunk_index[i]};
@@ -587,7 +594,7 @@ static void run_layers(struct pass *p)
 {
     struct engine *engine = p->engine;
     struct model *m = p->m;
-    uint32_t mamba = 0, group = 0;
+    uint32_t mamba = 0, group = 0, chunks = 0;
     for (uint32_t i = 0; i < engine->config.layer_count; i++) {
         const struct weights_layer *layer = &engine->weights.layers[i];
         switch (layer->kind) {
@@ -598,7 +605,8 @@ static void run_layers(struct pass *p)
             mamba++;
             break;
         case MODEL_LAYER_CHUNKING:
-            model_append_chunks(p, layer, gather_chunks(p));
+            chunks = gather_chunks(p);
+            model_encode_chunks(p, layer, chunks);
             break;
         case MODEL_LAYER_RETRIEVAL: {
             model_retrieve(p, layer);
@@ -611,6 +619,8 @@ static void run_layers(struct pass *p)
             break;
         }
     }
+    /* Only now: they are copied while a device works on the layers behind. */
+    model_append_chunks(p, chunks);
 }
 
 /* Picks were noted group by group; items want theirs in one piece. */

@@ -76,8 +76,10 @@ void model_item_failed(struct model_item *item, enum status status);
 
 /* Gives the whole chunk of `item` in scratch slot `n` a page and a landmark. */
 void model_place_chunk(struct pass *p, struct model_item *item, uint32_t n);
-/* Encodes and keeps the `n` chunks that were collected. */
-void model_append_chunks(struct pass *p, const struct weights_layer *layer, uint32_t n);
+/* Encodes the `n` chunks that were collected, and waits for them. */
+void model_encode_chunks(struct pass *p, const struct weights_layer *layer, uint32_t n);
+/* Gives the `n` chunks that were encoded to whoever keeps them. */
+void model_append_chunks(struct pass *p, uint32_t n);
 
 void model_name_landmarks(struct pass *p);
 /* The picks of all rows. */

@@ -306,8 +306,11 @@ static bool step_retrieve(struct pass *p, struct step *s, const struct weights_l
         model_retrieve(p, layer);
     end_part(p, s, &p->m->picks, NULL);
     await_expected(p); /* nothing is appended while the store is read */
-    if (s->part == 0)
-        model_append_chunks(p, chunking, whole_chunks(p));
+    if (s->part == 0) {
+        const uint32_t chunks = whole_chunks(p);
+        model_encode_chunks(p, chunking, chunks);
+        model_append_chunks(p, chunks);
+    }
     model_name_landmarks(p); /* blocks may lie elsewhere now */
     model_note_picks(p, s->part);
     return begin_part(p, s, late);

@@ -16,7 +16,10 @@ static size_t append_room(void *context)
 
 static enum status append(void *context, struct chunk_key key, const void *kv, const void *landmark)
 {
-    (void)context, (void)key, (void)kv, (void)landmark;
+    const struct noise_io *io = context;
+    (void)key;
+    memcpy(io->written, kv, io->kv_bytes);
+    memcpy(io->written + io->kv_bytes, landmark, io->landmark_bytes);
     return STATUS_OK;
 }
 
@@ -59,6 +62,7 @@ void noise_io_init(struct noise_io *io)
 void noise_io_close(struct noise_io *io)
 {
     free(io->noise);
+    free(io->written);
 }
 
 struct chunk_io noise_io(struct noise_io *io)
@@ -74,6 +78,9 @@ void noise_io_attach(struct noise_io *io, struct engine *engine)
 {
     io->kv_bytes = engine_get_info(engine)->kv_bytes;
     io->landmark_bytes = engine_get_info(engine)->landmark_bytes;
+    free(io->written);
+    io->written = malloc(io->kv_bytes + io->landmark_bytes);
+    ASSERT(io->written);
 }
 
 enum status noise_io_session(struct engine *engine, uint64_t branch, uint64_t position,

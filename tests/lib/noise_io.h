@@ -1,5 +1,5 @@
 /* noise_io.h - chunk_io of a past that nobody wrote: landmarks and pages of any chunk are random
- * bytes, always the same ones, and what is appended is kept nowhere. For sessions of any length at
+ * bytes, always the same ones, and what is appended is copied and forgotten. For sessions of any length at
  * once, whose times are what a real one's are.
  * Thread: the caller's. Owns the noise. */
 #ifndef TESTS_LIB_NOISE_IO_H
@@ -11,6 +11,7 @@ struct noise_io {
     size_t kv_bytes, landmark_bytes;
     uint16_t *noise; /* bf16 between 1/8 and 2, either sign */
     size_t count;    /* a power of two */
+    char *written;   /* the last chunk that was appended */
 };
 
 void noise_io_init(struct noise_io *io);
