@@ -22,8 +22,9 @@ extern "C" {
 
 #define CUDA_FEW_ROWS 8       /* up to here a segment's rows share each weight as it is read */
 #define CUDA_BLOCK_TOKENS 128 /* of a block of the chunked (SSD) form, at most */
-#define CUDA_CHUNKS 16        /* chunks encoded together, always: see encode_chunks.cu */
+#define CUDA_CHUNKS 16        /* chunks encoded together: see encode_chunks.cu */
 #define CUDA_LANES 4          /* of these beside each other */
+#define CUDA_MANY_CHUNKS (CUDA_CHUNKS * CUDA_LANES)
 #define CUDA_DRAWS 32         /* tokens drawn together */
 #define CUDA_RETIRED 16       /* staging buffers outgrown within one op */
 #define CUDA_STAGED 512       /* staged arrays remembered by their content */
@@ -33,7 +34,8 @@ struct cuda_pages;    /* K/V pages on the device */
 struct cuda_step;     /* recorded steps */
 struct cuda_marks;    /* what the last retrieval picked */
 
-/* What encodes CUDA_CHUNKS chunks, S + 1 rows each: see encode_chunks.cu. */
+/* What encodes CUDA_CHUNKS chunks, S + 1 rows each; the scratch of all lanes lies together, so that
+ * the first one's encodes CUDA_MANY_CHUNKS: see encode_chunks.cu. */
 struct cuda_encoder {
     cudaStream_t stream; /* NULL: the context's */
     cudaEvent_t reached;
@@ -100,6 +102,7 @@ struct ops_context {
     uint64_t *pick_chunks;       /* [max_rows, Hr, K] */
     float *pick_weights;
     struct cuda_encoder encoders[CUDA_LANES];
+    bool encodes_many, many_tried; /* CUDA_MANY_CHUNKS in one group */
     uint32_t lane; /* of what is launched; 0 but in encode_chunks.cu */
 };
 

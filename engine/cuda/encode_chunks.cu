@@ -1,7 +1,9 @@
-/* encode_chunks.cu - hidden states of whole chunks become their memory. Products always run over
- * the rows of CUDA_CHUNKS chunks, so that what a chunk becomes does not depend on how many others
- * came with it: cuBLASLt chooses its kernels by the row count. Such products leave most of a large
- * GPU idle, so groups of chunks go beside each other, each in a lane: a stream and scratch. */
+/* encode_chunks.cu - hidden states of whole chunks become their memory. Products run over the rows
+ * of CUDA_CHUNKS chunks, so that what a chunk becomes does not depend on how many others came with
+ * it: cuBLASLt chooses its kernels by the row count. Such products leave most of a large GPU idle,
+ * so groups of chunks go beside each other, each in a lane: a stream and scratch. Where there are
+ * CUDA_MANY_CHUNKS, one group has them all, if products over so many rows give the same bits, which
+ * they do where each sum runs in the order of its terms; the first time, that is tried. */
 #include <stdlib.h>
 
 #include "engine/cuda/device.cuh"
@@ -170,22 +172,36 @@ static __global__ void __launch_bounds__(LANDMARK_THREADS)
         cuda_store(landmarks[blockIdx.x] + at + i, from[i] * scale);
 }
 
-/* A product over the rows of CUDA_CHUNKS chunks. */
-static void product(struct ops_context *x, const struct ops_tensor *weight,
-                    const struct ops_tensor *bias, const void *in, float *out, bool add)
+/* Chunks encoded together; arrays on the device. */
+struct group {
+    uint32_t count, rows; /* chunks; rows of all chunks that there is room for */
+    const float *const *chunks;
+    void *const *pages, *const *host_pages, *const *landmarks;
+};
+
+/* Of `chunks` chunks. */
+static uint32_t rows_of(const struct ops_context *x, uint32_t chunks)
 {
-    const struct ops_segment segment = {0, CUDA_CHUNKS * (x->config.chunk_tokens + 1), 0};
-    const struct ops_rows rows = {&segment, 1, segment.count};
+    return chunks * (x->config.chunk_tokens + 1);
+}
+
+/* A product of all rows of a group. */
+static void product(struct ops_context *x, const struct ops_tensor *weight,
+                    const struct ops_tensor *bias, uint32_t row_count, const void *in, float *out,
+                    bool add)
+{
+    const struct ops_segment segment = {0, row_count, 0};
+    const struct ops_rows rows = {&segment, 1, row_count};
     cuda_linear(x, weight, bias, &rows, in, out, add);
 }
 
 /* The lane's y from the normed rows in it. */
 template <typename T>
-static void attend(struct ops_context *x, const struct ops_encoder_layer *w, uint32_t count)
+static void attend(struct ops_context *x, const struct ops_encoder_layer *w, const struct group &g)
 {
     const struct model_config *c = &x->config;
     const struct cuda_encoder &e = x->encoders[x->lane];
-    const uint32_t n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
+    const uint32_t n = c->chunk_tokens + 1, rows = g.rows;
     const struct encoder_heads s = {c->heads, c->encoder_kv_heads, c->head_dim, n};
     const struct encoder_inputs in = {e.q,
                                       e.k,
@@ -196,11 +212,11 @@ static void attend(struct ops_context *x, const struct ops_encoder_layer *w, uin
                                       (const float *)w->q_norm.data,
                                       (const float *)w->k_norm.data};
     const bool tiles = cuda_encodes_tiles(x, s); /* which add the biases themselves */
-    product(x, &w->q, tiles ? NULL : &w->q_bias, e.y, e.q, false);
-    product(x, &w->k, tiles ? NULL : &w->k_bias, e.y, e.k, false);
-    product(x, &w->v, tiles ? NULL : &w->v_bias, e.y, e.v, false);
+    product(x, &w->q, tiles ? NULL : &w->q_bias, rows, e.y, e.q, false);
+    product(x, &w->k, tiles ? NULL : &w->k_bias, rows, e.y, e.k, false);
+    product(x, &w->v, tiles ? NULL : &w->v_bias, rows, e.y, e.v, false);
     if (tiles) {
-        cuda_encode_attention(x, s, count, in);
+        cuda_encode_attention(x, s, g.count, in);
         return;
     }
     const size_t q_heads = (size_t)rows * c->heads, k_heads = (size_t)rows * c->encoder_kv_heads;
@@ -209,56 +225,51 @@ static void attend(struct ops_context *x, const struct ops_encoder_layer *w, uin
                 c->heads, c->head_dim, n, q_heads);
     CUDA_LAUNCH(x, norm_rotate, dim3(cuda_ceil(k_heads, HEAD_WARPS)), head_block, 0, e.k, in.k_norm,
                 c->encoder_kv_heads, c->head_dim, n, k_heads);
-    CUDA_LAUNCH(x, attend_chunk<T>, dim3(count, c->heads, cuda_ceil(n, ATTENTION_WARPS)),
+    CUDA_LAUNCH(x, attend_chunk<T>, dim3(g.count, c->heads, cuda_ceil(n, ATTENTION_WARPS)),
                 dim3(ATTENTION_WARPS * CUDA_WARP), ATTENTION_WARPS * n * sizeof(float), s,
                 1 / sqrtf((float)c->head_dim), e.q, e.k, e.v, (T *)e.y);
 }
 
 template <typename T>
-static void encoder_layer(struct ops_context *x, const struct ops_encoder_layer *w, uint32_t count)
+static void encoder_layer(struct ops_context *x, const struct ops_encoder_layer *w,
+                          const struct group &g)
 {
     const struct model_config *c = &x->config;
     const struct cuda_encoder &e = x->encoders[x->lane];
-    const uint32_t d = c->hidden_size, n = c->chunk_tokens + 1, rows = CUDA_CHUNKS * n;
+    const uint32_t rows = g.rows;
     T *y = (T *)e.y;
-    cuda_norm(x, e.x, &w->input_norm, d, MODEL_MEMORY_EPSILON, rows, y);
-    attend<T>(x, w, count);
-    product(x, &w->o, NULL, y, e.x, true);
-    cuda_norm(x, e.x, &w->post_norm, d, MODEL_MEMORY_EPSILON, rows, y);
-    product(x, &w->gate, NULL, y, e.q, false);
-    product(x, &w->up, NULL, y, e.up, false);
+    cuda_norm(x, e.x, &w->input_norm, c->hidden_size, MODEL_MEMORY_EPSILON, rows, y);
+    attend<T>(x, w, g);
+    product(x, &w->o, NULL, rows, y, e.x, true);
+    cuda_norm(x, e.x, &w->post_norm, c->hidden_size, MODEL_MEMORY_EPSILON, rows, y);
+    product(x, &w->gate, NULL, rows, y, e.q, false);
+    product(x, &w->up, NULL, rows, y, e.up, false);
     const size_t elements = (size_t)rows * c->encoder_mlp_size;
     CUDA_LAUNCH(x, gate_up<T>, dim3(cuda_ceil(elements, 256)), dim3(256), 0, e.q, e.up, elements,
                 y);
-    product(x, &w->down, NULL, y, e.x, true);
+    product(x, &w->down, NULL, rows, y, e.x, true);
 }
 
 /* The lane's y: the encoded rows of each chunk and of its summary, as inputs of products. */
 template <typename T>
-static void encode(struct ops_context *x, const struct ops_chunking_weights *w, uint32_t count)
+static void encode(struct ops_context *x, const struct ops_chunking_weights *w,
+                   const struct group &g)
 {
     const struct model_config *c = &x->config;
     const struct cuda_encoder &e = x->encoders[x->lane];
-    const uint32_t d = c->hidden_size, rows = CUDA_CHUNKS * (c->chunk_tokens + 1);
+    const uint32_t d = c->hidden_size, rows = g.rows;
     if (!c->encoder_layers) {
         cuda_norm_floats(x, e.x, &w->norm, d, MODEL_MEMORY_EPSILON, rows, e.x);
-        CUDA_LAUNCH(x, average, dim3(count), dim3(256), 0, e.x, c->chunk_tokens, d);
+        CUDA_LAUNCH(x, average, dim3(g.count), dim3(256), 0, e.x, c->chunk_tokens, d);
         cuda_narrow(x, e.x, (size_t)rows * d, e.y);
         return;
     }
     if (c->encoder_prenorm)
         cuda_norm_floats(x, e.x, &w->enc_prenorm, d, MODEL_MEMORY_EPSILON, rows, e.x);
     for (uint32_t j = 0; j < c->encoder_layers; j++)
-        encoder_layer<T>(x, &w->encoder[j], count);
+        encoder_layer<T>(x, &w->encoder[j], g);
     cuda_norm(x, e.x, &w->encoder_norm, d, MODEL_MEMORY_EPSILON, rows, e.y);
 }
-
-/* Up to CUDA_CHUNKS chunks; arrays on the device. */
-struct group {
-    uint32_t count;
-    const float *const *chunks;
-    void *const *pages, *const *host_pages, *const *landmarks;
-};
 
 /* Keys, values and landmarks of the encoded chunks into pages and landmark blocks. */
 template <typename T>
@@ -268,19 +279,20 @@ static void write_memory(struct ops_context *x, const struct ops_chunking_weight
     const struct model_config *c = &x->config;
     const struct cuda_encoder &e = x->encoders[x->lane];
     const uint32_t s = c->chunk_tokens, width = c->retrieval_dim / c->retrieval_heads;
-    product(x, &w->proj_k, NULL, e.y, e.k, false);
-    product(x, &w->proj_v, NULL, e.y, e.v, false);
+    product(x, &w->proj_k, NULL, g.rows, e.y, e.k, false);
+    product(x, &w->proj_v, NULL, g.rows, e.y, e.v, false);
     CUDA_LAUNCH(x, write_pages<T>, dim3(g.count, cuda_ceil((uint64_t)s * c->kv_heads, HEAD_WARPS)),
                 dim3(HEAD_WARPS * CUDA_WARP), 0, e.k, e.v,
                 c->qk_norm ? (const float *)w->k_norm.data : NULL, s, c->kv_heads, c->head_dim,
                 (T *const *)g.pages, (T *const *)g.host_pages);
     T *summaries = (T *)e.summary;
-    CUDA_LAUNCH(x, gather_summaries<T>, dim3(CUDA_CHUNKS), dim3(256), 0, (const T *)e.y, s,
+    const uint32_t chunks = g.rows / (s + 1);
+    CUDA_LAUNCH(x, gather_summaries<T>, dim3(chunks), dim3(256), 0, (const T *)e.y, s,
                 c->hidden_size, summaries);
-    struct ops_segment single[CUDA_CHUNKS];
-    for (uint32_t i = 0; i < CUDA_CHUNKS; i++)
+    struct ops_segment single[CUDA_MANY_CHUNKS];
+    for (uint32_t i = 0; i < chunks; i++)
         single[i] = (struct ops_segment){i, 1, 0};
-    const struct ops_rows rows = {single, CUDA_CHUNKS, CUDA_CHUNKS};
+    const struct ops_rows rows = {single, chunks, chunks};
     cuda_linear(x, &w->landmark, NULL, &rows, summaries, e.q, false);
     CUDA_LAUNCH(x, write_landmarks<T>, dim3(g.count, c->retrieval_heads), dim3(LANDMARK_THREADS), 0,
                 e.q, c->landmark_norm, width, (T *const *)g.landmarks);
@@ -292,29 +304,116 @@ static void run_group(struct ops_context *x, const struct ops_chunking_weights *
 {
     const struct model_config *c = &x->config;
     const struct cuda_encoder &e = x->encoders[x->lane];
-    CUDA_LAUNCH(x, gather, dim3(CUDA_CHUNKS * (c->chunk_tokens + 1)), dim3(256), 0, g.chunks,
+    CUDA_LAUNCH(x, gather, dim3(g.rows), dim3(256), 0, g.chunks,
                 c->encoder_layers ? (const float *)w->cls.data : NULL, g.count, c->chunk_tokens,
                 c->hidden_size, e.x);
-    encode<T>(x, w, g.count);
+    encode<T>(x, w, g);
     write_memory<T>(x, w, g);
 }
 
-/* Makes ready what a group reads. False: there is no room for its pages beside those that were
- * taken since cuda_pages_begin. */
-static bool stage_group(struct ops_context *x, uint32_t count, const float *const *chunks,
-                        void *const *kv, void *const *landmarks, struct group *out)
+/* ---- many chunks together ---- */
+
+template <typename T> static __global__ void fill_noise(T *to, size_t count)
 {
-    void *pages[CUDA_CHUNKS];
-    const uint32_t n = count < CUDA_CHUNKS ? count : CUDA_CHUNKS;
-    for (uint32_t i = 0; i < n; i++)
-        if (!(pages[i] = cuda_pages_create(x, kv[i])))
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count)
+        cuda_store(to + i, (float)((uint32_t)i * 2654435761u >> 16) / 32768.0f - 1);
+}
+
+static __global__ void find_difference(const float *a, const float *b, size_t count,
+                                       uint32_t *found)
+{
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count && __float_as_uint(a[i]) != __float_as_uint(b[i]))
+        *found = 1;
+}
+
+/* Notes in `found` whether a product over the rows of many chunks and those over the rows of each
+ * CUDA_CHUNKS of them differ. */
+static void compare_products(struct ops_context *x, const struct ops_tensor *weight,
+                             uint32_t *found)
+{
+    const struct cuda_encoder &e = x->encoders[0];
+    const uint32_t rows = rows_of(x, CUDA_CHUNKS), many = rows_of(x, CUDA_MANY_CHUNKS);
+    const size_t in = (size_t)many * weight->cols, out = (size_t)many * weight->rows;
+    const size_t row_bytes = (size_t)weight->cols * (x->wide ? 4 : 2);
+    const dim3 grid(cuda_ceil(in, 256)), block(256);
+    if (x->wide)
+        CUDA_LAUNCH(x, fill_noise<float>, grid, block, 0, (float *)e.y, in);
+    else
+        CUDA_LAUNCH(x, fill_noise<bf16>, grid, block, 0, (bf16 *)e.y, in);
+    product(x, weight, NULL, many, e.y, e.q, false);
+    for (size_t first = 0; first < many; first += rows)
+        product(x, weight, NULL, rows, (const char *)e.y + first * row_bytes,
+                e.up + first * weight->rows, false);
+    CUDA_LAUNCH(x, find_difference, dim3(cuda_ceil(out, 256)), block, 0, e.q, e.up, out, found);
+}
+
+/* Whether many chunks may be one group: products of all shapes give the same bits. */
+static bool encodes_many(struct ops_context *x, const struct ops_chunking_weights *w)
+{
+    uint32_t *found = (uint32_t *)x->encoders[0].summary, differ = 0;
+    if (x->many_tried)
+        return x->encodes_many;
+    cuda_check(x, cudaMemsetAsync(found, 0, sizeof *found, x->stream), "cudaMemset");
+    compare_products(x, &w->proj_k, found);
+    const struct ops_encoder_layer *layer = w->encoder;
+    const struct ops_tensor *const weights[] = {&layer->q, &layer->k, &layer->gate, &layer->down};
+    for (size_t i = 0; x->config.encoder_layers && i < sizeof weights / sizeof *weights; i++)
+        compare_products(x, weights[i], found);
+    cuda_copy_out(x, &differ, found, sizeof differ);
+    cuda_wait(x);
+    x->many_tried = true;
+    x->encodes_many = !differ && !x->failed;
+    return x->encodes_many;
+}
+
+/* Makes ready what a group of at most `most` chunks reads. False: there is no room for its pages
+ * beside those that were taken since cuda_pages_begin. */
+static bool stage_group(struct ops_context *x, uint32_t most, uint32_t count,
+                        const float *const *chunks, void *const *kv, void *const *landmarks,
+                        struct group *out)
+{
+    const void *all[4 * CUDA_MANY_CHUNKS]; /* the four arrays, in one copy */
+    const uint32_t n = count < most ? count : most;
+    for (uint32_t i = 0; i < n; i++) {
+        if (!(all[i] = cuda_pages_create(x, kv[i])))
             return false;
+        all[n + i] = kv[i];
+        all[2 * n + i] = landmarks[i];
+        all[3 * n + i] = chunks[i];
+    }
+    void *const *staged = (void *const *)cuda_stage(x, all, sizeof *all * 4 * n);
     out->count = n;
-    out->chunks = (const float *const *)cuda_stage(x, chunks, sizeof *chunks * n);
-    out->pages = (void *const *)cuda_stage(x, pages, sizeof *pages * n);
-    out->host_pages = (void *const *)cuda_stage(x, kv, sizeof *kv * n);
-    out->landmarks = (void *const *)cuda_stage(x, landmarks, sizeof *landmarks * n);
+    out->rows = rows_of(x, most);
+    out->pages = staged;
+    out->host_pages = staged + n;
+    out->landmarks = staged + 2 * n;
+    out->chunks = (const float *const *)(staged + 3 * n);
     return !x->failed;
+}
+
+/* The next groups that go beside each other, of `count` chunks; `*taken`: how many they have. */
+static uint32_t next_groups(struct ops_context *x, const struct ops_chunking_weights *w,
+                            uint32_t count, const float *const *chunks, void *const *kv,
+                            void *const *landmarks, struct group groups[CUDA_LANES],
+                            uint32_t *taken)
+{
+    uint32_t n = 0;
+    *taken = 0;
+    if (count >= CUDA_MANY_CHUNKS && encodes_many(x, w)) {
+        cuda_pages_begin(x);
+        if (stage_group(x, CUDA_MANY_CHUNKS, count, chunks, kv, landmarks, groups)) {
+            *taken = groups[0].count;
+            return 1;
+        }
+    }
+    cuda_pages_begin(x);
+    while (n < CUDA_LANES && *taken < count &&
+           stage_group(x, CUDA_CHUNKS, count - *taken, chunks + *taken, kv + *taken,
+                       landmarks + *taken, &groups[n]))
+        *taken += groups[n++].count;
+    return n;
 }
 
 /* Each in its lane; the first one's stream is the context's own, which is behind all of them when
@@ -352,14 +451,12 @@ extern "C" void cuda_encode_chunks(struct ops_context *x,
     cuda_begin(x);
     for (uint32_t first = 0; first < count && !x->failed;) {
         struct group groups[CUDA_LANES];
-        uint32_t n = 0, end = first;
-        cuda_pages_begin(x);
-        while (n < CUDA_LANES && end < count &&
-               stage_group(x, count - end, chunks + end, kv + end, landmarks + end, &groups[n]))
-            end += groups[n++].count;
+        uint32_t taken;
+        const uint32_t n = next_groups(x, weights, count - first, chunks + first, kv + first,
+                                       landmarks + first, groups, &taken);
         ASSERT(n || x->failed); /* the pages of one group always fit: see cuda_pages_open */
         run_groups(x, weights, groups, n);
-        first = end;
+        first += taken;
     }
     cuda_wait(x); /* the host reads its pages next */
 }
@@ -378,37 +475,50 @@ bool cuda_encode_open(struct ops_context *x)
     const size_t rows = (size_t)CUDA_CHUNKS * (c->chunk_tokens + 1);
     const size_t kv = (size_t)larger(c->kv_heads, c->encoder_kv_heads) * c->head_dim;
     const size_t widest = larger(larger(d, c->encoder_mlp_size), c->retrieval_dim);
-    bool all = true;
     for (uint32_t i = 0; i < CUDA_LANES; i++) {
         struct cuda_encoder *e = &x->encoders[i];
         if (i)
             cuda_check(x, cudaStreamCreateWithFlags(&e->stream, cudaStreamNonBlocking), "a stream");
         cuda_check(x, cudaEventCreateWithFlags(&e->reached, cudaEventDisableTiming), "an event");
-        e->x = (float *)cuda_take(x, rows * d * 4);
-        e->q = (float *)cuda_take(x, rows * widest * 4);
-        e->k = (float *)cuda_take(x, rows * kv * 4);
-        e->v = (float *)cuda_take(x, rows * kv * 4);
-        e->up = (float *)cuda_take(x, rows * widest * 4);
-        e->y = cuda_take(x, rows * widest * element);
-        e->summary = cuda_take(x, CUDA_CHUNKS * d * element);
-        all = all && e->x && e->q && e->k && e->v && e->up && e->y && e->summary;
     }
-    return all && !x->failed;
+    struct cuda_encoder *const first = &x->encoders[0];
+    first->x = (float *)cuda_take(x, CUDA_LANES * rows * d * 4);
+    first->q = (float *)cuda_take(x, CUDA_LANES * rows * widest * 4);
+    first->k = (float *)cuda_take(x, CUDA_LANES * rows * kv * 4);
+    first->v = (float *)cuda_take(x, CUDA_LANES * rows * kv * 4);
+    first->up = (float *)cuda_take(x, CUDA_LANES * rows * widest * 4);
+    first->y = cuda_take(x, CUDA_LANES * rows * widest * element);
+    first->summary = cuda_take(x, CUDA_MANY_CHUNKS * d * element);
+    if (!first->x || !first->q || !first->k || !first->v || !first->up || !first->y ||
+        !first->summary || x->failed)
+        return false;
+    for (uint32_t i = 1; i < CUDA_LANES; i++) {
+        struct cuda_encoder *e = &x->encoders[i];
+        e->x = first->x + i * rows * d;
+        e->q = first->q + i * rows * widest;
+        e->k = first->k + i * rows * kv;
+        e->v = first->v + i * rows * kv;
+        e->up = first->up + i * rows * widest;
+        e->y = (char *)first->y + i * rows * widest * element;
+        e->summary = (char *)first->summary + i * CUDA_CHUNKS * d * element;
+    }
+    return true;
 }
 
 void cuda_encode_close(struct ops_context *x)
 {
     for (uint32_t i = 0; i < CUDA_LANES; i++) {
         struct cuda_encoder *e = &x->encoders[i];
-        void *const memory[] = {e->x, e->q, e->k, e->v, e->up, e->y, e->summary};
         if (e->stream) {
             cudaStreamSynchronize(e->stream);
             cudaStreamDestroy(e->stream);
         }
         if (e->reached)
             cudaEventDestroy(e->reached);
-        for (size_t j = 0; j < sizeof memory / sizeof *memory; j++)
-            if (memory[j])
-                cudaFree(memory[j]);
     }
+    const struct cuda_encoder *e = &x->encoders[0];
+    void *const memory[] = {e->x, e->q, e->k, e->v, e->up, e->y, e->summary};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
+        if (memory[i])
+            cudaFree(memory[i]);
 }

@@ -15,7 +15,8 @@ void check_pack(struct bed *b);
 /* n segments of counts[i] rows, with states as the bed has them. */
 void check_mamba(struct bed *b, const uint32_t *counts, uint32_t n);
 
-void check_encode(struct bed *b, uint32_t count); /* chunks */
+/* `count` chunks against ref, and `many` in one call against these. */
+void check_encode(struct bed *b, uint32_t count, uint32_t many); /* chunks */
 
 /* n segments of counts[i] rows, which see about chunks[i] landmarks. */
 void check_retrieve(struct bed *b, const uint32_t *counts, const uint64_t *chunks, uint32_t n);

@@ -54,7 +54,47 @@ static void make_chunking(struct bed *b, struct ops_chunking_weights *h,
 
 #define CHUNKS 19
 
-void check_encode(struct bed *b, uint32_t count)
+/* The same chunks over and over in one call become what they became in a call of `count`: pages and
+ * landmarks as given. */
+static void check_many(struct bed *b, const struct ops_chunking_weights *w, uint32_t count,
+                       uint32_t many, const float *const *chunks, const char *want,
+                       const char *want_landmarks)
+{
+    const struct model_config *c = &b->config;
+    const size_t element = b->wide ? 4 : 2, r = c->retrieval_dim * element;
+    const size_t kv = 2 * (size_t)c->chunk_tokens * c->kv_heads * c->head_dim * element;
+    char *pages = b->cuda->alloc_host(b->cuda_context, many * kv);
+    char *marks = to_device(b, NULL, many * r);
+    const float **from = calloc(many, sizeof *from);
+    void **to = calloc(many, sizeof *to), **landmarks = calloc(many, sizeof *landmarks);
+    char *all = malloc(many * kv);
+    ASSERT(pages && from && to && landmarks && all);
+    memset(pages, 0xff, many * kv);
+    for (uint32_t i = 0; i < many; i++) {
+        from[i] = chunks[i % count];
+        to[i] = pages + i * kv;
+        landmarks[i] = marks + i * r;
+        memcpy(all + i * kv, want + i % count * kv, kv);
+    }
+    b->cuda->encode_chunks(b->cuda_context, w, many, from, to, landmarks);
+    same(b, "encode_chunks, many: pages", pages, all, many * kv);
+    char *host = malloc(many * r);
+    ASSERT(host);
+    b->cuda->copy(b->cuda_context, host, marks, many * r);
+    size_t wrong = 0;
+    for (uint32_t i = 0; i < many; i++)
+        wrong += memcmp(host + i * r, want_landmarks + i % count * r, r) != 0;
+    verdict(b, "encode_chunks, many: landmarks", !wrong, "%zu of %u landmarks differ", wrong, many);
+    free(host);
+    free(all);
+    free(from);
+    free(to);
+    free(landmarks);
+    b->cuda->release_host(b->cuda_context, pages);
+    release(b, marks);
+}
+
+void check_encode(struct bed *b, uint32_t count, uint32_t many)
 {
     const struct model_config *c = &b->config;
     const size_t d = c->hidden_size, s = c->chunk_tokens, element = b->wide ? 4 : 2;
@@ -104,6 +144,8 @@ void check_encode(struct bed *b, uint32_t count)
                            device_to + count - 1, device_landmark + count - 1);
     same(b, "encode_chunks alone", device_to[count - 1], lone, kv * element);
     free(lone);
+    if (many)
+        check_many(b, &device, count, many, device_from, cuda_pages, host_marks);
     free(host_marks);
     free(pages);
     free(marks);
