@@ -2,7 +2,7 @@
  * same chunks, so a block takes a group of rows and brings each page that any of them picked to
  * shared memory once. Some warps merge the rows' picks and fetch, each of the others attends a row
  * of its own to the pages that this picked, in the order of its picks: the bits are those of a row
- * alone. */
+ * alone. Blocks go on from group to group, and no warp waits for another's row to end. */
 #include "engine/cuda/hsa.cuh"
 #include "engine/cuda/hsa_tile.cuh"
 
@@ -19,7 +19,7 @@ template <int HD> struct group_room {
     static constexpr uint32_t tile = HSA_TILE * HD, page = 2 * HSA_TOKENS * HD;
     bf16 queries[rows * tile];
     uint64_t full[SLOTS], empty[SLOTS];
-    uint32_t users[SLOTS]; /* a bit a row; 0: nothing more comes */
+    uint32_t users[SLOTS]; /* a bit a row; 0: no more of this group */
     float shares[SLOTS][rows];
     bf16 pages[1]; /* [slots, page] */
 
@@ -29,6 +29,36 @@ template <int HD> struct group_room {
         return offsetof(group_room, pages) + (size_t)slots * page * sizeof(bf16);
     }
 };
+
+struct group_shape {
+    struct hsa_shape hsa;
+    uint32_t row_count, each, groups, slots; /* rows in all, of a group; groups; pages at once */
+};
+
+/* A group of rows and a kv head, its `item`-th. */
+struct group {
+    uint32_t first, count, g;
+};
+
+static __device__ __forceinline__ struct group group_at(const struct group_shape &s, uint32_t item)
+{
+    struct group out;
+    out.first = item % s.groups * s.each;
+    out.count = min(s.row_count - out.first, s.each);
+    out.g = item / s.groups;
+    return out;
+}
+
+/* A slot of the ring after the other. */
+struct turn {
+    uint32_t slot, parity;
+};
+
+static __device__ __forceinline__ void go_on(struct turn *t, uint32_t slots)
+{
+    t->slot = t->slot + 1 < slots ? t->slot + 1 : 0;
+    t->parity ^= t->slot == 0;
+}
 
 /* The picks that a lane's row has not had yet, the next one first. */
 struct picks {
@@ -85,43 +115,46 @@ static __device__ __forceinline__ const bf16 *next_page(const struct picks &p, u
     return page;
 }
 
-/* A warp of those that merge and fetch; `pages` and `weights` of the group's first row and this kv
- * head, `apart` from row to row. Each of them merges all picks and brings its part of every page.
- */
+/* A warp of those that merge and fetch. Each of them merges all picks and brings its part of every
+ * page. */
 template <int HD>
-static __device__ __forceinline__ void
-feed(struct group_room<HD> &room, uint32_t slots, const struct hsa_shape &s,
-     const bf16 *const *pages, const float *weights, uint32_t row_count, uint32_t apart, uint32_t g)
+static __device__ __forceinline__ void feed(struct group_room<HD> &room,
+                                            const struct group_shape &s, const bf16 *const *pages,
+                                            const float *weights)
 {
-    const uint32_t lane = threadIdx.x % CUDA_WARP, stride = s.kv_heads * HD;
-    const uint32_t feeder = threadIdx.x / CUDA_WARP - room.rows;
-    const size_t part = g * HD + (size_t)feeder * FED * stride;
-    struct picks picks;
-    load_picks(&picks, pages + (size_t)lane * apart, weights + (size_t)lane * apart,
-               lane < row_count ? s.topk : 0);
-    uint32_t last = 0, slot = 0, parity = 1; /* of a slot that nobody has used */
-    for (uint32_t users = 1; users;) {
-        const uint32_t alive = __ballot_sync(CUDA_ALL_LANES, picks.pages[0] != NULL);
-        const bf16 *page = alive ? next_page(picks, alive, &last) : NULL;
-        const bool mine = page && picks.pages[0] == page;
-        users = __ballot_sync(CUDA_ALL_LANES, mine);
-        cuda_barrier_wait(room.empty + slot, parity);
-        if (page) {
-            bf16 *to = room.pages + slot * room.page + feeder * FED * HD;
-            hsa_fetch<HD, FED>(to, page + part, stride);
-            hsa_fetch<HD, FED>(to + room.page / 2, page + part + (size_t)HSA_TOKENS * stride,
-                               stride);
+    const uint32_t lane = threadIdx.x % CUDA_WARP, feeder = threadIdx.x / CUDA_WARP - room.rows;
+    const uint32_t heads = s.hsa.retrieval_heads, stride = s.hsa.kv_heads * HD;
+    struct turn turn = {0, 1}; /* of a slot that nobody has used */
+    uint32_t last = 0;
+    for (uint32_t item = blockIdx.x; item < s.groups * s.hsa.kv_heads; item += gridDim.x) {
+        const struct group group = group_at(s, item);
+        const size_t row = group.first + lane, head = heads == 1 ? 0 : group.g;
+        const size_t part = group.g * HD + (size_t)feeder * FED * stride;
+        struct picks picks;
+        load_picks(&picks, pages + (row * heads + head) * s.hsa.topk,
+                   weights + (row * heads + head) * s.hsa.topk,
+                   lane < group.count ? s.hsa.topk : 0);
+        for (uint32_t users = 1; users; go_on(&turn, s.slots)) {
+            const uint32_t alive = __ballot_sync(CUDA_ALL_LANES, picks.pages[0] != NULL);
+            const bf16 *page = alive ? next_page(picks, alive, &last) : NULL;
+            const bool mine = page && picks.pages[0] == page;
+            users = __ballot_sync(CUDA_ALL_LANES, mine);
+            cuda_barrier_wait(room.empty + turn.slot, turn.parity);
+            if (page) {
+                bf16 *to = room.pages + turn.slot * room.page + feeder * FED * HD;
+                hsa_fetch<HD, FED>(to, page + part, stride);
+                hsa_fetch<HD, FED>(to + room.page / 2, page + part + (size_t)HSA_TOKENS * stride,
+                                   stride);
+            }
+            if (mine && feeder == 0)
+                room.shares[turn.slot][lane] = picks.weights[0];
+            if (mine)
+                drop(&picks, 0);
+            if (lane == 0 && feeder == 0)
+                room.users[turn.slot] = users;
+            cuda_barrier_copied(room.full + turn.slot);
+            cuda_barrier_arrive(room.full + turn.slot);
         }
-        if (mine && feeder == 0)
-            room.shares[slot][lane] = picks.weights[0];
-        if (mine)
-            drop(&picks, 0);
-        if (lane == 0 && feeder == 0)
-            room.users[slot] = users;
-        cuda_barrier_copied(room.full + slot);
-        cuda_barrier_arrive(room.full + slot);
-        slot = slot + 1 < slots ? slot + 1 : 0;
-        parity ^= slot == 0;
     }
 }
 
@@ -142,105 +175,106 @@ static __device__ __forceinline__ void store_queries(bf16 *to, const float *q, u
     }
 }
 
-/* A row of a group. One warp. */
+/* A row of the group, its picks one by one. One warp. */
 template <int HD>
-static __device__ __forceinline__ void attend_own(struct group_room<HD> &room, uint32_t slots,
-                                                  const struct hsa_shape &s, uint32_t row,
-                                                  bool there, const float *q, float *o)
+static __device__ __forceinline__ void attend_pages(struct group_room<HD> &room,
+                                                    const struct group_shape &s, uint32_t row,
+                                                    struct turn *turn, float acc[HD / 8][4])
 {
-    const uint32_t lane = threadIdx.x % CUDA_WARP, in_tile = hsa_lane<HD>(true);
-    const uint32_t heads = s.heads / s.kv_heads;
-    bf16 *tile = room.queries + row * room.tile;
-    if (there)
-        store_queries<HD>(tile, q, heads, s.scale * HSA_LOG2_E);
-    __syncwarp();
+    const uint32_t in_tile = hsa_lane<HD>(true);
+    const bf16 *tile = room.queries + row * room.tile;
     const auto query = [&](int k, uint32_t a[4]) {
         cuda_load_matrices(a, hsa_at<HD>(tile, in_tile, 0, k * 16));
     };
-    float acc[HD / 8][4] = {};
-    uint32_t slot = 0, parity = 0;
-    for (;;) {
-        cuda_barrier_wait(room.full + slot, parity);
-        const uint32_t users = room.users[slot];
-        if (!users)
-            break;
-        const bf16 *keys = room.pages + slot * room.page, *values = keys + room.page / 2;
+    for (uint32_t users = 1; users; go_on(turn, s.slots)) {
+        cuda_barrier_wait(room.full + turn->slot, turn->parity);
+        users = room.users[turn->slot];
         if (users >> row & 1) {
+            const bf16 *keys = room.pages + turn->slot * room.page, *values = keys + room.page / 2;
             uint32_t shares[HSA_TOKENS / 16][4];
-            hsa_weigh<HD>(query, keys, room.shares[slot][row], s.softmax1, shares);
+            hsa_weigh<HD>(query, keys, room.shares[turn->slot][row], s.hsa.softmax1, shares);
 #pragma unroll
             for (int k = 0; k < HSA_TOKENS / 16; k++)
-#pragma unroll
-                for (int n = 0; n < HD / 16; n++) {
-                    uint32_t b[4];
-                    cuda_load_transposed(b, hsa_at<HD>(values, in_tile, k * 16, n * 16));
-                    cuda_mma(acc[2 * n], shares[k], b);
-                    cuda_mma(acc[2 * n + 1], shares[k], b + 2);
-                }
+                hsa_multiply<HD, HD>(acc, shares[k], values, in_tile, true, k * 16, 0);
         }
         __syncwarp();
-        if (lane == 0)
-            cuda_barrier_arrive(room.empty + slot);
-        slot = slot + 1 < slots ? slot + 1 : 0;
-        parity ^= slot == 0;
+        if (threadIdx.x % CUDA_WARP == 0)
+            cuda_barrier_arrive(room.empty + turn->slot);
     }
-#pragma unroll
-    for (int n = 0; n < HD / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint32_t head = lane / 4 + i * 8;
-            if (there && head < heads)
-                *reinterpret_cast<float2 *>(o + head * HD + n * 8 + lane % 4 * 2) =
-                    float2{acc[n][2 * i], acc[n][2 * i + 1]};
-        }
 }
 
-/* `each` rows a group. Grid: groups x kv heads. */
+/* A warp of those that attend; it has the same row of every group. */
+template <int HD>
+static __device__ __forceinline__ void attend(struct group_room<HD> &room,
+                                              const struct group_shape &s, const float *q, float *o)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP, row = threadIdx.x / CUDA_WARP;
+    const uint32_t heads = s.hsa.heads / s.hsa.kv_heads;
+    struct turn turn = {0, 0};
+    for (uint32_t item = blockIdx.x; item < s.groups * s.hsa.kv_heads; item += gridDim.x) {
+        const struct group group = group_at(s, item);
+        const bool there = row < group.count;
+        const size_t at = ((group.first + row) * (size_t)s.hsa.heads + group.g * heads) * HD;
+        if (there)
+            store_queries<HD>(room.queries + row * room.tile, q + at, heads,
+                              s.hsa.scale * HSA_LOG2_E);
+        __syncwarp();
+        float acc[HD / 8][4] = {};
+        attend_pages<HD>(room, s, row, &turn, acc);
+#pragma unroll
+        for (int n = 0; n < HD / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t head = lane / 4 + i * 8;
+                if (there && head < heads)
+                    *reinterpret_cast<float2 *>(o + at + head * HD + n * 8 + lane % 4 * 2) =
+                        float2{acc[n][2 * i], acc[n][2 * i + 1]};
+            }
+    }
+}
+
+/* Grid: blocks that share all groups of all kv heads. */
 template <int HD>
 static __global__ void __launch_bounds__(group_room<HD>::threads, 1)
-    attend_group(struct hsa_shape s, uint32_t row_count, uint32_t each, uint32_t slots,
-                 const float *q, const float *weights, const bf16 *const *pages, float *o)
+    attend_groups(struct group_shape s, const float *q, const float *weights,
+                  const bf16 *const *pages, float *o)
 {
     CUDA_SHARED(struct group_room<HD>, shared);
-    struct group_room<HD> &room = *shared;
-    const uint32_t g = blockIdx.y, first = blockIdx.x * each, there = min(row_count - first, each);
-    if (threadIdx.x < slots) {
-        cuda_barrier_init(room.full + threadIdx.x, 2 * FEEDERS * CUDA_WARP);
-        cuda_barrier_init(room.empty + threadIdx.x, room.rows);
+    if (threadIdx.x < s.slots) {
+        cuda_barrier_init(shared->full + threadIdx.x, 2 * FEEDERS * CUDA_WARP);
+        cuda_barrier_init(shared->empty + threadIdx.x, shared->rows);
     }
     __syncthreads();
     cuda_depend_release();
     cuda_depend_wait();
-    const uint32_t warp = threadIdx.x / CUDA_WARP;
-    if (warp >= room.rows) {
-        const size_t pick =
-            ((size_t)first * s.retrieval_heads + (s.retrieval_heads == 1 ? 0 : g)) * s.topk;
-        feed<HD>(room, slots, s, pages + pick, weights + pick, there, s.retrieval_heads * s.topk,
-                 g);
-    } else {
-        const size_t head = (size_t)(first + warp) * s.heads + g * (s.heads / s.kv_heads);
-        attend_own<HD>(room, slots, s, warp, warp < there, q + head * HD, o + head * HD);
-    }
+    if (threadIdx.x / CUDA_WARP < shared->rows)
+        attend<HD>(*shared, s, q, o);
+    else
+        feed<HD>(*shared, s, pages, weights);
 }
 
 /* False: shared memory has no room for two pages beside the queries. */
 template <int HD>
-static bool launch(struct ops_context *x, const struct hsa_shape &s, uint32_t row_count,
+static bool launch(struct ops_context *x, const struct hsa_shape &hsa, uint32_t row_count,
                    const float *q, const float *weights, const void *const *pages, float *o)
 {
     typedef group_room<HD> room;
-    uint32_t slots = 0;
-    while (slots < SLOTS && room::bytes(slots + 1) <= x->shared_most)
-        slots++;
-    if (slots < 2)
+    const uint64_t tiles = (uint64_t)row_count * hsa.kv_heads, all = (uint64_t)x->multiprocessors;
+    struct group_shape s;
+    s.hsa = hsa;
+    s.row_count = row_count;
+    /* As many rows as keep all multiprocessors busy for the same time. */
+    s.each = cuda_ceil(tiles, all * cuda_ceil(tiles, all * room::rows));
+    s.groups = cuda_ceil(row_count, s.each);
+    s.slots = 0;
+    while (s.slots < SLOTS && room::bytes(s.slots + 1) <= x->shared_most)
+        s.slots++;
+    if (s.slots < 2)
         return false;
-    /* Rows of a group: as many as fill all multiprocessors the same number of times. */
-    const uint64_t tiles = (uint64_t)row_count * s.kv_heads, all = (uint64_t)x->multiprocessors;
-    const uint32_t each = cuda_ceil(tiles, all * cuda_ceil(tiles, all * room::rows));
-    CUDA_ALLOW_SHARED(x, attend_group<HD>, room::bytes(slots));
-    CUDA_LAUNCH_EARLY(x, attend_group<HD>, dim3(cuda_ceil(row_count, each), s.kv_heads),
-                      dim3(room::threads), room::bytes(slots), s, row_count, each, slots, q,
-                      weights, (const bf16 *const *)pages, o);
+    const uint32_t blocks = min(s.groups * hsa.kv_heads, (uint32_t)all);
+    CUDA_ALLOW_SHARED(x, attend_groups<HD>, room::bytes(s.slots));
+    CUDA_LAUNCH_EARLY(x, attend_groups<HD>, dim3(blocks), dim3(room::threads), room::bytes(s.slots),
+                      s, q, weights, (const bf16 *const *)pages, o);
     return true;
 }
 

@@ -36,17 +36,12 @@ static __device__ __forceinline__ void add_values(const uint4 *shares, const bf1
     for (int k = 0; k < HSA_TOKENS / 16; k++) {
         const uint4 words = shares[k * CUDA_WARP + lane];
         const uint32_t a[4] = {words.x, words.y, words.z, words.w};
-        if (COLUMNS == 8) { /* two steps of k at once */
+        if constexpr (COLUMNS == 8) { /* two steps of k at once */
             if (k % 2 == 0)
                 cuda_load_transposed(b, values + cuda_swizzled<HD>(k * 16 + lane, column));
             cuda_mma(acc[0], a, b + k % 2 * 2);
         } else {
-#pragma unroll
-            for (int n = 0; n < COLUMNS / 16; n++) {
-                cuda_load_transposed(b, hsa_at<HD>(values, at, k * 16, column + n * 16));
-                cuda_mma(acc[2 * n], a, b);
-                cuda_mma(acc[2 * n + 1], a, b + 2);
-            }
+            hsa_multiply<HD, COLUMNS>(acc, a, values, at, true, k * 16, column);
         }
     }
 }

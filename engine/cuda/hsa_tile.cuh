@@ -42,21 +42,30 @@ static __device__ __forceinline__ const bf16 *hsa_at(const bf16 *tile, uint32_t 
     return tile + (lane ^ column) + row * HD;
 }
 
-/* The largest, or the sum, of a row of a tile: over the four lanes that share it. */
-static __device__ __forceinline__ float hsa_row_max(float x)
+/* acc += a b^T (keys, by columns) or a b (values, by rows) over 16 of the depth, b from (row,
+ * column) of a swizzled tile on; acc: its columns by eights. What is read is under way at once. */
+template <int HD, int COLUMNS>
+static __device__ __forceinline__ void hsa_multiply(float (*acc)[4], const uint32_t a[4],
+                                                    const bf16 *tile, uint32_t lane, bool values,
+                                                    uint32_t row, uint32_t column)
 {
-    x = fmaxf(x, __shfl_xor_sync(CUDA_ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(CUDA_ALL_LANES, x, 2));
-}
-
-static __device__ __forceinline__ float hsa_row_sum(float x)
-{
-    x += __shfl_xor_sync(CUDA_ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(CUDA_ALL_LANES, x, 2);
+    uint32_t b[COLUMNS / 16][4];
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 16; n++)
+        if (values)
+            cuda_load_transposed(b[n], hsa_at<HD>(tile, lane, row, column + n * 16));
+        else
+            cuda_load_matrices(b[n], hsa_at<HD>(tile, lane, row + n * 16, column));
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 16; n++) {
+        cuda_mma(acc[2 * n], a, b[n]);
+        cuda_mma(acc[2 * n + 1], a, b[n] + 2);
+    }
 }
 
 /* weight * softmax(q K^T), as the tensor cores take it. query(k, a): the tile's columns from 16 k
- * on, scaled for exp2, as cuda_mma's a. One warp. */
+ * on, scaled for exp2, as cuda_mma's a. One warp, of which four lanes share a row; a lane has
+ * numbers of two, i / 2 of scores[n][i]. */
 template <int HD, typename Q>
 static __device__ __forceinline__ void hsa_weigh(const Q &query, const bf16 *keys, float weight,
                                                  bool softmax1, uint32_t out[HSA_TOKENS / 16][4])
@@ -67,35 +76,44 @@ static __device__ __forceinline__ void hsa_weigh(const Q &query, const bf16 *key
     for (int k = 0; k < HD / 16; k++) {
         uint32_t a[4];
         query(k, a);
+        hsa_multiply<HD, HSA_TOKENS>(scores, a, keys, lane, false, 0, k * 16);
+    }
+    const float none = softmax1 ? 0 : -INFINITY; /* the score of what is not there */
+    float top[2] = {none, none}, sums[4] = {}, share[2];
 #pragma unroll
-        for (int n = 0; n < HSA_TOKENS / 16; n++) {
-            uint32_t b[4];
-            cuda_load_matrices(b, hsa_at<HD>(keys, lane, n * 16, k * 16));
-            cuda_mma(scores[2 * n], a, b);
-            cuda_mma(scores[2 * n + 1], a, b + 2);
+    for (int n = 0; n < HSA_TOKENS / 8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            top[half] = fmaxf(top[half], fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            top[half] = fmaxf(top[half], __shfl_xor_sync(CUDA_ALL_LANES, top[half], step));
+#pragma unroll
+    for (int n = 0; n < HSA_TOKENS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            scores[n][i] = cuda_exp2(scores[n][i] - top[i / 2]);
+            sums[i] += scores[n][i];
         }
-    }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float top = softmax1 ? 0 : -INFINITY, sum = 0;
+    for (int half = 0; half < 2; half++)
+        sums[half] = sums[2 * half] + sums[2 * half + 1];
 #pragma unroll
-        for (int n = 0; n < HSA_TOKENS / 8; n++)
-            top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-        top = hsa_row_max(top);
+    for (int step = 1; step < 4; step *= 2)
 #pragma unroll
-        for (int n = 0; n < HSA_TOKENS / 8; n++)
+        for (int half = 0; half < 2; half++)
+            sums[half] += __shfl_xor_sync(CUDA_ALL_LANES, sums[half], step);
 #pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; i++) {
-                scores[n][i] = cuda_exp2(scores[n][i] - top);
-                sum += scores[n][i];
-            }
-        sum = hsa_row_sum(sum) + (softmax1 ? cuda_exp2(-top) : 0);
-        const float share = weight / sum;
+    for (int half = 0; half < 2; half++)
+        share[half] = weight * cuda_reciprocal(sums[half] + cuda_exp2(none - top[half]));
 #pragma unroll
-        for (int n = 0; n < HSA_TOKENS / 8; n++)
+    for (int n = 0; n < HSA_TOKENS / 8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
             out[n / 2][n % 2 * 2 + half] =
-                cuda_pack(scores[n][2 * half] * share, scores[n][2 * half + 1] * share);
-    }
+                cuda_pack(scores[n][2 * half] * share[half], scores[n][2 * half + 1] * share[half]);
 }
 
 #endif
