@@ -64,6 +64,7 @@ static __device__ __forceinline__ void go_on(struct turn *t, uint32_t slots)
 struct picks {
     const bf16 *pages[PICKS]; /* NULL behind the last */
     float weights[PICKS];
+    uint32_t left; /* how many */
 };
 
 static __device__ __forceinline__ void drop(struct picks *p, int first)
@@ -75,6 +76,7 @@ static __device__ __forceinline__ void drop(struct picks *p, int first)
             p->weights[i] = p->weights[i + 1];
         }
     p->pages[PICKS - 1] = NULL;
+    p->left--;
 }
 
 static __device__ __forceinline__ void load_picks(struct picks *p, const bf16 *const *pages,
@@ -85,32 +87,35 @@ static __device__ __forceinline__ void load_picks(struct picks *p, const bf16 *c
         p->pages[j] = (uint32_t)j < count ? pages[j] : NULL;
         p->weights[j] = (uint32_t)j < count ? weights[j] : 0;
     }
+    p->left = PICKS;
 #pragma unroll
-    for (int j = PICKS - 2; j >= 0; j--)
+    for (int j = PICKS - 1; j >= 0; j--)
         if (!p->pages[j]) /* what is behind a pick that does not exist moves up */
             drop(p, j);
 }
 
-/* The page that comes next: one that some row has first and, if possible, no row has later, so that
- * all its users can use it at once. (Rows pick by falling chunks, so there is one; but only which
- * rows share a page hangs on that.) `last`: whose page came last, where the search begins. */
-static __device__ __forceinline__ const bf16 *next_page(const struct picks &p, uint32_t alive,
-                                                        uint32_t *last)
+/* The page that comes next, NULL behind the last: what one of the rows with the most picks left has
+ * first, so that rows go on side by side, whose warps then work at the same time. If a row has that
+ * page later, what this row has first comes before, and so on, so that all users of a page can use
+ * it at once. (Rows pick by falling chunks, so there is such a page; but only which rows share a
+ * page hangs on that.) `most`: picks that a row has left, at most. */
+static __device__ __forceinline__ const bf16 *next_page(const struct picks &p, uint32_t *most)
 {
-    uint32_t lane = alive >> *last & 1 ? *last : CUDA_WARP - 1 - __clz(alive);
+    uint32_t rows;
+    while (!(rows = __ballot_sync(CUDA_ALL_LANES, p.left >= *most)))
+        --*most;
+    if (!*most)
+        return NULL;
     const bf16 *page = NULL;
-    for (int i = 0; i < PICKS; i++) {
+    for (int i = 0; i < PICKS && rows; i++) {
         page = reinterpret_cast<const bf16 *>(
-            __shfl_sync(CUDA_ALL_LANES, reinterpret_cast<uintptr_t>(p.pages[0]), lane));
+            __shfl_sync(CUDA_ALL_LANES, reinterpret_cast<uintptr_t>(p.pages[0]),
+                        CUDA_WARP - 1 - __clz(rows)));
         bool later = false;
 #pragma unroll
         for (int j = 1; j < PICKS; j++)
             later |= p.pages[j] == page;
-        const uint32_t behind = __ballot_sync(CUDA_ALL_LANES, later);
-        *last = lane;
-        if (!behind)
-            break;
-        lane = CUDA_WARP - 1 - __clz(behind); /* what that row has first comes before */
+        rows = __ballot_sync(CUDA_ALL_LANES, later);
     }
     return page;
 }
@@ -125,7 +130,6 @@ static __device__ __forceinline__ void feed(struct group_room<HD> &room,
     const uint32_t lane = threadIdx.x % CUDA_WARP, feeder = threadIdx.x / CUDA_WARP - room.rows;
     const uint32_t heads = s.hsa.retrieval_heads, stride = s.hsa.kv_heads * HD;
     struct turn turn = {0, 1}; /* of a slot that nobody has used */
-    uint32_t last = 0;
     for (uint32_t item = blockIdx.x; item < s.groups * s.hsa.kv_heads; item += gridDim.x) {
         const struct group group = group_at(s, item);
         const size_t row = group.first + lane, head = heads == 1 ? 0 : group.g;
@@ -134,9 +138,9 @@ static __device__ __forceinline__ void feed(struct group_room<HD> &room,
         load_picks(&picks, pages + (row * heads + head) * s.hsa.topk,
                    weights + (row * heads + head) * s.hsa.topk,
                    lane < group.count ? s.hsa.topk : 0);
+        uint32_t most = PICKS;
         for (uint32_t users = 1; users; go_on(&turn, s.slots)) {
-            const uint32_t alive = __ballot_sync(CUDA_ALL_LANES, picks.pages[0] != NULL);
-            const bf16 *page = alive ? next_page(picks, alive, &last) : NULL;
+            const bf16 *page = next_page(picks, &most);
             const bool mine = page && picks.pages[0] == page;
             users = __ballot_sync(CUDA_ALL_LANES, mine);
             cuda_barrier_wait(room.empty + turn.slot, turn.parity);
