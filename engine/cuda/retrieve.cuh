@@ -284,12 +284,11 @@ bool cuda_reserve_candidates(struct ops_context *context, size_t count);
 
 /* How many candidates of a row and head are looked at again; topk where landmarks are bf16. */
 uint32_t cuda_kept(const struct ops_context *context);
-/* cuda_retrieve_rows with landmarks in fp8, whose scan goes by `blocks` a row. `done`: queries are
- * scaled already. */
+/* cuda_retrieve_rows with landmarks in fp8, whose scan goes by `blocks` a row. */
 void cuda_retrieve_codes(struct ops_context *context, const struct ops_retrieval_weights *weights,
                          const struct cuda_segment *segments, const struct scan_row *rows,
-                         uint32_t row_count, uint32_t blocks, bool done,
-                         struct cuda_candidate *candidates, uint64_t *chunks, float *shares);
+                         uint32_t row_count, uint32_t blocks, struct cuda_candidate *candidates,
+                         uint64_t *chunks, float *shares);
 /* Picks of a long segment with landmarks in fp8, into x->pick_chunks and _weights. */
 void cuda_scan_codes(struct ops_context *context, const struct ops_retrieval_weights *weights,
                      const struct cuda_segment *segment, const struct ops_segment *host,

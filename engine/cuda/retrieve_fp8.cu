@@ -7,10 +7,8 @@
  * bits of exponent (7 is 2^0), three of fraction, no infinities. */
 #include <stdlib.h>
 
-#include "engine/cuda/retrieve.cuh"
+#include "engine/cuda/retrieve_rows.cuh"
 
-#define WARPS 8
-#define AHEAD 4 /* landmarks that a warp reads together; divides OPS_LANDMARK_BLOCK */
 #define RESCORE_THREADS 256
 #define KEEP_WARPS 4
 #define CODE_MOST 448.0f    /* the largest value of e4m3 */
@@ -118,46 +116,43 @@ static __global__ void __launch_bounds__(128)
 
 /* ---- single rows ---- */
 
-/* The query of one head, scaled so that a score is a plain product. */
-struct query_scale { /* q, k NULL: no norm; `done`: the query is scaled already */
-    const float *q, *k;
-    bool done;
+/* SCAN_AHEAD landmarks of a block's twin. */
+struct codes {
+    const uint8_t *codes;
+    const float *scales;
+    uint32_t dim, heads; /* from a landmark to the next */
 };
 
-/* What every element is multiplied by, apart from the norms' weights. A warp. */
-static __device__ __forceinline__ float scale_of(const struct query_scale &s, const float *query,
-                                                 uint32_t width)
+static __device__ __forceinline__ struct codes codes_of(const struct scan_shape &s,
+                                                        const struct cuda_segment &segment,
+                                                        uint64_t chunk, uint32_t head)
 {
-    const uint32_t lane = threadIdx.x % CUDA_WARP;
-    float scale = 1 / sqrtf((float)width), sum = 0;
-    if (s.done)
-        return 1;
-    for (uint32_t i = lane; s.q && i < width; i += CUDA_WARP)
-        sum = fmaf(query[i], query[i], sum);
-    return s.q ? scale / sqrtf(cuda_warp_sum(sum) / (float)width + MODEL_MEMORY_EPSILON) : scale;
+    const void *twin = segment.narrow[chunk / OPS_LANDMARK_BLOCK];
+    const uint64_t at = chunk % OPS_LANDMARK_BLOCK;
+    struct codes out;
+    out.codes = (const uint8_t *)twin + at * s.dim + (size_t)head * s.width;
+    out.scales = scales_of(twin, s.dim) + at * s.heads + head;
+    out.dim = s.dim;
+    out.heads = s.heads;
+    return out;
 }
 
-static __device__ __forceinline__ float scaled(const struct query_scale &s, const float *query,
-                                               float scale, uint32_t i)
-{
-    return query[i] * (s.q && !s.done ? scale * s.q[i] * s.k[i] : scale);
-}
+/* Of LOADS * 4 WORDS * CUDA_WARP elements. */
+template <int WORDS, int LOADS> struct wide_codes {
+    struct wide_query<LOADS, 4 * WORDS> query;
+    uint32_t ahead[SCAN_AHEAD][LOADS][WORDS];
+    float scales[SCAN_AHEAD];
 
-/* The query's part of each lane, LOADS times 4 WORDS neighbours, and the same of landmarks. */
-template <int WORDS, int LOADS> struct code_scan {
-    float q[LOADS][4 * WORDS];
-    uint32_t ahead[AHEAD][LOADS][WORDS];
-    float scales[AHEAD];
-
-    __device__ __forceinline__ void fetch(const uint8_t *codes, const float *scale, uint32_t dim,
-                                          uint32_t heads)
+    __device__ __forceinline__ void fetch(const struct scan_shape &s,
+                                          const struct cuda_segment &segment, uint64_t chunk,
+                                          uint32_t head)
     {
-        const uint32_t lane = threadIdx.x % CUDA_WARP;
+        const struct codes c = codes_of(s, segment, chunk, head);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
+        for (int i = 0; i < SCAN_AHEAD; i++) {
 #pragma unroll
             for (int j = 0; j < LOADS; j++) {
-                const uint8_t *from = codes + (size_t)i * dim + (j * CUDA_WARP + lane) * 4 * WORDS;
+                const uint8_t *from = c.codes + (size_t)i * c.dim + query.place(j);
                 if (WORDS == 4) {
                     const uint4 v = cuda_stream16(from);
                     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -170,24 +165,13 @@ template <int WORDS, int LOADS> struct code_scan {
                     ahead[i][j][WORDS - 1] = v.y;
                 }
             }
-            scales[i] = scale[i * heads];
+            scales[i] = c.scales[i * c.heads];
         }
     }
-    __device__ __forceinline__ void prepare(const struct query_scale &s, const float *query,
-                                            uint32_t width)
-    {
-        const uint32_t lane = threadIdx.x % CUDA_WARP;
-        const float scale = scale_of(s, query, width);
-#pragma unroll
-        for (int j = 0; j < LOADS; j++)
-#pragma unroll
-            for (int e = 0; e < 4 * WORDS; e++)
-                q[j][e] = scaled(s, query, scale, (j * CUDA_WARP + lane) * 4 * WORDS + e);
-    }
-    __device__ __forceinline__ void score(float out[AHEAD])
+    __device__ __forceinline__ void score(float out[SCAN_AHEAD]) const
     {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
+        for (int i = 0; i < SCAN_AHEAD; i++) {
             float sum = 0;
 #pragma unroll
             for (int j = 0; j < LOADS; j++)
@@ -197,107 +181,57 @@ template <int WORDS, int LOADS> struct code_scan {
                     decode(ahead[i][j][w], m);
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        sum = fmaf(q[j][4 * w + e], m[e], sum);
+                        sum = fmaf(query.q[j][4 * w + e], m[e], sum);
                 }
             out[i] = cuda_warp_sum(sum) * scales[i];
         }
     }
 };
 
-/* The same for any width. */
-static __device__ __forceinline__ void score_codes(const struct query_scale &s, const float *query,
-                                                   const uint8_t *codes, const float *scales,
-                                                   uint32_t dim, uint32_t width, uint32_t heads,
-                                                   float out[AHEAD])
-{
-    const uint32_t lane = threadIdx.x % CUDA_WARP;
-    const float scale = scale_of(s, query, width);
-    for (uint32_t i = 0; i < AHEAD; i++) {
-        float sum = 0;
-        for (uint32_t e = lane; e < width; e += CUDA_WARP) {
-            float m[4];
-            decode(codes[(size_t)i * dim + e], m);
-            sum = fmaf(scaled(s, query, scale, e), m[0], sum);
-        }
-        out[i] = cuda_warp_sum(sum) * scales[i * heads];
-    }
-}
+/* Of any width. */
+struct plain_codes {
+    struct plain_query query;
+    struct codes from;
 
-/* The best `s.topk` of each block of warps, as scan_rows of retrieve_step.cu finds them. LOADS 0:
- * plain. Grid: blocks of a row x rows x heads. */
-template <int WORDS, int LOADS>
-static __global__ void __launch_bounds__(WARPS *CUDA_WARP)
-    scan_codes(struct scan_shape s, const struct cuda_segment *segments,
-               const struct scan_row *rows, const float *query, struct query_scale norm,
-               struct cuda_candidate *candidates)
-{
-    CUDA_SHARED(struct cuda_candidate, lists); /* [WARPS][topk] */
-    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
-    const uint32_t h = blockIdx.z, stride = gridDim.x * WARPS * AHEAD;
-    cuda_depend_release();
-    cuda_depend_wait();
-    const struct scan_row at = cuda_row_of(rows, blockIdx.y);
-    const struct cuda_segment segment = segments[at.segment];
-    const uint64_t seen =
-        visible(s, segment.position + (at.row - segment.row), segment.chunk_count);
-    struct cuda_candidate *best = lists + (size_t)warp * s.topk, worst = no_candidate();
-    for (uint32_t i = lane; i < s.topk; i += CUDA_WARP)
-        best[i] = no_candidate();
-    __syncwarp();
-    const auto codes_of = [&](uint64_t chunk) {
-        return (const uint8_t *)segment.narrow[chunk / OPS_LANDMARK_BLOCK] +
-               chunk % OPS_LANDMARK_BLOCK * s.dim + (size_t)h * s.width;
-    };
-    const auto scale_at = [&](uint64_t chunk) {
-        return scales_of(segment.narrow[chunk / OPS_LANDMARK_BLOCK], s.dim) +
-               chunk % OPS_LANDMARK_BLOCK * s.heads + h;
-    };
-    uint64_t chunk = (uint64_t)(blockIdx.x * WARPS + warp) * AHEAD;
-    code_scan<WORDS, LOADS ? LOADS : 1> codes;
-    const float *own = query + (size_t)at.row * s.dim + (size_t)h * s.width;
-    if (LOADS && chunk < seen) { /* a block of landmarks is whole, whatever is in it */
-        codes.fetch(codes_of(chunk), scale_at(chunk), s.dim, s.heads);
-        codes.prepare(norm, own, s.width);
+    __device__ __forceinline__ void fetch(const struct scan_shape &s,
+                                          const struct cuda_segment &segment, uint64_t chunk,
+                                          uint32_t head)
+    {
+        from = codes_of(s, segment, chunk, head);
     }
-    for (; chunk < seen; chunk += stride) {
-        float scores[AHEAD];
-        if (LOADS) {
-            codes.score(scores);
-            if (chunk + stride < seen)
-                codes.fetch(codes_of(chunk + stride), scale_at(chunk + stride), s.dim, s.heads);
-        } else {
-            score_codes(norm, own, codes_of(chunk), scale_at(chunk), s.dim, s.width, s.heads,
-                        scores);
+    __device__ __forceinline__ void score(float out[SCAN_AHEAD]) const
+    {
+        for (uint32_t i = 0; i < SCAN_AHEAD; i++) {
+            float sum = 0;
+            for (uint32_t e = threadIdx.x % CUDA_WARP; e < query.width; e += CUDA_WARP) {
+                float m[4];
+                decode(from.codes[(size_t)i * from.dim + e], m);
+                sum = fmaf(query.at(e), m[0], sum);
+            }
+            out[i] = cuda_warp_sum(sum) * from.scales[i * from.heads];
         }
-        cuda_keep_scores<AHEAD>(best, s.topk, scores, chunk, seen, &worst);
     }
-    __syncthreads();
-    if (warp == 0)
-        cuda_merge_warps<WARPS>(
-            lists, s.topk,
-            candidates + (((size_t)blockIdx.y * s.heads + h) * gridDim.x + blockIdx.x) * s.topk);
-}
+};
 
 /* ---- the second scores ---- */
 
 /* Of one landmark of the host, in the order of sums that retrieve_step.cu has. A warp. */
-static __device__ __forceinline__ float score_again(const struct query_scale &s, const float *query,
-                                                    float scale, const bf16 *landmark,
-                                                    uint32_t width)
+static __device__ __forceinline__ float score_again(const struct plain_query &query,
+                                                    const bf16 *landmark)
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP;
     float sum = 0;
-    if (width % (8 * CUDA_WARP) == 0) {
-        for (uint32_t i = lane * 8; i < width; i += 8 * CUDA_WARP) {
+    if (query.width % (8 * CUDA_WARP) == 0) {
+        for (uint32_t i = lane * 8; i < query.width; i += 8 * CUDA_WARP) {
             float m[8];
             cuda_load16(landmark + i, m);
 #pragma unroll
             for (uint32_t e = 0; e < 8; e++)
-                sum = fmaf(scaled(s, query, scale, i + e), m[e], sum);
+                sum = fmaf(query.at(i + e), m[e], sum);
         }
     } else {
-        for (uint32_t i = lane; i < width; i += CUDA_WARP)
-            sum = fmaf(scaled(s, query, scale, i), cuda_float(landmark[i]), sum);
+        for (uint32_t i = lane; i < query.width; i += CUDA_WARP)
+            sum = fmaf(query.at(i), cuda_float(landmark[i]), sum);
     }
     return cuda_warp_sum(sum);
 }
@@ -307,7 +241,7 @@ static __device__ __forceinline__ float score_again(const struct query_scale &s,
 static __global__ void __launch_bounds__(RESCORE_THREADS)
     rescore_rows(struct scan_shape s, uint32_t kept, uint32_t lists, struct weighing w,
                  const struct cuda_segment *segments, const struct scan_row *rows,
-                 const float *query, struct query_scale norm,
+                 const float *query, struct query_norm norm,
                  const struct cuda_candidate *candidates, uint64_t *chunks, float *shares)
 {
     __shared__ struct cuda_candidate winners[RESCORE_THREADS / CUDA_WARP], best[KEPT_MOST],
@@ -320,13 +254,13 @@ static __global__ void __launch_bounds__(RESCORE_THREADS)
     const struct cuda_segment *segment = &segments[at.segment];
     const uint32_t found = cuda_merge_lists<RESCORE_THREADS>(
         candidates + ((size_t)blockIdx.x * s.heads + h) * lists * kept, kept, lists, winners, best);
-    const float *own = query + (size_t)at.row * s.dim + (size_t)h * s.width;
-    const float scale = scale_of(norm, own, s.width);
+    struct plain_query own;
+    own.prepare(query + (size_t)at.row * s.dim + (size_t)h * s.width, s.width, norm);
     for (uint32_t i = warp; i < found; i += RESCORE_THREADS / CUDA_WARP) {
         const uint32_t chunk = best[i].chunk;
         const bf16 *landmark = (const bf16 *)segment->blocks[chunk / OPS_LANDMARK_BLOCK] +
                                chunk % OPS_LANDMARK_BLOCK * s.dim + (size_t)h * s.width;
-        const float score = score_again(norm, own, scale, landmark, s.width);
+        const float score = score_again(own, landmark);
         if (lane == 0)
             best[i].score = score;
     }
@@ -361,17 +295,6 @@ static struct scan_shape kept_shape(const struct ops_context *x)
     return s;
 }
 
-static struct query_scale norm_of(const struct ops_context *x,
-                                  const struct ops_retrieval_weights *w, bool done)
-{
-    struct query_scale out = {NULL, NULL, done};
-    if (x->config.landmark_norm) {
-        out.q = (const float *)w->q_norm.data;
-        out.k = (const float *)w->k_norm.data;
-    }
-    return out;
-}
-
 static void rescore(struct ops_context *x, const struct ops_retrieval_weights *w,
                     const struct cuda_segment *segments, const struct scan_row *rows,
                     uint32_t row_count, uint32_t lists, bool done,
@@ -380,33 +303,23 @@ static void rescore(struct ops_context *x, const struct ops_retrieval_weights *w
     const struct scan_shape s = scan_shape_of(&x->config);
     const struct weighing weighing = {x->config.softmax_weights, w->pos_decay};
     CUDA_LAUNCH_EARLY(x, rescore_rows, dim3(row_count, s.heads), dim3(RESCORE_THREADS), 0, s,
-                      cuda_kept(x), lists, weighing, segments, rows, x->query, norm_of(x, w, done),
-                      candidates, chunks, shares);
+                      cuda_kept(x), lists, weighing, segments, rows, x->query,
+                      query_norm_of(x, w, done), candidates, chunks, shares);
 }
 
 void cuda_retrieve_codes(struct ops_context *x, const struct ops_retrieval_weights *w,
                          const struct cuda_segment *segments, const struct scan_row *rows,
-                         uint32_t row_count, uint32_t blocks, bool done,
-                         struct cuda_candidate *candidates, uint64_t *chunks, float *shares)
+                         uint32_t row_count, uint32_t blocks, struct cuda_candidate *candidates,
+                         uint64_t *chunks, float *shares)
 {
     const struct scan_shape s = kept_shape(x);
-    const struct query_scale norm = norm_of(x, w, done);
-    const dim3 grid(blocks, row_count, s.heads), block(WARPS * CUDA_WARP);
-    const size_t shared = sizeof *candidates * WARPS * s.topk;
+    const auto scan = s.width == 1024 && s.dim % 16 == 0 ? launch_scan_rows<wide_codes<4, 2>>
+                      : s.width == 512                   ? launch_scan_rows<wide_codes<4, 1>>
+                      : s.width == 256                   ? launch_scan_rows<wide_codes<2, 1>>
+                                                         : launch_scan_rows<plain_codes>;
     ASSERT(blocks <= RESCORE_THREADS);
-    if (s.width == 1024 && s.dim % 16 == 0)
-        CUDA_LAUNCH_EARLY(x, (scan_codes<4, 2>), grid, block, shared, s, segments, rows, x->query,
-                          norm, candidates);
-    else if (s.width == 512)
-        CUDA_LAUNCH_EARLY(x, (scan_codes<4, 1>), grid, block, shared, s, segments, rows, x->query,
-                          norm, candidates);
-    else if (s.width == 256)
-        CUDA_LAUNCH_EARLY(x, (scan_codes<2, 1>), grid, block, shared, s, segments, rows, x->query,
-                          norm, candidates);
-    else
-        CUDA_LAUNCH_EARLY(x, (scan_codes<1, 0>), grid, block, shared, s, segments, rows, x->query,
-                          norm, candidates);
-    rescore(x, w, segments, rows, row_count, blocks, done, candidates, chunks, shares);
+    scan(x, s, segments, rows, row_count, blocks, query_norm_of(x, w, false), candidates);
+    rescore(x, w, segments, rows, row_count, blocks, false, candidates, chunks, shares);
 }
 
 /* ---- long segments: block after block becomes bf16, for the scan on tensor cores ---- */
