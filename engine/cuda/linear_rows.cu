@@ -8,7 +8,7 @@
 #include "engine/cuda/linear_rows.cuh"
 #include "engine/cuda/mamba_step.cuh"
 
-#define FEW_WARPS 8
+#define FEW_WARPS FEW_SHARES
 #define SHARED_PLAIN ((size_t)48 << 10) /* of a block that asked for no more */
 #define TILE_ROWS 16                    /* of a tile of x */
 #define TILE_OUT 8                      /* weight rows of a tile */
@@ -622,7 +622,7 @@ static void multiply_several(struct ops_context *x, const struct few &f)
         done = !f.squares && launch_at_once<1, TILE_ROWS, 1, 2, 5>(x, f);
     if (!done && !f.squares)
         CUDA_LAUNCH_EARLY(x, prepare_rows, dim3(f.row_count), dim3(FEW_WARPS * CUDA_WARP), 0, f);
-    done = done || launch_prepared(x, f);
+    done = done || cuda_multiply_wide(x, f) || launch_prepared(x, f);
     ASSERT(done); /* see cuda_takes_rows */
 }
 

@@ -6,6 +6,8 @@
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
 
+#define FEW_SHARES 8 /* of the depth, whose sums are added up in the end: warps of a block */
+
 struct few {
     const bf16 *weight;
     uint32_t n, k, row_count;
@@ -25,5 +27,8 @@ struct few {
 /* Whether rows of depth k are taken. */
 bool cuda_takes_rows(const struct ops_context *context, uint32_t k);
 void cuda_multiply_rows(struct ops_context *context, const struct few &f);
+/* linear_wide.cu: the same numbers of many rows, which are prepared, against very many weight rows.
+ * False: it is not made for them. */
+bool cuda_multiply_wide(struct ops_context *context, const struct few &f);
 
 #endif

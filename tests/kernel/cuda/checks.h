@@ -9,6 +9,7 @@
 #define CHECK_SEGMENTS 128 /* at most, of one call */
 
 void check_ends(struct bed *b); /* embed, logits */
+void check_many_logits(struct bed *b, uint32_t count);
 void check_draw(struct bed *b);
 void check_pack(struct bed *b);
 

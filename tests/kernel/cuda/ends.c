@@ -38,6 +38,37 @@ void check_ends(struct bed *b)
     free(logits);
 }
 
+/* A row's logits do not depend on how many there are. */
+void check_many_logits(struct bed *b, uint32_t count)
+{
+    const struct model_config *c = &b->config;
+    const size_t d = c->hidden_size, v = c->vocab_size;
+    struct ops_tensor table, norm; /* on the device */
+    weight(b, c->vocab_size, c->hidden_size, 0, 1 / sqrtf((float)d), &table);
+    weight(b, 1, c->hidden_size, 1, 0.2f, &norm);
+    uint32_t counts[CHECK_SEGMENTS];
+    struct ops_segment segments[CHECK_SEGMENTS];
+    for (uint32_t i = 0; i < count; i++)
+        counts[i] = 1;
+    float *x = random_floats(count * d, 1);
+    float *device_x = to_device(b, x, count * d * sizeof *x);
+    float *device_logits = to_device(b, NULL, count * v * sizeof *x);
+    struct ops_rows rows = make_rows(counts, count, 0, segments);
+    b->cuda->logits(b->cuda_context, &norm, &table, &rows, device_x, device_logits);
+    float *all = to_host(b, device_logits, count * v);
+    rows = make_rows(counts, 1, 0, segments);
+    for (uint32_t i = 0; i < count; i += 1 + count / 4) {
+        b->cuda->logits(b->cuda_context, &norm, &table, &rows, device_x + i * d, device_logits);
+        float *alone = to_host(b, device_logits, v);
+        same(b, "logits of many rows", all + i * v, alone, v * sizeof *alone);
+        free(alone);
+    }
+    free(all);
+    free(x);
+    release(b, device_x);
+    release(b, device_logits);
+}
+
 #define DRAW_ROWS 37
 
 /* Logits of every sort: normal, flat with many ties, spread far, with no numbers among them. */
