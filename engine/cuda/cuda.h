@@ -61,6 +61,7 @@ struct ops_context {
     bool recording;     /* a part of a step is being recorded: see step.cu */
     bool early;         /* kernels may begin before those in front of them end */
     bool hopper;        /* the code that runs has the instructions of sm_90a alone */
+    bool apart;         /* the next kernel is behind several: it does not begin early */
     cudaStream_t stream;
     char description[160];
     enum status failed; /* sticky */
@@ -251,6 +252,9 @@ const struct cuda_segment *cuda_step_states(struct ops_context *context,
 bool cuda_step_mamba(struct ops_context *context, const struct ops_mamba_weights *weights,
                      const struct ops_mamba_state *states, float *hidden);
 void cuda_step_flush(struct ops_context *context);
+/* Where half of the step's rows go through Mamba-2 blocks, beside the others on the context's
+ * stream, which is behind both from cuda_step_flush on; NULL: they are too few for that. */
+cudaStream_t cuda_step_aside(struct ops_context *context);
 void cuda_step_retrieve(struct ops_context *context, const struct ops_retrieval_weights *weights,
                         struct ops_picks *picks);
 void cuda_step_pages(const struct ops_context *context, const float **weights,

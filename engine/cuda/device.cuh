@@ -64,8 +64,9 @@ static inline void cuda_launch_early(cudaStream_t stream, bool early, void (*ker
     do {                                                                                \
         const dim3 launch_grid = grid, launch_block = block;                            \
         if (!(context)->failed && launch_grid.x && launch_grid.y && launch_grid.z) {    \
-            cuda_launch_early((context)->stream, (context)->early, kernel, launch_grid, \
-                              launch_block, shared, __VA_ARGS__);                       \
+            cuda_launch_early((context)->stream, (context)->early && !(context)->apart, \
+                              kernel, launch_grid, launch_block, shared, __VA_ARGS__);  \
+            (context)->apart = false;                                                   \
             cuda_launched(context, #kernel);                                            \
         }                                                                               \
     } while (0)

@@ -34,21 +34,39 @@ static void norm_long(struct ops_context *x, const struct ops_mamba_weights *w,
     }
 }
 
-/* Several segments of one row each, and nothing else. */
+/* Segments of one row each: `count` of them from `first` on, and nothing else. */
 static void mamba_singles(struct ops_context *x, const struct ops_mamba_weights *w,
-                          const struct ops_rows *rows, const struct cuda_segment *segments,
-                          size_t ssm, size_t conv, float *hidden)
+                          const struct ops_rows *rows, uint32_t first, uint32_t count,
+                          const struct cuda_segment *segments, size_t ssm, size_t conv,
+                          float *hidden)
 {
-    const struct cuda_soon soon = cuda_mamba_soon(x, segments, rows->segment_count, ssm);
-    const struct cuda_convolution convolution = cuda_mamba_convolution(x, w, segments, conv);
+    const struct ops_rows own = {rows->segments + first, count, count};
+    const struct cuda_soon soon = cuda_mamba_soon(x, segments + first, count, ssm);
+    const struct cuda_convolution convolution =
+        cuda_mamba_convolution(x, w, segments + first, conv);
     struct cuda_input in = {hidden, &w->norm, x->config.norm_epsilon, NULL, false};
     in.soon = x->recording ? &soon : NULL;
     in.conv = &convolution;
-    cuda_norm_linear(x, &in, &w->in_proj, &w->in_proj_bias, rows, x->projected, false);
-    cuda_mamba_singles(x, w, segments, rows->segment_count, ssm);
+    cuda_norm_linear(x, &in, &w->in_proj, &w->in_proj_bias, &own, x->projected, false);
+    cuda_mamba_singles(x, w, segments + first, own.segments->row, count, ssm);
     struct cuda_input out = {NULL, &w->gate_norm, x->config.norm_epsilon, NULL, false};
     out.prepared = true;
-    cuda_norm_linear(x, &out, &w->out_proj, &w->out_proj_bias, rows, hidden, true);
+    cuda_norm_linear(x, &out, &w->out_proj, &w->out_proj_bias, &own, hidden, true);
+}
+
+/* While the states of one half of many rows are read, the other's products have the tensor cores. */
+static void mamba_halves(struct ops_context *x, const struct ops_mamba_weights *w,
+                         const struct ops_rows *rows, const struct cuda_segment *segments,
+                         size_t ssm, size_t conv, float *hidden)
+{
+    const cudaStream_t own = x->stream, aside = x->recording ? cuda_step_aside(x) : NULL;
+    const uint32_t all = rows->segment_count, half = aside ? all / 2 : all;
+    if (aside) {
+        x->stream = aside;
+        mamba_singles(x, w, rows, half, all - half, segments, ssm, conv, hidden);
+        x->stream = own;
+    }
+    mamba_singles(x, w, rows, 0, half, segments, ssm, conv, hidden);
 }
 
 extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights *w,
@@ -70,7 +88,7 @@ extern "C" void cuda_mamba(struct ops_context *x, const struct ops_mamba_weights
     if (x->failed)
         return;
     if (cuda_mamba_takes_singles(x, rows)) {
-        mamba_singles(x, w, rows, segments, ssm, conv, hidden);
+        mamba_halves(x, w, rows, segments, ssm, conv, hidden);
         return;
     }
     if (short_count < rows->segment_count) { /* first: what lies in between overlaps */

@@ -56,6 +56,7 @@ struct cuda_soon cuda_mamba_soon(const struct ops_context *context,
                                  const struct cuda_segment *segments, uint32_t segment_count,
                                  size_t ssm);
 void cuda_mamba_singles(struct ops_context *context, const struct ops_mamba_weights *weights,
-                        const struct cuda_segment *segments, uint32_t segment_count, size_t ssm);
+                        const struct cuda_segment *segments, uint32_t first_row,
+                        uint32_t segment_count, size_t ssm);
 
 #endif

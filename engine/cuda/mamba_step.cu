@@ -384,7 +384,8 @@ struct cuda_convolution cuda_mamba_convolution(const struct ops_context *x,
 }
 
 void cuda_mamba_singles(struct ops_context *x, const struct ops_mamba_weights *weights,
-                        const struct cuda_segment *segments, uint32_t segment_count, size_t ssm)
+                        const struct cuda_segment *segments, uint32_t first_row,
+                        uint32_t segment_count, size_t ssm)
 {
     struct singles m = {};
     m.s = mamba_shape_of(&x->config);
@@ -394,9 +395,9 @@ void cuda_mamba_singles(struct ops_context *x, const struct ops_mamba_weights *w
     m.norm = (const float *)weights->gate_norm.data;
     m.segments = segments;
     m.ssm = ssm;
-    m.projected = x->projected;
-    m.ready = (bf16 *)cuda_prepared(x, m.s.inner);
-    m.squares = x->scanned;
+    m.projected = x->projected + (size_t)first_row * m.s.proj;
+    m.ready = (bf16 *)cuda_prepared(x, m.s.inner) + (size_t)first_row * m.s.inner;
+    m.squares = x->scanned + (size_t)first_row * (m.s.inner / 4);
     m.early = x->early && x->recording;
     if (x->states_bf16)
         launch_singles<bf16>(x, m, segment_count);

@@ -10,8 +10,10 @@
 
 #define FETCH_THREADS 256
 #define FETCH_TABLES 4
+#define ASIDE_ROWS 96  /* of a step at least, of which half go aside */
 #define BEST_BLOCKS 16 /* that share a row of logits */
 #define BEST_THREADS 256
+#define BEST_AHEAD 7 /* logits of a thread on their way at once */
 
 /* Twice: pinned, and on the device. */
 struct tables {
@@ -33,6 +35,7 @@ struct cuda_step {
     uint32_t parts, part;
     bool renamed;   /* the segments are not those of the part before */
     struct run run; /* Mamba-2 blocks recorded, not launched yet */
+    bool aside;     /* half of the rows are in another stream: a lane of encode_chunks.cu */
     struct ops_step step;
 };
 
@@ -42,11 +45,12 @@ struct fetch {
     uint32_t words[FETCH_TABLES];
 };
 
-/* Grid: tables. */
+/* Grid: blocks that share a table x tables. */
 static __global__ void __launch_bounds__(FETCH_THREADS) fetch_tables(struct fetch f)
 {
-    for (uint32_t i = threadIdx.x; i < f.words[blockIdx.x]; i += FETCH_THREADS)
-        f.to[blockIdx.x][i] = f.from[blockIdx.x][i];
+    for (uint32_t i = blockIdx.x * FETCH_THREADS + threadIdx.x; i < f.words[blockIdx.y];
+         i += gridDim.x * FETCH_THREADS)
+        f.to[blockIdx.y][i] = f.from[blockIdx.y][i];
 }
 
 /* Hidden states go to each sequence's chunk under way. Grid: rows. */
@@ -80,15 +84,25 @@ static __global__ void __launch_bounds__(BEST_THREADS)
     __shared__ unsigned long long parts[BEST_THREADS / CUDA_WARP];
     cuda_depend_release();
     cuda_depend_wait();
+    constexpr uint32_t stride = BEST_BLOCKS * BEST_THREADS;
     const float *row = logits + (size_t)blockIdx.y * vocabulary;
     float *to = kept[blockIdx.y];
     unsigned long long own = 0;
-    for (uint32_t i = blockIdx.x * BEST_THREADS + threadIdx.x; i < vocabulary;
-         i += BEST_BLOCKS * BEST_THREADS) {
-        const float logit = row[i];
-        const unsigned long long rank = rank_of(logit, i);
-        to[i] = logit;
-        own = rank > own ? rank : own;
+    for (uint32_t from = blockIdx.x * BEST_THREADS + threadIdx.x; from < vocabulary;
+         from += BEST_AHEAD * stride) {
+        float ahead[BEST_AHEAD];
+#pragma unroll
+        for (uint32_t a = 0; a < BEST_AHEAD; a++)
+            ahead[a] = from + a * stride < vocabulary ? row[from + a * stride] : 0;
+#pragma unroll
+        for (uint32_t a = 0; a < BEST_AHEAD; a++) {
+            const uint32_t i = from + a * stride;
+            if (i >= vocabulary)
+                break;
+            const unsigned long long rank = rank_of(ahead[a], i);
+            to[i] = ahead[a];
+            own = rank > own ? rank : own;
+        }
     }
     for (int step = CUDA_WARP / 2; step; step /= 2) {
         const unsigned long long other = __shfl_xor_sync(CUDA_ALL_LANES, own, step);
@@ -236,7 +250,11 @@ static void launch_fetch(struct ops_context *x)
         add_table(&f, &n, d->weights, h->weights, picks * sizeof *h->weights);
         add_table(&f, &n, d->pages, h->pages, picks * sizeof *h->pages);
     }
-    CUDA_LAUNCH(x, fetch_tables, dim3(n), dim3(FETCH_THREADS), 0, f);
+    uint32_t most = 0;
+    for (uint32_t i = 0; i < n; i++)
+        most = f.words[i] > most ? f.words[i] : most;
+    CUDA_LAUNCH(x, fetch_tables, dim3(cuda_ceil(most, FETCH_THREADS), n), dim3(FETCH_THREADS), 0,
+                f);
 }
 
 static void fill_segments(struct ops_context *x)
@@ -371,9 +389,35 @@ bool cuda_step_mamba(struct ops_context *x, const struct ops_mamba_weights *w,
     return true;
 }
 
+cudaStream_t cuda_step_aside(struct ops_context *x)
+{
+    const struct cuda_encoder *lane = &x->encoders[1];
+    struct cuda_step *s = x->step;
+    if (s->step.count < ASIDE_ROWS)
+        return NULL;
+    if (!s->aside) {
+        cuda_check(x, cudaEventRecord(lane->reached, x->stream), "an event");
+        cuda_check(x, cudaStreamWaitEvent(lane->stream, lane->reached, 0), "a wait");
+        x->apart = s->aside = true;
+    }
+    return lane->stream;
+}
+
+static void join_aside(struct ops_context *x)
+{
+    const struct cuda_encoder *lane = &x->encoders[1];
+    if (!x->step->aside)
+        return;
+    cuda_check(x, cudaEventRecord(lane->reached, lane->stream), "an event");
+    cuda_check(x, cudaStreamWaitEvent(x->stream, lane->reached, 0), "a wait");
+    x->step->aside = false;
+    x->apart = true;
+}
+
 void cuda_step_flush(struct ops_context *x)
 {
     struct run *r = &x->step->run;
+    join_aside(x);
     if (r->layer_count)
         cuda_run_launch(x, *r);
     r->layer_count = 0;

@@ -237,6 +237,7 @@ struct emulator_graph {
 
 struct emulator_stream {
     bool late; /* its work is done when somebody waits for it */
+    bool forked; /* from the stream whose work is recorded */
     std::vector<kept_launch> launches;
 };
 
@@ -248,6 +249,7 @@ struct emulator_event {
 static unsigned streams; /* open */
 
 static emulator_graph *recording;
+static std::vector<emulator_stream *> forks; /* of its stream */
 
 static void run_grid(const kept_launch &l)
 {
@@ -280,7 +282,10 @@ static void flush(emulator_stream *stream)
     std::vector<kept_launch> launches;
     launches.swap(stream->launches);
     for (const kept_launch &l : launches)
-        run_grid(l);
+        if (recording)
+            recording->launches.push_back(l);
+        else
+            run_grid(l);
 }
 
 void emulator_launch(emulator_stream *stream, const char *name, dim3 grid, dim3 block,
@@ -294,14 +299,14 @@ void emulator_launch(emulator_stream *stream, const char *name, dim3 grid, dim3 
         abort();
     }
     const kept_launch launch = {name, grid, block, shared_bytes, kernel, together};
-    if (recording && stream->late) {
+    if (recording && stream->late && !stream->forked) {
         fprintf(stderr, "emulator: %s: on another stream while a graph is recorded\n", name);
         abort();
     }
-    if (recording)
-        recording->launches.push_back(launch);
-    else if (stream->late)
+    if (stream->late)
         stream->launches.push_back(launch);
+    else if (recording)
+        recording->launches.push_back(launch);
     else
         run_grid(launch);
 }
@@ -663,7 +668,7 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
-    *out = new emulator_stream{streams++ > 0, {}};
+    *out = new emulator_stream{streams++ > 0, false, {}};
     return cudaSuccess;
 }
 
@@ -686,15 +691,19 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned)
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
+    if (recording && stream->late && !stream->forked) {
+        stream->forked = true;
+        forks.push_back(stream);
+    }
     return cudaEventSynchronize(event);
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
-    if (recording) {
-        fprintf(stderr, "emulator: an event while a graph is recorded\n");
+    if (recording && stream->late && !stream->forked) {
+        fprintf(stderr, "emulator: an event of another stream while a graph is recorded\n");
         abort();
     }
     event->stream = stream;
@@ -734,6 +743,14 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode)
 
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *out)
 {
+    for (emulator_stream *s : forks) {
+        if (s->launches.size()) {
+            fprintf(stderr, "emulator: a graph ends before what was forked from its stream\n");
+            abort();
+        }
+        s->forked = false;
+    }
+    forks.clear();
     *out = recording;
     recording = NULL;
     return cudaSuccess;

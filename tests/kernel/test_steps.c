@@ -14,6 +14,7 @@
 #include "tests/lib/chunk_ram.h"
 
 #define SEQUENCES 5
+#define SEQUENCES_MOST 128
 #define SLICE 32
 #define TOKENS 18  /* of each: chunks are completed on the way */
 #define PROMPT 400 /* at most */
@@ -119,8 +120,8 @@ static void step(struct engine *engine, struct chunk_ram *ram, struct sequence *
                  const struct way *way, uint32_t i, float *logits)
 {
     const uint32_t v = engine_get_info(engine)->config->vocab_size;
-    struct engine_step_item items[SEQUENCES];
-    struct sequence *running[SEQUENCES];
+    struct engine_step_item items[SEQUENCES_MOST];
+    struct sequence *running[SEQUENCES_MOST];
     uint32_t n = 0;
     for (uint32_t j = 0; j < sequence_count; j++) {
         struct sequence *s = &sequences[j];
@@ -179,7 +180,7 @@ static float *run(const struct kind *kind, const struct way *way, size_t *vocabu
                                      .landmarks_fp8 = kind->fp8,
                                      .states_bf16 = kind->states_bf16,
                                      .slice_tokens = SLICE,
-                                     .running_max = SEQUENCES,
+                                     .running_max = sequence_count,
                                      .random_weights_seed = kind->seed,
                                      .io = chunk_ram_io(&ram)};
     enum status status = engine_open(&options, &engine, &err);
@@ -215,7 +216,7 @@ static float *run(const struct kind *kind, const struct way *way, size_t *vocabu
     engine->ops = &table;
     const size_t v = *vocabulary = engine_get_info(engine)->config->vocab_size;
     float *logits = calloc((size_t)sequence_count * token_count * v, sizeof *logits);
-    struct sequence sequences[SEQUENCES];
+    struct sequence sequences[SEQUENCES_MOST];
     ASSERT(logits);
     for (uint32_t j = 0; j < sequence_count; j++)
         start(engine, &ram, kind, &sequences[j], j);
@@ -276,6 +277,21 @@ static void compare(const struct kind *kind)
         {"alone, recorded", false, false, AMPLE},
     };
     compare_ways(kind, &ways[0], ways + 1, sizeof ways / sizeof *ways - 1);
+}
+
+/* So many that half of those of a step, which are three quarters, go aside (step.cu). */
+static void compare_many(void)
+{
+    static const struct kind kind = {
+        "tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, false, 20, 0, false, 0};
+    static const struct way plain = {"many, op by op", true, true, AMPLE},
+                            recorded = {"many, recorded", false, true, AMPLE};
+    const uint32_t few = sequence_count, tokens = token_count;
+    sequence_count = SEQUENCES_MOST;
+    token_count = 3;
+    compare_ways(&kind, &plain, &recorded, 1);
+    sequence_count = few;
+    token_count = tokens;
 }
 
 /* The logits behind one more token. */
@@ -430,6 +446,7 @@ int main(int argc, char **argv)
         printf("%d failed\n", failures);
         return failures != 0;
     }
+    compare_many();
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
         check_fault(&faults[i]);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
