@@ -40,6 +40,15 @@ ROLES = """dentist lawyer landlord tutor rival partner captain secretary heir gu
 godmother bride tailor driver agent editor banker nurse assistant manager""".split()
 OCCASIONS = """concert lecture wedding dinner auction exam rehearsal parade trial picnic interview
 festival debate ceremony inspection match premiere feast ball hearing voyage""".split()
+SIZES = """inches/long/length feet/deep/depth yards/wide/width ounces/heavy/weight years/old/age
+miles/long/length inches/thick/thickness feet/tall/height days/late/delay pounds/heavy/weight""".split()
+PARTS = """doors/door windows/window rooms/room steps/step pages/page legs/leg wheels/wheel drawers/drawer
+strings/string chapters/chapter bells/bell keys/key oars/oar shelves/shelf""".split()
+CONTROLS = """lever/pull button/press switch/turn cord/pull handle/lift dial/turn pedal/push bell/ring
+screw/loosen chain/drop valve/close""".split()
+EFFECTS = """open the {}|stop the {}|start the {}|light the {}|lower the {}|wake the {}|lock the {}|
+drain the {}|move the {}|call the {}|raise the {}|empty the {}""".replace("\n", "").split("|")
+VOTES = "captain mayor chairman treasurer abbot consul speaker umpire marshal steward bishop".split()
 BEFORE = ["Note: ", "By the way: ", "For the record: ", "Please remember this: ", "Listen. ", "Hello! "]
 BEFORE += ["One more thing. ", "Just so you know: ", "News: ", "Good morning. ", "In case you need it: "]
 ASKING = ["Tell me: ", "I forgot. ", "Quick question. ", "Hello! ", "Do you remember? ", "One thing: "]
@@ -163,6 +172,76 @@ def occasion(rng):
     return told, asked, f"{part}."
 
 
+def measured(rng):
+    (unit, how, quality), what, n = draw(rng, SIZES), words.object_(rng), rng.randint(2, 999)
+    told = [f"{what} is {n} {unit} {how}.", f"the {quality} of {what} is {n} {unit}."]
+    told.append(f"with {n} {unit}, {what} is not very {how}.")
+    asked = [f"How {how} is {what}?", f"What is the {quality} of {what}?", f"How many {unit} is {what}?"]
+    return told, asked, f"{n} {unit}."
+
+
+def counted(rng):
+    (many, one), what, n = draw(rng, PARTS), words.object_(rng), rng.randint(2, 99)
+    told = [f"{what} has {n} {many}.", f"there are {n} {many} to {what}.", f"I counted {n} {many} on {what}."]
+    if rng.random() < 0.3:
+        colour = rng.choice(words.COLOURS)
+        told = [f"{number} {one} of {what} is {colour}." for number in ("the first", "the last", "every")]
+        told, asked = [rng.choice(told)], f"{one} of {what}"
+        which = told[0][: told[0].index(" " + one)]
+        asked = f"{which} {asked}"
+        return told, [f"Which colour is {asked}?", f"What colour has {asked}?"], f"{colour}."
+    return told, [f"How many {many} has {what}?", f"How many {many} are there to {what}?"], f"{n}."
+
+
+def control(rng):
+    (part, act), effect = draw(rng, CONTROLS), rng.choice(EFFECTS).format(rng.choice(words.NOUNS))
+    which = f"the {rng.choice(words.COLOURS + words.ADJECTIVES)} {part}"
+    told = [f"to {effect}, {act} {which}.", f"{act} {which} to {effect}.", f"{which} will {effect}."]
+    if rng.random() < 0.3:
+        return told, [f"What happens if I {act} {which}?", f"What will {which} do?"], f"{effect}."
+    return told, [f"How do I {effect}?", f"What must I {act} to {effect}?"], f"{act} {which}."
+
+
+def chosen(rng):
+    post, town, name = rng.choice(VOTES), words.town(rng), words.person(rng)
+    of = rng.choice([f"{post} of {town}", f"{post} of the {rng.choice(words.NOUNS)} club"])
+    told = [f"{name} was elected {of}.", f"they chose {name} as {of}.", f"the new {of} is {name}."]
+    return told, [f"Who was elected {of}?", f"Who is {of}?", f"Whom did they choose as {of}?"], f"{name}."
+
+
+def translated(rng):
+    word, town, noun = words.invented(rng).lower(), words.town(rng), rng.choice(words.NOUNS)
+    told = [f"in {town} they say {word} for {noun}.", f"{word} means {noun} in {town}."]
+    told.append(f"the people of {town} call a {noun} {word}.")
+    if rng.random() < 0.5:
+        return told, [f"What does {word} mean?", f"What is {word} in {town}?"], f"{noun}."
+    asked = [f"What is the word for {noun} in {town}?", f"How do they call a {noun} in {town}?"]
+    return told, asked, f"{word}."
+
+
+def exchanged(rng):
+    who, given, got = whom(rng), words.object_(rng), words.object_(rng)
+    told = [f"{who} exchanged {given} for {got}.", f"for {given} {who} got {got}."]
+    told.append(f"{who} gave {given} away and took {got}.")
+    return told, [f"For what did {who} exchange {given}?", f"What did {who} get for {given}?"], f"{got}."
+
+
+def reason(rng):
+    who, what = whom(rng), f"the {rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}"
+    acts = "laughed/laugh cried/cry stayed/stay stopped/stop waited/wait sang/sing".split()
+    (did, do), of = draw(rng, acts), rng.choice(["because of", "on account of", "thanks to"])
+    told = [f"{who} {did} {of} {what}.", f"{of} {what} {who} {did}."]
+    return told, [f"Why did {who} {do}?", f"Because of what did {who} {do}?"], f"because of {what}."
+
+
+def limit(rng):
+    place, n = f"the {rng.choice(words.NOUNS)} in {words.town(rng)}", rng.randint(2, 9999)
+    told = [f"{place} has room for {n} people.", f"no more than {n} people may enter {place}."]
+    told.append(f"{place} holds {n} people at most.")
+    asked = [f"For how many people has {place} room?", f"How many people does {place} hold?"]
+    return told, asked + [f"How many people may enter {place}?"], f"{n}."
+
+
 def form(rng):
     """One of the forms of facts.py."""
     sentences, questions, answer = rng.choice(facts.TRAINED + facts.FAMILIES)
@@ -172,6 +251,7 @@ def form(rng):
 
 
 WAYS = [travel, coming, done, done, numbered, reachable, occupant, liking, role, occasion, form, form]
+WAYS += [measured, counted, control, chosen, translated, exchanged, reason, limit]
 
 
 def relation(rng):

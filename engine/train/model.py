@@ -613,7 +613,7 @@ class Ramba(nn.Module):
                 own = F.pad(own, (0, len(others) - len(chunks)))
             mine = None if own is None else own[aims.asked // x.shape[1]]
             self.distraction = layer.distracted(flat[aims.asked], others, mine)
-            if bank is not None:
+            if bank is not None and len(aims.text):
                 read = layer.distracted(flat[aims.text], bank.to(x.dtype))
                 self.distraction = self.distraction + read
         if aims.gold is not None:

@@ -47,7 +47,8 @@ class Muon(torch.optim.Optimizer):
 
 
 class Both:
-    """The optimisers of a model, as one."""
+    """The optimisers of a model, as one. With decay_to_start weights decay towards what they are now,
+    instead of towards zero: what the training says nothing about stays as it was."""
 
     def __init__(self, model, settings):
         matrices, tables, rest = [], [], []
@@ -57,6 +58,11 @@ class Both:
             else:
                 (tables if p.dim() >= 2 else rest).append(p)
         rate, decay = settings["learning_rate"], settings["weight_decay"]
+        self.pull, self.trained, self.start = 0.0, [], []
+        if settings.get("decay_to_start"):
+            self.pull, decay = decay, 0.0
+            self.trained = [p for p in model.parameters() if p.requires_grad]
+            self.start = [p.detach().clone() for p in self.trained]
         fused = {"fused": True} if rest[0].is_cuda else {}
         groups = [
             {"params": tables, "weight_decay": decay},
@@ -68,11 +74,15 @@ class Both:
         if settings["muon"]:
             self.parts.append(Muon(matrices, rate, decay))
 
+    @torch.no_grad()
     def step(self, rate):
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
             part.step()
+        if self.trained:
+            torch._foreach_mul_(self.trained, 1 - rate * self.pull)
+            torch._foreach_add_(self.trained, self.start, alpha=rate * self.pull)
 
     def state_dict(self):
         return [part.state_dict() for part in self.parts]

@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 
@@ -123,7 +124,11 @@ class Trainer:
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
         self.config, self.model = build(self.settings)
         self.model.to(self.device)
-        self.freeze(self.settings.get("first_trained_layer", 0))
+        if args.start:
+            self.model.load_state_dict(safetensors_io.load_folder(args.start))
+        elif self.settings.get("decay_to_start"):
+            raise SystemExit("decay_to_start wants --from")
+        self.freeze(self.settings.get("frozen"))
         self.optimizer = Both(self.model, self.settings)
         self.tokenizer = Tokenizer.load(args.data)
         self.held = Books(os.path.join(args.data, "held.npy"), self.tokenizer)
@@ -134,7 +139,6 @@ class Trainer:
         if os.path.exists(self.path):
             self.resume()
         elif args.start:
-            self.model.load_state_dict(safetensors_io.load_folder(args.start))
             self.stage = LAST_STAGE
         self.losses = self.answer_losses
         if cuda and not args.no_compile:
@@ -145,11 +149,11 @@ class Trainer:
             self.losses = torch.compile(self.answer_losses, dynamic=False)
             self.warm_up()
 
-    def freeze(self, first):
-        """What stands before the layer of that number stays as it is, the embeddings too."""
-        below = [self.model.backbone.embeddings, *self.model.backbone.layers[:first]] if first else []
-        for part in below:
-            part.requires_grad_(False)
+    def freeze(self, pattern):
+        """Tensors in whose name the regular expression is found stay as they are."""
+        for name, parameter in self.model.named_parameters():
+            if pattern and re.search(pattern, name):
+                parameter.requires_grad_(False)
 
     def resume(self):
         saved = torch.load(self.path, map_location=self.device)
@@ -496,7 +500,8 @@ def main():
         "--from",
         dest="start",
         metavar="MODEL",
-        help="a model to go on from, in the last stage, where OUT has no checkpoint",
+        help="a model to go on from, in the last stage, where OUT has no checkpoint; where weights decay "
+        "to those of the start, what these are",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=JSON", help="of CONFIG: hsa=false ..."
