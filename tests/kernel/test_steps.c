@@ -424,7 +424,7 @@ int main(int argc, char **argv)
         {"launch:2:narrow_landmarks", 2, way},
         {"launch:1:expand_landmarks", 2, way},
         {"launch:1:keep_best", 2, way},
-        {"launch:1:scan_codes", 2, way},
+        {"launch:1:scan_rows", 2, way},
         {"launch:2:rescore_rows", 2, way},
         {"copy:3", 0, way},
         {"copy:150", 1, small},
