@@ -476,7 +476,7 @@ static void test_gone(void **state)
 static void wait_for_budget(double bytes)
 {
     const double start = daemon_now();
-    while (wire_metric(&kept, "rambad_prefix_bytes") > bytes && daemon_now() < start + 30)
+    while (wire_metric(&kept, "rambad_prefix_bytes") > bytes && daemon_now() < start + WIRE_SECONDS)
         usleep(10000);
     assert_true(wire_metric(&kept, "rambad_prefix_bytes") <= bytes);
 }
