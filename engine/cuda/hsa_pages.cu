@@ -2,7 +2,7 @@
  * take, and the form for few rows, a block each, whose warps share first the picks, then the
  * columns. Many rows: hsa_group.cu; hsa.cu has the plain form.
  * What bounds a row alone: it brings 4 S hd bytes a pick to shared memory, whoever else picked the
- * same, so the L2 cache's rate, of which this takes 7.3 TB/s on an H200 whatever rows pick. */
+ * same, so the L2 cache's rate, of which this takes 7.4 TB/s on an H200 whatever rows pick. */
 #include "engine/cuda/hsa.cuh"
 #include "engine/cuda/hsa_tile.cuh"
 
