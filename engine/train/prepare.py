@@ -1,4 +1,4 @@
-"""Makes the trainer's data: python3 engine/train/prepare.py CONFIG --corpus DIR --out DIR
+"""Makes the trainer's data: python3 engine/train/prepare.py CONFIG --corpus DIR... --out DIR
 
 Trains the tokenizer on the books that CONFIG does not hold out, and writes OUT/tokenizer.json,
 tokenizer_config.json, train.npy and held.npy (uint16 token ids, an end-of-text token between
@@ -31,7 +31,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config")
-    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--corpus", required=True, nargs="+", metavar="DIR")
     parser.add_argument("--out", required=True)
     parser.add_argument("--tokenizer", help="a folder with a tokenizer to be used as it is")
     args = parser.parse_args()
@@ -39,8 +39,9 @@ def main():
         config = json.load(file)
     os.makedirs(args.out, exist_ok=True)
     books = {
-        name[:-4]: read(os.path.join(args.corpus, name))
-        for name in sorted(os.listdir(args.corpus))
+        name[:-4]: read(os.path.join(folder, name))
+        for folder in args.corpus
+        for name in sorted(os.listdir(folder))
         if name.endswith(".txt")
     }
     held = {name: books.pop(name) for name in config["held_out"]}
