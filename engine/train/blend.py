@@ -23,6 +23,8 @@ def blend(models, shares):
 
 
 def main():
+    if len(sys.argv) < 3 or not all("=" in part for part in sys.argv[2:]):
+        sys.exit(__doc__)
     out, *parts = sys.argv[1:]
     folders, shares = zip(*(part.rsplit("=", 1) for part in parts))
     shares = [float(share) for share in shares]
