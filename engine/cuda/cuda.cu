@@ -45,6 +45,7 @@ bool cuda_check(struct ops_context *x, cudaError_t error, const char *what)
 void cuda_launched(struct ops_context *x, const char *kernel)
 {
     cudaError_t error = cudaGetLastError();
+    x->idle = false;
     if (x->fail_launch && (!x->fail_kernel || strstr(kernel, x->fail_kernel)) &&
         --x->fail_launch == 0)
         error = cudaErrorLaunchFailure;
@@ -128,6 +129,7 @@ void cuda_wait(struct ops_context *x)
 /* After every copy. */
 static bool copied(struct ops_context *x, cudaError_t error, const char *what)
 {
+    x->idle = false;
     if (x->fail_copy && --x->fail_copy == 0)
         error = cudaErrorLaunchFailure;
     return cuda_check(x, error, what);
@@ -529,7 +531,8 @@ static const char *cuda_describe(const struct ops_context *x)
 
 static enum status cuda_check_failed(struct ops_context *x, struct error *err)
 {
-    cuda_wait(x);
+    if (!x->idle)
+        cuda_wait(x);
     return x->failed ? error_set(err, x->failed, "%s", x->failure) : STATUS_OK;
 }
 

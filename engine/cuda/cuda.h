@@ -59,6 +59,7 @@ struct ops_context {
     int multiprocessors;
     size_t shared_most; /* bytes of shared memory that a block can have */
     bool recording;     /* a part of a step is being recorded: see step.cu */
+    bool idle;          /* nothing was sent to the stream since it was seen to be done */
     bool early;         /* kernels may begin before those in front of them end */
     bool hopper;        /* the code that runs has the instructions of sm_90a alone */
     bool apart;         /* the next kernel is behind several: it does not begin early */
@@ -241,7 +242,8 @@ const void *const *cuda_stage_narrow(struct ops_context *context,
 
 enum status cuda_step_open(struct ops_context *context, struct error *err);
 void cuda_step_close(struct ops_context *context);
-const int32_t *cuda_step_tokens(const struct ops_context *context);
+/* The first part begins: its tables come, and the rows of its tokens in `table` go to `out`. */
+void cuda_step_embed(struct ops_context *context, const struct ops_tensor *table, float *out);
 /* The step's segments, whose `ssm` and `conv` are where each sequence's state
  * begins, and how many floats behind it `states` lie, which is the same for all. */
 const struct cuda_segment *cuda_step_states(struct ops_context *context,
@@ -259,8 +261,22 @@ void cuda_step_retrieve(struct ops_context *context, const struct ops_retrieval_
                         struct ops_picks *picks);
 void cuda_step_pages(const struct ops_context *context, const float **weights,
                      const void *const **pages);
-/* The rows of logits go to their sequences, and the largest of each is found. */
-void cuda_step_logits(struct ops_context *context, const float *logits);
+/* Where the step's rows of logits go, and the largest of each. */
+struct cuda_kept_logits {
+    uint32_t rows;
+    float *const *to;         /* [rows], on the device: each sequence's own */
+    unsigned long long *best; /* [rows]: the largest logit and its token so far; zeros between */
+    uint32_t *arrived;        /* [rows]: blocks that have seen their share; zeros between kernels */
+    int32_t *largest;         /* [rows], pinned: the token of the largest one */
+};
+struct cuda_kept_logits cuda_step_kept(const struct ops_context *context);
+/* How the last kernel of a part tells the host its end; see cuda_tell_end. */
+struct cuda_ending {
+    uint32_t *count; /* on the device: parts that have told */
+    uint32_t *told;  /* NULL: it does not; pinned: the same */
+};
+/* Who asks is the last kernel of the part that is recorded, and will tell. */
+struct cuda_ending cuda_step_ending(struct ops_context *context);
 
 /* ---- pages.cu ---- */
 

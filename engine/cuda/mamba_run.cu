@@ -394,6 +394,7 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
     cuda_depend_wait();
     const uint32_t serial = *reinterpret_cast<volatile uint32_t *>(r.serial);
     float x = has_out ? r.hidden[out_at] : 0;
+    float *kept = r.kept ? *r.kept : NULL;
     for (uint32_t l = 0; l < r.layer_count; l++) {
         const uint32_t number = serial + l + 1;
         /* in_proj */
@@ -451,9 +452,11 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
             v.y = __shfl_sync(CUDA_ALL_LANES, x, (lane & ~3u) + 1);
             v.z = __shfl_sync(CUDA_ALL_LANES, x, (lane & ~3u) + 2);
             v.w = __shfl_sync(CUDA_ALL_LANES, x, lane | 3u);
-            if (has_out && l + 1 == r.layer_count)
+            if (has_out && l + 1 == r.layer_count) {
                 r.hidden[out_at] = x;
-            else if (has_out && lane % 4 == 0)
+                if (kept)
+                    kept[out_at] = x;
+            } else if (has_out && lane % 4 == 0)
                 cuda_send(r.hidden_sent + packet_at<RUN_OUT / 4>(out_at / 4),
                           pack_four(v, next_norm, number));
         }

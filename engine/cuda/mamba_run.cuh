@@ -25,6 +25,7 @@ struct run {
     float epsilon;
     const struct cuda_segment *segment; /* of the row, on the device */
     float *hidden;                      /* [d] in and out */
+    float *const *kept;                 /* on the device: or NULL, or where it goes, too */
     /* On the device, RUN_LINE bytes for each block of the grid, nobody else's; zeros in the
      * beginning. */
     uint4 *hidden_sent, *gated_sent;

@@ -47,17 +47,14 @@ static __device__ __forceinline__ struct cuda_candidate no_candidate(void)
     return none;
 }
 
-/* The better of two lanes' candidates, over a warp. */
+/* The best of the lanes' candidates, whose scores are numbers. */
 static __device__ __forceinline__ struct cuda_candidate cuda_warp_best(struct cuda_candidate best)
 {
-#pragma unroll
-    for (int step = CUDA_WARP / 2; step; step /= 2) {
-        struct cuda_candidate other;
-        other.score = __shfl_xor_sync(CUDA_ALL_LANES, best.score, step);
-        other.chunk = __shfl_xor_sync(CUDA_ALL_LANES, best.chunk, step);
-        if (before(other, best))
-            best = other;
-    }
+    const uint32_t bits = __float_as_uint(best.score + 0.0f); /* minus zero equals zero */
+    const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
+    const uint32_t top = __reduce_max_sync(CUDA_ALL_LANES, order);
+    best.chunk = __reduce_min_sync(CUDA_ALL_LANES, order == top ? best.chunk : CUDA_NO_CHUNK);
+    best.score = __uint_as_float(top >> 31 ? top & 0x7fffffffu : ~top);
     return best;
 }
 
@@ -223,28 +220,35 @@ static __device__ __forceinline__ void weigh(const struct weighing &w, uint32_t 
         ordered[newer] = best[i];
     }
     __syncwarp();
-    for (uint32_t i = lane; i < topk; i += CUDA_WARP)
-        chunks[i] = i < found ? ordered[i].chunk : 0;
-    if (lane)
-        return;
-    float spent = 0, top = -INFINITY, shares[LIMITS_TOPK];
-    if (w.softmax) {
-        for (uint32_t j = 0; j < found; j++)
-            top = fmaxf(top, ordered[j].score + w.pos_decay * (float)j);
-        for (uint32_t j = 0; j < found; j++) {
-            shares[j] = expf(ordered[j].score + w.pos_decay * (float)j - top);
-            spent += shares[j];
-        }
-        for (uint32_t j = 0; j < found; j++)
-            shares[j] /= spent;
-    } else {
-        for (uint32_t j = 0; j < found; j++) {
-            spent += cuda_softplus(ordered[j].score);
-            shares[j] = expf(ordered[j].score - spent);
+    float spent = 0, top = -INFINITY, scores[LIMITS_TOPK / CUDA_WARP],
+          shares[LIMITS_TOPK / CUDA_WARP];
+#pragma unroll
+    for (uint32_t k = 0; k < LIMITS_TOPK / CUDA_WARP; k++) {
+        const uint32_t i = k * CUDA_WARP + lane;
+        scores[k] = i < found ? ordered[i].score : -INFINITY;
+        if (w.softmax)
+            scores[k] += w.pos_decay * (float)i;
+        top = fmaxf(top, scores[k]);
+    }
+    top = cuda_warp_max(top);
+#pragma unroll
+    for (uint32_t k = 0; k < LIMITS_TOPK / CUDA_WARP; k++) {
+        const float own = w.softmax ? expf(scores[k] - top) : cuda_softplus(scores[k]);
+        shares[k] = own;
+        for (uint32_t j = 0; j < CUDA_WARP && k * CUDA_WARP + j < found; j++) {
+            spent += __shfl_sync(CUDA_ALL_LANES, own, j);
+            if (!w.softmax && lane == j)
+                shares[k] = expf(scores[k] - spent);
         }
     }
-    for (uint32_t j = 0; j < topk; j++)
-        out[j] = j < found ? shares[j] : 0;
+#pragma unroll
+    for (uint32_t k = 0; k < LIMITS_TOPK / CUDA_WARP; k++) {
+        const uint32_t i = k * CUDA_WARP + lane;
+        if (i >= topk)
+            break;
+        chunks[i] = i < found ? ordered[i].chunk : 0;
+        out[i] = i >= found ? 0 : w.softmax ? shares[k] / spent : shares[k];
+    }
 }
 
 /* A row of a short segment. */

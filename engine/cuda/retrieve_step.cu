@@ -1,5 +1,6 @@
 /* retrieve_step.cu - retrieval for single rows: the scan of retrieve_rows.cuh over landmarks as
  * they are, at the speed of memory, then a merge. In fp8: retrieve_fp8.cu. */
+#include "engine/cuda/ending.cuh"
 #include "engine/cuda/retrieve_rows.cuh"
 
 #define MERGE_THREADS 256
@@ -78,7 +79,7 @@ template <typename T> struct plain_landmarks {
 static __global__ void __launch_bounds__(MERGE_THREADS)
     merge_rows(uint32_t heads, uint32_t topk, uint32_t blocks, struct weighing w,
                const struct scan_row *rows, const struct cuda_candidate *candidates,
-               uint64_t *chunks, float *shares)
+               uint64_t *chunks, float *shares, struct cuda_ending ending)
 {
     __shared__ struct cuda_candidate winners[MERGE_THREADS / CUDA_WARP], best[LIMITS_TOPK],
         ordered[LIMITS_TOPK];
@@ -88,15 +89,22 @@ static __global__ void __launch_bounds__(MERGE_THREADS)
         candidates + ((size_t)blockIdx.x * heads + blockIdx.y) * blocks * topk, topk, blocks,
         winners, best);
     const size_t row = (size_t)cuda_row_of(rows, blockIdx.x).row * heads + blockIdx.y;
-    if (threadIdx.x / CUDA_WARP == 0)
-        weigh(w, topk, found, best, ordered, chunks + row * topk, shares + row * topk);
+    if (threadIdx.x / CUDA_WARP)
+        return;
+    weigh(w, topk, found, best, ordered, chunks + row * topk, shares + row * topk);
+    __syncwarp();
+    if (threadIdx.x == 0)
+        cuda_tell_end(ending);
 }
 
-/* Blocks of a row and head: together as many as the device holds at once. */
+/* Blocks of a row and head: some two a multiprocessor together, which evens out rows of different
+ * lengths; a row alone has one on each, which is all that a multiprocessor holds of the widest
+ * form, whose loads under way are as many as memory needs. */
 static uint32_t blocks_of(const struct ops_context *x, uint32_t row_count)
 {
     const uint32_t all = row_count * x->config.retrieval_heads;
-    const uint32_t blocks = cuda_ceil(2 * (uint32_t)x->multiprocessors, all ? all : 1);
+    const uint32_t most = (uint32_t)x->multiprocessors;
+    const uint32_t blocks = all == 1 && !x->fp8 ? most : cuda_ceil(2 * most, all ? all : 1);
     return blocks < SCAN_BLOCKS ? blocks : SCAN_BLOCKS;
 }
 
@@ -125,6 +133,8 @@ void cuda_retrieve_rows(struct ops_context *x, const struct ops_retrieval_weight
                                                           : launch_scan_rows<plain_landmarks<bf16>>;
     scan(x, s, segments, rows, row_count, blocks, norm, candidates);
     const struct weighing w = {x->config.softmax_weights, weights->pos_decay};
+    const bool alone = x->recording && row_count * s.heads == 1;
+    const struct cuda_ending ending = alone ? cuda_step_ending(x) : cuda_ending{NULL, NULL};
     CUDA_LAUNCH_EARLY(x, merge_rows, dim3(row_count, s.heads), dim3(MERGE_THREADS), 0, s.heads,
-                      s.topk, blocks, w, rows, candidates, chunks, shares);
+                      s.topk, blocks, w, rows, candidates, chunks, shares, ending);
 }

@@ -10,10 +10,8 @@
 
 #define FETCH_THREADS 256
 #define FETCH_TABLES 4
-#define ASIDE_ROWS 96  /* of a step at least, of which half go aside */
-#define BEST_BLOCKS 16 /* that share a row of logits */
-#define BEST_THREADS 256
-#define BEST_AHEAD 7 /* logits of a thread on their way at once */
+#define ASIDE_ROWS 96 /* of a step at least, of which half go aside */
+#define LOOKS 4096    /* for a part's end, after which the stream is asked whether it failed */
 
 /* Twice: pinned, and on the device. */
 struct tables {
@@ -24,14 +22,20 @@ struct tables {
     const void **pages;            /* [rows, Hr, K] on the device */
 };
 
+/* A part of a step. */
+struct graph {
+    cudaGraphExec_t exec;
+    bool tells; /* its end: see cuda_ending */
+};
+
 struct cuda_step {
     struct tables host, device;
     void *host_memory, *device_memory;
     struct cuda_candidate *candidates;
-    unsigned long long *best; /* [rows]: the largest logit and its token so far; zeros between */
-    uint32_t *arrived;        /* [rows]: blocks that have seen their share; zeros between kernels */
-    int32_t *largest;         /* [rows], pinned */
-    cudaGraphExec_t *graphs;  /* [parts][OPS_STEP_ROWS] */
+    struct cuda_kept_logits logits; /* `to` is of the tables */
+    struct cuda_ending ending;
+    uint32_t ended;       /* parts that will have told their end when all work is done */
+    struct graph *graphs; /* [parts][OPS_STEP_ROWS] */
     uint32_t parts, part;
     bool renamed;   /* the segments are not those of the part before */
     struct run run; /* Mamba-2 blocks recorded, not launched yet */
@@ -45,9 +49,32 @@ struct fetch {
     uint32_t words[FETCH_TABLES];
 };
 
-/* Grid: blocks that share a table x tables. */
-static __global__ void __launch_bounds__(FETCH_THREADS) fetch_tables(struct fetch f)
+/* Rows of embeddings, whose tokens are fetched with the tables. */
+template <typename T> struct embedding {
+    const T *table;
+    const int32_t *tokens; /* pinned */
+    uint32_t d;
+    float *out;
+};
+
+/* Grid: blocks that share a table x `tables`, then rows, a block each. */
+template <typename T>
+static __global__ void __launch_bounds__(FETCH_THREADS)
+    fetch_tables(struct fetch f, uint32_t tables, struct embedding<T> e)
 {
+    if (blockIdx.y >= tables) {
+        const uint32_t row = blockIdx.y - tables;
+        __shared__ int32_t token; /* a block looks once */
+        if (blockIdx.x)
+            return;
+        if (threadIdx.x == 0)
+            token = e.tokens[row];
+        __syncthreads();
+        const T *from = e.table + (size_t)token * e.d;
+        for (uint32_t i = threadIdx.x; i < e.d; i += FETCH_THREADS)
+            e.out[(size_t)row * e.d + i] = cuda_float(from[i]);
+        return;
+    }
     for (uint32_t i = blockIdx.x * FETCH_THREADS + threadIdx.x; i < f.words[blockIdx.y];
          i += gridDim.x * FETCH_THREADS)
         f.to[blockIdx.y][i] = f.from[blockIdx.y][i];
@@ -61,68 +88,6 @@ static __global__ void __launch_bounds__(FETCH_THREADS)
     cuda_depend_wait();
     for (uint32_t i = threadIdx.x; i < d; i += FETCH_THREADS)
         kept[blockIdx.x][i] = x[(size_t)blockIdx.x * d + i];
-}
-
-/* A logit as the sampler sees it and its token, so that the largest number is the largest logit,
- * and of equal ones the lowest token. */
-static __device__ __forceinline__ unsigned long long rank_of(float logit, uint32_t token)
-{
-    const float limit = 3.402823466e+38f;
-    float value = logit > limit ? limit : logit;
-    value = value >= -limit ? value + 0.0f : -INFINITY; /* minus zero equals zero; NaN is least */
-    const uint32_t bits = __float_as_uint(value);
-    const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (unsigned long long)order << 32 | (0xffffffffu - token);
-}
-
-/* Rows of logits go to their sequences; largest[row]: the token of the largest one. Grid:
- * BEST_BLOCKS x rows. */
-static __global__ void __launch_bounds__(BEST_THREADS)
-    keep_logits(const float *logits, uint32_t vocabulary, float *const *kept,
-                unsigned long long *best, uint32_t *arrived, int32_t *largest)
-{
-    __shared__ unsigned long long parts[BEST_THREADS / CUDA_WARP];
-    cuda_depend_release();
-    cuda_depend_wait();
-    constexpr uint32_t stride = BEST_BLOCKS * BEST_THREADS;
-    const float *row = logits + (size_t)blockIdx.y * vocabulary;
-    float *to = kept[blockIdx.y];
-    unsigned long long own = 0;
-    for (uint32_t from = blockIdx.x * BEST_THREADS + threadIdx.x; from < vocabulary;
-         from += BEST_AHEAD * stride) {
-        float ahead[BEST_AHEAD];
-#pragma unroll
-        for (uint32_t a = 0; a < BEST_AHEAD; a++)
-            ahead[a] = from + a * stride < vocabulary ? row[from + a * stride] : 0;
-#pragma unroll
-        for (uint32_t a = 0; a < BEST_AHEAD; a++) {
-            const uint32_t i = from + a * stride;
-            if (i >= vocabulary)
-                break;
-            const unsigned long long rank = rank_of(ahead[a], i);
-            to[i] = ahead[a];
-            own = rank > own ? rank : own;
-        }
-    }
-    for (int step = CUDA_WARP / 2; step; step /= 2) {
-        const unsigned long long other = __shfl_xor_sync(CUDA_ALL_LANES, own, step);
-        own = other > own ? other : own;
-    }
-    if (threadIdx.x % CUDA_WARP == 0)
-        parts[threadIdx.x / CUDA_WARP] = own;
-    __syncthreads();
-    if (threadIdx.x)
-        return;
-    for (uint32_t i = 1; i < BEST_THREADS / CUDA_WARP; i++)
-        own = parts[i] > own ? parts[i] : own;
-    atomicMax(&best[blockIdx.y], own);
-    __threadfence();
-    if (atomicAdd(&arrived[blockIdx.y], 1u) + 1 < BEST_BLOCKS)
-        return;
-    __threadfence();
-    largest[blockIdx.y] = (int32_t)(0xffffffffu - (uint32_t)atomicMax(&best[blockIdx.y], 0ull));
-    best[blockIdx.y] = 0;
-    arrived[blockIdx.y] = 0;
 }
 
 /* ---- opening ---- */
@@ -164,13 +129,16 @@ enum status cuda_step_open(struct ops_context *x, struct error *err)
     for (uint32_t rows = 1; rows <= OPS_STEP_ROWS; rows++)
         room = cuda_retrieve_room(x, rows) > room ? cuda_retrieve_room(x, rows) : room;
     s->parts = c->group_count + 1;
-    s->graphs = (cudaGraphExec_t *)calloc((size_t)s->parts * OPS_STEP_ROWS, sizeof *s->graphs);
+    s->graphs = (struct graph *)calloc((size_t)s->parts * OPS_STEP_ROWS, sizeof *s->graphs);
     s->host_memory = cuda_alloc_host(x, bytes);
     s->device_memory = cuda_take(x, bytes);
     s->candidates = (struct cuda_candidate *)cuda_take(x, room * sizeof *s->candidates);
-    s->best = (unsigned long long *)cuda_take(x, OPS_STEP_ROWS * sizeof *s->best);
-    s->arrived = (uint32_t *)cuda_take(x, OPS_STEP_ROWS * sizeof *s->arrived);
-    s->largest = (int32_t *)cuda_alloc_host(x, OPS_STEP_ROWS * sizeof *s->largest);
+    struct cuda_kept_logits *kept = &s->logits;
+    kept->best = (unsigned long long *)cuda_take(x, OPS_STEP_ROWS * sizeof *kept->best);
+    kept->arrived = (uint32_t *)cuda_take(x, OPS_STEP_ROWS * sizeof *kept->arrived);
+    kept->largest = (int32_t *)cuda_alloc_host(x, OPS_STEP_ROWS * sizeof *kept->largest);
+    s->ending.count = (uint32_t *)cuda_take(x, sizeof *s->ending.count);
+    s->ending.told = (uint32_t *)cuda_alloc_host(x, sizeof *s->ending.told);
     struct run *r = &s->run;
     cuda_run_open(x, r);
     const size_t lines = RUN_LINE * (size_t)cuda_ceil(c->inner_size, RUN_WIDTH);
@@ -178,12 +146,14 @@ enum status cuda_step_open(struct ops_context *x, struct error *err)
     r->gated_sent = (uint4 *)cuda_take(x, lines);
     r->columns_sent = (uint2 *)cuda_take(x, lines);
     r->serial = (uint32_t *)cuda_take(x, sizeof *r->serial);
-    if (!s->graphs || !s->host_memory || !s->device_memory || !s->candidates || !s->best ||
-        !s->arrived || !s->largest || !r->hidden_sent || !r->gated_sent || !r->columns_sent ||
-        !r->serial)
+    if (!s->graphs || !s->host_memory || !s->device_memory || !s->candidates || !kept->best ||
+        !kept->arrived || !kept->largest || !s->ending.count || !s->ending.told ||
+        !r->hidden_sent || !r->gated_sent || !r->columns_sent || !r->serial)
         return error_set(err, STATUS_NO_MEMORY, "out of memory for the tables of a step");
+    *s->ending.told = 0;
     lay_out(&s->host, (char *)s->host_memory, picks);
     lay_out(&s->device, (char *)s->device_memory, picks);
+    kept->to = s->device.logits;
     return STATUS_OK;
 }
 
@@ -193,16 +163,17 @@ void cuda_step_close(struct ops_context *x)
     if (!s)
         return;
     for (size_t i = 0; s->graphs && i < (size_t)s->parts * OPS_STEP_ROWS; i++)
-        if (s->graphs[i])
-            cudaGraphExecDestroy(s->graphs[i]);
-    void *device[] = {s->device_memory,    s->candidates,      s->best,
-                      s->arrived,          s->run.hidden_sent, s->run.gated_sent,
-                      s->run.columns_sent, s->run.serial};
+        if (s->graphs[i].exec)
+            cudaGraphExecDestroy(s->graphs[i].exec);
+    void *device[] = {s->device_memory,  s->candidates,       s->logits.best,
+                      s->logits.arrived, s->ending.count,     s->run.hidden_sent,
+                      s->run.gated_sent, s->run.columns_sent, s->run.serial};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i])
             cudaFree(device[i]);
     cuda_free_host(s->host_memory);
-    cuda_free_host(s->largest);
+    cuda_free_host(s->logits.largest);
+    cuda_free_host(s->ending.told);
     free(s->graphs);
     free(s);
     x->step = NULL;
@@ -230,8 +201,9 @@ static void add_table(struct fetch *f, uint32_t *n, void *to, const void *from, 
     f->words[(*n)++] = (uint32_t)(bytes / sizeof(uint32_t));
 }
 
-/* What the part under way reads. */
-static void launch_fetch(struct ops_context *x)
+/* What the part under way reads, and, in the first one, `rows` of embeddings. */
+template <typename T>
+static void launch_fetch(struct ops_context *x, uint32_t rows, const T *table, float *out)
 {
     struct cuda_step *s = x->step;
     const struct tables *h = &s->host, *d = &s->device;
@@ -244,7 +216,6 @@ static void launch_fetch(struct ops_context *x)
     if (s->part + 1 == s->parts)
         add_table(&f, &n, d->logits, h->logits, count * sizeof *h->logits);
     if (s->part == 0) {
-        add_table(&f, &n, d->tokens, h->tokens, count * sizeof *h->tokens);
         add_table(&f, &n, d->kept, h->kept, count * sizeof *h->kept);
     } else {
         add_table(&f, &n, d->weights, h->weights, picks * sizeof *h->weights);
@@ -253,8 +224,11 @@ static void launch_fetch(struct ops_context *x)
     uint32_t most = 0;
     for (uint32_t i = 0; i < n; i++)
         most = f.words[i] > most ? f.words[i] : most;
-    CUDA_LAUNCH(x, fetch_tables, dim3(cuda_ceil(most, FETCH_THREADS), n), dim3(FETCH_THREADS), 0,
-                f);
+    const struct embedding<T> e = {
+        table, h->tokens, x->config.hidden_size, out
+    };
+    CUDA_LAUNCH(x, fetch_tables<T>, dim3(cuda_ceil(most, FETCH_THREADS), n + rows),
+                dim3(FETCH_THREADS), 0, f, n, e);
 }
 
 static void fill_segments(struct ops_context *x)
@@ -284,7 +258,7 @@ static bool fill_pages(struct ops_context *x, const float *weights, const void *
     return room;
 }
 
-static cudaGraphExec_t *graph_of(const struct cuda_step *s)
+static struct graph *graph_of(const struct cuda_step *s)
 {
     return &s->graphs[(size_t)s->part * OPS_STEP_ROWS + s->step.count - 1];
 }
@@ -303,13 +277,14 @@ extern "C" enum ops_part cuda_part_begin(struct ops_context *x, uint32_t part, c
     s->renamed = false;
     if (x->failed)
         return OPS_PART_PLAIN;
-    if (*graph_of(s))
+    if (graph_of(s)->exec)
         return OPS_PART_REPLAY;
     if (!cuda_check(x, cudaStreamBeginCapture(x->stream, cudaStreamCaptureModeRelaxed),
                     "the recording of a step"))
         return OPS_PART_PLAIN;
     x->recording = true;
-    launch_fetch(x);
+    if (part) /* the first one begins with cuda_step_embed */
+        launch_fetch<float>(x, 0, NULL, NULL);
     return OPS_PART_RECORD;
 }
 
@@ -320,9 +295,23 @@ static void end_recording(struct ops_context *x)
     x->recording = false;
     const cudaError_t error = cudaStreamEndCapture(x->stream, &graph);
     if (cuda_check(x, error, "the recording of a step") && !x->failed)
-        cuda_check(x, cudaGraphInstantiate(graph_of(x->step), graph, 0), "the making of a graph");
+        cuda_check(x, cudaGraphInstantiate(&graph_of(x->step)->exec, graph, 0),
+                   "the making of a graph");
     if (graph)
         cudaGraphDestroy(graph);
+}
+
+/* Until the last kernel of the part under way says that it is done, which the host sees sooner than
+ * that the stream is. */
+static void wait_told(struct ops_context *x)
+{
+    const struct cuda_step *s = x->step;
+    for (uint32_t looks = 1; __atomic_load_n(s->ending.told, __ATOMIC_ACQUIRE) != s->ended; looks++)
+        if (looks % LOOKS == 0 && cudaStreamQuery(x->stream) != cudaErrorNotReady) {
+            cuda_wait(x);
+            return;
+        }
+    x->idle = true;
 }
 
 extern "C" void cuda_part_end(struct ops_context *x, struct ops_picks *picks, int32_t *largest)
@@ -333,23 +322,30 @@ extern "C" void cuda_part_end(struct ops_context *x, struct ops_picks *picks, in
     if (x->recording)
         end_recording(x);
     if (!x->failed) {
-        (void)cudaGraphLaunch(*graph_of(s), x->stream); /* it stays the last error */
+        (void)cudaGraphLaunch(graph_of(s)->exec, x->stream); /* it stays the last error */
         cuda_launched(x, "a recorded part of a step");
+        s->ended += graph_of(s)->tells;
     }
-    cuda_wait(x);
+    if (!x->failed && graph_of(s)->tells)
+        wait_told(x);
+    else
+        cuda_wait(x);
     if (picks && x->failed) { /* nothing is read for picks that do not exist */
         memset(picks->chunks, 0, count * sizeof *picks->chunks);
         memset(picks->weights, 0, count * sizeof *picks->weights);
     }
     if (largest)
-        memcpy(largest, s->largest, s->step.count * sizeof *largest);
+        memcpy(largest, s->logits.largest, s->step.count * sizeof *largest);
 }
 
 /* ---- what the ops take from the step while they are recorded ---- */
 
-const int32_t *cuda_step_tokens(const struct ops_context *x)
+void cuda_step_embed(struct ops_context *x, const struct ops_tensor *table, float *out)
 {
-    return x->step->device.tokens;
+    if (x->wide)
+        launch_fetch(x, x->step->step.count, (const float *)table->data, out);
+    else
+        launch_fetch(x, x->step->step.count, (const bf16 *)table->data, out);
 }
 
 const struct cuda_segment *cuda_step_states(struct ops_context *x,
@@ -421,6 +417,7 @@ void cuda_step_flush(struct ops_context *x)
     if (r->layer_count)
         cuda_run_launch(x, *r);
     r->layer_count = 0;
+    r->kept = NULL;
 }
 
 void cuda_step_retrieve(struct ops_context *x, const struct ops_retrieval_weights *w,
@@ -437,18 +434,28 @@ void cuda_step_pages(const struct ops_context *x, const float **weights, const v
     *pages = x->step->device.pages;
 }
 
-void cuda_step_logits(struct ops_context *x, const float *logits)
+struct cuda_kept_logits cuda_step_kept(const struct ops_context *x)
 {
-    struct cuda_step *s = x->step;
-    CUDA_LAUNCH_EARLY(x, keep_logits, dim3(BEST_BLOCKS, s->step.count), dim3(BEST_THREADS), 0,
-                      logits, x->config.vocab_size, (float *const *)s->device.logits, s->best,
-                      s->arrived, s->largest);
+    struct cuda_kept_logits kept = x->step->logits;
+    kept.rows = x->step->step.count;
+    return kept;
+}
+
+struct cuda_ending cuda_step_ending(struct ops_context *x)
+{
+    graph_of(x->step)->tells = true;
+    return x->step->ending;
 }
 
 extern "C" void cuda_keep_rows(struct ops_context *x, const float *hidden)
 {
     struct cuda_step *s = x->step;
-    cuda_step_flush(x);
+    struct run *r = &s->run;
+    if (r->layer_count && r->hidden == hidden) { /* the blocks in front keep it themselves */
+        r->kept = s->device.kept;
+        cuda_step_flush(x);
+        return;
+    }
     CUDA_LAUNCH_EARLY(x, keep_rows, dim3(s->step.count), dim3(FETCH_THREADS), 0, hidden,
                       x->config.hidden_size, (float *const *)s->device.kept);
 }

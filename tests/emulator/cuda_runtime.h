@@ -98,6 +98,22 @@ template <typename T> static inline T __shfl_xor_sync(unsigned, T x, int mask)
     return emulator_from((threadIdx.x % 32) ^ (unsigned)mask, x);
 }
 
+static inline unsigned __reduce_max_sync(unsigned, unsigned x)
+{
+    const uint64_t *all = emulator_exchange(x);
+    for (int i = 0; i < 32; i++)
+        x = all[i] > x ? (unsigned)all[i] : x;
+    return x;
+}
+
+static inline unsigned __reduce_min_sync(unsigned, unsigned x)
+{
+    const uint64_t *all = emulator_exchange(x);
+    for (int i = 0; i < 32; i++)
+        x = all[i] < x ? (unsigned)all[i] : x;
+    return x;
+}
+
 template <typename T> static inline T __shfl_sync(unsigned, T x, int lane)
 {
     return emulator_from((unsigned)lane, x);
@@ -238,11 +254,20 @@ static inline void __threadfence(void)
 {
 }
 
+static inline void __threadfence_system(void)
+{
+}
+
 /* ---- the runtime ----
  * Work on the first stream is done at once, on others when it is waited for: whoever does not wait
  * is seen. */
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorNotReady = 600,
+    cudaErrorLaunchFailure = 719
+};
 typedef struct emulator_stream *cudaStream_t;
 typedef struct emulator_event *cudaEvent_t;
 enum cudaMemcpyKind {
@@ -272,6 +297,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags);
