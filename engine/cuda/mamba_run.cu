@@ -19,6 +19,10 @@
 #define RUN_DEPTH 32         /* of a product, that a warp takes at a time */
 #define RUN_TURNS (1u << 24) /* looks for a packet that must come: seconds, then it is a fault */
 #define TILE 8               /* weight rows of a product */
+/* Weights come in pieces, one after the other: more under way stand in the queues of the L2 cache
+ * before the packets that everybody waits for. */
+#define RUN_PIECE 16384 /* bytes */
+#define RUN_PIECES 24   /* of a layer's in_proj or out_proj at most */
 
 /* What the state is stepped with: u and z of the block's rows, the time step and the decay. */
 struct inputs {
@@ -26,14 +30,23 @@ struct inputs {
 };
 
 struct barriers {
-    uint64_t in_full, in_free, state_full, state_free, out_full, out_free;
+    uint64_t in_full[RUN_PIECES], out_full[RUN_PIECES]; /* of each piece */
+    uint64_t in_free, state_full, state_free, out_free;
 };
 
 /* What a block has in shared memory. */
 struct room {
-    uint32_t in_rows;
+    uint32_t in_rows, in_piece, out_piece; /* pieces: in rows of weights */
     size_t in, out, state, row, sums, parts, columns, inputs, barriers, bytes;
 };
+
+/* Weight rows of a piece, of `all` of depth k. */
+static __host__ __device__ __forceinline__ uint32_t piece_rows(uint32_t all, uint32_t k)
+{
+    const uint32_t least = (all + RUN_PIECES - 1) / RUN_PIECES;
+    const uint32_t rows = (uint32_t)(RUN_PIECE / (k * sizeof(bf16)));
+    return rows > least ? rows : least;
+}
 
 static __host__ __device__ __forceinline__ struct room room_of(const struct run &r, uint32_t tiles)
 {
@@ -45,7 +58,8 @@ static __host__ __device__ __forceinline__ struct room room_of(const struct run 
         return from;
     };
     m.in_rows = 2 * RUN_WIDTH + r.columns + 1;
-
+    m.in_piece = piece_rows(m.in_rows, r.d);
+    m.out_piece = piece_rows(RUN_OUT, r.s.inner);
     m.in = next(sizeof(bf16) * m.in_rows * (r.d + RUN_PAD));
     m.out = next(sizeof(bf16) * RUN_OUT * (r.s.inner + RUN_PAD));
     m.state = next(sizeof(float) * RUN_WIDTH * r.s.n);
@@ -97,6 +111,14 @@ static __device__ __forceinline__ uint32_t weight_row(const struct run &r, uint3
     return s.inner + s.conv + blockIdx.x * RUN_WIDTH / s.width;          /* dt */
 }
 
+/* Until all pieces of `all` rows have come. */
+static __device__ __forceinline__ void wait_pieces(uint64_t *full, uint32_t all, uint32_t piece,
+                                                   uint32_t parity)
+{
+    for (uint32_t first = 0; first < all; first += piece)
+        cuda_barrier_wait(full++, parity);
+}
+
 /* One warp: everything of layer after layer that products and states read, as soon as there is
  * room. */
 static __device__ void fetch_layers(const struct run &r, const struct room &m,
@@ -104,26 +126,35 @@ static __device__ void fetch_layers(const struct run &r, const struct room &m,
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, inner = r.s.inner;
     const uint64_t policy = cuda_passing_policy();
+    uint64_t *last = NULL; /* the piece under way */
+    uint32_t last_parity = 0;
+    /* Rows `from(i)` of `all` of depth k to `to`, piece by piece. */
+    const auto fetch_rows = [&](uint64_t *full, bf16 *to, uint32_t all, uint32_t piece, uint32_t k,
+                                uint32_t parity, const auto &from) {
+        const uint32_t bytes = k * sizeof(bf16);
+        for (uint32_t first = 0; first < all; first += piece, full++) {
+            const uint32_t rows = all - first < piece ? all - first : piece;
+            if (last)
+                cuda_barrier_wait(last, last_parity);
+            last = full;
+            last_parity = parity;
+            if (lane == 0)
+                cuda_barrier_expect(full, rows * bytes);
+            __syncwarp();
+            for (uint32_t i = first + lane; i < first + rows; i += CUDA_WARP)
+                cuda_copy_passing(to + i * (k + RUN_PAD), from(i), bytes, full, policy);
+        }
+    };
     const auto fetch_in = [&](uint32_t l) {
-        const uint32_t bytes = r.d * sizeof(bf16);
-        bf16 *to = reinterpret_cast<bf16 *>(memory + m.in);
-        if (lane == 0)
-            cuda_barrier_expect(&b->in_full, m.in_rows * bytes);
-        __syncwarp();
-        for (uint32_t i = lane; i < m.in_rows; i += CUDA_WARP)
-            cuda_copy_passing(to + i * (r.d + RUN_PAD),
-                              r.layers[l].in_proj + (size_t)weight_row(r, i) * r.d, bytes,
-                              &b->in_full, policy);
+        fetch_rows(
+            b->in_full, reinterpret_cast<bf16 *>(memory + m.in), m.in_rows, m.in_piece, r.d, l & 1,
+            [&](uint32_t i) { return r.layers[l].in_proj + (size_t)weight_row(r, i) * r.d; });
     };
     const auto fetch_out = [&](uint32_t l) {
-        const uint32_t bytes = inner * sizeof(bf16);
-        if (lane == 0)
-            cuda_barrier_expect(&b->out_full, RUN_OUT * bytes);
-        __syncwarp();
-        if (lane < RUN_OUT)
-            cuda_copy_passing(reinterpret_cast<bf16 *>(memory + m.out) + lane * (inner + RUN_PAD),
-                              r.layers[l].out_proj + (size_t)(blockIdx.x * RUN_OUT + lane) * inner,
-                              bytes, &b->out_full, policy);
+        fetch_rows(b->out_full, reinterpret_cast<bf16 *>(memory + m.out), RUN_OUT, m.out_piece,
+                   inner, l & 1, [&](uint32_t i) {
+                       return r.layers[l].out_proj + (size_t)(blockIdx.x * RUN_OUT + i) * inner;
+                   });
     };
     const auto fetch_state = [&](uint32_t l) {
         const uint32_t floats = RUN_WIDTH * r.s.n, bytes = floats * sizeof(float);
@@ -415,7 +446,7 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
             receive_row<RUN_OUT / 4>(r.hidden_sent, r.d, number - 1, row, parts);
         }
         cuda_meet<RUN_THREADS>();
-        cuda_barrier_wait(&barriers->in_full, l & 1);
+        wait_pieces(barriers->in_full, m.in_rows, m.in_piece, l & 1);
         multiply<T>(reinterpret_cast<bf16 *>(memory + m.in), row, r.d, m.in_rows, sums);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
@@ -438,7 +469,7 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
             cuda_barrier_arrive(&barriers->state_free);
-        cuda_barrier_wait(&barriers->out_full, l & 1);
+        wait_pieces(barriers->out_full, RUN_OUT, m.out_piece, l & 1);
         multiply<1>(reinterpret_cast<bf16 *>(memory + m.out), row, s.inner, RUN_OUT, sums);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
@@ -456,9 +487,10 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
                 r.hidden[out_at] = x;
                 if (kept)
                     kept[out_at] = x;
-            } else if (has_out && lane % 4 == 0)
+            } else if (has_out && lane % 4 == 0) {
                 cuda_send(r.hidden_sent + packet_at<RUN_OUT / 4>(out_at / 4),
                           pack_four(v, next_norm, number));
+            }
         }
         if (l + 1 < r.layer_count)
             load_out(l + 1);
@@ -498,9 +530,10 @@ void cuda_run_open(const struct ops_context *x, struct run *r)
     r->d = x->config.hidden_size;
     r->epsilon = x->config.norm_epsilon;
     const uint32_t columns = 2 * s.groups * s.n;
-    if (x->wide || x->states_bf16 || !x->early || s.inner != 2 * r->d || s.inner % (8 * RUN_WIDTH) ||
-        s.width % RUN_WIDTH || s.taps != TAPS || (s.n != 4 * CUDA_WARP && s.n != 2 * CUDA_WARP) ||
-        blocks > (uint32_t)x->multiprocessors || r->d > 4 * RUN_THREADS || columns % blocks)
+    if (x->wide || x->states_bf16 || !x->early || s.inner != 2 * r->d ||
+        s.inner % (8 * RUN_WIDTH) || s.width % RUN_WIDTH || s.taps != TAPS ||
+        (s.n != 4 * CUDA_WARP && s.n != 2 * CUDA_WARP) || blocks > (uint32_t)x->multiprocessors ||
+        r->d > 4 * RUN_THREADS || columns % blocks)
         return;
     r->columns = columns / blocks;
     const uint32_t tiles = tiles_of(*r);
