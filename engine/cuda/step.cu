@@ -10,7 +10,7 @@
 
 #define FETCH_THREADS 256
 #define FETCH_TABLES 4
-#define ASIDE_ROWS 96 /* of a step at least, of which half go aside */
+#define ASIDE_ROWS 64 /* of a step at least, of which half go aside */
 #define LOOKS 4096    /* for a part's end, after which the stream is asked whether it failed */
 
 /* Twice: pinned, and on the device. */
