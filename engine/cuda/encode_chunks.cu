@@ -313,11 +313,16 @@ static void run_group(struct ops_context *x, const struct ops_chunking_weights *
 
 /* ---- many chunks together ---- */
 
-template <typename T> static __global__ void fill_noise(T *to, size_t count)
+template <typename T> static __global__ void write_noise(T *to, size_t count)
 {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count)
         cuda_store(to + i, (float)((uint32_t)i * 2654435761u >> 16) / 32768.0f - 1);
+}
+
+template <typename T> static void fill_noise(struct ops_context *x, T *to, size_t count)
+{
+    CUDA_LAUNCH(x, write_noise<T>, dim3(cuda_ceil(count, 256)), dim3(256), 0, to, count);
 }
 
 static __global__ void find_difference(const float *a, const float *b, size_t count,
@@ -328,25 +333,26 @@ static __global__ void find_difference(const float *a, const float *b, size_t co
         *found = 1;
 }
 
-/* Notes in `found` whether a product over the rows of many chunks and those over the rows of each
- * CUDA_CHUNKS of them differ. */
-static void compare_products(struct ops_context *x, const struct ops_tensor *weight,
+/* Notes in `found` whether a product over the rows of many chunks, written or added to what is
+ * there, and those over the rows of each CUDA_CHUNKS of them differ. */
+static void compare_products(struct ops_context *x, const struct ops_tensor *weight, bool add,
                              uint32_t *found)
 {
     const struct cuda_encoder &e = x->encoders[0];
     const uint32_t rows = rows_of(x, CUDA_CHUNKS), many = rows_of(x, CUDA_MANY_CHUNKS);
     const size_t in = (size_t)many * weight->cols, out = (size_t)many * weight->rows;
     const size_t row_bytes = (size_t)weight->cols * (x->wide ? 4 : 2);
-    const dim3 grid(cuda_ceil(in, 256)), block(256);
     if (x->wide)
-        CUDA_LAUNCH(x, fill_noise<float>, grid, block, 0, (float *)e.y, in);
+        fill_noise(x, (float *)e.y, in);
     else
-        CUDA_LAUNCH(x, fill_noise<bf16>, grid, block, 0, (bf16 *)e.y, in);
-    product(x, weight, NULL, many, e.y, e.q, false);
+        fill_noise(x, (bf16 *)e.y, in);
+    fill_noise(x, e.q, out);
+    fill_noise(x, e.up, out);
+    product(x, weight, NULL, many, e.y, e.q, add);
     for (size_t first = 0; first < many; first += rows)
         product(x, weight, NULL, rows, (const char *)e.y + first * row_bytes,
-                e.up + first * weight->rows, false);
-    CUDA_LAUNCH(x, find_difference, dim3(cuda_ceil(out, 256)), block, 0, e.q, e.up, out, found);
+                e.up + first * weight->rows, add);
+    CUDA_LAUNCH(x, find_difference, dim3(cuda_ceil(out, 256)), dim3(256), 0, e.q, e.up, out, found);
 }
 
 /* Whether many chunks may be one group: products of all shapes give the same bits. */
@@ -356,11 +362,15 @@ static bool encodes_many(struct ops_context *x, const struct ops_chunking_weight
     if (x->many_tried)
         return x->encodes_many;
     cuda_check(x, cudaMemsetAsync(found, 0, sizeof *found, x->stream), "cudaMemset");
-    compare_products(x, &w->proj_k, found);
-    const struct ops_encoder_layer *layer = w->encoder;
-    const struct ops_tensor *const weights[] = {&layer->q, &layer->k, &layer->gate, &layer->down};
-    for (size_t i = 0; x->config.encoder_layers && i < sizeof weights / sizeof *weights; i++)
-        compare_products(x, weights[i], found);
+    compare_products(x, &w->proj_k, false, found);
+    if (x->config.encoder_layers) {
+        const struct ops_encoder_layer *layer = w->encoder;
+        compare_products(x, &layer->q, false, found);
+        compare_products(x, &layer->k, false, found);
+        compare_products(x, &layer->gate, false, found);
+        compare_products(x, &layer->o, true, found);
+        compare_products(x, &layer->down, true, found);
+    }
     cuda_copy_out(x, &differ, found, sizeof differ);
     cuda_wait(x);
     x->many_tried = true;
