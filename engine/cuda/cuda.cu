@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
@@ -17,6 +18,8 @@ extern "C" {
 }
 
 #define HOST_HEAD 256                 /* in front of host memory: its size */
+#define SMALL_PAGE ((size_t)4 << 10)  /* of the host's memory */
+#define HUGE_PAGE ((size_t)2 << 20)   /* likewise, where it has them */
 #define STAGE_BYTES ((size_t)8 << 20) /* several slices' pages: each refill waits */
 #define STAGE_WAYS 8
 
@@ -88,26 +91,54 @@ static void *cuda_alloc(struct ops_context *x, size_t bytes)
     return cuda_take(x, bytes);
 }
 
+/* Pages of `bytes` bytes, huge ones where the system has them: from 16 MB on they come and are
+ * pinned two or three times as fast as the small ones that cudaHostAlloc takes. */
+static char *map_pages(size_t bytes)
+{
+    char *const all = (char *)mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED)
+        return NULL;
+    const size_t before = (HUGE_PAGE - (uintptr_t)all % HUGE_PAGE) % HUGE_PAGE;
+    if (before)
+        munmap(all, before);
+    munmap(all + before + bytes, HUGE_PAGE - before);
+    madvise(all + before, bytes, MADV_HUGEPAGE); /* a hint */
+    return all + before;
+}
+
+static size_t host_bytes(size_t bytes)
+{
+    return (HOST_HEAD + bytes + SMALL_PAGE - 1) / SMALL_PAGE * SMALL_PAGE;
+}
+
 void *cuda_alloc_host(struct ops_context *x, size_t bytes)
 {
-    void *memory = NULL;
-    if (x->failed)
+    const size_t all = host_bytes(bytes);
+    char *memory = x->failed ? NULL : map_pages(all);
+    if (!memory)
         return NULL;
-    const cudaError_t error = cudaHostAlloc(&memory, HOST_HEAD + bytes, cudaHostAllocPortable);
+    const cudaError_t error = cudaHostRegister(memory, all, cudaHostRegisterPortable);
+    if (error != cudaSuccess)
+        munmap(memory, all);
     if (error == cudaErrorMemoryAllocation) {
         cudaGetLastError();
         return NULL;
     }
-    if (!cuda_check(x, error, "cudaHostAlloc"))
+    if (!cuda_check(x, error, "cudaHostRegister"))
         return NULL;
     *(size_t *)memory = bytes;
-    return (char *)memory + HOST_HEAD;
+    return memory + HOST_HEAD;
 }
 
 void cuda_free_host(void *memory)
 {
-    if (memory)
-        cudaFreeHost((char *)memory - HOST_HEAD);
+    char *const head = memory ? (char *)memory - HOST_HEAD : NULL;
+    if (!head)
+        return;
+    const size_t all = host_bytes(*(size_t *)head);
+    cudaHostUnregister(head);
+    munmap(head, all);
 }
 
 static void cuda_release_host(struct ops_context *x, void *memory)

@@ -616,14 +616,17 @@ cudaError_t cudaFree(void *memory)
     return release(memory);
 }
 
-cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned)
+cudaError_t cudaHostRegister(void *memory, size_t bytes, unsigned)
 {
-    return allocate(out, bytes, cudaMemoryTypeHost);
+    memset(memory, 0xff, bytes);
+    allocated[(const char *)memory] = {bytes, cudaMemoryTypeHost};
+    return cudaSuccess;
 }
 
-cudaError_t cudaFreeHost(void *memory)
+cudaError_t cudaHostUnregister(void *memory)
 {
-    return release(memory);
+    allocated.erase((const char *)memory);
+    return cudaSuccess;
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *memory)
