@@ -17,6 +17,8 @@ extern "C" {
 #define SLAB_PAGES 64 /* taken from the device at a time: as many as there are, between these */
 #define SLAB_PAGES_MOST 1024
 #define COPY_THREADS 256
+#define COPY_EACH 4 /* words of a thread, on their way at once */
+#define COPY_FEW 64 /* pages that a kernel's arguments name */
 #define RECENT_PAGES 4096
 #define AHEAD 8 /* pages between a hint and what it is for */
 #define BATCH_MOST 1024 /* pages that come ahead together */
@@ -38,6 +40,12 @@ struct slot {
 struct copy {
     void *to;
     const void *from; /* pinned host memory, which the device reads where it lies */
+};
+
+/* Pages to copy: a list that the device reads, or few. */
+struct copies {
+    const struct copy *list; /* NULL: these */
+    struct copy few[COPY_FEW];
 };
 
 struct recent {
@@ -374,14 +382,23 @@ void *cuda_pages_create(struct ops_context *x, const void *page)
     return slot ? slot->data : NULL;
 }
 
-/* Whole pages, a block each, in words of `T`. */
+/* Whole pages, in words of `T`. Grid: pages x parts of one, so that all of it is under way at once:
+ * a read of host memory takes longer than most of what a page's bytes do. */
 template <typename T>
 static __global__ void __launch_bounds__(COPY_THREADS)
-    copy_pages(const struct copy *copies, size_t words)
+    copy_pages(const __grid_constant__ struct copies copies, uint32_t words)
 {
-    const struct copy copy = copies[blockIdx.x];
-    for (size_t i = threadIdx.x; i < words; i += COPY_THREADS)
-        ((T *)copy.to)[i] = ((const T *)copy.from)[i];
+    const struct copy copy = copies.list ? copies.list[blockIdx.x] : copies.few[blockIdx.x];
+    const uint32_t first = blockIdx.y * COPY_EACH * COPY_THREADS + threadIdx.x;
+    T ahead[COPY_EACH] = {};
+#pragma unroll
+    for (uint32_t a = 0; a < COPY_EACH; a++)
+        if (first + a * COPY_THREADS < words)
+            ahead[a] = ((const T *)copy.from)[first + a * COPY_THREADS];
+#pragma unroll
+    for (uint32_t a = 0; a < COPY_EACH; a++)
+        if (first + a * COPY_THREADS < words)
+            ((T *)copy.to)[first + a * COPY_THREADS] = ahead[a];
 }
 
 /* Counts what the last copies took, once they are done. */
@@ -395,17 +412,30 @@ static void count_time(struct cuda_pages *p)
         p->copy_ns += (uint64_t)(ms * 1e6f);
 }
 
-/* All in one launch, read from where the host keeps them: pages are small, and a copy call for each
- * would cost more than its bytes. */
-static void launch_copies(struct ops_context *x, cudaStream_t stream, const struct copy *copies,
-                          size_t count)
+template <typename T>
+static void launch_copies_of(struct ops_context *x, cudaStream_t stream,
+                             const struct copies &copies, size_t count)
 {
-    const dim3 grid((unsigned)count), block(COPY_THREADS);
-    if (x->page_bytes % sizeof(uint4) == 0)
-        CUDA_LAUNCH_ON(x, stream, copy_pages<uint4>, grid, block, 0, copies,
-                       x->page_bytes / sizeof(uint4));
+    const uint32_t words = (uint32_t)(x->page_bytes / sizeof(T));
+    const dim3 grid((unsigned)count, cuda_ceil(words, COPY_EACH * COPY_THREADS));
+    CUDA_LAUNCH_ON(x, stream, copy_pages<T>, grid, dim3(COPY_THREADS), 0, copies, words);
+}
+
+/* All in one launch, read from where the host keeps them: pages are small, and a copy call for each
+ * would cost more than its bytes. `pinned`: the list is. */
+static void launch_copies(struct ops_context *x, cudaStream_t stream, const struct copy *list,
+                          size_t count, bool pinned)
+{
+    struct copies copies = {};
+    if (count <= COPY_FEW)
+        memcpy(copies.few, list, count * sizeof *list);
     else
-        CUDA_LAUNCH_ON(x, stream, copy_pages<uint32_t>, grid, block, 0, copies, x->page_bytes / 4);
+        copies.list =
+            pinned ? list : (const struct copy *)cuda_stage(x, list, count * sizeof *list);
+    if (x->page_bytes % sizeof(uint4) == 0)
+        launch_copies_of<uint4>(x, stream, copies, count);
+    else
+        launch_copies_of<uint32_t>(x, stream, copies, count);
 }
 
 void cuda_pages_end(struct ops_context *x)
@@ -417,9 +447,7 @@ void cuda_pages_end(struct ops_context *x)
         return;
     count_time(p); /* those before; a step that nobody waited for is not counted */
     cuda_check(x, cudaEventRecord(p->began, x->stream), "an event");
-    launch_copies(x, x->stream,
-                  (const struct copy *)cuda_stage(x, p->missing, count * sizeof *p->missing),
-                  count);
+    launch_copies(x, x->stream, p->missing, count, false);
     if (!x->failed)
         p->waiting = cuda_check(x, cudaEventRecord(p->copied, x->stream), "an event");
     p->timed = !p->waiting;
@@ -479,7 +507,7 @@ extern "C" void cuda_prefetch(struct ops_context *x, const void *const *pages, s
     cuda_check(x, cudaEventRecord(p->reached, x->stream), "an event");
     cuda_check(x, cudaStreamWaitEvent(p->stream, p->reached, 0), "the wait of a copy");
     cuda_check(x, cudaEventRecord(p->left, p->stream), "an event");
-    launch_copies(x, p->stream, p->batch, n);
+    launch_copies(x, p->stream, p->batch, n, true);
     cuda_check(x, cudaEventRecord(p->fetched, p->stream), "an event");
     p->batches++;
     p->under_way = true;
