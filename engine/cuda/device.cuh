@@ -330,6 +330,16 @@ static __device__ __forceinline__ void cuda_copy_async(void *shared, const void 
                  : "memory");
 }
 
+/* The same of 4 or 8 bytes, aligned to as many. */
+template <int bytes>
+static __device__ __forceinline__ void cuda_copy_word(void *shared, const void *global)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(global), "n"(bytes)
+                 : "memory");
+}
+
 static __device__ __forceinline__ void cuda_copy_commit(void)
 {
     asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -440,5 +450,14 @@ static __device__ __forceinline__ const bf16 *cuda_swizzled_row(const bf16 *tile
         context,                                                                                 \
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)), \
         #kernel)
+
+/* Beside blocks of this kernel there is room for others with much dynamic shared memory, so that a
+ * kernel that has it begins early: what is not shared memory is the first cache, and a
+ * multiprocessor divides them anew only when it is empty. */
+#define CUDA_SPARE_SHARED(context, kernel)                                                  \
+    cuda_check(context,                                                                     \
+               cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, \
+                                    cudaSharedmemCarveoutMaxShared),                        \
+               #kernel)
 
 #endif

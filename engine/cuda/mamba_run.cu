@@ -8,66 +8,86 @@
  * and the gated output. It travels in packets of 8 or 16 bytes that carry the number of the layer
  * and are written and read whole: a reader looks at the packet itself until its number is there,
  * and needs no barrier. A packet is written again only when all have read it: each of the three is
- * made from all of the one before it. Sums run in the order of linear.cu and mamba_step.cu, to the
- * bit. */
+ * made from all of the one before it. What does not come in packets is looked for before them, and
+ * as near as it can be: a look at global memory that others need too takes as long as a packet.
+ * Sums run in the order of linear.cu and mamba_step.cu, to the bit. */
 #include "engine/cuda/exchange.cuh"
 #include "engine/cuda/mamba_run.cuh"
 
 #define RUN_WARPS 8 /* that compute; linear.cu shares out depth among as many */
 #define RUN_THREADS (RUN_WARPS * CUDA_WARP)
+#define RUN_REGISTERS 112    /* of a thread: there is room for a block of linear_rows.cu beside */
 #define RUN_PAD 32           /* elements behind a row in shared memory: off the banks */
 #define RUN_DEPTH 32         /* of a product, that a warp takes at a time */
 #define RUN_TURNS (1u << 24) /* looks for a packet that must come: seconds, then it is a fault */
 #define TILE 8               /* weight rows of a product */
-/* Weights come in pieces, one after the other: more under way stand in the queues of the L2 cache
- * before the packets that everybody waits for. */
-#define RUN_PIECE 16384 /* bytes */
-#define RUN_PIECES 24   /* of a layer's in_proj or out_proj at most */
+/* Weights come in pieces, few at a time: more under way stand in the queues of the L2 cache before
+ * the packets that everybody waits for. */
+#define RUN_PIECE 8192 /* bytes */
+#define RUN_AHEAD 3    /* of them under way */
+#define RUN_SLOTS 2    /* layers whose in_proj there is room for */
+#define RUN_PIECES 24  /* of a layer's in_proj or out_proj at most */
 
 /* What the state is stepped with: u and z of the block's rows, the time step and the decay. */
 struct inputs {
     float u[RUN_WIDTH], z[RUN_WIDTH], time, decay;
 };
 
-struct barriers {
-    uint64_t in_full[RUN_PIECES], out_full[RUN_PIECES]; /* of each piece */
-    uint64_t in_free, state_full, state_free, out_free;
+/* What a layer has for a result of in_proj: of its column, or of the time step, and its bias. */
+struct result_weights {
+    struct taps<bf16> weights;
+    float tail[TAPS - 1], conv_bias, bias, dt_bias, rate;
 };
 
-/* What a block has in shared memory. */
+struct barriers {
+    uint64_t in_full[RUN_SLOTS][RUN_PIECES], out_full[RUN_PIECES]; /* of each piece */
+    uint64_t in_free[RUN_SLOTS], state_full, state_free, out_free;
+};
+
+/* What a block has in shared memory, in bytes from its beginning; a kernel's argument, since
+ * threads that are short of registers would work it out again and again. */
 struct room {
     uint32_t in_rows, in_piece, out_piece; /* pieces: in rows of weights */
-    size_t in, out, state, row, sums, parts, columns, inputs, barriers, bytes;
+    uint32_t in, in_slot, out, state, row, sums, parts, columns, inputs, results, layers, barriers,
+        bytes;
 };
 
 /* Weight rows of a piece, of `all` of depth k. */
-static __host__ __device__ __forceinline__ uint32_t piece_rows(uint32_t all, uint32_t k)
+static uint32_t piece_rows(uint32_t all, uint32_t k)
 {
-    const uint32_t least = (all + RUN_PIECES - 1) / RUN_PIECES;
+    const uint32_t least = cuda_ceil(all, RUN_PIECES);
     const uint32_t rows = (uint32_t)(RUN_PIECE / (k * sizeof(bf16)));
     return rows > least ? rows : least;
 }
 
-static __host__ __device__ __forceinline__ struct room room_of(const struct run &r, uint32_t tiles)
+static uint32_t tiles_of(const struct run &r)
+{
+    return cuda_ceil(2 * RUN_WIDTH + r.columns + 1, TILE);
+}
+
+static struct room room_of(const struct run &r)
 {
     struct room m;
-    size_t at = 0;
+    uint32_t at = 0;
     const auto next = [&](size_t bytes) {
-        const size_t from = at;
-        at += (bytes + 127) / 128 * 128;
+        const uint32_t from = at;
+        at += (uint32_t)((bytes + 127) / 128 * 128);
         return from;
     };
     m.in_rows = 2 * RUN_WIDTH + r.columns + 1;
     m.in_piece = piece_rows(m.in_rows, r.d);
     m.out_piece = piece_rows(RUN_OUT, r.s.inner);
-    m.in = next(sizeof(bf16) * m.in_rows * (r.d + RUN_PAD));
+    m.in_slot = (uint32_t)sizeof(bf16) * m.in_rows * (r.d + RUN_PAD);
+    m.in = next(RUN_SLOTS * m.in_slot);
     m.out = next(sizeof(bf16) * RUN_OUT * (r.s.inner + RUN_PAD));
     m.state = next(sizeof(float) * RUN_WIDTH * r.s.n);
     m.row = next(sizeof(bf16) * r.s.inner);
-    m.sums = next(sizeof(float) * RUN_WARPS * tiles * TILE);
+    m.sums = next(sizeof(float) * RUN_WARPS * tiles_of(r) * TILE);
     m.parts = next(sizeof(float) * 2 * RUN_WARPS);
     m.columns = next(sizeof(float) * 2 * r.s.n);
     m.inputs = next(sizeof(struct inputs));
+    m.results = next(sizeof(struct result_weights) * m.in_rows);
+    m.layers = next(sizeof(struct run_layer) * RUN_LAYERS);
     m.barriers = next(sizeof(struct barriers));
     m.bytes = at;
     return m;
@@ -111,33 +131,47 @@ static __device__ __forceinline__ uint32_t weight_row(const struct run &r, uint3
     return s.inner + s.conv + blockIdx.x * RUN_WIDTH / s.width;          /* dt */
 }
 
-/* Until all pieces of `all` rows have come. */
+/* Of all pieces of `all` rows, until they have come, for whoever meets all warps behind this: when
+ * every thread looks at every barrier, that takes as long as a product. */
 static __device__ __forceinline__ void wait_pieces(uint64_t *full, uint32_t all, uint32_t piece,
                                                    uint32_t parity)
 {
-    for (uint32_t first = 0; first < all; first += piece)
-        cuda_barrier_wait(full++, parity);
+    if (threadIdx.x % CUDA_WARP == 0)
+        for (uint32_t i = threadIdx.x / CUDA_WARP; i * piece < all; i += RUN_WARPS)
+            cuda_barrier_wait(full + i, parity);
+    __syncwarp();
 }
 
 /* One warp: everything of layer after layer that products and states read, as soon as there is
  * room. */
-static __device__ void fetch_layers(const struct run &r, const struct room &m,
-                                    unsigned char *memory, struct barriers *b)
+static __device__ void fetch_layers(const struct run &r, const struct run_layer *layers,
+                                    const float *ssm, const struct room &m, unsigned char *memory,
+                                    struct barriers *b)
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, inner = r.s.inner;
     const uint64_t policy = cuda_passing_policy();
-    uint64_t *last = NULL; /* the piece under way */
-    uint32_t last_parity = 0;
+    uint64_t *under_way[RUN_AHEAD] = {}; /* pieces, and the parities of their barriers */
+    uint32_t parities[RUN_AHEAD] = {};
+    const auto wait = [&](uint64_t *barrier, uint32_t parity) {
+        if (lane == 0)
+            cuda_barrier_wait(barrier, parity);
+        __syncwarp();
+    };
     /* Rows `from(i)` of `all` of depth k to `to`, piece by piece. */
     const auto fetch_rows = [&](uint64_t *full, bf16 *to, uint32_t all, uint32_t piece, uint32_t k,
                                 uint32_t parity, const auto &from) {
         const uint32_t bytes = k * sizeof(bf16);
         for (uint32_t first = 0; first < all; first += piece, full++) {
             const uint32_t rows = all - first < piece ? all - first : piece;
-            if (last)
-                cuda_barrier_wait(last, last_parity);
-            last = full;
-            last_parity = parity;
+            if (under_way[0])
+                wait(under_way[0], parities[0]);
+#pragma unroll
+            for (int i = 0; i + 1 < RUN_AHEAD; i++) {
+                under_way[i] = under_way[i + 1];
+                parities[i] = parities[i + 1];
+            }
+            under_way[RUN_AHEAD - 1] = full;
+            parities[RUN_AHEAD - 1] = parity;
             if (lane == 0)
                 cuda_barrier_expect(full, rows * bytes);
             __syncwarp();
@@ -146,14 +180,15 @@ static __device__ void fetch_layers(const struct run &r, const struct room &m,
         }
     };
     const auto fetch_in = [&](uint32_t l) {
-        fetch_rows(
-            b->in_full, reinterpret_cast<bf16 *>(memory + m.in), m.in_rows, m.in_piece, r.d, l & 1,
-            [&](uint32_t i) { return r.layers[l].in_proj + (size_t)weight_row(r, i) * r.d; });
+        const uint32_t slot = l % RUN_SLOTS;
+        fetch_rows(b->in_full[slot], reinterpret_cast<bf16 *>(memory + m.in + slot * m.in_slot),
+                   m.in_rows, m.in_piece, r.d, l / RUN_SLOTS % 2,
+                   [&](uint32_t i) { return layers[l].in_proj + (size_t)weight_row(r, i) * r.d; });
     };
     const auto fetch_out = [&](uint32_t l) {
         fetch_rows(b->out_full, reinterpret_cast<bf16 *>(memory + m.out), RUN_OUT, m.out_piece,
                    inner, l & 1, [&](uint32_t i) {
-                       return r.layers[l].out_proj + (size_t)(blockIdx.x * RUN_OUT + i) * inner;
+                       return layers[l].out_proj + (size_t)(blockIdx.x * RUN_OUT + i) * inner;
                    });
     };
     const auto fetch_state = [&](uint32_t l) {
@@ -161,68 +196,101 @@ static __device__ void fetch_layers(const struct run &r, const struct room &m,
         if (lane)
             return;
         cuda_barrier_expect(&b->state_full, bytes);
-        cuda_copy_bulk(memory + m.state,
-                       r.segment->ssm + r.layers[l].ssm + (size_t)blockIdx.x * floats, bytes,
+        cuda_copy_bulk(memory + m.state, ssm + layers[l].ssm + (size_t)blockIdx.x * floats, bytes,
                        &b->state_full);
     };
     fetch_in(0);
     fetch_state(0);
     fetch_out(0);
+    if (r.layer_count > 1)
+        fetch_in(1);
     for (uint32_t l = 1; l < r.layer_count; l++) {
-        const uint32_t parity = (l - 1) & 1;
-        cuda_barrier_wait(&b->in_free, parity);
-        fetch_in(l);
-        cuda_barrier_wait(&b->state_free, parity);
+        const uint32_t before = l - 1, parity = before & 1;
+        wait(&b->in_free[before % RUN_SLOTS], before / RUN_SLOTS % 2);
+        if (l + 1 < r.layer_count)
+            fetch_in(l + 1);
+        wait(&b->state_free, parity);
         fetch_state(l);
-        cuda_barrier_wait(&b->out_free, parity);
+        wait(&b->out_free, parity);
         fetch_out(l);
     }
 }
 
 /* ---- a layer ---- */
 
-/* What a thread needs for its result of in_proj. */
+/* A thread's result of in_proj. */
 struct own_result {
-    uint32_t o; /* as weight_row has it; in_rows and more: none */
-    struct column<bf16> column;
-    float bias, dt_bias, rate;
+    uint32_t o, row;                /* in the block's, in in_proj; o is in_rows: none */
+    struct result_weights *weights; /* in shared memory, the thread's own */
+    float *tail;                    /* where the sequence has its column's */
 };
 
-static __device__ __forceinline__ void load_own(const struct run &r, uint32_t in_rows, uint32_t l,
+/* Which one: warps do not divide over x, z, columns and the time step. */
+static __device__ __forceinline__ uint32_t own_row(const struct run &r, uint32_t in_rows)
+{
+    const uint32_t kind = threadIdx.x / CUDA_WARP, lane = threadIdx.x % CUDA_WARP;
+    if (kind < 2)
+        return lane < RUN_WIDTH ? kind * RUN_WIDTH + lane : in_rows;
+    if (kind == 2)
+        return lane < r.columns ? 2 * RUN_WIDTH + lane : in_rows;
+    return kind == 3 && lane == 0 ? in_rows - 1 : in_rows;
+}
+
+/* On its way, which nobody waits for before finish_own. `conv`: the sequence's. */
+static __device__ __forceinline__ void load_own(const struct run &r, const struct run_layer &layer,
+                                                float *conv, uint32_t in_rows,
                                                 struct own_result *own)
 {
     const struct mamba_shape &s = r.s;
-    const struct run_layer &layer = r.layers[l];
+    struct result_weights *to = own->weights;
     if (own->o >= in_rows)
         return;
-    const uint32_t w = weight_row(r, own->o);
-    own->bias = layer.in_bias ? layer.in_bias[w] : 0;
+    const uint32_t w = own->row;
+    if (layer.in_bias)
+        cuda_copy_word<4>(&to->bias, layer.in_bias + w);
     if (w >= s.inner + s.conv) {
-        own->dt_bias = layer.weights.dt_bias[w - s.inner - s.conv];
-        own->rate = layer.weights.a_log[w - s.inner - s.conv];
+        cuda_copy_word<4>(&to->dt_bias, layer.weights.dt_bias + (w - s.inner - s.conv));
+        cuda_copy_word<4>(&to->rate, layer.weights.a_log + (w - s.inner - s.conv));
     } else if (w >= s.inner) {
-        own->column = load_column(s, layer.weights, r.segment->conv + layer.conv, w - s.inner);
+        const uint32_t j = w - s.inner;
+        own->tail = conv + layer.conv + j;
+        cuda_copy_word<8>(&to->weights, layer.weights.conv + (size_t)j * TAPS);
+        if (layer.weights.conv_bias)
+            cuda_copy_word<4>(&to->conv_bias, layer.weights.conv_bias + j);
+#pragma unroll
+        for (int k = 0; k < TAPS - 1; k++)
+            cuda_copy_word<4>(&to->tail[k], own->tail + (size_t)k * s.conv);
     }
+    cuda_copy_commit();
 }
 
-static __device__ __forceinline__ void keep_column(const struct run &r, uint32_t l,
-                                                   const struct own_result &own)
+/* The next value of the column, whose tail moves on. */
+static __device__ __forceinline__ float convolve_own(const struct run &r, float value,
+                                                     const struct own_result &own)
 {
+    struct column<bf16> column;
+    column.weights = own.weights->weights;
+    column.bias = own.weights->conv_bias;
 #pragma unroll
     for (int k = 0; k < TAPS - 1; k++)
-        r.segment->conv[r.layers[l].conv + (size_t)k * r.s.conv + own.column.j] =
-            own.column.tail[k];
+        column.tail[k] = own.weights->tail[k];
+    const float next = convolve(&column, value);
+#pragma unroll
+    for (int k = 0; k < TAPS - 1; k++)
+        own.tail[(size_t)k * r.s.conv] = column.tail[k];
+    return next;
 }
 
 /* Products of the row with N tiles of 8 weight rows that lie in shared memory; those from `count`
- * on are not there. */
+ * on are not there. To the tensor cores the weights are the rows, two tiles at a time. */
 template <int N>
 static __device__ __forceinline__ void multiply(const bf16 *weights, const bf16 *row, uint32_t k,
                                                 uint32_t count, float *sums)
 {
+    constexpr int pairs = (N + 1) / 2;
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     const bf16 *from[N], *x = row + 8 * (lane % 4);
-    float acc[N][4] = {};
+    float acc[pairs][4] = {};
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const uint32_t o = n * TILE + lane / 4;
@@ -231,20 +299,22 @@ static __device__ __forceinline__ void multiply(const bf16 *weights, const bf16 
 #pragma unroll 4
     for (uint32_t at = warp * RUN_DEPTH; at < k; at += RUN_WARPS * RUN_DEPTH) {
         const uint4 v = *reinterpret_cast<const uint4 *>(x + at);
-        const uint32_t left[4] = {v.x, 0, v.y, 0}, right[4] = {v.z, 0, v.w, 0};
+        const uint32_t low[2] = {v.x, v.y}, high[2] = {v.z, v.w};
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            const uint4 w = *reinterpret_cast<const uint4 *>(from[n] + at);
-            const uint32_t low[2] = {w.x, w.y}, high[2] = {w.z, w.w};
-            cuda_mma(acc[n], left, low);
-            cuda_mma(acc[n], right, high);
+        for (int p = 0; p < pairs; p++) {
+            const uint4 a = *reinterpret_cast<const uint4 *>(from[2 * p] + at);
+            uint4 b = {};
+            if (2 * p + 1 < N)
+                b = *reinterpret_cast<const uint4 *>(from[2 * p + 1] + at);
+            const uint32_t left[4] = {a.x, b.x, a.y, b.y}, right[4] = {a.z, b.z, a.w, b.w};
+            cuda_mma(acc[p], left, low);
+            cuda_mma(acc[p], right, high);
         }
     }
-    if (lane < TILE / 2)
+    if (lane % 4 == 0) /* all columns are the same */
 #pragma unroll
         for (int n = 0; n < N; n++)
-            *reinterpret_cast<float2 *>(sums + (warp * N + n) * TILE + 2 * lane) =
-                float2{acc[n][0], acc[n][1]};
+            sums[(warp * N + n) * TILE + lane / 4] = acc[n / 2][n % 2 * 2];
 }
 
 /* Result `o` of all warps, in their order. */
@@ -293,58 +363,63 @@ static __device__ __forceinline__ void receive_row(const uint4 *packets, uint32_
         parts[threadIdx.x / CUDA_WARP] = sum;
 }
 
-static __device__ __forceinline__ void receive_columns(const struct run &r, uint32_t number,
-                                                       float *columns)
+/* Where the thread's column of B or C comes to; NULL: it has none. */
+static __device__ __forceinline__ const uint2 *column_from(const struct run &r)
 {
     const uint32_t n = r.s.n, t = threadIdx.x;
     const uint32_t head = blockIdx.x * RUN_WIDTH / r.s.width,
                    group = head / (r.s.heads / r.s.groups);
-    if (t >= 2 * n)
-        return;
-    const uint2 *from =
-        r.columns_sent + column_at(r, t < n ? group * n + t : (r.s.groups + group) * n + t - n);
+    const uint32_t i = t < n ? group * n + t : (r.s.groups + group) * n + t - n;
+    return t < 2 * n ? r.columns_sent + column_at(r, i) : NULL;
+}
+
+static __device__ __forceinline__ void receive_column(const uint2 *from, uint32_t number,
+                                                      float *columns)
+{
     uint2 packet;
     uint32_t turns = 0;
+    if (!from)
+        return;
     do {
         packet = cuda_look(from);
         if (++turns > RUN_TURNS)
             __trap();
     } while (packet.y != number);
-    columns[t] = __uint_as_float(packet.x);
+    columns[threadIdx.x] = __uint_as_float(packet.x);
 }
 
-/* A result of in_proj: a column of B or C is sent, what others wait for, the others become inputs.
- */
-static __device__ __forceinline__ void finish_own(const struct run &r, uint32_t l, uint32_t number,
-                                                  float value, struct own_result *own,
+/* A result of in_proj, before its bias: a column of B or C is sent, what others wait for, the
+ * others become inputs. */
+static __device__ __forceinline__ void finish_own(const struct run &r, uint32_t number, float sum,
+                                                  float scale, const struct own_result &own,
                                                   struct inputs *in)
 {
     const struct mamba_shape &s = r.s;
     const uint32_t columns = 2 * RUN_WIDTH, time = columns + r.columns;
-    if (own->o < RUN_WIDTH || (own->o >= columns && own->o < time)) {
-        const float next = convolve(&own->column, value);
-        if (own->o < RUN_WIDTH)
-            in->u[own->o] = next;
-        else
-            cuda_send(r.columns_sent + column_at(r, blockIdx.x * r.columns + own->o - columns),
-                      uint2{__float_as_uint(next), number});
-        keep_column(r, l, *own);
-    } else if (own->o < columns) {
-        in->z[own->o - RUN_WIDTH] = cuda_silu(value);
+    cuda_copy_wait<0>();
+    const float value = fmaf(sum, scale, own.weights->bias);
+    if (own.o < RUN_WIDTH) {
+        in->u[own.o] = convolve_own(r, value, own);
+    } else if (own.o < columns) {
+        in->z[own.o - RUN_WIDTH] = cuda_silu(value);
+    } else if (own.o < time) {
+        const float next = convolve_own(r, value, own);
+        cuda_send(r.columns_sent + blockIdx.x * (RUN_LINE / sizeof(uint2)) + own.o - columns,
+                  uint2{__float_as_uint(next), number});
     } else {
-        in->time = fminf(fmaxf(cuda_softplus(value + own->dt_bias), s.dt_min), s.dt_max);
-        in->decay = expf(in->time * -expf(own->rate));
+        in->time = fminf(fmaxf(cuda_softplus(value + own.weights->dt_bias), s.dt_min), s.dt_max);
+        in->decay = expf(in->time * -expf(own.weights->rate));
     }
 }
 
 #define RUN_STATES 4 /* rows of the state that a warp steps together: a packet */
 
-/* Steps the warp's rows of the block's, from `first` on, sends their outputs, keeps the state. */
+/* Steps the warp's rows of the block's, from `first` on, sends their outputs, keeps the state in
+ * `kept`, the layer's. */
 template <int V>
-static __device__ __forceinline__ void step_states(const struct run &r, uint32_t l, uint32_t first,
-                                                   const float *state, const float *columns,
-                                                   const struct inputs &in, float through,
-                                                   const float4 gate, uint32_t number)
+static __device__ __forceinline__ void
+step_states(const struct run &r, uint32_t first, const float *state, const float *columns,
+            const struct inputs &in, float through, const float4 gate, uint32_t number, float *kept)
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, n = r.s.n;
     const uint32_t at = blockIdx.x * RUN_WIDTH + first;
@@ -370,33 +445,40 @@ static __device__ __forceinline__ void step_states(const struct run &r, uint32_t
     if (lane == 0)
         cuda_send(r.gated_sent + packet_at<RUN_WIDTH / 4>(at / RUN_STATES),
                   pack_four(float4{sums[0], sums[1], sums[2], sums[3]}, gate, number));
-    float *to = r.segment->ssm + r.layers[l].ssm + (size_t)at * n + V * lane;
+    float *to = kept + (size_t)at * n + V * lane;
 #pragma unroll
     for (int i = 0; i < RUN_STATES; i++)
         *reinterpret_cast<floats<V> *>(to + (size_t)i * n) = h[i];
 }
 
+#define INPUT_TILES (2 * RUN_WIDTH / TILE) /* x and z; after them B, C and the time step */
+
 /* T: tiles of in_proj's rows; N is 32 V. Grid: parts of RUN_WIDTH. */
 template <int T, int V>
-static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
-    run_layers(const __grid_constant__ struct run r)
+static __global__ void __maxnreg__(RUN_REGISTERS)
+    run_layers(const __grid_constant__ struct run r, const __grid_constant__ struct room m)
 {
     CUDA_SHARED(unsigned char, memory);
-    const struct room m = room_of(r, T);
     struct barriers *barriers = reinterpret_cast<struct barriers *>(memory + m.barriers);
     const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
     if (threadIdx.x == 0)
         for (uint32_t i = 0; i < sizeof *barriers / sizeof(uint64_t); i++)
             cuda_barrier_init(reinterpret_cast<uint64_t *>(barriers) + i, 1);
+    struct run_layer *layers = reinterpret_cast<struct run_layer *>(memory + m.layers);
+    for (uint32_t i = threadIdx.x; i < r.layer_count * sizeof *layers / sizeof(uint64_t);
+         i += blockDim.x)
+        reinterpret_cast<uint64_t *>(layers)[i] = reinterpret_cast<const uint64_t *>(r.layers)[i];
+    float *const ssm = r.segment->ssm, *const conv = r.segment->conv;
     cuda_barriers_ready();
     __syncthreads();
     cuda_depend_release();
     if (warp == RUN_WARPS) {
-        fetch_layers(r, m, memory, barriers);
+        fetch_layers(r, layers, ssm, m, memory, barriers);
         return;
     }
     bf16 *row = reinterpret_cast<bf16 *>(memory + m.row);
     float *sums = reinterpret_cast<float *>(memory + m.sums),
+          *shared_sums = sums + RUN_WARPS * INPUT_TILES * TILE,
           *parts = reinterpret_cast<float *>(memory + m.parts), *out_parts = parts + RUN_WARPS,
           *columns = reinterpret_cast<float *>(memory + m.columns);
     struct inputs *in = reinterpret_cast<struct inputs *>(memory + m.inputs);
@@ -405,20 +487,25 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
     const bool has_out = threadIdx.x < RUN_OUT, steps = warp < RUN_WIDTH / RUN_STATES;
     const uint32_t out_at = blockIdx.x * RUN_OUT + threadIdx.x % RUN_OUT;
     const uint32_t first = warp % (RUN_WIDTH / RUN_STATES) * RUN_STATES; /* of its rows */
+    const uint2 *const from = column_from(r);
     struct own_result own = {};
-    own.o = threadIdx.x;
+    own.o = own_row(r, m.in_rows);
+    own.row = weight_row(r, own.o);
+    own.weights = reinterpret_cast<struct result_weights *>(memory + m.results) + own.o;
+    if (own.o < m.in_rows)
+        *own.weights = {};
     float through, out_bias;
     float4 gate, next_norm = {};
     const auto load_layer = [&](uint32_t l) {
-        const struct run_layer &layer = r.layers[l];
-        load_own(r, m.in_rows, l, &own);
+        const struct run_layer &layer = layers[l];
+        load_own(r, layer, conv, m.in_rows, &own);
         through = layer.weights.skip[head];
         gate = *reinterpret_cast<const float4 *>(layer.gate_norm + blockIdx.x * RUN_WIDTH + first);
     };
     const auto load_out = [&](uint32_t l) {
-        out_bias = has_out && r.layers[l].out_bias ? r.layers[l].out_bias[out_at] : 0;
+        out_bias = has_out && layers[l].out_bias ? layers[l].out_bias[out_at] : 0;
         if (l + 1 < r.layer_count)
-            next_norm = *reinterpret_cast<const float4 *>(r.layers[l + 1].norm + out_at / 4 * 4);
+            next_norm = *reinterpret_cast<const float4 *>(layers[l + 1].norm + out_at / 4 * 4);
     };
     load_layer(0);
     load_out(0);
@@ -429,13 +516,16 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
     for (uint32_t l = 0; l < r.layer_count; l++) {
         const uint32_t number = serial + l + 1;
         /* in_proj */
+        const uint32_t slot = l % RUN_SLOTS;
+        const bf16 *in_proj = reinterpret_cast<bf16 *>(memory + m.in + slot * m.in_slot);
+        wait_pieces(barriers->in_full[slot], m.in_rows, m.in_piece, l / RUN_SLOTS % 2);
         if (l == 0) {
             const uint32_t i = 4 * threadIdx.x;
             float sum = 0;
             if (i < r.d) {
                 const uint4 packet =
                     pack_four(*reinterpret_cast<const float4 *>(r.hidden + i),
-                              *reinterpret_cast<const float4 *>(r.layers[0].norm + i), 0);
+                              *reinterpret_cast<const float4 *>(layers[0].norm + i), 0);
                 *reinterpret_cast<uint2 *>(row + i) = uint2{packet.x, packet.y};
                 sum = __uint_as_float(packet.z);
             }
@@ -446,38 +536,46 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
             receive_row<RUN_OUT / 4>(r.hidden_sent, r.d, number - 1, row, parts);
         }
         cuda_meet<RUN_THREADS>();
-        wait_pieces(barriers->in_full, m.in_rows, m.in_piece, l & 1);
-        multiply<T>(reinterpret_cast<bf16 *>(memory + m.in), row, r.d, m.in_rows, sums);
+        const float scale = norm_scale(parts, r.d, r.epsilon);
+        /* B and C first, which travel while x and z are made. */
+        multiply<T - INPUT_TILES>(in_proj + INPUT_TILES * TILE * (r.d + RUN_PAD), row, r.d,
+                                  m.in_rows - INPUT_TILES * TILE, shared_sums);
+        cuda_meet<RUN_THREADS>();
+        if (own.o >= 2 * RUN_WIDTH && own.o < m.in_rows)
+            finish_own(r, number, sum_of<T - INPUT_TILES>(shared_sums, own.o - 2 * RUN_WIDTH),
+                       scale, own, in);
+        __syncwarp();
+        multiply<INPUT_TILES>(in_proj, row, r.d, 2 * RUN_WIDTH, sums);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
-            cuda_barrier_arrive(&barriers->in_free);
-        if (own.o < m.in_rows)
-            finish_own(r, l, number,
-                       fmaf(sum_of<T>(sums, own.o), norm_scale(parts, r.d, r.epsilon), own.bias),
-                       &own, in);
+            cuda_barrier_arrive(&barriers->in_free[slot]);
+        if (own.o < 2 * RUN_WIDTH)
+            finish_own(r, number, sum_of<INPUT_TILES>(sums, own.o), scale, own, in);
         /* The recurrence. */
-        receive_columns(r, number, columns);
-        cuda_barrier_wait(&barriers->state_full, l & 1);
+        if (threadIdx.x == RUN_THREADS - 1) /* for all, who meet */
+            cuda_barrier_wait(&barriers->state_full, l & 1);
+        __syncwarp();
+        receive_column(from, number, columns);
         cuda_meet<RUN_THREADS>();
         if (steps)
-            step_states<V>(r, l, first, reinterpret_cast<float *>(memory + m.state), columns, *in,
-                           through, gate, number);
+            step_states<V>(r, first, reinterpret_cast<float *>(memory + m.state), columns, *in,
+                           through, gate, number, ssm + layers[l].ssm);
         if (l + 1 < r.layer_count)
             load_layer(l + 1);
         /* out_proj */
+        wait_pieces(barriers->out_full, RUN_OUT, m.out_piece, l & 1);
         receive_row<RUN_WIDTH / 4>(r.gated_sent, s.inner, number, row, out_parts);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
             cuda_barrier_arrive(&barriers->state_free);
-        wait_pieces(barriers->out_full, RUN_OUT, m.out_piece, l & 1);
+        const float out_scale = norm_scale(out_parts, s.inner, r.epsilon);
         multiply<1>(reinterpret_cast<bf16 *>(memory + m.out), row, s.inner, RUN_OUT, sums);
         cuda_meet<RUN_THREADS>();
         if (threadIdx.x == 0)
             cuda_barrier_arrive(&barriers->out_free);
         if (warp == 0) {
             if (has_out)
-                x = fmaf(sum_of<1>(sums, threadIdx.x), norm_scale(out_parts, s.inner, r.epsilon),
-                         out_bias + x);
+                x = fmaf(sum_of<1>(sums, threadIdx.x), out_scale, out_bias + x);
             float4 v;
             v.x = __shfl_sync(CUDA_ALL_LANES, x, lane & ~3u);
             v.y = __shfl_sync(CUDA_ALL_LANES, x, (lane & ~3u) + 1);
@@ -501,20 +599,15 @@ static __global__ void __launch_bounds__(RUN_THREADS + CUDA_WARP, 1)
 
 template <int T, int V> static void launch(struct ops_context *x, const struct run &r)
 {
-    const size_t shared = room_of(r, T).bytes;
-    CUDA_ALLOW_SHARED(x, (run_layers<T, V>), shared);
+    const struct room m = room_of(r);
+    CUDA_ALLOW_SHARED(x, (run_layers<T, V>), m.bytes);
     CUDA_LAUNCH_TOGETHER(x, (run_layers<T, V>), dim3(r.s.inner / RUN_WIDTH),
-                         dim3(RUN_THREADS + CUDA_WARP), shared, r);
+                         dim3(RUN_THREADS + CUDA_WARP), m.bytes, r, m);
 }
 
 template <int T> static void choose_width(struct ops_context *x, const struct run &r)
 {
     r.s.n == 4 * CUDA_WARP ? launch<T, 4>(x, r) : launch<T, 2>(x, r);
-}
-
-static uint32_t tiles_of(const struct run &r)
-{
-    return cuda_ceil(2 * RUN_WIDTH + r.columns + 1, TILE);
 }
 
 void cuda_run_launch(struct ops_context *x, const struct run &r)
@@ -537,5 +630,5 @@ void cuda_run_open(const struct ops_context *x, struct run *r)
         return;
     r->columns = columns / blocks;
     const uint32_t tiles = tiles_of(*r);
-    r->covers = (tiles == 5 || tiles == 6) && room_of(*r, tiles).bytes <= x->shared_most;
+    r->covers = (tiles == 5 || tiles == 6) && room_of(*r).bytes <= x->shared_most;
 }

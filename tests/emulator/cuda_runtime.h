@@ -23,6 +23,7 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __maxnreg__(n)
 #define __restrict__ __restrict
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
@@ -174,7 +175,15 @@ static inline void wgmma_take(float *)
 
 /* Done at once, or only when waited for, by turns: a kernel that reads too early, or writes where
  * a copy still reads, is seen. */
-void cuda_copy_async(void *shared, const void *global, bool there = true);
+void emulator_copy(void *shared, const void *global, unsigned bytes, bool there);
+static inline void cuda_copy_async(void *shared, const void *global, bool there = true)
+{
+    emulator_copy(shared, global, 16, there);
+}
+template <int bytes> static inline void cuda_copy_word(void *shared, const void *global)
+{
+    emulator_copy(shared, global, bytes, true);
+}
 void cuda_copy_commit(void);
 void emulator_copy_wait(int left);
 template <int left> static inline void cuda_copy_wait(void)
@@ -286,7 +295,11 @@ struct cudaDeviceProp {
     size_t sharedMemPerBlockOptin;
 };
 enum { cudaStreamNonBlocking = 1, cudaHostRegisterPortable = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncAttributePreferredSharedMemoryCarveout
+};
+#define cudaSharedmemCarveoutMaxShared 100
 
 cudaError_t cudaMalloc(void **out, size_t bytes);
 cudaError_t cudaFree(void *memory);

@@ -85,6 +85,7 @@ static struct {
 struct copy {
     void *to;
     const void *from; /* NULL: zeros */
+    unsigned bytes;
 };
 
 /* Of each thread: groups of copies under way, the last one not yet closed. */
@@ -467,23 +468,23 @@ void cuda_load_transposed(uint32_t out[4], const bf16 *row)
 static void carry_out(const copy &c)
 {
     if (c.from)
-        memcpy(c.to, c.from, 16);
+        memcpy(c.to, c.from, c.bytes);
     else
-        memset(c.to, 0, 16);
+        memset(c.to, 0, c.bytes);
 }
 
-void cuda_copy_async(void *shared, const void *global, bool there)
+void emulator_copy(void *shared, const void *global, unsigned bytes, bool there)
 {
-    if ((uintptr_t)shared % 16 || (there && (uintptr_t)global % 16))
+    if ((uintptr_t)shared % bytes || (there && (uintptr_t)global % bytes))
         fprintf(stderr, "emulator: %s: an asynchronous copy is not aligned\n", e.name), abort();
     auto &groups = copies[e.block->current];
     if (groups.empty())
         groups.emplace_back();
-    const copy c = {shared, there ? global : NULL};
+    const copy c = {shared, there ? global : NULL, bytes};
     if (blockIdx.x % 2)
         carry_out(c);
     else
-        memset(shared, 0xff, 16), groups.back().push_back(c);
+        memset(shared, 0xff, bytes), groups.back().push_back(c);
 }
 
 void cuda_copy_commit(void)
