@@ -62,6 +62,7 @@ struct ops_context {
     bool idle;          /* nothing was sent to the stream since it was seen to be done */
     bool early;         /* kernels may begin before those in front of them end */
     bool hopper;        /* the code that runs has the instructions of sm_90a alone */
+    bool spares;        /* products of one row spare shared memory: mamba_run.cu is behind them */
     bool apart;         /* the next kernel is behind several: it does not begin early */
     cudaStream_t stream;
     char description[160];

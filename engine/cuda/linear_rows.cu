@@ -552,7 +552,8 @@ template <int N, int AHEAD> static void launch_one_row(struct ops_context *x, co
         sizeof(float) * FEW_WARPS * RESULTS(N) + sizeof(bf16) * f.row_count * (f.k + SHARED_PAD);
     if (shared > SHARED_PLAIN)
         CUDA_ALLOW_SHARED(x, (product_of_few<N, AHEAD>), shared);
-    CUDA_SPARE_SHARED(x, (product_of_few<N, AHEAD>));
+    if (x->spares)
+        CUDA_SPARE_SHARED(x, (product_of_few<N, AHEAD>));
     CUDA_LAUNCH_EARLY(x, (product_of_few<N, AHEAD>), dim3(cuda_ceil(f.n, N * TILE_OUT)),
                       dim3(FEW_WARPS * CUDA_WARP), shared, f);
 }

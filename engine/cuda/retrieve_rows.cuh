@@ -149,7 +149,7 @@ static void launch_scan_rows(struct ops_context *x, const struct scan_shape &s,
 {
     /* What is under way to a multiprocessor lies in its first cache, which is small as long as blocks
      * are there that want the most shared memory: see CUDA_SPARE_SHARED. */
-    x->apart |= row_count == 1;
+    x->apart |= x->spares && row_count == 1;
     CUDA_LAUNCH_EARLY(x, scan_rows<LANDMARKS>, dim3(blocks, row_count, s.heads),
                       dim3(SCAN_WARPS * CUDA_WARP), sizeof *candidates * SCAN_WARPS * s.topk, s,
                       segments, rows, x->query, norm, candidates, x->early && x->recording);

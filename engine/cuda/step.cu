@@ -141,6 +141,7 @@ enum status cuda_step_open(struct ops_context *x, struct error *err)
     s->ending.told = (uint32_t *)cuda_alloc_host(x, sizeof *s->ending.told);
     struct run *r = &s->run;
     cuda_run_open(x, r);
+    x->spares = r->covers;
     const size_t lines = RUN_LINE * (size_t)cuda_ceil(c->inner_size, RUN_WIDTH);
     r->hidden_sent = (uint4 *)cuda_take(x, lines);
     r->gated_sent = (uint4 *)cuda_take(x, lines);
