@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "engine/cuda/cuda.h"
 #include "engine/cuda/device.cuh"
@@ -18,8 +19,7 @@ extern "C" {
 }
 
 #define HOST_HEAD 256                 /* in front of host memory: its size */
-#define SMALL_PAGE ((size_t)4 << 10)  /* of the host's memory */
-#define HUGE_PAGE ((size_t)2 << 20)   /* likewise, where it has them */
+#define HUGE_PAGE ((size_t)2 << 20)   /* of the host's memory, where it has them */
 #define STAGE_BYTES ((size_t)8 << 20) /* several slices' pages: each refill waits */
 #define STAGE_WAYS 8
 
@@ -109,7 +109,8 @@ static char *map_pages(size_t bytes)
 
 static size_t host_bytes(size_t bytes)
 {
-    return (HOST_HEAD + bytes + SMALL_PAGE - 1) / SMALL_PAGE * SMALL_PAGE;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    return (HOST_HEAD + bytes + page - 1) / page * page;
 }
 
 void *cuda_alloc_host(struct ops_context *x, size_t bytes)

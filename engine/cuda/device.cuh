@@ -231,6 +231,13 @@ static __device__ __forceinline__ float cuda_warp_sum(float x)
     return x;
 }
 
+/* Bits that are in the order of the numbers, which are no NaN and not minus zero. */
+static __device__ __forceinline__ uint32_t cuda_order_of(float x)
+{
+    const uint32_t bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
 static __device__ __forceinline__ float cuda_warp_max(float x)
 {
 #pragma unroll

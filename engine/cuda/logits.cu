@@ -47,9 +47,7 @@ static __device__ __forceinline__ unsigned long long rank_of(float logit, uint32
     const float limit = 3.402823466e+38f;
     float value = logit > limit ? limit : logit;
     value = value >= -limit ? value + 0.0f : -INFINITY; /* minus zero equals zero; NaN is least */
-    const uint32_t bits = __float_as_uint(value);
-    const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (unsigned long long)order << 32 | (0xffffffffu - token);
+    return (unsigned long long)cuda_order_of(value) << 32 | (0xffffffffu - token);
 }
 
 static __device__ __forceinline__ unsigned long long larger(unsigned long long a,

@@ -50,8 +50,7 @@ static __device__ __forceinline__ struct cuda_candidate no_candidate(void)
 /* The best of the lanes' candidates, whose scores are numbers. */
 static __device__ __forceinline__ struct cuda_candidate cuda_warp_best(struct cuda_candidate best)
 {
-    const uint32_t bits = __float_as_uint(best.score + 0.0f); /* minus zero equals zero */
-    const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
+    const uint32_t order = cuda_order_of(best.score + 0.0f); /* minus zero equals zero */
     const uint32_t top = __reduce_max_sync(CUDA_ALL_LANES, order);
     best.chunk = __reduce_min_sync(CUDA_ALL_LANES, order == top ? best.chunk : CUDA_NO_CHUNK);
     best.score = __uint_as_float(top >> 31 ? top & 0x7fffffffu : ~top);
