@@ -285,6 +285,24 @@ void client_json_write_create(struct buf *out, const char *from, uint64_t at, co
     print_to(out, root);
 }
 
+enum status client_json_write_rename(struct buf *out, const char *text, size_t size,
+                                     const char *name)
+{
+    cJSON *memory = parse_object(text, size), *root = NULL;
+    cJSON *metadata = cJSON_DetachItemFromObjectCaseSensitive(memory, "metadata");
+    cJSON_Delete(memory);
+    if (!cJSON_IsObject(metadata)) {
+        cJSON_Delete(metadata);
+        return STATUS_INVALID;
+    }
+    cJSON_DeleteItemFromObjectCaseSensitive(metadata, "name");
+    root = cJSON_CreateObject();
+    ASSERT(root && cJSON_AddStringToObject(metadata, "name", name) &&
+           cJSON_AddItemToObject(root, "metadata", metadata));
+    print_to(out, root);
+    return STATUS_OK;
+}
+
 void client_json_write_completion(struct buf *out, const struct client_completion_request *request)
 {
     cJSON *root = cJSON_CreateObject();

@@ -112,6 +112,10 @@ void client_json_chunk_list_close(struct client_chunk_list *list);
 /* The body of POST /v1/memories; `from` and `name` may be NULL, `at` 0: where it stands. Appends to
  * `out`. */
 void client_json_write_create(struct buf *out, const char *from, uint64_t at, const char *name);
+/* The body of PATCH /v1/memories/{id} that gives the memory of this answer another name; the rest
+ * of its metadata stays. Appends to `out`. STATUS_INVALID: the text is no memory. */
+STATUS_CHECKED enum status client_json_write_rename(struct buf *out, const char *text, size_t size,
+                                                    const char *name);
 
 struct client_completion_request {
     const char *memory; /* NULL: none */

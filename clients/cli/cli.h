@@ -32,6 +32,7 @@ int cli_list(struct cli *cli, int argc, char **argv);
 int cli_show(struct cli *cli, int argc, char **argv);
 int cli_new(struct cli *cli, int argc, char **argv);
 int cli_fork(struct cli *cli, int argc, char **argv);
+int cli_rename(struct cli *cli, int argc, char **argv);
 int cli_export(struct cli *cli, int argc, char **argv);
 int cli_import(struct cli *cli, int argc, char **argv);
 int cli_turns(struct cli *cli, int argc, char **argv);

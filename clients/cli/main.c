@@ -24,6 +24,7 @@ static const char help[] =
     "  ramba show MEMORY               what one holds\n"
     "  ramba new                       make an empty memory; prints its id\n"
     "  ramba fork MEMORY               copy a memory at once; both go their own ways\n"
+    "  ramba rename MEMORY NAME        give a memory a name, or another\n"
     "  ramba turns MEMORY              the turns of its past: where to fork or rewind\n"
     "  ramba rewind MEMORY POSITION    take a memory back to an earlier position, in tokens\n"
     "  ramba export MEMORY FILE        write a memory to a file (FILE -: standard output)\n"
@@ -57,9 +58,10 @@ struct command {
 };
 
 static const struct command commands[] = {
-    {"append", cli_append}, {"ask", cli_ask},       {"chat", cli_chat},     {"ls", cli_list},
-    {"show", cli_show},     {"new", cli_new},       {"fork", cli_fork},     {"rm", cli_remove},
-    {"turns", cli_turns}, {"rewind", cli_rewind}, {"export", cli_export}, {"import", cli_import},
+    {"append", cli_append}, {"ask", cli_ask},     {"chat", cli_chat},     {"ls", cli_list},
+    {"show", cli_show},     {"new", cli_new},     {"fork", cli_fork},     {"rm", cli_remove},
+    {"rename", cli_rename}, {"turns", cli_turns}, {"rewind", cli_rewind}, {"export", cli_export},
+    {"import", cli_import},
 };
 
 static void vsay(const struct cli *cli, const char *format, va_list args)

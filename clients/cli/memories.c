@@ -1,4 +1,5 @@
-/* `ramba ls`, `show`, `new`, `fork` and `rm`, and finding a memory by its name. */
+/* `ramba ls`, `show`, `new`, `fork`, `rename` and `rm`, the past, and finding a memory by its name.
+ */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,8 +9,8 @@
 
 #define PAGE 100
 
-/* Of a memory or a conversation, which is one. Ids are made by the server of these alone, and must not
- * change a path. */
+/* Of a memory or a conversation, which is one. Ids are made by the server of these alone, and must
+ * not change a path. */
 static bool looks_like_id(const char *text)
 {
     return (strncmp(text, "mem_", 4) == 0 || strncmp(text, "conv_", 5) == 0) &&
@@ -216,6 +217,45 @@ int cli_new(struct cli *cli, int argc, char **argv)
 int cli_fork(struct cli *cli, int argc, char **argv)
 {
     return create(cli, argc, argv, true);
+}
+
+/* `old` is the answer that shows the memory: its other metadata stay. */
+static int change_name(struct cli *cli, const char *path, const struct http_answer *old,
+                       const char *name)
+{
+    struct http_answer answer;
+    struct buf body;
+    int code = CLI_OK;
+    buf_init(&body);
+    if (client_json_write_rename(&body, old->body.data, old->body.size, name)) {
+        code = cli_fail(cli, CLI_FAILED, "the server's answer is not a memory");
+    } else {
+        struct http_call call = {
+            .method = "PATCH", .path = path, .json = body.data, .json_size = body.size};
+        if (!http_do(&cli->http, &call, &answer))
+            code = cli_fail_http(cli, &answer);
+        http_answer_close(&answer);
+    }
+    buf_close(&body);
+    return code;
+}
+
+int cli_rename(struct cli *cli, int argc, char **argv)
+{
+    struct client_memory memory;
+    struct http_answer answer;
+    char path[128];
+    if (argc != 3)
+        return cli_usage(cli, "wants MEMORY NAME");
+    int code = cli_get_memory(cli, argv[1], &memory);
+    if (code)
+        return code;
+    snprintf(path, sizeof path, "/v1/memories/%s", memory.id);
+    struct http_call call = {.method = "GET", .path = path};
+    code = http_do(&cli->http, &call, &answer) ? change_name(cli, path, &answer, argv[2])
+                                               : cli_fail_http(cli, &answer);
+    http_answer_close(&answer);
+    return code;
 }
 
 static void print_turns(const struct client_turn_list *list, bool is_first)

@@ -2,6 +2,8 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "clients/cli/cli.h"
 
@@ -10,34 +12,57 @@ static bool write_body(void *context, const char *data, size_t size)
     return fwrite(data, 1, size, context) == size;
 }
 
+/* The answer into `file`. An export may be all that is left of a memory tomorrow: it is on the disk
+ * before anyone is told. */
+static int save(struct cli *cli, const char *id, FILE *file, const char *named, bool is_regular)
+{
+    char path[160];
+    struct http_answer answer;
+    int code = CLI_OK;
+    snprintf(path, sizeof path, "/v1/memories/%s/export", id);
+    struct http_call call = {
+        .method = "GET", .path = path, .body_cb = write_body, .body_context = file};
+    const bool done = http_do(&cli->http, &call, &answer);
+    if (ferror(file) || (done && (fflush(file) || (is_regular && fsync(fileno(file))))))
+        code = cli_fail(cli, CLI_FAILED, "cannot write %s: %s", named, strerror(errno));
+    else if (!done)
+        code = cli_fail_http(cli, &answer);
+    http_answer_close(&answer);
+    return code;
+}
+
+/* To a pipe or device as it comes. What stands under the name of a file, an earlier export perhaps,
+ * stays until all of the new one is there. */
+static int save_as(struct cli *cli, const char *id, const char *named)
+{
+    char part[4096];
+    struct stat known;
+    const bool is_regular = lstat(named, &known) || S_ISREG(known.st_mode);
+    if (snprintf(part, sizeof part, "%s%s", named, is_regular ? ".part" : "") >= (int)sizeof part)
+        return cli_usage(cli, "wants a shorter name of the file");
+    FILE *file = fopen(part, "wb");
+    if (!file)
+        return cli_fail(cli, CLI_FAILED, "cannot write %s: %s", part, strerror(errno));
+    int code = save(cli, id, file, part, is_regular);
+    if (fclose(file) && code == CLI_OK)
+        code = cli_fail(cli, CLI_FAILED, "cannot write %s: %s", part, strerror(errno));
+    if (code == CLI_OK && is_regular && rename(part, named))
+        code = cli_fail(cli, CLI_FAILED, "cannot write %s: %s", named, strerror(errno));
+    if (code && is_regular)
+        remove(part);
+    return code;
+}
+
 int cli_export(struct cli *cli, int argc, char **argv)
 {
     struct client_memory memory;
-    struct http_answer answer;
-    char path[160];
     if (argc != 3)
         return cli_usage(cli, "wants MEMORY FILE; FILE may be - for standard output");
-    int code = cli_get_memory(cli, argv[1], &memory);
+    const int code = cli_get_memory(cli, argv[1], &memory);
     if (code)
         return code;
-    bool piped = strcmp(argv[2], "-") == 0;
-    FILE *file = piped ? stdout : fopen(argv[2], "wb");
-    if (!file)
-        return cli_fail(cli, CLI_FAILED, "cannot write %s: %s", argv[2], strerror(errno));
-    snprintf(path, sizeof path, "/v1/memories/%s/export", memory.id);
-    struct http_call call = {
-        .method = "GET", .path = path, .body_cb = write_body, .body_context = file};
-    bool done = http_do(&cli->http, &call, &answer);
-    /* A file is only there when all of it is. */
-    bool written = piped ? fflush(file) == 0 : fclose(file) == 0;
-    if (!done || !written) {
-        code = done ? cli_fail(cli, CLI_FAILED, "cannot write %s: %s", argv[2], strerror(errno))
-                    : cli_fail_http(cli, &answer);
-        if (!piped)
-            remove(argv[2]);
-    }
-    http_answer_close(&answer);
-    return code;
+    return strcmp(argv[2], "-") == 0 ? save(cli, memory.id, stdout, "standard output", false)
+                                     : save_as(cli, memory.id, argv[2]);
 }
 
 static ssize_t read_file(void *context, char *out, size_t room)

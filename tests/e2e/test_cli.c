@@ -120,6 +120,52 @@ static void test_forks(void **state)
     buf_close(&out);
 }
 
+/* Another name, and whatever else was noted stays. */
+static void test_rename(void **state)
+{
+    (void)state;
+    char id[LIMITS_ID_BYTES], path[64];
+    static const char noted[] = "{\"metadata\":{\"name\":\"crow\",\"shelf\":\"7\"}}";
+    struct buf out;
+    buf_init(&out);
+    assert_int_equal(sh(&out, "ramba new"), 0);
+    snprintf(id, sizeof id, "%s", out.data);
+    assert_int_equal(sh(&out, "ramba rename %s finch", id), 0);
+    assert_string_equal(memory(id).name, "finch");
+    snprintf(path, sizeof path, "/v1/memories/%s", id);
+    assert_int_equal(
+        daemon_call(&daemon_, "PATCH", path, "application/json", noted, sizeof noted - 1, &out),
+        200);
+    assert_int_equal(sh(&out, "ramba rename crow rook"), 0);
+    assert_int_equal(daemon_call(&daemon_, "GET", path, NULL, NULL, 0, &out), 200);
+    assert_non_null(strstr(buf_text(&out), "\"shelf\":\"7\""));
+    assert_string_equal(memory(id).name, "rook");
+    assert_int_equal(sh(&out, "ramba rename crow jay 2>/dev/null"), 4);
+    assert_int_equal(sh(&out, "ramba rm rook"), 0);
+    buf_close(&out);
+}
+
+/* What stands under a file's name stays until a new export is whole; a pipe gets it as it comes. */
+static void test_exports(void **state)
+{
+    (void)state;
+    struct buf out;
+    buf_init(&out);
+    assert_int_equal(sh(&out, "echo 'a raven' | ramba append --new --name bird2 -"), 0);
+    assert_int_equal(sh(&out,
+                        "cd %s && ramba export bird2 kept && cp kept first &&"
+                        " ramba export bird2 - | cmp - kept && ramba export bird2 /dev/null &&"
+                        " test -c /dev/null && ! ramba export mem_none kept 2>/dev/null &&"
+                        " (ulimit -f 0; trap '' XFSZ; ramba export bird2 kept) 2>&1 |"
+                        " grep -q 'cannot write kept.part' && cmp kept first &&"
+                        " ! test -e kept.part && echo again | ramba append bird2 - &&"
+                        " ramba export bird2 kept && ! cmp -s kept first",
+                        folder),
+                     0);
+    assert_int_equal(sh(&out, "ramba rm bird2"), 0);
+    buf_close(&out);
+}
+
 /* A conversation is a memory, too: what is listed can be named. */
 static void test_conversation(void **state)
 {
@@ -154,6 +200,9 @@ static void test_exit_codes(void **state)
                  {"ramba append --skip x mem_none $BOOK", 2},
                  {"ramba ask mem_none", 2},
                  {"ramba ask --max-tokens 0 mem_none q", 2},
+                 {"ramba rename mem_none", 2},
+                 {"ramba rename mem_none new", 4},
+                 {"ramba export mem_none", 2},
                  {"ramba --url http://127.0.0.1:1 ls", 3},
                  {"RAMBA_URL=http://127.0.0.1:1 ramba ls", 3},
                  {"ramba show mem_none", 4},
@@ -365,6 +414,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_pipes),          cmocka_unit_test(test_forks),
+        cmocka_unit_test(test_rename),         cmocka_unit_test(test_exports),
         cmocka_unit_test(test_conversation),   cmocka_unit_test(test_exit_codes),
         cmocka_unit_test(test_daemon_program), cmocka_unit_test(test_progress),
         cmocka_unit_test(test_server_dies),    cmocka_unit_test(test_interrupt),

@@ -194,6 +194,8 @@ static void test_refusals(void **state)
     (void)state;
     static const char *const wrong[] = {
         "", "null", "[]", "{", "{}", "7", "{\"data\":7}", "{\"data\":[7]}", "{\"choices\":{}}"};
+    struct buf body;
+    buf_init(&body);
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         size_t size = strlen(wrong[i]);
         struct client_memory memory;
@@ -202,11 +204,14 @@ static void test_refusals(void **state)
         struct client_completion completion;
         struct client_chunk_list chunks;
         assert_int_equal(client_json_memory(wrong[i], size, &memory), STATUS_INVALID);
+        assert_int_equal(client_json_write_rename(&body, wrong[i], size, "x"), STATUS_INVALID);
+        assert_int_equal(body.size, 0);
         assert_int_equal(client_json_memory_list(wrong[i], size, &list), STATUS_INVALID);
         assert_int_equal(client_json_append(wrong[i], size, &append), STATUS_INVALID);
         assert_int_equal(client_json_completion(wrong[i], size, &completion), STATUS_INVALID);
         assert_int_equal(client_json_chunk_list(wrong[i], size, &chunks), STATUS_INVALID);
     }
+    buf_close(&body);
 }
 
 int main(void)
