@@ -1,5 +1,4 @@
-/* `ramba ls`, `show`, `new`, `fork`, `rename` and `rm`, the past, and finding a memory by its name.
- */
+/* `ramba ls`, `show`, `new`, `fork`, `rename`, `rm`, the past; finding a memory by its name. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
