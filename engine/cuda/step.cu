@@ -457,6 +457,7 @@ extern "C" void cuda_keep_rows(struct ops_context *x, const float *hidden)
         cuda_step_flush(x);
         return;
     }
+    cuda_step_flush(x);
     CUDA_LAUNCH_EARLY(x, keep_rows, dim3(s->step.count), dim3(FETCH_THREADS), 0, hidden,
                       x->config.hidden_size, (float *const *)s->device.kept);
 }

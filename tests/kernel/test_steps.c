@@ -279,16 +279,17 @@ static void compare(const struct kind *kind)
     compare_ways(kind, &ways[0], ways + 1, sizeof ways / sizeof *ways - 1);
 }
 
-/* So many that half of those of a step, which are three quarters, go aside (step.cu). */
+/* So many that half of those of a step, which are three quarters, go aside (step.cu); they complete
+ * a chunk and read it. */
 static void compare_many(void)
 {
     static const struct kind kind = {
-        "tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, false, 20, 0, false, 0};
+        "tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, false, 30, 0, false, 0};
     static const struct way plain = {"many, op by op", true, true, AMPLE},
                             recorded = {"many, recorded", false, true, AMPLE};
     const uint32_t few = sequence_count, tokens = token_count;
     sequence_count = SEQUENCES_MOST;
-    token_count = 3;
+    token_count = 4;
     compare_ways(&kind, &plain, &recorded, 1);
     sequence_count = few;
     token_count = tokens;
