@@ -62,6 +62,10 @@ static const struct kind many_kinds[] = {
     {"tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, false, 30, 0, false, 0},
     {"tests/golden/wide-stickbreaking-topk8", ENGINE_DTYPE_BF16, false, true, 30, 0, false, 0},
 };
+static const struct kind many_large_kinds[] = {
+    {"tests/bench/ramba-370m", ENGINE_DTYPE_BF16, false, false, 62, 0, false, 1},
+    {"tests/bench/ramba-370m", ENGINE_DTYPE_BF16, false, true, 62, 0, false, 1},
+};
 
 static uint32_t sequence_count = SEQUENCES, token_count = TOKENS;
 static int failures;
@@ -445,6 +449,8 @@ int main(int argc, char **argv)
         return failures != 0;
     }
     if (argc > 1 && strcmp(argv[1], "--large") == 0) {
+        for (size_t i = 0; i < sizeof many_large_kinds / sizeof *many_large_kinds; i++)
+            compare_many(&many_large_kinds[i]);
         for (size_t i = 0; i < sizeof large_kinds / sizeof *large_kinds; i++)
             compare(&large_kinds[i]);
         printf("%d failed\n", failures);
