@@ -25,4 +25,10 @@ void check_retrieve(struct bed *b, const uint32_t *counts, const uint64_t *chunk
 /* That many rows, and `copies` of them in one call. */
 void check_hsa(struct bed *b, uint32_t row_count, uint32_t copies);
 
+/* Attention alone of that many rows in one call, `times` times, against few rows at a time: with
+ * rows enough that blocks of the form of many rows each go through several groups. What they carry
+ * over from one to the next shows in no fewer rows, and what hangs on which warp comes first not in
+ * every call. */
+void check_hsa_often(struct bed *b, uint32_t row_count, uint32_t times);
+
 #endif

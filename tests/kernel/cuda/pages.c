@@ -265,3 +265,73 @@ void check_hsa(struct bed *b, uint32_t row_count, uint32_t copies)
     free(q);
     free(o);
 }
+
+#define MANY_PAGES 256
+#define FEW 256 /* rows that are attended without looking at their neighbours */
+
+/* Picks by falling pages, as retrieval has them; `kept`: how many of 8 stay from row to row. */
+static void pick_many(const struct bed *b, uint32_t row_count, uint32_t kept, const char *pages,
+                      size_t bytes, const void **named, float *weights)
+{
+    const uint32_t topk = b->config.topk, share = MANY_PAGES / topk;
+    const size_t picks = (size_t)b->config.retrieval_heads * topk;
+    for (size_t i = 0; i < row_count * picks; i++) {
+        const uint32_t page = (topk - 1 - (uint32_t)(i % topk)) * share + random_below(share);
+        const bool stays = i >= picks && random_below(8) < kept;
+        named[i] = stays ? named[i - picks] : random_below(50) ? pages + page * bytes : NULL;
+        weights[i] = named[i] ? (float)random_below(1000) / 4000 : 0;
+    }
+}
+
+/* Rows of `want` that a call for all rows gives other bits, in all of `times` calls. */
+static size_t count_other_rows(struct bed *b, uint32_t row_count, uint32_t times, const float *gq,
+                               const float *weights, const void *const *named, const float *want)
+{
+    const size_t d = b->config.hidden_size, floats = row_count * d;
+    float *go = to_device(b, NULL, floats * sizeof *go);
+    size_t others = 0;
+    for (uint32_t i = 0; i < times; i++) {
+        b->cuda->hsa_attend(b->cuda_context, row_count, gq, weights, named, go);
+        float *got = to_host(b, go, floats);
+        for (size_t r = 0; r < row_count; r++)
+            others += memcmp(got + r * d, want + r * d, d * sizeof *got) != 0;
+        free(got);
+    }
+    release(b, go);
+    return others;
+}
+
+void check_hsa_often(struct bed *b, uint32_t row_count, uint32_t times)
+{
+    const struct model_config *c = &b->config;
+    const size_t d = c->hidden_size, picks = (size_t)c->retrieval_heads * c->topk;
+    const size_t kv = (size_t)2 * c->chunk_tokens * c->kv_heads * c->head_dim;
+    const size_t bytes = kv * (b->wide ? 4 : 2), floats = row_count * d;
+    char *pages = b->cuda->alloc_host(b->cuda_context, MANY_PAGES * bytes);
+    float *elements = random_floats(MANY_PAGES * kv, 1), *q = random_floats(floats, 1);
+    const void **named = calloc(row_count * picks, sizeof *named);
+    float *weights = calloc(row_count * picks, sizeof *weights);
+    ASSERT(pages && named && weights);
+    to_dtype(b, elements, MANY_PAGES * kv, pages);
+    float *gq = to_device(b, q, floats * sizeof *q);
+    float *go = to_device(b, NULL, floats * sizeof *go);
+    for (uint32_t kept = 0; kept < 8; kept += 7) {
+        pick_many(b, row_count, kept, pages, bytes, named, weights);
+        for (uint32_t r = 0; r < row_count; r += FEW)
+            b->cuda->hsa_attend(b->cuda_context, row_count - r < FEW ? row_count - r : FEW,
+                                gq + r * d, weights + r * picks, named + r * picks, go + r * d);
+        float *want = to_host(b, go, floats);
+        const size_t others = count_other_rows(b, row_count, times, gq, weights, named, want);
+        verdict(b, "hsa_attend, often", !others,
+                "%zu rows of %u x %u have other bits than few rows at a time, %u of 8 picks kept",
+                others, times, row_count, kept);
+        free(want);
+    }
+    b->cuda->release_host(b->cuda_context, pages);
+    release(b, gq);
+    release(b, go);
+    free(elements);
+    free(q);
+    free(named);
+    free(weights);
+}
