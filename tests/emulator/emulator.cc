@@ -564,6 +564,8 @@ void cuda_copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *at)
 
 static void end_copies(uint64_t *at)
 {
+    if (!barrier_at(at)->bytes)
+        return;
     std::vector<bulk_copy> others;
     for (const bulk_copy &c : e.block->bulk) {
         if (c.barrier != at) {
