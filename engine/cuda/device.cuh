@@ -91,13 +91,34 @@ static __device__ __forceinline__ void cuda_depend_wait(void)
 #endif
 }
 
+/* A warpgroup's threads may use so many registers from here on, of those that others of the block
+ * gave back; without sm_90a all keep what they have. */
+template <int count> static __device__ __forceinline__ void cuda_more_registers(void)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+
+template <int count> static __device__ __forceinline__ void cuda_fewer_registers(void)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+
 /* Dynamic shared memory of the block, as an array of `type` called `name`. */
 #ifdef __CUDACC__
 #define CUDA_SHARED(type, name)                                   \
     extern __shared__ __align__(16) unsigned char shared_bytes[]; \
     type *name = reinterpret_cast<type *>(shared_bytes)
+/* The same, where a swizzle that repeats after 1024 bytes begins. */
+#define CUDA_SHARED_TILES(type, name)                               \
+    extern __shared__ __align__(1024) unsigned char shared_tiles[]; \
+    type *name = reinterpret_cast<type *>(shared_tiles)
 #else
 #define CUDA_SHARED(type, name) type *name = reinterpret_cast<type *>(emulator_shared())
+#define CUDA_SHARED_TILES(type, name) CUDA_SHARED(type, name)
 #endif
 
 /* Of `all` things in a row, those of one of `parts` that share them evenly. */
@@ -377,12 +398,33 @@ static __device__ __forceinline__ void cuda_barrier_arrive(uint64_t *barrier)
                  : "memory");
 }
 
+/* `count` arrivals, at least one. */
+static __device__ __forceinline__ void cuda_barrier_arrive(uint64_t *barrier, uint32_t count)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;\n" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(barrier)),
+                 "r"(count)
+                 : "memory");
+#else
+    for (; count; count--)
+        cuda_barrier_arrive(barrier);
+#endif
+}
+
 /* An arrival that comes once this thread's asynchronous copies so far are done. */
 static __device__ __forceinline__ void cuda_barrier_copied(uint64_t *barrier)
 {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(
                      (uint32_t)__cvta_generic_to_shared(barrier))
                  : "memory");
+}
+
+/* A warp goes on once every lane's `x` is there, and what it was made of. */
+static __device__ __forceinline__ void cuda_await(float x)
+{
+    if (__ballot_sync(CUDA_ALL_LANES, __float_as_uint(x) == UINT32_MAX))
+        __nanosleep(1); /* no instruction gives this NaN */
 }
 
 /* Until the phase of this parity has ended; the first has parity 0, and the one before it has. */

@@ -26,12 +26,19 @@ template <int threads> static __device__ __forceinline__ void cuda_meet(void)
     asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
 }
 
-/* Barriers are set up that copies will arrive at; before __syncthreads. */
-static __device__ __forceinline__ void cuda_barriers_ready(void)
+/* What the block did in shared memory, as far as this thread has waited for it, comes before the
+ * copies that it starts from here on. */
+static __device__ __forceinline__ void cuda_before_copies(void)
 {
 #if CUDA_EXCHANGES
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+}
+
+/* Barriers are set up that copies will arrive at; before __syncthreads. */
+static __device__ __forceinline__ void cuda_barriers_ready(void)
+{
+    cuda_before_copies();
 }
 
 /* Arrives, with bytes to come by copies. */

@@ -1,4 +1,4 @@
-/* hsa.cuh - what the two forms of sparse attention share.
+/* hsa.cuh - what the forms of sparse attention share.
  * Thread: the engine's. Owns nothing. Private to cuda/. */
 #ifndef ENGINE_CUDA_HSA_CUH
 #define ENGINE_CUDA_HSA_CUH
@@ -11,8 +11,9 @@ struct hsa_shape {
     bool softmax1;
 };
 
-/* Rows through tensor cores; `weights` and `pages` on the device. False: the form is not covered,
- * nothing was done; the answer does not depend on the rows. */
+/* Rows through tensor cores; `weights` and `pages` on the device, each page at a multiple of 256
+ * bytes. False: the form is not covered, nothing was done; the answer does not depend on the
+ * rows. */
 bool cuda_attend_pages(struct ops_context *context, const struct hsa_shape &shape,
                        uint32_t row_count, const float *q, const float *weights,
                        const void *const *pages, float *o);

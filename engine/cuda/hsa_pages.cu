@@ -26,11 +26,11 @@ static __device__ __forceinline__ void load_queries(const float *q, uint32_t hea
 
 /* acc += probabilities (as hsa_weigh leaves them, a lane's four words together) V, the COLUMNS from
  * `column` on. One warp. */
-template <int HD, int COLUMNS>
+template <int COLUMNS>
 static __device__ __forceinline__ void add_values(const uint4 *shares, const bf16 *values,
                                                   uint32_t column, float acc[COLUMNS / 8][4])
 {
-    const uint32_t lane = threadIdx.x % CUDA_WARP, at = hsa_lane<HD>(true);
+    const uint32_t lane = threadIdx.x % CUDA_WARP, at = hsa_lane(true);
     uint32_t b[4];
 #pragma unroll
     for (int k = 0; k < HSA_TOKENS / 16; k++) {
@@ -38,10 +38,10 @@ static __device__ __forceinline__ void add_values(const uint4 *shares, const bf1
         const uint32_t a[4] = {words.x, words.y, words.z, words.w};
         if constexpr (COLUMNS == 8) { /* two steps of k at once */
             if (k % 2 == 0)
-                cuda_load_transposed(b, values + cuda_swizzled<HD>(k * 16 + lane, column));
+                cuda_load_transposed(b, values + hsa_place<HSA_TOKENS>(k * 16 + lane, column));
             cuda_mma(acc[0], a, b + k % 2 * 2);
         } else {
-            hsa_multiply<HD, COLUMNS>(acc, a, values, at, true, k * 16, column);
+            hsa_multiply<COLUMNS>(acc, a, values, at, true, k * 16, column);
         }
     }
 }
@@ -93,7 +93,8 @@ static __global__ void __launch_bounds__(W *CUDA_WARP)
         __syncwarp();
         if (there) {
             uint32_t own[HSA_TOKENS / 16][4];
-            hsa_weigh<HD>(query, keys, weights[pick + first + warp], s.softmax1, own);
+            hsa_weigh<HD>(
+                query, keys, weights[pick + first + warp], s.softmax1, [](float) {}, own);
 #pragma unroll
             for (int k = 0; k < HSA_TOKENS / 16; k++)
                 shares[warp * share_words + k * CUDA_WARP + lane] =
@@ -103,8 +104,8 @@ static __global__ void __launch_bounds__(W *CUDA_WARP)
         __syncthreads();
         for (uint32_t j = 0; j < W && first + j < s.topk; j++)
             if (pages[pick + first + j])
-                add_values<HD, columns>(shares + j * share_words, shared + (2 * j + 1) * half,
-                                        warp * columns, acc);
+                add_values<columns>(shares + j * share_words, shared + (2 * j + 1) * half,
+                                    warp * columns, acc);
         if (first + W < s.topk) {
             __syncthreads(); /* everyone has read */
             there = fetch_pick(first + W + warp);

@@ -3,11 +3,9 @@
  * sums and takes no pass of its own. A block has 128 rows by 256 columns, two warpgroups with 64
  * rows each, and one warp that only fetches. Each row's sums run in the same order wherever it
  * lies. */
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
 #include "engine/cuda/device.cuh"
 #include "engine/cuda/mamba_blocks.cuh"
+#include "engine/cuda/tensor_map.cuh"
 #include "engine/cuda/wgmma.cuh"
 
 #define ROWS 128 /* of a block's tile */
@@ -166,30 +164,17 @@ static __global__ void add_scaled(CUtensorMap, CUtensorMap, struct scaled_rows)
 
 /* ---- the host's side ---- */
 
-/* The driver's function that makes tensor maps; NULL where it has none. */
-static PFN_cuTensorMapEncodeTiled_v12000 find_encoder(void)
-{
-    cudaDriverEntryPointQueryResult found;
-    void *function = NULL;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                         cudaEnableDefault, &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-        function = NULL;
-    cudaGetLastError();
-    return (PFN_cuTensorMapEncodeTiled_v12000)function;
-}
-
 bool cuda_adds_scaled(const struct ops_context *x)
 {
     return x->hopper && !x->wide && x->config.hidden_size % COLUMNS == 0 &&
-           x->config.inner_size % DEPTH == 0 && find_encoder();
+           x->config.inner_size % DEPTH == 0 && cuda_map_encoder();
 }
 
 /* Rows of `depth` bf16, in boxes of DEPTH by `box`. */
 static bool map_rows(struct ops_context *x, const void *from, uint32_t rows, uint32_t depth,
                      uint32_t box, CUtensorMap *out)
 {
-    const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
+    const PFN_cuTensorMapEncodeTiled_v12000 encode = cuda_map_encoder();
     const cuuint64_t size[2] = {depth, rows}, stride[1] = {(cuuint64_t)depth * 2};
     const cuuint32_t box_size[2] = {DEPTH, box}, step[2] = {1, 1};
     const CUresult result =

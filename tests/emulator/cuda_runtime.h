@@ -120,9 +120,19 @@ template <typename T> static inline T __shfl_sync(unsigned, T x, int lane)
     return emulator_from((unsigned)lane, x);
 }
 
+static inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
+}
+
 static inline int __clz(unsigned x)
 {
     return x ? __builtin_clz(x) : 32;
+}
+
+static inline int __popc(unsigned x)
+{
+    return __builtin_popcount(x);
 }
 
 static inline int __popcll(unsigned long long x)
@@ -193,8 +203,13 @@ template <int left> static inline void cuda_copy_wait(void)
 
 /* As PTX's mbarrier. */
 void cuda_barrier_init(uint64_t *barrier, uint32_t arrivals);
-void cuda_barrier_arrive(uint64_t *barrier);
+void cuda_barrier_arrive(uint64_t *barrier, uint32_t count = 1);
 void cuda_barrier_copied(uint64_t *barrier);
+
+static inline void cuda_await(float)
+{
+}
+
 void cuda_barrier_wait(uint64_t *barrier, uint32_t parity);
 
 /* ---- and exchange.cuh ----
@@ -207,6 +222,10 @@ template <int threads> static inline void cuda_meet(void)
 }
 void cuda_barrier_expect(uint64_t *barrier, uint32_t bytes);
 void cuda_copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
+static inline void cuda_before_copies(void)
+{
+}
+
 static inline void cuda_barriers_ready(void)
 {
 }

@@ -541,9 +541,10 @@ void cuda_barrier_expect(uint64_t *at, uint32_t bytes)
     end_phase(b);
 }
 
-void cuda_barrier_arrive(uint64_t *at)
+void cuda_barrier_arrive(uint64_t *at, uint32_t count)
 {
-    cuda_barrier_expect(at, 0);
+    for (; count; count--)
+        cuda_barrier_expect(at, 0);
 }
 
 void cuda_barrier_copied(uint64_t *at)
