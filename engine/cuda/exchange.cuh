@@ -20,10 +20,16 @@ static __device__ __forceinline__ uint32_t cuda_shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-/* A barrier of the block's first `threads` threads. */
-template <int threads> static __device__ __forceinline__ void cuda_meet(void)
+/* A barrier of `threads` threads of the block; `which`: 1 to 3. */
+template <int threads, int which = 1> static __device__ __forceinline__ void cuda_meet(void)
 {
-    asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"n"(which), "n"(threads) : "memory");
+}
+
+/* The thread is there, and does not wait for the others. */
+template <int threads, int which> static __device__ __forceinline__ void cuda_arrive(void)
+{
+    asm volatile("bar.arrive %0, %1;" ::"n"(which), "n"(threads) : "memory");
 }
 
 /* What the block did in shared memory, as far as this thread has waited for it, comes before the

@@ -8,14 +8,18 @@
  * and the gated output. It travels in packets of 8 or 16 bytes that carry the number of the layer
  * and are written and read whole: a reader looks at the packet itself until its number is there,
  * and needs no barrier. A packet is written again only when all have read it: each of the three is
- * made from all of the one before it. What does not come in packets is looked for before them, and
- * as near as it can be: a look at global memory that others need too takes as long as a packet.
+ * made from all of the one before it. A warp looks for what it will multiply itself, and begins when
+ * that is there. What does not come in packets is looked for before them, and as near as it can be:
+ * a look at global memory that others need too takes as long as a packet. So two warps beside those
+ * that compute have the weights fetched and watch for them.
  * Sums run in the order of linear.cu and mamba_step.cu, to the bit. */
 #include "engine/cuda/exchange.cuh"
 #include "engine/cuda/mamba_run.cuh"
 
 #define RUN_WARPS 8 /* that compute; linear.cu shares out depth among as many */
 #define RUN_THREADS (RUN_WARPS * CUDA_WARP)
+#define RUN_WATCHED (RUN_THREADS + CUDA_WARP) /* those, and the warp that watches */
+#define RUN_BLOCK (RUN_WATCHED + CUDA_WARP)   /* and the one that fetches weights */
 #define RUN_REGISTERS 112    /* of a thread: there is room for a block of linear_rows.cu beside */
 #define RUN_PAD 32           /* elements behind a row in shared memory: off the banks */
 #define RUN_DEPTH 32         /* of a product, that a warp takes at a time */
@@ -39,8 +43,23 @@ struct result_weights {
     float tail[TAPS - 1], conv_bias, bias, dt_bias, rate;
 };
 
+/* What it has for the block's rows of the states and of out_proj, and those rows' norm of the layer
+ * behind it. */
+struct alignas(16) row_weights {
+    float gate[RUN_WIDTH], next_norm[RUN_OUT], out_bias[RUN_OUT], through;
+};
+static_assert(RUN_WIDTH + 2 * RUN_OUT == CUDA_WARP, "each has a lane that loads it");
+
+/* Of a row's packets, in the order of their sum, and the norm's scales that come of them: of
+ * in_proj and out_proj. Groups of a warp's lanes each; four lanes of each of eight fall on all
+ * banks. */
+struct squares {
+    float of[2 * RUN_WARPS][CUDA_WARP + 4], scales[2];
+};
+
 struct barriers {
     uint64_t in_full[RUN_SLOTS][RUN_PIECES], out_full[RUN_PIECES]; /* of each piece */
+    uint64_t in_ready, out_ready;                                  /* all of them */
     uint64_t in_free[RUN_SLOTS], state_full, state_free, out_free;
 };
 
@@ -48,8 +67,8 @@ struct barriers {
  * threads that are short of registers would work it out again and again. */
 struct room {
     uint32_t in_rows, in_piece, out_piece; /* pieces: in rows of weights */
-    uint32_t in, in_slot, out, state, row, sums, parts, columns, inputs, results, layers, barriers,
-        bytes;
+    uint32_t in, in_slot, out, state, row, sums, squares, columns, inputs, results, rows, layers,
+        barriers, bytes;
 };
 
 /* Weight rows of a piece, of `all` of depth k. */
@@ -83,10 +102,11 @@ static struct room room_of(const struct run &r)
     m.state = next(sizeof(float) * RUN_WIDTH * r.s.n);
     m.row = next(sizeof(bf16) * r.s.inner);
     m.sums = next(sizeof(float) * RUN_WARPS * tiles_of(r) * TILE);
-    m.parts = next(sizeof(float) * 2 * RUN_WARPS);
+    m.squares = next(sizeof(struct squares));
     m.columns = next(sizeof(float) * 2 * r.s.n);
     m.inputs = next(sizeof(struct inputs));
     m.results = next(sizeof(struct result_weights) * m.in_rows);
+    m.rows = next(sizeof(struct row_weights) * 2);
     m.layers = next(sizeof(struct run_layer) * RUN_LAYERS);
     m.barriers = next(sizeof(struct barriers));
     m.bytes = at;
@@ -131,14 +151,11 @@ static __device__ __forceinline__ uint32_t weight_row(const struct run &r, uint3
     return s.inner + s.conv + blockIdx.x * RUN_WIDTH / s.width;          /* dt */
 }
 
-/* Of all pieces of `all` rows, until they have come, for whoever meets all warps behind this: when
- * every thread looks at every barrier, that takes as long as a product. */
-static __device__ __forceinline__ void wait_pieces(uint64_t *full, uint32_t all, uint32_t piece,
-                                                   uint32_t parity)
+/* One lane of a warp, for all. */
+static __device__ __forceinline__ void wait_for_warp(uint64_t *barrier, uint32_t parity)
 {
     if (threadIdx.x % CUDA_WARP == 0)
-        for (uint32_t i = threadIdx.x / CUDA_WARP; i * piece < all; i += RUN_WARPS)
-            cuda_barrier_wait(full + i, parity);
+        cuda_barrier_wait(barrier, parity);
     __syncwarp();
 }
 
@@ -152,11 +169,6 @@ static __device__ void fetch_layers(const struct run &r, const struct run_layer 
     const uint64_t policy = cuda_passing_policy();
     uint64_t *under_way[RUN_AHEAD] = {}; /* pieces, and the parities of their barriers */
     uint32_t parities[RUN_AHEAD] = {};
-    const auto wait = [&](uint64_t *barrier, uint32_t parity) {
-        if (lane == 0)
-            cuda_barrier_wait(barrier, parity);
-        __syncwarp();
-    };
     /* Rows `from(i)` of `all` of depth k to `to`, piece by piece. */
     const auto fetch_rows = [&](uint64_t *full, bf16 *to, uint32_t all, uint32_t piece, uint32_t k,
                                 uint32_t parity, const auto &from) {
@@ -164,7 +176,7 @@ static __device__ void fetch_layers(const struct run &r, const struct run_layer 
         for (uint32_t first = 0; first < all; first += piece, full++) {
             const uint32_t rows = all - first < piece ? all - first : piece;
             if (under_way[0])
-                wait(under_way[0], parities[0]);
+                wait_for_warp(under_way[0], parities[0]);
 #pragma unroll
             for (int i = 0; i + 1 < RUN_AHEAD; i++) {
                 under_way[i] = under_way[i + 1];
@@ -206,12 +218,12 @@ static __device__ void fetch_layers(const struct run &r, const struct run_layer 
         fetch_in(1);
     for (uint32_t l = 1; l < r.layer_count; l++) {
         const uint32_t before = l - 1, parity = before & 1;
-        wait(&b->in_free[before % RUN_SLOTS], before / RUN_SLOTS % 2);
+        wait_for_warp(&b->in_free[before % RUN_SLOTS], before / RUN_SLOTS % 2);
         if (l + 1 < r.layer_count)
             fetch_in(l + 1);
-        wait(&b->state_free, parity);
+        wait_for_warp(&b->state_free, parity);
         fetch_state(l);
-        wait(&b->out_free, parity);
+        wait_for_warp(&b->out_free, parity);
         fetch_out(l);
     }
 }
@@ -327,40 +339,146 @@ template <int N> static __device__ __forceinline__ float sum_of(const float *sum
     return sum;
 }
 
-static __device__ __forceinline__ float norm_scale(const float *parts, uint32_t k, float epsilon)
+/* ---- the warp that watches ---- */
+
+/* A norm's scale, of E squares a thread: the sum of each warp's, as cuda_warp_sum has it, then that
+ * of the warps. One warp. */
+template <int E>
+static __device__ __forceinline__ float norm_scale(const struct squares &squares, uint32_t k,
+                                                   float epsilon)
 {
-    float sum = 0;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = lane / 4;
+    float v[CUDA_WARP / 4], sum = 0;
+#pragma unroll
+    for (int i = 0; i < CUDA_WARP / 4; i++) {
+        v[i] = squares.of[warp][lane % 4 + 4 * i];
+        if (E == 2)
+            v[i] += squares.of[RUN_WARPS + warp][lane % 4 + 4 * i];
+    }
+#pragma unroll
+    for (int step = CUDA_WARP / 8; step; step /= 2)
+#pragma unroll
+        for (int i = 0; i < step; i++)
+            v[i] += v[i + step];
+    v[0] += __shfl_xor_sync(CUDA_ALL_LANES, v[0], 2);
+    v[0] += __shfl_xor_sync(CUDA_ALL_LANES, v[0], 1);
 #pragma unroll
     for (int w = 0; w < RUN_WARPS; w++)
-        sum += parts[w];
+        sum += __shfl_sync(CUDA_ALL_LANES, v[0], 4 * w);
     return 1 / sqrtf(sum / (float)k + epsilon);
 }
 
-/* A row of `k` that all blocks sent, four elements a packet, P packets a block; at most two a
- * thread, both looked for at once. */
-template <int P>
-static __device__ __forceinline__ void receive_row(const uint4 *packets, uint32_t k,
-                                                   uint32_t number, bf16 *row, float *parts)
+/* On its way, a layer ahead. */
+static __device__ __forceinline__ void
+load_rows(const struct run &r, const struct run_layer *layers, uint32_t l, struct row_weights *to)
 {
-    const uint32_t i = threadIdx.x, second = i + RUN_THREADS;
-    const bool one = 4 * i < k, two = 4 * second < k;
-    uint4 a = {0, 0, 0, number}, b = {0, 0, 0, number};
+    const uint32_t lane = threadIdx.x % CUDA_WARP, o = lane % RUN_OUT;
+    const struct run_layer &layer = layers[l];
+    if (l == r.layer_count)
+        return;
+    if (lane == 0)
+        cuda_copy_word<4>(&to->through, layer.weights.skip + blockIdx.x * RUN_WIDTH / r.s.width);
+    if (lane < RUN_WIDTH)
+        cuda_copy_word<4>(&to->gate[lane], layer.gate_norm + blockIdx.x * RUN_WIDTH + lane);
+    else if (lane >= RUN_WIDTH + RUN_OUT && layer.out_bias)
+        cuda_copy_word<4>(&to->out_bias[o], layer.out_bias + blockIdx.x * RUN_OUT + o);
+    else if (lane < RUN_WIDTH + RUN_OUT && l + 1 < r.layer_count)
+        cuda_copy_word<4>(&to->next_norm[o], layers[l + 1].norm + blockIdx.x * RUN_OUT + o);
+    cuda_copy_commit();
+}
+
+/* Until all pieces of `all` rows have come, each waited for by a lane; then all may know. */
+static __device__ __forceinline__ void watch_pieces(uint64_t *full, uint32_t all, uint32_t piece,
+                                                    uint32_t parity, uint64_t *ready)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    if (lane * piece < all)
+        cuda_barrier_wait(full + lane, parity);
+    __syncwarp();
+    if (lane == 0)
+        cuda_barrier_arrive(ready);
+}
+
+/* What the others would wait for, of layer after layer: that weights have come, the norms' scales,
+ * made while they multiply, what the layer to come has for the block's rows. */
+static __device__ void watch_layers(const struct run &r, const struct run_layer *layers,
+                                    const struct room &m, struct barriers *b,
+                                    struct squares *squares, struct row_weights *rows)
+{
+    for (uint32_t l = 0; l < r.layer_count; l++) {
+        watch_pieces(b->in_full[l % RUN_SLOTS], m.in_rows, m.in_piece, l / RUN_SLOTS % 2,
+                     &b->in_ready);
+        cuda_copy_wait<0>();
+        cuda_meet<RUN_WATCHED, 2>();
+        squares->scales[0] = norm_scale<1>(*squares, r.d, r.epsilon);
+        cuda_meet<RUN_WATCHED, 3>();
+        load_rows(r, layers, l + 1, &rows[(l + 1) % 2]);
+        watch_pieces(b->out_full, RUN_OUT, m.out_piece, l & 1, &b->out_ready);
+        cuda_meet<RUN_WATCHED, 2>();
+        squares->scales[1] = norm_scale<2>(*squares, r.s.inner, r.epsilon);
+        cuda_meet<RUN_WATCHED, 3>();
+    }
+}
+
+/* ---- rows and columns ---- */
+
+/* The packet of a row that a thread has, and with E two, that RUN_THREADS behind it: each warp has
+ * those of the depth that it multiplies, and waits for no other. */
+static __device__ __forceinline__ uint32_t own_packet(void)
+{
+    constexpr uint32_t part = RUN_DEPTH / 4;
+    const uint32_t lane = threadIdx.x % CUDA_WARP, warp = threadIdx.x / CUDA_WARP;
+    return (lane / part * RUN_WARPS + warp) * part + lane % part;
+}
+
+static __device__ __forceinline__ void keep_packet(const uint4 packet, uint32_t i, uint32_t k,
+                                                   bf16 *row, struct squares *squares)
+{
+    squares->of[i / CUDA_WARP][i % CUDA_WARP] = __uint_as_float(packet.z);
+    if (4 * i < k)
+        *reinterpret_cast<uint2 *>(row + 4 * i) = uint2{packet.x, packet.y};
+}
+
+/* A row of `k` that all blocks sent, four elements a packet, P packets a block, E a thread, all
+ * looked for at once. */
+template <int P, int E>
+static __device__ __forceinline__ void
+receive_row(const uint4 *packets, uint32_t k, uint32_t number, bf16 *row, struct squares *squares)
+{
+    const uint32_t first = own_packet();
+    uint4 own[E];
     uint32_t turns = 0;
+    bool there;
+#pragma unroll
+    for (int e = 0; e < E; e++)
+        own[e] = uint4{0, 0, 0, number};
     do {
-        if (one)
-            a = cuda_look(packets + packet_at<P>(i));
-        if (two)
-            b = cuda_look(packets + packet_at<P>(second));
+        there = true;
+#pragma unroll
+        for (int e = 0; e < E; e++)
+            if (4 * (first + e * RUN_THREADS) < k)
+                own[e] = cuda_look(packets + packet_at<P>(first + e * RUN_THREADS));
+#pragma unroll
+        for (int e = 0; e < E; e++)
+            there &= own[e].w == number;
         if (++turns > RUN_TURNS)
             __trap();
-    } while (a.w != number || b.w != number);
-    if (one)
-        *reinterpret_cast<uint2 *>(row + 4 * i) = uint2{a.x, a.y};
-    if (two)
-        *reinterpret_cast<uint2 *>(row + 4 * second) = uint2{b.x, b.y};
-    const float sum = cuda_warp_sum(__uint_as_float(a.z) + __uint_as_float(b.z));
-    if (threadIdx.x % CUDA_WARP == 0)
-        parts[threadIdx.x / CUDA_WARP] = sum;
+    } while (!there);
+#pragma unroll
+    for (int e = 0; e < E; e++)
+        keep_packet(own[e], first + e * RUN_THREADS, k, row, squares);
+}
+
+/* The row that the first layer begins with. */
+static __device__ __forceinline__ void take_row(const struct run &r, const float *norm, bf16 *row,
+                                                struct squares *squares)
+{
+    const uint32_t i = own_packet();
+    uint4 packet = {};
+    if (4 * i < r.d)
+        packet = pack_four(*reinterpret_cast<const float4 *>(r.hidden + 4 * i),
+                           *reinterpret_cast<const float4 *>(norm + 4 * i), 0);
+    keep_packet(packet, i, r.d, row, squares);
 }
 
 /* Where the thread's column of B or C comes to; NULL: it has none. */
@@ -419,7 +537,8 @@ static __device__ __forceinline__ void finish_own(const struct run &r, uint32_t 
 template <int V>
 static __device__ __forceinline__ void
 step_states(const struct run &r, uint32_t first, const float *state, const float *columns,
-            const struct inputs &in, float through, const float4 gate, uint32_t number, float *kept)
+            const struct inputs &in, const struct row_weights &weights, uint32_t number,
+            float *kept)
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, n = r.s.n;
     const uint32_t at = blockIdx.x * RUN_WIDTH + first;
@@ -441,10 +560,11 @@ step_states(const struct run &r, uint32_t first, const float *state, const float
     }
 #pragma unroll
     for (int i = 0; i < RUN_STATES; i++)
-        sums[i] = fmaf(through, u[i], cuda_warp_sum(sums[i])) * z[i];
+        sums[i] = fmaf(weights.through, u[i], cuda_warp_sum(sums[i])) * z[i];
     if (lane == 0)
         cuda_send(r.gated_sent + packet_at<RUN_WIDTH / 4>(at / RUN_STATES),
-                  pack_four(float4{sums[0], sums[1], sums[2], sums[3]}, gate, number));
+                  pack_four(float4{sums[0], sums[1], sums[2], sums[3]},
+                            *reinterpret_cast<const float4 *>(&weights.gate[first]), number));
     float *to = kept + (size_t)at * n + V * lane;
 #pragma unroll
     for (int i = 0; i < RUN_STATES; i++)
@@ -468,22 +588,29 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
     for (uint32_t i = threadIdx.x; i < r.layer_count * sizeof *layers / sizeof(uint64_t);
          i += blockDim.x)
         reinterpret_cast<uint64_t *>(layers)[i] = reinterpret_cast<const uint64_t *>(r.layers)[i];
+    struct row_weights *rows = reinterpret_cast<struct row_weights *>(memory + m.rows);
+    if (threadIdx.x < 2)
+        rows[threadIdx.x] = {};
     float *const ssm = r.segment->ssm, *const conv = r.segment->conv;
     cuda_barriers_ready();
     __syncthreads();
     cuda_depend_release();
+    struct squares *squares = reinterpret_cast<struct squares *>(memory + m.squares);
     if (warp == RUN_WARPS) {
+        load_rows(r, layers, 0, rows);
+        watch_layers(r, layers, m, barriers, squares, rows);
+        return;
+    }
+    if (warp > RUN_WARPS) {
         fetch_layers(r, layers, ssm, m, memory, barriers);
         return;
     }
     bf16 *row = reinterpret_cast<bf16 *>(memory + m.row);
     float *sums = reinterpret_cast<float *>(memory + m.sums),
           *shared_sums = sums + RUN_WARPS * INPUT_TILES * TILE,
-          *parts = reinterpret_cast<float *>(memory + m.parts), *out_parts = parts + RUN_WARPS,
           *columns = reinterpret_cast<float *>(memory + m.columns);
     struct inputs *in = reinterpret_cast<struct inputs *>(memory + m.inputs);
     const struct mamba_shape &s = r.s;
-    const uint32_t head = blockIdx.x * RUN_WIDTH / s.width;
     const bool has_out = threadIdx.x < RUN_OUT, steps = warp < RUN_WIDTH / RUN_STATES;
     const uint32_t out_at = blockIdx.x * RUN_OUT + threadIdx.x % RUN_OUT;
     const uint32_t first = warp % (RUN_WIDTH / RUN_STATES) * RUN_STATES; /* of its rows */
@@ -494,21 +621,7 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
     own.weights = reinterpret_cast<struct result_weights *>(memory + m.results) + own.o;
     if (own.o < m.in_rows)
         *own.weights = {};
-    float through, out_bias;
-    float4 gate, next_norm = {};
-    const auto load_layer = [&](uint32_t l) {
-        const struct run_layer &layer = layers[l];
-        load_own(r, layer, conv, m.in_rows, &own);
-        through = layer.weights.skip[head];
-        gate = *reinterpret_cast<const float4 *>(layer.gate_norm + blockIdx.x * RUN_WIDTH + first);
-    };
-    const auto load_out = [&](uint32_t l) {
-        out_bias = has_out && layers[l].out_bias ? layers[l].out_bias[out_at] : 0;
-        if (l + 1 < r.layer_count)
-            next_norm = *reinterpret_cast<const float4 *>(layers[l + 1].norm + out_at / 4 * 4);
-    };
-    load_layer(0);
-    load_out(0);
+    load_own(r, layers[0], conv, m.in_rows, &own);
     cuda_depend_wait();
     const uint32_t serial = *reinterpret_cast<volatile uint32_t *>(r.serial);
     float x = has_out ? r.hidden[out_at] : 0;
@@ -518,29 +631,18 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
         /* in_proj */
         const uint32_t slot = l % RUN_SLOTS;
         const bf16 *in_proj = reinterpret_cast<bf16 *>(memory + m.in + slot * m.in_slot);
-        wait_pieces(barriers->in_full[slot], m.in_rows, m.in_piece, l / RUN_SLOTS % 2);
-        if (l == 0) {
-            const uint32_t i = 4 * threadIdx.x;
-            float sum = 0;
-            if (i < r.d) {
-                const uint4 packet =
-                    pack_four(*reinterpret_cast<const float4 *>(r.hidden + i),
-                              *reinterpret_cast<const float4 *>(layers[0].norm + i), 0);
-                *reinterpret_cast<uint2 *>(row + i) = uint2{packet.x, packet.y};
-                sum = __uint_as_float(packet.z);
-            }
-            sum = cuda_warp_sum(sum);
-            if (lane == 0)
-                parts[warp] = sum;
-        } else {
-            receive_row<RUN_OUT / 4>(r.hidden_sent, r.d, number - 1, row, parts);
-        }
-        cuda_meet<RUN_THREADS>();
-        const float scale = norm_scale(parts, r.d, r.epsilon);
+        wait_for_warp(&barriers->in_ready, l & 1);
+        if (l == 0)
+            take_row(r, layers[0].norm, row, squares);
+        else
+            receive_row<RUN_OUT / 4, 1>(r.hidden_sent, r.d, number - 1, row, squares);
+        cuda_arrive<RUN_WATCHED, 2>();
+        __syncwarp();
         /* B and C first, which travel while x and z are made. */
         multiply<T - INPUT_TILES>(in_proj + INPUT_TILES * TILE * (r.d + RUN_PAD), row, r.d,
                                   m.in_rows - INPUT_TILES * TILE, shared_sums);
-        cuda_meet<RUN_THREADS>();
+        cuda_meet<RUN_WATCHED, 3>();
+        const float scale = squares->scales[0];
         if (own.o >= 2 * RUN_WIDTH && own.o < m.in_rows)
             finish_own(r, number, sum_of<T - INPUT_TILES>(shared_sums, own.o - 2 * RUN_WIDTH),
                        scale, own, in);
@@ -559,23 +661,24 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
         cuda_meet<RUN_THREADS>();
         if (steps)
             step_states<V>(r, first, reinterpret_cast<float *>(memory + m.state), columns, *in,
-                           through, gate, number, ssm + layers[l].ssm);
+                           rows[l % 2], number, ssm + layers[l].ssm);
         if (l + 1 < r.layer_count)
-            load_layer(l + 1);
+            load_own(r, layers[l + 1], conv, m.in_rows, &own);
         /* out_proj */
-        wait_pieces(barriers->out_full, RUN_OUT, m.out_piece, l & 1);
-        receive_row<RUN_WIDTH / 4>(r.gated_sent, s.inner, number, row, out_parts);
-        cuda_meet<RUN_THREADS>();
-        if (threadIdx.x == 0)
-            cuda_barrier_arrive(&barriers->state_free);
-        const float out_scale = norm_scale(out_parts, s.inner, r.epsilon);
+        wait_for_warp(&barriers->out_ready, l & 1);
+        receive_row<RUN_WIDTH / 4, 2>(r.gated_sent, s.inner, number, row, squares);
+        cuda_arrive<RUN_WATCHED, 2>();
+        __syncwarp();
         multiply<1>(reinterpret_cast<bf16 *>(memory + m.out), row, s.inner, RUN_OUT, sums);
-        cuda_meet<RUN_THREADS>();
-        if (threadIdx.x == 0)
+        cuda_meet<RUN_WATCHED, 3>();
+        if (threadIdx.x == 0) {
+            cuda_barrier_arrive(&barriers->state_free);
             cuda_barrier_arrive(&barriers->out_free);
+        }
         if (warp == 0) {
             if (has_out)
-                x = fmaf(sum_of<1>(sums, threadIdx.x), out_scale, out_bias + x);
+                x = fmaf(sum_of<1>(sums, threadIdx.x), squares->scales[1],
+                         rows[l % 2].out_bias[threadIdx.x] + x);
             float4 v;
             v.x = __shfl_sync(CUDA_ALL_LANES, x, lane & ~3u);
             v.y = __shfl_sync(CUDA_ALL_LANES, x, (lane & ~3u) + 1);
@@ -586,12 +689,13 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
                 if (kept)
                     kept[out_at] = x;
             } else if (has_out && lane % 4 == 0) {
-                cuda_send(r.hidden_sent + packet_at<RUN_OUT / 4>(out_at / 4),
-                          pack_four(v, next_norm, number));
+                cuda_send(
+                    r.hidden_sent + packet_at<RUN_OUT / 4>(out_at / 4),
+                    pack_four(
+                        v, *reinterpret_cast<const float4 *>(&rows[l % 2].next_norm[threadIdx.x]),
+                        number));
             }
         }
-        if (l + 1 < r.layer_count)
-            load_out(l + 1);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0)
         *r.serial = serial + r.layer_count;
@@ -601,8 +705,8 @@ template <int T, int V> static void launch(struct ops_context *x, const struct r
 {
     const struct room m = room_of(r);
     CUDA_ALLOW_SHARED(x, (run_layers<T, V>), m.bytes);
-    CUDA_LAUNCH_TOGETHER(x, (run_layers<T, V>), dim3(r.s.inner / RUN_WIDTH),
-                         dim3(RUN_THREADS + CUDA_WARP), m.bytes, r, m);
+    CUDA_LAUNCH_TOGETHER(x, (run_layers<T, V>), dim3(r.s.inner / RUN_WIDTH), dim3(RUN_BLOCK),
+                         m.bytes, r, m);
 }
 
 template <int T> static void choose_width(struct ops_context *x, const struct run &r)

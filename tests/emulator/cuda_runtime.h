@@ -215,10 +215,15 @@ void cuda_barrier_wait(uint64_t *barrier, uint32_t parity);
 /* ---- and exchange.cuh ----
  * Bulk copies are done when somebody waits for them; until then there is NaN. */
 
-void emulator_meet(unsigned threads);
-template <int threads> static inline void cuda_meet(void)
+void emulator_meet(unsigned threads, unsigned which);
+template <int threads, int which = 1> static inline void cuda_meet(void)
 {
-    emulator_meet(threads);
+    emulator_meet(threads, which);
+}
+void emulator_arrive(unsigned threads, unsigned which);
+template <int threads, int which> static inline void cuda_arrive(void)
+{
+    emulator_arrive(threads, which);
 }
 void cuda_barrier_expect(uint64_t *barrier, uint32_t bytes);
 void cuda_copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier);

@@ -15,6 +15,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 #define SHARED_BYTES ((size_t)227 << 10) /* what a block of an H100 can have */
 #define SHARED_STATIC ((size_t)48 << 10) /* without cudaFuncSetAttribute */
 #define THREADS 1024
+#define MEETINGS 4 /* of some threads of a block: barriers that are named */
 #define IDLE_TURNS 64
 
 /* Saves the callee's registers and the stack of `from`, takes those of `to`. */
@@ -67,7 +68,7 @@ struct running_block {
     fiber fibers[THREADS];
     warp warps[THREADS / 32];
     unsigned left, current; /* threads that are not done; the one that runs */
-    meeting all, some;
+    meeting all, some[MEETINGS];
     dim3 index;
     unsigned char *shared;
     std::vector<bulk_copy> bulk; /* under way */
@@ -134,14 +135,19 @@ static void start(fiber *f)
     f->phase = 0;
 }
 
-static void meet(meeting *m, unsigned expected)
+static void arrive(meeting *m, unsigned expected)
 {
-    const unsigned generation = m->generation;
     e.progress++;
     if (++m->arrived == expected) {
         m->arrived = 0;
         m->generation++;
     }
+}
+
+static void meet(meeting *m, unsigned expected)
+{
+    const unsigned generation = m->generation;
+    arrive(m, expected);
     while (m->generation == generation)
         yield();
 }
@@ -151,9 +157,14 @@ void __syncthreads(void)
     meet(&e.block->all, e.count);
 }
 
-void emulator_meet(unsigned threads)
+void emulator_meet(unsigned threads, unsigned which)
 {
-    meet(&e.block->some, threads);
+    meet(&e.block->some[which], threads);
+}
+
+void emulator_arrive(unsigned threads, unsigned which)
+{
+    arrive(&e.block->some[which], threads);
 }
 
 const uint64_t *emulator_exchange(uint64_t word)
@@ -177,7 +188,9 @@ const uint64_t *emulator_exchange(uint64_t word)
 
 static void start_block(running_block *b, dim3 index, size_t shared_bytes)
 {
-    b->all = b->some = {0, 0};
+    b->all = {0, 0};
+    for (meeting &some : b->some)
+        some = {0, 0};
     b->index = index;
     b->left = e.count;
     b->bulk.clear();
