@@ -12,6 +12,7 @@ import os
 import random
 import sys
 
+import numpy as np
 import torch
 
 import safetensors_io
@@ -19,6 +20,8 @@ from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
 import model as form
 from model import Aims, Ramba, RetrievalLayer
 from ramba import Reference
+from recurrence import Words
+from tokenizer import Tokenizer
 
 
 PART, BANK = form.PART, form.BANK
@@ -180,6 +183,41 @@ def check_aim(name, folder, rng):
     return told(name, "what batches are set against", errors)
 
 
+def plain_recalled(tokenizer, ids, rare):
+    """Words.recalled by its definition; `rare`: the words that are."""
+    names, words = [tokenizer.decode([i]) for i in ids], []  # words: (parts, begin, end)
+    for at, name in enumerate(names):
+        if words and words[-1][2] == at and name.isalpha():
+            words[-1] = (words[-1][0] + [name], words[-1][1], at + 1)
+        elif name.strip(" ").isalpha():
+            words.append(([name.strip(" ")], at, at + 1))
+    places = [-1] * len(ids)
+    for n, (parts, begin, end) in enumerate(words):
+        last = next((word[1] for word in reversed(words[:n]) if word[0] == parts), None)
+        for k in range(end - begin if "".join(parts) in rare and last is not None else 0):
+            whole = ((last + k) // 64 + 1) * 64 < begin + k
+            known = k > 0 or (last > 0 and ids[begin - 1] == ids[last - 1])
+            if whole and known and ids[begin + k] == ids[last + k]:
+                places[begin + k] = last + k
+    return places
+
+
+def check_recalled(rng):
+    tokenizer = Tokenizer.load(os.path.join(ROOT, "engine", "models", SHIPPED))
+    rare = ["Havisham", "Jaggers", "Estella", "choice"]
+    text = "".join(
+        rng.choice([" Miss ", "\n", ', "', " ", ".\n\n"]) + rng.choice(rare * 3 + ["the", "said", "lord"])
+        for _ in range(1200)
+    )
+    ids = np.array(tokenizer.encode(text))
+    often = np.array(tokenizer.encode(" the said the\nlord Miss lord\nsaid\nthe" * 9000))
+    got = Words(tokenizer, often).recalled(ids).tolist()
+    want = plain_recalled(tokenizer, ids.tolist(), rare)
+    good = got == want and sum(place >= 0 for place in want) > 500
+    print(f"{'ok  ' if good else 'FAIL'} where words of text stood before: {len(ids)} tokens")
+    return good
+
+
 def main():
     torch.set_grad_enabled(False)
     base, good = os.path.join(ROOT, "tests", "golden"), True
@@ -191,6 +229,7 @@ def main():
             good &= check(name, folder, model, random.Random(1))
             good &= check_missed(name, model, random.Random(2))
             good &= check_aim(name, model, random.Random(3))
+    good &= check_recalled(random.Random(4))
     return 0 if good else 1
 
 

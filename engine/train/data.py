@@ -1,5 +1,6 @@
 """Training batches: haystacks of book text with needles in them and questions behind them."""
 import difflib
+import functools
 import random
 
 import numpy as np
@@ -8,9 +9,9 @@ import facts
 import tasks
 import words
 from needle import Needle, answer_text, distinct
+from recurrence import CHUNK, Words
 
 TEXT, ANSWER = 1, 2  # what a target counts as; 0: not trained on
-CHUNK = 64
 
 
 def text_alone(marks):
@@ -108,9 +109,14 @@ def sources(needle, answer):
 class Builder:
     def __init__(self, tokenizer, books, seed, settings):
         """`settings`: mix (how often which kind of fact), the shares near, talk and counting of rows
-        with questions, and the share of rows whose book text is respelled."""
+        with questions, the share of rows whose book text is respelled, and whether the words that
+        come again in a row of text are marked as what it could have read."""
         self.tokenizer, self.books, self.rng = tokenizer, books, random.Random(seed)
         self.settings, self.respelling = settings, 0.0
+
+    @functools.cached_property
+    def words(self):
+        return Words(self.tokenizer, self.books.ids)
 
     def text(self, length):
         """Book text in the spelling of this row."""
@@ -121,7 +127,10 @@ class Builder:
     def plain(self, length):
         """A row of book text; sometimes with a state reset somewhere in it."""
         row = Row(length)
-        row.add(self.text(length)[0].tolist(), TEXT)
+        ids = self.text(length)[0]
+        row.add(ids.tolist(), TEXT)
+        if self.settings.get("recall"):
+            row.gold = self.words.recalled(ids).tolist()
         if self.rng.random() < 0.5:
             row.resets.append(self.rng.randrange(length))
         return row.arrays()

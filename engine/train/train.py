@@ -219,11 +219,14 @@ class Trainer:
         if not self.model.hsa or not len(rows):
             return Aims()
         places = tuple(self.put(a) for a in (rows, at, gold[rows, at + 1].astype(np.int64)))
-        if self.stage < self.settings["distraction_from"]:
-            return Aims(places)  # before the landmarks mean anything, it would silence all of them
         after = np.pad(marks[:, 1:], ((0, 0), (0, 1)))
-        asked, text = np.flatnonzero(after == ANSWER), np.flatnonzero(after == TEXT)
-        text = text[:: max(1, len(text) // 1024)]
+        told = np.pad(gold[:, 1:] >= 0, ((0, 0), (0, 1)))
+        asked = np.flatnonzero(after == ANSWER)
+        told, text = np.flatnonzero((after == TEXT) & told), np.flatnonzero((after == TEXT) & ~told)
+        # Before the landmarks mean anything, distraction would silence all of them.
+        if self.stage < self.settings["distraction_from"] or not len(asked):
+            return Aims(places)
+        text = np.concatenate([told, text[:: max(1, len(text) // 1024)]])
         distractors = np.flatnonzero(text_alone(marks))
         return Aims(places, self.put(distractors), self.put(asked), self.put(text), crowd)
 
