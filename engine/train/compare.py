@@ -235,7 +235,7 @@ def main():
     for name in forms:
         print(f"== {name}: {' '.join(forms[name])}")
         with open(os.path.join(args.out, name, "log.txt")) as file:
-            print("".join(file.readlines()[-3 - len(args.lengths.split(",")) :]), end="")
+            print("".join(file.readlines()[-4 - 2 * len(args.lengths.split(",")) :]), end="")
     sys.exit(failed)
 
 

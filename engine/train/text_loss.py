@@ -107,6 +107,7 @@ def table(name, model, stretches, lengths, piece=4096):
         means = [float(mean) for mean in stretches.means(np.concatenate(found))]
         read = f"{np.mean(reading.sums):.3f}" if reading.sums else "-"
         print(line(f"{name} {length}", means, read), flush=True)
+        print(f"{'each stretch':>32}" + "".join(f" {part.mean():.3f}" for part in found), flush=True)
 
 
 def main():
