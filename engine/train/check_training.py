@@ -18,13 +18,13 @@ import torch
 import safetensors_io
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
 import model as form
-from model import Aims, Ramba, RetrievalLayer
+from model import Aims, Bank, ChunkingLayer, Ramba, RetrievalLayer
 from ramba import Reference
 from recurrence import Words
 from tokenizer import Tokenizer
 
 
-PART, BANK = form.PART, form.BANK
+PART = form.PART
 
 
 def pieces(ids, rng):
@@ -62,7 +62,7 @@ def visible(config, at):
     return range(max(0, at // config.chunk_size))
 
 
-def plain_missed(config, weigh, hidden, landmarks, gold, others, own):
+def plain_missed(config, weigh, hidden, landmarks, gold, sole, others, own):
     """RetrievalLayer.missed by its definition; `weigh` gives one query's scores of some landmarks."""
     retrieval, contrast = [], []
     for row, at, place in gold:
@@ -73,7 +73,8 @@ def plain_missed(config, weigh, hidden, landmarks, gold, others, own):
         for head in range(len(mine)):
             score = lambda c: math.exp(mine[head, c])
             rivals = sum(math.exp(rest[head, o]) for o in range(len(others)) if not own[row][o])
-            contrast.append(-math.log(score(chunk) / (sum(map(score, seen)) + rivals)))
+            if len(retrieval) < sole * len(mine):
+                contrast.append(-math.log(score(chunk) / (sum(map(score, seen)) + rivals)))
             if config.enable_softmax:
                 retrieval.append(-math.log(score(chunk) / sum(map(score, seen))))
             else:
@@ -83,14 +84,15 @@ def plain_missed(config, weigh, hidden, landmarks, gold, others, own):
     return sum(retrieval) / len(retrieval), sum(contrast) / len(contrast)
 
 
-def plain_read(weigh, queries, others, own):
+def plain_read(config, weigh, queries, others, own):
     """RetrievalLayer.distracted by its definition."""
     read = []
     for number, query in enumerate(queries):
         scores = weigh(query, others)
         for head in range(len(scores)):
             free = [float(scores[head, o]) for o in range(len(others)) if not own[number][o]]
-            read.append(math.log1p(64 * sum(math.log1p(math.exp(score)) for score in free)))
+            best = sorted(free)[-config.chunk_topk :]
+            read.append(-math.log(math.prod(1 / (1 + math.exp(score)) for score in best)))
     return sum(read) / len(read)
 
 
@@ -147,16 +149,16 @@ def check_missed(name, folder, rng):
     others = batches.random(11, *batches.shape)
     own = torch.rand(3, 11, generator=batches.made) < 0.3
     gold, places = batches.gold()
-    want = plain_missed(batches.config, batches.weigh, hidden, landmarks, gold, others, own)
-    got = batches.layer.missed(hidden, landmarks, batches.positions, places, others, own)
+    want = plain_missed(batches.config, batches.weigh, hidden, landmarks, gold, 13, others, own)
+    got = batches.layer.missed(hidden, landmarks, batches.positions, places, 13, others, own)
     return told(name, "what teaches the landmarks", [abs(float(a) - b) for a, b in zip(got, want)])
 
 
 def check_aim(name, folder, rng):
-    """What batches of text and of crowds are set against, those of earlier batches too."""
+    """What batches of text and of crowds are set against, the text of earlier batches too."""
     batches = Batches(folder, rng)
     model, weigh, each = batches.model, batches.weigh, batches.chunks
-    form.BANK, bank, needles, errors = 9, [], [], []
+    model.bank, bank, errors = Bank(9), [], []
     for crowd in (False, True, True):
         hidden, landmarks = batches.draw()
         flat, chunks = hidden.flatten(0, 1), list(landmarks.flatten(0, 1))
@@ -167,20 +169,76 @@ def check_aim(name, folder, rng):
         others = [chunks[i] for i in text] + earlier
         own = [[False] * len(others) for _ in range(batches.rows)]
         if crowd:
-            own = [[c // each == row for c in range(len(chunks))] + [False] * len(needles + others)
+            own = [[c // each == row for c in range(len(chunks))] + [False] * len(others)
                    for row in range(batches.rows)]
-            needles, others = chunks + needles, chunks + needles + others
+            others = chunks + others
         others = torch.stack(others)
-        distraction = plain_read(weigh, flat[asked], others, [own[at // batches.length] for at in asked])
+        mine = [own[at // batches.length] for at in asked]
+        distraction = plain_read(batches.config, weigh, flat[asked], others, mine)
+        straying = 0.0
         if earlier:
             free = [[False] * len(earlier)] * len(read)
-            distraction += plain_read(weigh, flat[read], torch.stack(earlier), free)
-        _, contrast = plain_missed(batches.config, weigh, hidden, landmarks, gold, others, own)
-        aims = Aims(places, torch.tensor(text), asked, read, crowd)
-        model.aim(aims, batches.layer, hidden, landmarks, batches.positions)
-        errors += [abs(float(model.distraction) - distraction), abs(float(model.contrast) - contrast)]
-    form.BANK = BANK
+            straying = plain_read(batches.config, weigh, flat[read], torch.stack(earlier), free)
+        _, contrast = plain_missed(batches.config, weigh, hidden, landmarks, gold, 15, others, own)
+        aims = Aims(places, 15, torch.tensor(text), asked, read, crowd)
+        model.straying = 0.0
+        model.aim(aims, batches.layer, hidden, landmarks, batches.positions, hidden)
+        model.settle(batches.rows, batches.length)
+        got, want = (model.distraction, model.straying, model.contrast), (distraction, straying, contrast)
+        errors += [abs(float(a) - b) for a, b in zip(got, want)]
     return told(name, "what batches are set against", errors)
+
+
+def check_settle(name, folder, rng):
+    """The gradient that the layer of the landmarks gets from a batch and a bank is that of a loss in which
+    the bank's landmarks are made with all the others; of draws the mean is."""
+    torch.manual_seed(1)
+    batches = Batches(folder, rng)
+    model, rows, length = batches.model, batches.rows, batches.length
+    layer = next(l for l in model.backbone.layers if isinstance(l, ChunkingLayer))
+    count = rows * batches.chunks
+    gold, places = batches.gold()
+    asked, read = (torch.tensor(rng.sample(range(rows * length), 9)) for _ in range(2))
+
+    def gradient(loss):
+        model.zero_grad()
+        loss.backward()
+        return lambda: torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+
+    def step(hidden, landmarks):
+        model.aim(Aims(places, len(gold), torch.arange(count), asked, read), batches.layer, hidden, landmarks,
+                  batches.positions, hidden)
+        return model.distraction + model.straying + model.contrast
+
+    for earlier in (1, 3):  # batches in the bank: as many as are made anew, and more
+        model.bank = Bank(form.BANK)
+        seen = [batches.random(rows, length, batches.config.hidden_size) for _ in range(earlier + 1)]
+        with torch.enable_grad():
+            for hidden in seen[:-1]:
+                model.aim(Aims(None, 0, torch.arange(count), asked, read), batches.layer, hidden,
+                          layer(hidden)[2], batches.positions, hidden)
+                model.settle(rows, length)
+            whole = Bank(model.bank.most)
+            whole.landmarks = torch.cat([layer(hidden)[2].flatten(0, 1) for hidden in reversed(seen[:-1])])
+            kept, model.bank = model.bank, whole
+            want = gradient(step(seen[-1], layer(seen[-1])[2]))()
+            model.bank, sums = kept, []
+            for _ in range(1 if earlier == 1 else 12):
+                got = gradient(step(seen[-1], layer(seen[-1])[2]))
+                kept.fresh = None
+                model.settle(rows, length)
+                kept.landmarks.grad = None
+                sums.append(got())
+        if earlier == 1:
+            error = float((sums[0] - want).norm() / want.norm())
+        else:
+            along = torch.stack(sums) @ (want / want.norm())
+            off = abs(float(along.mean() - want.norm()))
+            deviation = float(along.std() / len(along) ** 0.5)
+    good = error < 1e-6 and off < 4 * deviation
+    print(f"{'ok  ' if good else 'FAIL'} {name}: what landmarks learn from a bank {error:.1e}, "
+          f"the mean of draws {off / float(want.norm()):.1e} with {deviation / float(want.norm()):.1e}")
+    return good
 
 
 def plain_recalled(tokenizer, ids, rare):
@@ -229,6 +287,7 @@ def main():
             good &= check(name, folder, model, random.Random(1))
             good &= check_missed(name, model, random.Random(2))
             good &= check_aim(name, model, random.Random(3))
+            good &= check_settle(name, model, random.Random(4))
     good &= check_recalled(random.Random(4))
     return 0 if good else 1
 

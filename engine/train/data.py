@@ -146,7 +146,7 @@ class Builder:
                 tasks.pair(rng, taken, rng.choice([1, 2, 2]), digits) for _ in range(min(count, 60))
             ]
         if rng.random() < 0.04:
-            return self.crowd(length)
+            return self.crowd(length, self.crowd_kind(), set())
         count = rng.randint(4, 9) if length <= 512 else rng.randint(6, max(28, length // 200))
         mix = self.settings["mix"]
         if rng.random() < self.settings["alike_share"]:  # all of one kind
@@ -154,17 +154,23 @@ class Builder:
         needles = distinct([tasks.mixed(rng, mix) for _ in range(count)])
         return needles + self.passages(max(0, count // 4 - 1))
 
-    def crowd(self, length):
-        """Enough needles of one kind to fill a row."""
-        rng = self.rng
+    def crowd_kind(self):
+        """What a crowd of needles is made of: values and keys."""
         kinds = [("numbers", words.pair), ("numbers", words.unheard), ("words", words.pair)]
         kinds += [("uuids", words.pair), ("uuids", tasks.identifier)]
-        kind, key = rng.choices(kinds, [4, 1.5, 1, 1, 2.5])[0]
-        size = len(self.tokenizer.encode(tasks.niah(rng, kind, key(rng)).pieces[0]))
+        return self.rng.choices(kinds, [4, 1.5, 1, 1, 2.5])[0]
+
+    def crowd(self, length, kind, taken):
+        """Enough needles of one kind to fill a row, of keys that are not `taken`, and are then."""
+        rng, (values, key) = self.rng, kind
+        size = len(self.tokenizer.encode(tasks.niah(rng, values, key(rng)).pieces[0]))
         count = length // size
         if key is words.pair and rng.random() < 0.4:
             key = words.alike(rng, count)
-        return distinct([tasks.niah(rng, kind, key(rng)) for _ in range(count)])
+        needles = distinct([tasks.niah(rng, values, key(rng)) for _ in range(count)])
+        needles = [needle for needle in needles if needle.key not in taken]
+        taken.update(needle.key for needle in needles)
+        return needles
 
     def passages(self, count):
         """Book text to be quoted from: what memory of any text means, without a form."""
@@ -256,12 +262,12 @@ class Builder:
         row.add(text[before:].tolist(), TEXT)
         return where
 
-    def asked(self, stage, length, crowd=False):
-        """A row of one haystack and its questions."""
+    def asked(self, stage, length, crowd=None):
+        """A row of one haystack and its questions; `crowd`: the needles that it is made of."""
         rng, row = self.rng, Row(length)
         needles, texts, used = [], [], 0
         share = rng.choice([0.5, 0.68, 0.82]) if crowd else 0.55  # leave room for a haystack
-        for needle in self.crowd(length) if crowd else self.needles(stage, length):
+        for needle in crowd or self.needles(stage, length):
             pieces = [self.tokenizer.encode(piece) for piece in needle.pieces]
             used += sum(map(len, pieces))
             if stage > 1 and used > length * share:
@@ -363,8 +369,11 @@ class Builder:
         return row.arrays()
 
     def crowds(self, count, length):
-        """A batch of rows whose needles are all of one kind: each row's are every other's rivals."""
-        rows = [self.row(self.asked, 2, length, True) for _ in range(count)]
+        """A batch of rows whose needles are all of one kind and of different keys: each row's are every
+        other's rivals."""
+        kind, taken, rows = self.crowd_kind(), set(), []
+        while len(rows) < count:
+            rows.append(self.row(self.asked, 2, length, self.crowd(length, kind, taken)))
         return [np.stack(part) for part in zip(*rows)]
 
     def batch(self, stage, count, length, plain_rows):

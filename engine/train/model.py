@@ -42,8 +42,7 @@ DEFAULTS = dict(
 )
 
 
-BANK = 32768  # landmarks of earlier text kept as what holds nothing for a question: 2M tokens of it
-CROWD = 4096  # and of earlier haystacks of needles: so few that one of the same key is rare
+BANK = 16384  # landmarks of earlier text kept as what holds nothing for a question: 1M tokens of it
 PART = 1024  # positions that the dense attention takes at a time, or an eighth of longer rows
 
 
@@ -381,11 +380,12 @@ class RetrievalLayer(nn.Module):
         picked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks, True) & visible
         return self.weigh(scores, picked)
 
-    def missed(self, x, landmarks, positions, gold, others=None, own=None):
+    def missed(self, x, landmarks, positions, gold, sole, others=None, own=None):
         """Two means over the `gold` positions (batch, at, place), which teach the landmarks before any
-        answer is right: of -log of the weight of the place's chunk, were every chunk picked; and of
-        -log of its share in a softmax over the scores of every visible chunk and `others`
-        [C,Hr,r/Hr] (InfoNCE), chunks that hold nothing for these rows, but where `own` [batch,C]."""
+        answer is right: of -log of the weight of the place's chunk, were every chunk picked; and, over
+        the first `sole`, for which no other chunk would do, of -log of its share in a softmax over the
+        scores of every visible chunk and `others` [C,Hr,r/Hr] (InfoNCE), chunks that hold nothing for
+        these rows, but where `own` [batch,C]."""
         batch, at, place = gold
         q = self.ln(self.pre_norm(x[batch, at])).view(len(batch), self.config.retrieval_heads, -1)
         if self.config.enable_lmk_norm:
@@ -402,20 +402,24 @@ class RetrievalLayer(nn.Module):
             spent = among
         else:
             spent = (F.softplus(scores) * (rivals & (number >= chunk))).sum(-1)
+        among = among[:sole]
         if others is not None:
-            scores = torch.einsum("nhr,chr->nhc", q, others.to(q.dtype)).float() * scale
+            scores = torch.einsum("nhr,chr->nhc", q[:sole], others.to(q.dtype)).float() * scale
             if own is not None:
-                scores = scores.masked_fill(own[batch].unsqueeze(1), -math.inf)
+                scores = scores.masked_fill(own[batch[:sole]].unsqueeze(1), -math.inf)
             among = torch.logaddexp(among, scores.logsumexp(-1))
-        return (spent - wanted).mean(), (among - wanted).mean()
+        contrast = (among - wanted[:sole]).sum() / max(1, among.numel())
+        return (spent - wanted).mean(), contrast
 
     def distracted(self, x, landmarks, own=None):
-        """How much positions x [N,d] would read of chunks [C,Hr,r/Hr] that hold nothing for them;
-        `own` [N,C]: those that may."""
-        scores = F.softplus(self.scores(x.unsqueeze(0), landmarks.unsqueeze(0)))
+        """What chunks [C,Hr,r/Hr] that hold nothing for positions x [N,d] cost these: the mean of -log of
+        what the best of them, as many as are picked, leave of the stick; `own` [N,C]: those that hold
+        something."""
+        scores = self.scores(x.unsqueeze(0), landmarks.unsqueeze(0))[0]
         if own is not None:
-            scores = scores.masked_fill(own[None, :, None], 0.0)
-        return torch.log1p(64 * scores.sum(-1)).mean()
+            scores = scores.masked_fill(own[:, None], -math.inf)
+        best = scores.topk(min(self.config.chunk_topk, len(landmarks)), -1).values
+        return F.softplus(best).sum(-1).mean()
 
     def pick(self, x, landmarks, positions):
         """The sparse form: picks and weights [B,L,Hr,K], newest first, for any number of chunks."""
@@ -514,17 +518,65 @@ class Aims:
         that of its share among its row's chunks and those that hold nothing for it, `attention`
         that of the place's share of the attention to that chunk, in half of the heads of the first
         HSA layer.
-    distractors: the flat numbers of chunks that are text alone. `distraction` is how strongly the
-        flat positions `asked` would read these or those of earlier batches, and the flat positions
-        `text` those of earlier batches alone: it keeps landmarks apart in longer contexts than are
+    sole: of how many of them, the first, no other chunk holds the same: `contrast` is of these.
+    distractors: the flat numbers of chunks that are text alone. `distraction` is what the flat positions
+        `asked` would read of these or those of earlier batches, `straying` what the flat positions
+        `text` would of those of earlier batches: they keep landmarks apart in longer contexts than are
         trained on.
-    crowd: every row is a haystack of needles of one kind: what holds nothing for it are then also
-        the other rows, and those of earlier batches.
+    crowd: every row is a haystack of needles of one kind, no key in two of them: what holds nothing for
+        it are then also the other rows.
     """
 
-    def __init__(self, gold=None, distractors=None, asked=None, text=None, crowd=False):
-        self.gold, self.distractors, self.asked, self.text = gold, distractors, asked, text
-        self.crowd = crowd
+    def __init__(self, gold=None, sole=0, distractors=None, asked=None, text=None, crowd=False):
+        self.gold, self.sole, self.distractors, self.asked = gold, sole, distractors, asked
+        self.text, self.crowd = text, crowd
+
+
+class Bank:
+    """The landmarks of earlier chunks [N,Hr,r/Hr], the newest first, at most `most`, and what these were
+    made of [N,S,d]; both None at first. Were the landmarks of a step the only ones with a gradient, it
+    would count all that raising a wanted one brings, and a fraction of what it costs to raise every
+    other with it. So the earlier ones have theirs too, and `settle` carries it to the layer that makes
+    landmarks; no further, since the layers below that have changed."""
+
+    def __init__(self, most):
+        self.most, self.landmarks, self.chunks, self.fresh = most, None, None, None
+
+    def keep(self, landmarks, chunks):
+        """From the next `settle` on these are in the bank too."""
+        wide = torch.promote_types(landmarks.dtype, torch.float32)
+        self.fresh = landmarks.detach().to(wide), chunks.detach()
+
+    def behind(self, fresh):
+        """`fresh` landmarks, and the bank's behind them."""
+        return fresh if self.landmarks is None else torch.cat([fresh, self.landmarks.to(fresh.dtype)])
+
+    def settle(self, layer, rows, count):
+        """After the losses' backward and before the optimiser's step. `layer` is the one that makes
+        landmarks: it makes as many anew as `rows` of `count` chunks are, in that shape."""
+        if self.landmarks is not None and len(self.landmarks) and self.landmarks.grad is not None:
+            self.carry(layer, self.landmarks.grad.flatten(1), rows, count)
+        if self.fresh is not None:
+            if self.landmarks is not None:
+                old = self.landmarks.detach(), self.chunks
+                self.fresh = [torch.cat(pair)[: self.most] for pair in zip(self.fresh, old)]
+            self.landmarks, self.chunks = (part[: self.most] for part in self.fresh)
+            self.landmarks.requires_grad_()
+            self.fresh = None
+
+    def carry(self, layer, grads, rows, count):
+        """Where there are more landmarks than are made, they are drawn by the size of their gradients,
+        so that the mean over the draws is what all would give."""
+        drawn = torch.arange(rows * count, device=grads.device)
+        stands = (drawn < len(grads)).to(grads.dtype)
+        drawn = drawn % len(grads)
+        if len(drawn) < len(grads):
+            size = grads.norm(dim=1).nan_to_num(0.0, 0.0, 0.0) + 1e-30
+            drawn = torch.multinomial(size, len(drawn), replacement=True)
+            stands = size.sum() / (len(drawn) * size[drawn])
+        made = layer(self.chunks[drawn].unflatten(0, (rows, count)).flatten(1, 2))[2]
+        made.backward((grads[drawn] * stands[:, None]).view_as(made).to(made.dtype))
+        self.landmarks.detach()[drawn] = made.detach().flatten(0, 1).to(self.landmarks.dtype)
 
 
 class Backbone(nn.Module):
@@ -546,7 +598,8 @@ class Backbone(nn.Module):
 class Ramba(nn.Module):
     def __init__(self, config, hsa=True):
         super().__init__()
-        self.config, self.hsa, self.bank, self.crowd = config, hsa, None, None
+        self.config, self.hsa = config, hsa
+        self.bank = Bank(BANK)
         self.backbone = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -562,19 +615,20 @@ class Ramba(nn.Module):
 
         `states`: a list of [B,H,P,N], one for each Mamba layer, or None. `trace`: a dict to be
         filled with layer{i}.hidden, .k, .v, .landmarks, .weights. With `aims` self.distraction,
-        self.retrieval, self.contrast and self.attention are the losses of that name.
+        self.straying, self.retrieval, self.contrast and self.attention are the losses of that name.
         """
         x = self.backbone.embeddings(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
-        keys = values = landmarks = weights = None
+        keys = values = landmarks = weights = made_of = None
         after, mamba = [], 0
-        self.distraction = self.retrieval = self.contrast = self.attention = None
+        self.distraction = self.straying = self.retrieval = self.contrast = self.attention = None
         for i, layer in enumerate(self.backbone.layers):
             if isinstance(layer, MambaLayer):
                 x, ssm, _ = layer(x, resets, None if states is None else states[mamba])
                 after.append(ssm)
                 mamba += 1
             elif isinstance(layer, ChunkingLayer):
+                made_of = x
                 if self.hsa:
                     keys, values, landmarks = layer(x)
                 if trace is not None:
@@ -591,7 +645,7 @@ class Ramba(nn.Module):
                     if trace is not None:
                         trace[f"layer{i}.weights"] = weights
                     if aims is not None:
-                        self.aim(aims, layer, x, landmarks, positions)
+                        self.aim(aims, layer, x, landmarks, positions, made_of)
             elif self.hsa and landmarks.shape[1]:
                 if aims is not None and aims.gold is not None and self.attention is None:
                     self.attention = layer.missed(x, keys, aims.gold)
@@ -600,38 +654,44 @@ class Ramba(nn.Module):
                 trace[f"layer{i}.hidden"] = x
         return x, after
 
-    def aim(self, aims, layer, x, landmarks, positions):
+    def aim(self, aims, layer, x, landmarks, positions, made_of):
+        """`made_of` [B,L,d]: what the landmarks were made of."""
         others = own = None
         if aims.asked is not None:
-            flat, chunks, bank = x.flatten(0, 1), landmarks.flatten(0, 1), self.bank
-            others, self.bank = self.with_earlier(chunks[aims.distractors], bank, BANK)
+            flat, chunks = x.flatten(0, 1), landmarks.flatten(0, 1)
+            distractors = chunks[aims.distractors]
+            self.bank.keep(distractors, self.whole_chunks(made_of)[aims.distractors])
+            others = self.bank.behind(distractors)
             if aims.crowd:
-                needles, self.crowd = self.with_earlier(chunks, self.crowd, CROWD)
-                others = torch.cat([needles, others])
+                others = torch.cat([chunks, others])
                 row = torch.arange(len(x), device=x.device)
                 own = row[:, None] == row.repeat_interleave(landmarks.shape[1])
                 own = F.pad(own, (0, len(others) - len(chunks)))
             mine = None if own is None else own[aims.asked // x.shape[1]]
             self.distraction = layer.distracted(flat[aims.asked], others, mine)
-            if bank is not None and len(aims.text):
-                read = layer.distracted(flat[aims.text], bank.to(x.dtype))
-                self.distraction = self.distraction + read
+            if self.bank.landmarks is not None and len(aims.text):
+                self.straying = layer.distracted(flat[aims.text], self.bank.landmarks.to(x.dtype))
         if aims.gold is not None:
             self.retrieval, self.contrast = layer.missed(
-                x, landmarks, positions, aims.gold, others, own
+                x, landmarks, positions, aims.gold, aims.sole, others, own
             )
 
-    def fill_banks(self, device):
-        """As after many batches, with landmarks of nothing."""
-        shape = (self.config.retrieval_heads, self.config.retrieval_dim // self.config.retrieval_heads)
-        self.bank = torch.zeros(BANK, *shape, device=device)
-        self.crowd = torch.zeros(CROWD, *shape, device=device)
+    def whole_chunks(self, x):
+        """[B,L,d] -> [B*C,S,d]."""
+        size = self.config.chunk_size
+        return x.unfold(1, size, size).transpose(2, 3).flatten(0, 1)
 
-    @staticmethod
-    def with_earlier(fresh, bank, most):
-        """`fresh` landmarks and those of `bank` behind them; and what to keep of both, the newest."""
-        both = fresh if bank is None else torch.cat([fresh, bank.to(fresh.dtype)])
-        return both, both[:most].detach()
+    def settle(self, rows, length):
+        """After the backward of a step of that shape, and before the optimiser's."""
+        layer = next(l for l in self.backbone.layers if isinstance(l, ChunkingLayer))
+        self.bank.settle(layer, rows, length // self.config.chunk_size)
+
+    def fill_bank(self, device):
+        """As after many batches, with landmarks of nothing."""
+        config, bank = self.config, self.bank
+        heads, width = config.retrieval_heads, config.retrieval_dim // config.retrieval_heads
+        bank.landmarks = torch.zeros(bank.most, heads, width, device=device, requires_grad=True)
+        bank.chunks = torch.zeros(bank.most, config.chunk_size, config.hidden_size, device=device)
 
     def forward(self, ids, trace=None):
         return self.head(self.hidden(ids, trace=trace)[0])

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 
 import safetensors_io
 from data import ANSWER, TEXT, Books, Builder, text_alone
-from model import Aims, Config, DEFAULTS, MambaLayer, Ramba
+from model import Aims, BANK, Bank, Config, DEFAULTS, MambaLayer, Ramba
 from optimizer import Both
 from tokenizer import Tokenizer
 
 LAST_STAGE = 3
-BESIDE = ("distraction", "retrieval", "contrast", "attention")  # losses beside the language's
+BESIDE = ("distraction", "straying", "retrieval", "contrast", "attention")  # losses beside the language's
 SAVE_SECONDS = 60
 
 
@@ -218,17 +218,20 @@ class Trainer:
         rows, at = np.nonzero(gold[:, 1:] >= 0)  # the position before it makes a token's choice
         if not self.model.hsa or not len(rows):
             return Aims()
-        places = tuple(self.put(a) for a in (rows, at, gold[rows, at + 1].astype(np.int64)))
         after = np.pad(marks[:, 1:], ((0, 0), (0, 1)))
-        told = np.pad(gold[:, 1:] >= 0, ((0, 0), (0, 1)))
-        asked = np.flatnonzero(after == ANSWER)
-        told, text = np.flatnonzero((after == TEXT) & told), np.flatnonzero((after == TEXT) & ~told)
+        recalled = np.pad(gold[:, 1:] >= 0, ((0, 0), (0, 1))) & (after == TEXT)
+        order = np.argsort(recalled[rows, at], kind="stable")
+        rows, at = rows[order], at[order]
+        places = tuple(self.put(a) for a in (rows, at, gold[rows, at + 1].astype(np.int64)))
+        sole = len(rows) - int(recalled.sum())
+        asked, text = np.flatnonzero(after == ANSWER), np.flatnonzero((after == TEXT) & ~recalled)
         # Before the landmarks mean anything, distraction would silence all of them.
         if self.stage < self.settings["distraction_from"] or not len(asked):
-            return Aims(places)
-        text = np.concatenate([told, text[:: max(1, len(text) // 1024)]])
+            return Aims(places, sole)
+        asked, text = asked[:: max(1, len(asked) // 4096)], text[:: max(1, len(text) // 1024)]
+        text = np.concatenate([np.flatnonzero(recalled), text])
         distractors = np.flatnonzero(text_alone(marks))
-        return Aims(places, self.put(distractors), self.put(asked), self.put(text), crowd)
+        return Aims(places, sole, self.put(distractors), self.put(asked), self.put(text), crowd)
 
     def answer_losses(self, x, target, kind):
         """The mean losses of text and of answers, and which targets are the most likely tokens."""
@@ -256,7 +259,8 @@ class Trainer:
         ids_t, marks_t, resets_t = [self.put(a) for a in (ids, marks, resets)]
         aims = self.aims(crowd, marks, gold)
         kind = self.device.split(":")[0]
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
+        low = torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
+        with low:
             x, after = self.model.hidden(ids_t, resets_t, self.states(len(ids)), aims=aims)
             text, answer, right = self.losses(x, ids_t[:, 1:], marks_t[:, 1:])
         s = self.settings
@@ -264,8 +268,10 @@ class Trainer:
         beside = [getattr(self.model, name) for name in BESIDE]
         for loss, name in zip(beside, BESIDE):
             if loss is not None:
-                total = total + s[name + "_weight"] * loss
+                total = total + s.get(name + "_weight", s["distraction_weight"]) * loss
         total.backward()
+        with low:
+            self.model.settle(*ids.shape)
         losses = [0.0 if loss is None else loss for loss in (text, answer, *beside)]
         losses = [torch.as_tensor(loss, device=self.device).detach() for loss in losses]
         return torch.stack(losses), right, after
@@ -310,7 +316,7 @@ class Trainer:
 
     def fits(self, builder, size):
         torch.cuda.empty_cache()
-        self.model.fill_banks(self.device)  # what takes the most memory: a crowd, after many others
+        self.fill(True)  # what takes the most memory: a crowd, after many others
         try:
             self.gradients(True, builder.crowds(size["batch"], size["length"]))
             torch.cuda.synchronize()
@@ -320,8 +326,14 @@ class Trainer:
                 raise
             return False
         finally:
-            self.model.bank = self.model.crowd = None
+            self.fill(False)
             self.model.zero_grad(set_to_none=True)
+
+    def fill(self, full):
+        """The bank as after many batches, or as before the first."""
+        self.model.bank = Bank(BANK)
+        if full:
+            self.model.fill_bank(self.device)
 
     def agree(self, stop):
         """Rank 0's clock, stage and word to stop are everyone's."""
