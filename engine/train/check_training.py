@@ -17,9 +17,11 @@ import torch
 
 import safetensors_io
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
+from data import CHUNK
 import model as form
 from model import Aims, Bank, ChunkingLayer, Ramba, RetrievalLayer
 from ramba import Reference
+from retrieval import Scored
 from recurrence import Words
 from tokenizer import Tokenizer
 
@@ -241,6 +243,42 @@ def check_settle(name, folder, rng):
     return good
 
 
+def check_scored(rng):
+    """retrieval.Scored by its definition: what a batch and the bank cost the weight of a chunk."""
+    rows, count, width, banked = 3, 40, 16, 90
+    made = torch.Generator().manual_seed(4)
+    random_ = lambda *shape: torch.randn(*shape, generator=made)
+    marks, bank, errors, found = random_(rows, count, width), random_(banked, width), [], []
+    for crowd in (False, True):
+        apart = torch.ones(rows * count, dtype=torch.bool) if crowd else torch.rand(
+            rows * count, generator=made) < 0.4
+        row = torch.tensor([rng.randrange(rows) for _ in range(30)])
+        at = torch.tensor([rng.randrange(9 * CHUNK, count * CHUNK) for _ in range(30)])
+        own = torch.tensor([rng.randrange(int(a) // CHUNK) for a in at])
+        gold, q = row * count + own, 3 * random_(30, width)
+        got = Scored(q, marks, bank, row, at, apart).losses(gold)
+        weight, share = [], []
+        for n in range(30):
+            score = lambda mark: float(q[n].double() @ mark.double()) / width**0.5
+            wanted = score(marks[row[n], own[n]])
+            rivals = [(score(mark), i % 2 == 0) for i, mark in enumerate(bank, rows * count)]
+            for r in range(rows):
+                for c in range(count):
+                    mine = r == row[n]
+                    if (c < at[n] // CHUNK and c != own[n]) if mine else apart[r * count + c]:
+                        newer = c > own[n] if mine else (r * count + c) % 2 == 0
+                        rivals.append((score(marks[r, c]), newer))
+            rivals.sort(reverse=True)
+            left = math.prod(1 / (1 + math.exp(s)) for s, newer in rivals[:7] if newer)
+            weight.append(-math.log(left / (1 + math.exp(-wanted))))
+            share.append(math.log(sum(math.exp(s) for s, _ in rivals) + math.exp(wanted)) - wanted)
+            found.append(bool(got[2][n]) == (rivals[7][0] < wanted))
+        errors += [abs(float(got[0]) - sum(weight) / 30), abs(float(got[1]) - sum(share) / 30)]
+    good = max(errors) < 1e-5 and all(found)  # of 30 scores in fp32
+    print(f"{'ok  ' if good else 'FAIL'} what a chunk's weight is lost to {max(errors):.1e}")
+    return good
+
+
 def plain_recalled(tokenizer, ids, rare):
     """Words.recalled by its definition; `rare`: the words that are."""
     names, words = [tokenizer.decode([i]) for i in ids], []  # words: (parts, begin, end)
@@ -288,6 +326,7 @@ def main():
             good &= check_missed(name, model, random.Random(2))
             good &= check_aim(name, model, random.Random(3))
             good &= check_settle(name, model, random.Random(4))
+    good &= check_scored(random.Random(4))
     good &= check_recalled(random.Random(4))
     return 0 if good else 1
 

@@ -422,7 +422,8 @@ class Trainer:
         stop = False
         while not stop:
             shape, crowd, arrays = self.batch(queues)
-            losses, right = self.update(crowd, arrays)
+            for _ in range(settings.get("repeats", 1)):
+                losses, right = self.update(crowd, arrays)
             sums += losses
             self.step += 1
             self.tokens += arrays[0].size * self.ranks
@@ -504,7 +505,7 @@ def export(model, settings, args):
     os.rename(folder, whole)
 
 
-def main():
+def main(trainer_of=Trainer):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -532,7 +533,7 @@ def main():
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
     args = parser.parse_args()
-    trainer = Trainer(args)
+    trainer = trainer_of(args)
     trainer.profile() if args.profile else trainer.run()
 
 
