@@ -220,7 +220,7 @@ class Trainer:
             return Aims()
         after = np.pad(marks[:, 1:], ((0, 0), (0, 1)))
         recalled = np.pad(gold[:, 1:] >= 0, ((0, 0), (0, 1))) & (after == TEXT)
-        order = np.argsort(recalled[rows, at], kind="stable")
+        order = np.argsort(recalled[rows, at], kind="stable")  # the first `sole` stand in one chunk alone
         rows, at = rows[order], at[order]
         places = tuple(self.put(a) for a in (rows, at, gold[rows, at + 1].astype(np.int64)))
         sole = len(rows) - int(recalled.sum())
