@@ -2,10 +2,11 @@
 python3 engine/train/compare.py CONFIG --data DIR --out DIR --seconds N FORM...
 
 FORM is a name and what it changes of CONFIG, in one word: 'mamba hsa=false model.num_lower_layers=5'.
-All forms take the same rows in the same order and keep pace, so that at any moment, and at the end,
-they have seen the same tokens. Their clock, and so the way down of the learning rate, starts when all
-are compiled and ends with --seconds. CONFIG says how long the rows of each stage last: `stage_steps`.
-OUT/NAME holds log.txt and export; then text_loss.py's tables come out, of each form and --beside.
+On several GPUs, those of CUDA_VISIBLE_DEVICES, the forms go round them. All take the same rows in the
+same order and keep pace, so that at any moment, and at the end, they have seen the same tokens. Their
+clock, and so the way down of the learning rate, starts when all are compiled and ends with --seconds.
+CONFIG says how long the rows of each stage last: `stage_steps`. OUT/NAME holds log.txt and export;
+then text_loss.py's table of each form comes out.
 """
 import argparse
 import math
@@ -127,6 +128,10 @@ class Follower(Trainer):
             time.sleep(0.05)
         self.start_at = time.time()
 
+    def warm_up(self):
+        self.stage = LAST_STAGE  # whose losses take what the others' do, and more; rows say their own
+        super().warm_up()
+
     def start_workers(self, stage):
         return [], {name: None for name in self.settings["shapes"]}
 
@@ -155,8 +160,10 @@ class Follower(Trainer):
         return 1.0 if self.end is not None and self.step >= self.end else min(share, 0.999)
 
 
-def follow(name, changes, args):
+def follow(name, changes, gpu, args):
     """A form's process: trains it, then its table."""
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     folder = os.path.join(args.out, name)
     os.makedirs(folder, exist_ok=True)
     log = os.open(os.path.join(folder, "log.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -214,7 +221,11 @@ def main():
         start(target=make_rows, args=(settings, args.data, args.out, i, args.makers), daemon=True)
         for i in range(args.makers)
     ]
-    running = {name: start(target=follow, args=(name, sets, args)) for name, sets in forms.items()}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    running = {
+        name: start(target=follow, args=(name, sets, gpus[i % len(gpus)], args))
+        for i, (name, sets) in enumerate(forms.items())
+    }
     for process in [*makers, *running.values()]:
         process.start()
     with open(os.path.join(args.out, "stretches"), "wb") as file:
