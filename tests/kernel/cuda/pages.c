@@ -267,7 +267,7 @@ void check_hsa(struct bed *b, uint32_t row_count, uint32_t copies)
 }
 
 #define MANY_PAGES 256
-#define FEW 256 /* rows that are attended without looking at their neighbours */
+#define FEW 128 /* rows that are attended without looking at their neighbours */
 
 /* Picks by falling pages, as retrieval has them; `kept`: how many of 8 stay from row to row. */
 static void pick_many(const struct bed *b, uint32_t row_count, uint32_t kept, const char *pages,
