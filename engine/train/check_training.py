@@ -6,24 +6,28 @@ parts, streamed. What teaches the landmarks is held against its definition, one 
 after the other. Exit status 1 when one is off.
 """
 
+import json
 import math
-
 import os
 import random
+import shutil
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import safetensors_io
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
-from data import CHUNK
+from data import ANSWER, CHUNK
 import model as form
 from model import Aims, Bank, ChunkingLayer, Ramba, RetrievalLayer
 from ramba import Reference
 from retrieval import Scored
 from recurrence import Words
 from tokenizer import Tokenizer
+from train import LAST_STAGE, Trainer
 
 
 PART = form.PART
@@ -314,6 +318,91 @@ def check_recalled(rng):
     return good
 
 
+TINY = {
+    "model": {
+        "model_type": "ramba", "vocab_size": 4096, "hidden_size": 32, "head_dim": 16, "num_heads": 4,
+        "state_size": 16, "num_lower_layers": 1, "num_upper_layers": 1, "num_mamba_per_gca": 1,
+        "retrieval_dim": 16, "encoder_layers": 0, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "num_kv_heads": 1,
+    },
+    "seed": 5, "muon": True, "learning_rate": 1e-3, "weight_decay": 0.1, "warmup_steps": 10,
+    "answer_weight": 1.0, "text_weight": 1.0, "distraction_weight": 0.1, "straying_weight": 0.1,
+    "distraction_from": 2, "distraction_below": 3.0, "recall": True, "retrieval_weight": 0.2,
+    "contrast_weight": 0.1, "attention_weight": 0.2, "mix": {"niah": 1, "fact": 1}, "near_share": 0.3,
+    "talk_share": 0.1, "counting_share": 0.0, "crowd_share": 0.2, "alike_share": 0.0, "respelled_rows": 0.5,
+    "shapes": {"long": {"batch": 2, "length": 1024, "share": 0.5},
+               "longer": {"batch": 1, "length": 2048, "share": 0.5, "from": 0.5}},
+    "plain_rows": 3, "stage_steps": [10, 10, 10],
+}
+
+
+class Noting(Trainer):
+    """Notes of each step with answers its number, stage, length of rows and whether it was set against
+    text. Its loss of the chunk is said to be high up to step 40, and from step 60 to 70."""
+
+    def __init__(self, args, halt):
+        super().__init__(args)
+        self.halt, self.seen = halt, []
+
+    def aims(self, crowd, marks, gold):
+        aims = super().aims(crowd, marks, gold)
+        if aims.gold is not None and (marks == ANSWER).any():
+            self.seen.append((self.step, self.stage, marks.shape[1], aims.asked is not None))
+        return aims
+
+    def agree(self, stop):
+        self.chunk_loss = 2.0 if 40 <= self.step < 60 or self.step >= 70 else 4.0
+        return super().agree(stop or self.step == self.halt)
+
+
+def check_schedule():
+    """When stages, longer rows and distraction come, in a training that is stopped and goes on."""
+    steps, halt, good = 80, 50, True
+    with tempfile.TemporaryDirectory() as folder:
+        shipped = os.path.join(ROOT, "engine", "models", SHIPPED)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(os.path.join(shipped, name), folder)
+        with open(os.path.join(shipped, "README.md")) as file:
+            ids = np.array(Tokenizer.load(folder).encode(file.read()), np.uint16)
+        for name in ("train.npy", "held.npy"):
+            np.save(os.path.join(folder, name), ids)
+        config = os.path.join(folder, "config.json")
+        with open(config, "w") as file:
+            json.dump(TINY, file)
+        args = SimpleNamespace(
+            config=config, set=[], data=folder, out=os.path.join(folder, "out"), start=None, seconds=1e9,
+            total_seconds=1e9, total_tokens=2048 * steps, keep_every=None, workers=2, log_every=steps,
+            no_compile=True,
+        )
+        first = Noting(args, halt)
+        first.run()
+        then = Noting(args, None)
+        good &= (then.step, then.tokens, then.stage, then.chunk_loss) == (halt, 2048 * halt, LAST_STAGE, 2.0)
+        good &= then.seconds == first.seconds
+        parts = (first.model, then.model), (first.optimizer, then.optimizer)
+        good &= all(same(a.state_dict(), b.state_dict()) for a, b in parts)
+        then.run()
+    seen = first.seen + then.seen
+    for step, stage, length, asked in seen:
+        good &= stage == min(step // 10, LAST_STAGE)
+        good &= length == 1024 or step >= steps // 2
+        good &= asked == (40 <= step < 60 or step >= 70)
+    good &= any(length == 2048 for _, _, length, _ in seen) and then.step == steps
+    print(f"{'ok  ' if good else 'FAIL'} the schedule of a training: {len(seen)} of {steps} steps")
+    return good
+
+
+def same(one, other):
+    """Two trees of the same tensors."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
 def main():
     torch.set_grad_enabled(False)
     base, good = os.path.join(ROOT, "tests", "golden"), True
@@ -328,6 +417,8 @@ def main():
             good &= check_settle(name, model, random.Random(4))
     good &= check_scored(random.Random(4))
     good &= check_recalled(random.Random(4))
+    with torch.enable_grad():
+        good &= check_schedule()
     return 0 if good else 1
 
 

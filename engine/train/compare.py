@@ -25,15 +25,10 @@ import text_loss
 from data import TEXT, Books, Builder
 from model import Ramba
 from tokenizer import Tokenizer
-from train import LAST_STAGE, Trainer, configured, level_of
+from train import LAST_STAGE, Trainer, configured, level_of, plain_rows, stage_of
 
 AHEAD = 10  # steps that a form may be before the slowest
 STORED = 400  # steps that rows are made before the slowest
-
-
-def stage_of(settings, step):
-    """The stage of a step's rows."""
-    return sum(step >= end for end in np.cumsum(settings["stage_steps"]))
 
 
 def rows_of(settings, builder, step):
@@ -45,7 +40,7 @@ def rows_of(settings, builder, step):
     size = shapes[name]
     if stage >= settings["distraction_from"] and rng.random() < settings["crowd_share"]:
         return stage, name, True, builder.crowds(size["batch"], size["length"])
-    plain = size["batch"] // 16 if stage == 0 else settings["plain_rows"] * size["batch"] // 8
+    plain = plain_rows(settings, rng, stage, size["batch"])
     level = level_of(stage, size["length"])
     return stage, name, False, builder.batch(level, size["batch"], size["length"], plain)
 
@@ -128,11 +123,7 @@ class Follower(Trainer):
             time.sleep(0.05)
         self.start_at = time.time()
 
-    def warm_up(self):
-        self.stage = LAST_STAGE  # whose losses take what the others' do, and more; rows say their own
-        super().warm_up()
-
-    def start_workers(self, stage):
+    def start_workers(self):
         return [], {name: None for name in self.settings["shapes"]}
 
     def batch(self, queues):
@@ -169,12 +160,11 @@ def follow(name, changes, gpu, args):
     log = os.open(os.path.join(folder, "log.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    changes = args.set + changes + ["advance_at=[2,2,2,2]", "advance_by=[2,2,2,2]"]
     trainer = Follower(
         name,
         SimpleNamespace(
-            config=args.config, set=changes, data=args.data, out=folder, together=args.out, start=None,
-            seconds=1e9, total_seconds=1e9, total_tokens=math.inf, keep_every=None, workers=1,
+            config=args.config, set=args.set + changes, data=args.data, out=folder, together=args.out,
+            start=None, seconds=1e9, total_seconds=1e9, total_tokens=math.inf, keep_every=None, workers=1,
             log_every=args.log_every, no_compile=args.no_compile, until=args.until,
         ),
     )

@@ -8,7 +8,9 @@ Runs on CUDA where there is one, else on the CPU; on several GPUs of one host as
 `torchrun --nproc-per-node N engine/train/train.py ...`, each with a batch of its own.
 
 The curriculum: 0 dense pairs, 1 longer keys and values, 2 needles in short texts, 3 needles in long
-texts. A stage ends when its answers are `advance_at` right; earlier stages stay in the mix.
+texts. A stage ends after as many steps as `stage_steps` says, or, in a config without, when its answers
+are `advance_at` right, or at `advance_by` of the training; earlier stages stay in the mix. Rows of every
+shape come in the last stage, those of a shape with `from` not before that share of the training.
 """
 import argparse
 import json
@@ -32,6 +34,7 @@ from tokenizer import Tokenizer
 
 LAST_STAGE = 3
 BESIDE = ("distraction", "straying", "retrieval", "contrast", "attention")  # losses beside the language's
+LOSSES = ("text", "answer", *BESIDE)
 SAVE_SECONDS = 60
 
 
@@ -40,24 +43,41 @@ def level_of(stage, length):
     return min(stage, 2) if length <= 512 else stage
 
 
-def worker(settings, data, seed, stage, shape, queues):
+def stage_of(settings, step):
+    """The stage of a step's rows, where the config says how many steps each takes."""
+    return int((step >= np.cumsum(settings["stage_steps"])).sum())
+
+
+def plain_rows(settings, rng, stage, batch):
+    """How many rows of a batch are text alone: of every eight `plain_rows`, in the mean."""
+    if stage == 0:
+        return batch // 16
+    count, rest = divmod(settings["plain_rows"] * batch, 8)
+    return count + (rng.randrange(8) < rest)
+
+
+def name_of(settings, shape, stage, done):
+    """The shape of the rows that come as `shape`: the first one's till it is due."""
+    due = stage == LAST_STAGE and done >= settings["shapes"][shape].get("from", 0)
+    return shape if due else next(iter(settings["shapes"]))
+
+
+def worker(settings, data, seed, told, shape, queues):
+    """`told`: the trainer's stage, and the share of the training that is behind."""
     tokenizer = Tokenizer.load(data)
     books = Books(os.path.join(data, "train.npy"), tokenizer)
     builder = Builder(tokenizer, books, seed, settings)
     while True:
-        now = stage.value
-        # Long rows wait for the last stage; till then their makers make those of the first shape.
-        name = shape if now == LAST_STAGE else next(iter(settings["shapes"]))
+        now, done = int(told[0]), told[1]
+        name = name_of(settings, shape, now, done)
         size = settings["shapes"][name]
-        plain = settings["plain_rows"] * size["batch"] // 8
-        if now == 0:
-            plain = size["batch"] // 16
+        plain = plain_rows(settings, builder.rng, now, size["batch"])
         level = level_of(now, size["length"])
         if now >= settings["distraction_from"] and builder.rng.random() < settings["crowd_share"]:
             crowd, rows = True, builder.crowds(size["batch"], size["length"])
         else:
             crowd, rows = False, builder.batch(level, size["batch"], size["length"], plain)
-        queues[shape].put((now, name, crowd, rows))
+        queues[shape].put(((now, name), crowd, rows))
 
 
 def configured(path, changes):
@@ -133,6 +153,7 @@ class Trainer:
         self.tokenizer = Tokenizer.load(args.data)
         self.held = Books(os.path.join(args.data, "held.npy"), self.tokenizer)
         self.step, self.tokens, self.seconds, self.stage, self.kept = 0, 0, 0.0, 0, 0.0
+        self.chunk_loss = math.inf  # the running mean of "retrieval"
         self.pool, self.skipped = None, torch.zeros((), device=self.device)
         self.path = os.path.join(args.out, "checkpoint.pt")
         os.makedirs(args.out, exist_ok=True)
@@ -140,6 +161,7 @@ class Trainer:
             self.resume()
         elif args.start:
             self.stage = LAST_STAGE
+        self.told = multiprocessing.Array("d", [self.stage, self.done()])
         self.losses = self.answer_losses
         if cuda and not args.no_compile:
             torch.set_float32_matmul_precision("high")
@@ -159,7 +181,7 @@ class Trainer:
         saved = torch.load(self.path, map_location=self.device)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.tokens, self.seconds, self.stage = saved["progress"]
+        self.step, self.tokens, self.seconds, self.stage, self.chunk_loss = saved["progress"]
         self.kept = self.seconds
         print(f"resumed at step {self.step}, {self.tokens / 1e6:.1f}M tokens, stage {self.stage}")
 
@@ -170,7 +192,7 @@ class Trainer:
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "progress": (self.step, self.tokens, self.seconds, self.stage),
+                "progress": (self.step, self.tokens, self.seconds, self.stage, self.chunk_loss),
             },
             self.path + ".new",
         )
@@ -213,6 +235,19 @@ class Trainer:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
+    def note(self, chunk_loss):
+        """`chunk_loss`: of the last step."""
+        if math.isfinite(self.chunk_loss):
+            chunk_loss = 0.9 * self.chunk_loss + 0.1 * chunk_loss
+        self.chunk_loss = chunk_loss
+
+    def distracts(self):
+        """Before the landmarks mean anything, distraction would silence all of them: it counts where the
+        loss of the chunk is low, and while it stays so."""
+        settings = self.settings
+        low = settings.get("distraction_below")
+        return self.stage >= settings["distraction_from"] and (low is None or self.chunk_loss < low)
+
     def aims(self, crowd, marks, gold):
         """All indices are found on the host: a device that is asked for them waits."""
         rows, at = np.nonzero(gold[:, 1:] >= 0)  # the position before it makes a token's choice
@@ -225,8 +260,7 @@ class Trainer:
         places = tuple(self.put(a) for a in (rows, at, gold[rows, at + 1].astype(np.int64)))
         sole = len(rows) - int(recalled.sum())
         asked, text = np.flatnonzero(after == ANSWER), np.flatnonzero((after == TEXT) & ~recalled)
-        # Before the landmarks mean anything, distraction would silence all of them.
-        if self.stage < self.settings["distraction_from"] or not len(asked):
+        if not self.distracts() or not len(asked):
             return Aims(places, sole)
         asked, text = asked[:: max(1, len(asked) // 4096)], text[:: max(1, len(text) // 1024)]
         text = np.concatenate([np.flatnonzero(recalled), text])
@@ -300,6 +334,8 @@ class Trainer:
         the compiler's cache, if they share one. Halves a batch that does not fit the device."""
         books = Books(os.path.join(self.args.data, "train.npy"), self.tokenizer)
         builder = Builder(self.tokenizer, books, self.settings["seed"], self.settings)
+        now = self.stage, self.chunk_loss
+        self.stage, self.chunk_loss = LAST_STAGE, 0.0  # whose losses take what all others' do, and more
         shapes = list(self.settings["shapes"].items())
         turn = self.rank % len(shapes)
         for name, size in shapes[turn:] + shapes[:turn]:
@@ -313,6 +349,7 @@ class Trainer:
                 f"{took:.0f} s, {most:.1f} GiB at most",
                 flush=True,
             )
+        self.stage, self.chunk_loss = now
 
     def fits(self, builder, size):
         torch.cuda.empty_cache()
@@ -336,14 +373,26 @@ class Trainer:
             self.model.fill_bank(self.device)
 
     def agree(self, stop):
-        """Rank 0's clock, stage and word to stop are everyone's."""
+        """Rank 0's clock, stage, loss of the chunk and word to stop are everyone's, and its makers'."""
         if self.ranks > 1:
-            news = torch.tensor([self.seconds, self.stage, stop], device=self.device).double()
+            news = [self.seconds, self.stage, self.chunk_loss, stop]
+            news = torch.tensor(news, dtype=torch.float64, device=self.device)
             torch.distributed.broadcast(news, 0)
-            self.seconds, self.stage, stop = news[0].item(), int(news[1]), bool(news[2])
-        return stop
+            self.seconds, stage, self.chunk_loss, stop = news.tolist()
+            self.stage = int(stage)
+        self.told[:] = self.stage, self.done()
+        return bool(stop)
 
-    def start_workers(self, stage):
+    def next_stage(self, right, steps):
+        """After so many `steps` of this one, whose answers are `right`."""
+        settings = self.settings
+        if "stage_steps" in settings:
+            return max(self.stage, stage_of(settings, self.step))
+        late = self.done() > settings["advance_by"][self.stage]
+        good = steps > 150 and right > settings["advance_at"][self.stage]
+        return self.stage + (good or late)
+
+    def start_workers(self):
         """Processes that make batches; returns them and a queue for each shape."""
         settings, args = self.settings, self.args
         shapes = list(settings["shapes"])
@@ -361,7 +410,7 @@ class Trainer:
                     settings,
                     args.data,
                     settings["seed"] + 10**6 * (i + len(makers) * self.rank) + self.step,
-                    stage,
+                    self.told,
                     shape,
                     queues,
                 ),
@@ -377,10 +426,12 @@ class Trainer:
         draw = random.Random(self.settings["seed"] * 10**7 + self.step)
         shapes = self.settings["shapes"]
         shape = draw.choices(list(shapes), [size["share"] for size in shapes.values()])[0]
+        stage, done = self.told[:]
+        name = name_of(self.settings, shape, stage, done)
         while True:
-            made_for, size, crowd, arrays = queues[shape].get()
-            if made_for == self.stage:
-                return size, crowd, arrays
+            made_for, crowd, arrays = queues[shape].get()
+            if made_for == (stage, name):
+                return name, crowd, arrays
 
     def held_out(self):
         """The loss on books that are not trained on. In the shape of a training step, gradients and
@@ -396,11 +447,10 @@ class Trainer:
 
     def log(self, sums, count, answers, rate):
         sums = sums.tolist()
-        names = ("text", "answer", *BESIDE)
         print(
             f"step {self.step} stage {self.stage} {self.tokens / 1e6:.1f}M tokens {rate / 1e3:.0f}K "
             "tok/s "
-            + " ".join(f"{name} {value / count:.3f}" for name, value in zip(names, sums))
+            + " ".join(f"{name} {value / count:.3f}" for name, value in zip(LOSSES, sums))
             + f" held out {self.held_out():.3f}"
             + " right "
             + " ".join(f"{shape} {answer.right:.3f}" for shape, answer in answers.items())
@@ -412,13 +462,12 @@ class Trainer:
 
     def run(self):
         args, settings = self.args, self.settings
-        stage = multiprocessing.Value("i", self.stage)
-        pool, queues = self.start_workers(stage)
+        pool, queues = self.start_workers()
         begin = last = saved = self.began  # what it took to compile counts
         logged = time.time()
         answers = {shape: Answers() for shape in queues}
         logged_tokens, logged_step, stage_began = self.tokens, self.step, self.step
-        sums = torch.zeros(2 + len(BESIDE), device=self.device)
+        sums = torch.zeros(len(LOSSES), device=self.device)
         stop = False
         while not stop:
             shape, crowd, arrays = self.batch(queues)
@@ -430,18 +479,16 @@ class Trainer:
             if self.step % 10:
                 continue
             answers[shape].add(right.cpu().numpy(), arrays[1][:, 1:])
+            self.note(losses[LOSSES.index("retrieval")].item())
             now = time.time()
             self.seconds += now - last
             last = now
             stop = now - begin > args.seconds or self.done() >= 1
-            long_enough = self.step - stage_began > 150
-            late = self.done() > settings["advance_by"][self.stage]
-            first = next(iter(answers.values()))
-            good = long_enough and first.right > settings["advance_at"][self.stage]
-            self.stage += good or late
+            stage = self.stage
+            self.stage = self.next_stage(next(iter(answers.values())).right, self.step - stage_began)
             stop = self.agree(stop)
-            if self.stage != stage.value:
-                stage.value, stage_began = self.stage, self.step
+            if self.stage != stage:
+                stage_began = self.step
                 answers = {shape: Answers() for shape in queues}
                 if self.rank == 0:
                     print(f"stage {self.stage} from step {self.step}", flush=True)
@@ -460,8 +507,7 @@ class Trainer:
 
     def profile(self):
         """Where the time of a step goes, for each shape."""
-        stage = multiprocessing.Value("i", self.stage)
-        pool, queues = self.start_workers(stage)
+        pool, queues = self.start_workers()
         for _ in range(40):
             self.update(*self.batch(queues)[1:])
             self.step += 1
