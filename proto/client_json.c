@@ -288,7 +288,7 @@ void client_json_write_create(struct buf *out, const char *from, uint64_t at, co
 enum status client_json_write_rename(struct buf *out, const char *text, size_t size,
                                      const char *name)
 {
-    cJSON *memory = parse_object(text, size), *root = NULL;
+    cJSON *memory = parse_object(text, size);
     cJSON *metadata = cJSON_DetachItemFromObjectCaseSensitive(memory, "metadata");
     cJSON_Delete(memory);
     if (!cJSON_IsObject(metadata)) {
@@ -296,7 +296,7 @@ enum status client_json_write_rename(struct buf *out, const char *text, size_t s
         return STATUS_INVALID;
     }
     cJSON_DeleteItemFromObjectCaseSensitive(metadata, "name");
-    root = cJSON_CreateObject();
+    cJSON *root = cJSON_CreateObject();
     ASSERT(root && cJSON_AddStringToObject(metadata, "name", name) &&
            cJSON_AddItemToObject(root, "metadata", metadata));
     print_to(out, root);

@@ -218,23 +218,26 @@ int cli_fork(struct cli *cli, int argc, char **argv)
     return create(cli, argc, argv, true);
 }
 
+/* A call whose answer matters only where it failed. */
+static int send_json(struct cli *cli, const char *method, const char *path, const struct buf *body)
+{
+    struct http_answer answer;
+    struct http_call call = {
+        .method = method, .path = path, .json = body->data, .json_size = body->size};
+    const int code = http_do(&cli->http, &call, &answer) ? CLI_OK : cli_fail_http(cli, &answer);
+    http_answer_close(&answer);
+    return code;
+}
+
 /* `old` is the answer that shows the memory: its other metadata stay. */
 static int change_name(struct cli *cli, const char *path, const struct http_answer *old,
                        const char *name)
 {
-    struct http_answer answer;
     struct buf body;
-    int code = CLI_OK;
     buf_init(&body);
-    if (client_json_write_rename(&body, old->body.data, old->body.size, name)) {
-        code = cli_fail(cli, CLI_FAILED, "the server's answer is not a memory");
-    } else {
-        struct http_call call = {
-            .method = "PATCH", .path = path, .json = body.data, .json_size = body.size};
-        if (!http_do(&cli->http, &call, &answer))
-            code = cli_fail_http(cli, &answer);
-        http_answer_close(&answer);
-    }
+    const int code = client_json_write_rename(&body, old->body.data, old->body.size, name)
+                         ? cli_fail(cli, CLI_FAILED, "the server's answer is not a memory")
+                         : send_json(cli, "PATCH", path, &body);
     buf_close(&body);
     return code;
 }
@@ -303,7 +306,6 @@ int cli_turns(struct cli *cli, int argc, char **argv)
 int cli_rewind(struct cli *cli, int argc, char **argv)
 {
     struct client_memory memory;
-    struct http_answer answer;
     struct buf body;
     char path[160];
     uint64_t to;
@@ -315,11 +317,7 @@ int cli_rewind(struct cli *cli, int argc, char **argv)
     snprintf(path, sizeof path, "/v1/memories/%s/rewind", memory.id);
     buf_init(&body);
     buf_append_format(&body, "{\"to\":%llu}", (unsigned long long)to);
-    struct http_call call = {
-        .method = "POST", .path = path, .json = body.data, .json_size = body.size};
-    if (!http_do(&cli->http, &call, &answer))
-        code = cli_fail_http(cli, &answer);
-    http_answer_close(&answer);
+    code = send_json(cli, "POST", path, &body);
     buf_close(&body);
     return code;
 }

@@ -1,5 +1,7 @@
 /* `ramba export` and `import`: a memory as a file. */
 #include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -12,9 +14,29 @@ static bool write_body(void *context, const char *data, size_t size)
     return fwrite(data, 1, size, context) == size;
 }
 
-/* The answer into `file`. An export may be all that is left of a memory tomorrow: it is on the disk
- * before anyone is told. */
-static int save(struct cli *cli, const char *id, FILE *file, const char *named, bool is_regular)
+/* An export may be all that is left of a memory tomorrow: it is on disk before anyone is told. */
+static bool sync_file(FILE *file)
+{
+    struct stat kind;
+    if (fflush(file) || fstat(fileno(file), &kind))
+        return false;
+    return !S_ISREG(kind.st_mode) || fsync(fileno(file)) == 0;
+}
+
+/* And its name. */
+static bool sync_folder_of(const char *path)
+{
+    char copy[4096];
+    snprintf(copy, sizeof copy, "%s", path);
+    const int fd = open(dirname(copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const bool good = fd >= 0 && fsync(fd) == 0;
+    if (fd >= 0)
+        close(fd);
+    return good;
+}
+
+/* The answer into `file`, which messages call `named`. */
+static int save(struct cli *cli, const char *id, FILE *file, const char *named)
 {
     char path[160];
     struct http_answer answer;
@@ -23,7 +45,7 @@ static int save(struct cli *cli, const char *id, FILE *file, const char *named, 
     struct http_call call = {
         .method = "GET", .path = path, .body_cb = write_body, .body_context = file};
     const bool done = http_do(&cli->http, &call, &answer);
-    if (ferror(file) || (done && (fflush(file) || (is_regular && fsync(fileno(file))))))
+    if (ferror(file) || (done && !sync_file(file)))
         code = cli_fail(cli, CLI_FAILED, "cannot write %s: %s", named, strerror(errno));
     else if (!done)
         code = cli_fail_http(cli, &answer);
@@ -31,8 +53,8 @@ static int save(struct cli *cli, const char *id, FILE *file, const char *named, 
     return code;
 }
 
-/* To a pipe or device as it comes. What stands under the name of a file, an earlier export perhaps,
- * stays until all of the new one is there. */
+/* To what is no file (a pipe, a device, a link) as it comes. What stands under the name of a file,
+ * an earlier export perhaps, stays until all of the new one is there. */
 static int save_as(struct cli *cli, const char *id, const char *named)
 {
     char part[4096];
@@ -43,10 +65,10 @@ static int save_as(struct cli *cli, const char *id, const char *named)
     FILE *file = fopen(part, "wb");
     if (!file)
         return cli_fail(cli, CLI_FAILED, "cannot write %s: %s", part, strerror(errno));
-    int code = save(cli, id, file, part, is_regular);
+    int code = save(cli, id, file, part);
     if (fclose(file) && code == CLI_OK)
         code = cli_fail(cli, CLI_FAILED, "cannot write %s: %s", part, strerror(errno));
-    if (code == CLI_OK && is_regular && rename(part, named))
+    if (code == CLI_OK && is_regular && (rename(part, named) || !sync_folder_of(named)))
         code = cli_fail(cli, CLI_FAILED, "cannot write %s: %s", named, strerror(errno));
     if (code && is_regular)
         remove(part);
@@ -61,7 +83,7 @@ int cli_export(struct cli *cli, int argc, char **argv)
     const int code = cli_get_memory(cli, argv[1], &memory);
     if (code)
         return code;
-    return strcmp(argv[2], "-") == 0 ? save(cli, memory.id, stdout, "standard output", false)
+    return strcmp(argv[2], "-") == 0 ? save(cli, memory.id, stdout, "standard output")
                                      : save_as(cli, memory.id, argv[2]);
 }
 
