@@ -20,7 +20,7 @@ import torch
 
 import safetensors_io
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
-from data import ANSWER, CHUNK
+from data import ANSWER, CHUNK, Books, Builder
 import model as form
 from model import Aims, Bank, ChunkingLayer, Ramba, RetrievalLayer
 from ramba import Reference
@@ -329,6 +329,7 @@ TINY = {
     "answer_weight": 1.0, "text_weight": 1.0, "distraction_weight": 0.1, "straying_weight": 0.1,
     "distraction_from": 2, "distraction_below": 3.0, "recall": True, "retrieval_weight": 0.2,
     "contrast_weight": 0.1, "attention_weight": 0.2, "mix": {"niah": 1, "fact": 1}, "near_share": 0.3,
+    "crowd_mix": {"niah": 1, "phone": 1},
     "talk_share": 0.1, "counting_share": 0.0, "crowd_share": 0.2, "alike_share": 0.0, "respelled_rows": 0.5,
     "shapes": {"long": {"batch": 2, "length": 1024, "share": 0.5},
                "longer": {"batch": 1, "length": 2048, "share": 0.5, "from": 0.5}},
@@ -355,6 +356,12 @@ class Noting(Trainer):
         return super().agree(stop or self.step == self.halt)
 
 
+def card_ids(tokenizer):
+    """Some text: the model card's."""
+    with open(os.path.join(ROOT, "engine", "models", SHIPPED, "README.md")) as file:
+        return np.array(tokenizer.encode(file.read()), np.uint16)
+
+
 def check_schedule():
     """When stages, longer rows and distraction come, in a training that is stopped and goes on."""
     steps, halt, good = 80, 50, True
@@ -362,10 +369,8 @@ def check_schedule():
         shipped = os.path.join(ROOT, "engine", "models", SHIPPED)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(os.path.join(shipped, name), folder)
-        with open(os.path.join(shipped, "README.md")) as file:
-            ids = np.array(Tokenizer.load(folder).encode(file.read()), np.uint16)
         for name in ("train.npy", "held.npy"):
-            np.save(os.path.join(folder, name), ids)
+            np.save(os.path.join(folder, name), card_ids(Tokenizer.load(folder)))
         config = os.path.join(folder, "config.json")
         with open(config, "w") as file:
             json.dump(TINY, file)
@@ -389,6 +394,31 @@ def check_schedule():
         good &= asked == (40 <= step < 60 or step >= 70)
     good &= any(length == 2048 for _, _, length, _ in seen) and then.step == steps
     print(f"{'ok  ' if good else 'FAIL'} the schedule of a training: {len(seen)} of {steps} steps")
+    return good
+
+
+def check_crowds(rng):
+    """Rows of needles of each kind: no key in two of them, and what is asked for stands where they say:
+    to the letter, or, of a fact, most of it."""
+    folder, good, shares = os.path.join(ROOT, "engine", "models", SHIPPED), True, {}
+    tokenizer = Tokenizer.load(folder)
+    with tempfile.TemporaryDirectory() as data:
+        np.save(os.path.join(data, "train.npy"), card_ids(tokenizer))
+        books = Books(os.path.join(data, "train.npy"), tokenizer)
+    for kind in ("niah", "phone", "fact", "family", "statement", "event"):
+        settings = {**TINY, "crowd_mix": {kind: 1}, "respelled_rows": 0.0}
+        builder = Builder(tokenizer, books, rng.randrange(1000), settings)
+        make, taken = builder.crowd_kind(), set()
+        keys = [{needle.key for needle in builder.crowd(2048, make, taken)} for _ in range(3)]
+        good &= set.union(*keys) == taken and sum(map(len, keys)) == len(taken) > 30
+        rows, _, _, gold = builder.crowds(3, 2048)
+        row, at = np.nonzero(gold >= 0)
+        place = gold[row, at]
+        good &= len(set(row)) == 3 and bool(((place // CHUNK + 1) * CHUNK <= at).all())
+        shares[kind] = float((rows[row, at] == rows[row, place]).mean())
+        good &= shares[kind] > (0.99 if kind in ("niah", "phone") else 0.5)
+    said = ", ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
+    print(f"{'ok  ' if good else 'FAIL'} crowds of needles, tokens where their answers say: {said}")
     return good
 
 
@@ -417,6 +447,7 @@ def main():
             good &= check_settle(name, model, random.Random(4))
     good &= check_scored(random.Random(4))
     good &= check_recalled(random.Random(4))
+    good &= check_crowds(random.Random(4))
     with torch.enable_grad():
         good &= check_schedule()
     return 0 if good else 1

@@ -155,19 +155,25 @@ class Builder:
         return needles + self.passages(max(0, count // 4 - 1))
 
     def crowd_kind(self):
-        """What a crowd of needles is made of: values and keys."""
+        """What makes `count` needles of a crowd: one of `crowd_mix`, of RULER's with which values and keys."""
+        rng, mix = self.rng, self.settings.get("crowd_mix", {"niah": 1})
+        name = rng.choices(list(mix), list(mix.values()))[0]
+        if name != "niah":
+            return lambda count: [tasks.KINDS[name](rng) for _ in range(count)]
         kinds = [("numbers", words.pair), ("numbers", words.unheard), ("words", words.pair)]
-        kinds += [("uuids", words.pair), ("uuids", tasks.identifier)]
-        return self.rng.choices(kinds, [4, 1.5, 1, 1, 2.5])[0]
+        kinds += [("uuids", words.pair), ("uuids", tasks.identifier), ("letters", words.pair)]
+        values, key = rng.choices(kinds, [4, 1.5, 1, 1, 2.5, 1])[0]
+
+        def niahs(count):
+            keys = words.alike(rng, count) if key is words.pair and rng.random() < 0.4 else key
+            return [tasks.niah(rng, values, keys(rng)) for _ in range(count)]
+
+        return niahs
 
     def crowd(self, length, kind, taken):
         """Enough needles of one kind to fill a row, of keys that are not `taken`, and are then."""
-        rng, (values, key) = self.rng, kind
-        size = len(self.tokenizer.encode(tasks.niah(rng, values, key(rng)).pieces[0]))
-        count = length // size
-        if key is words.pair and rng.random() < 0.4:
-            key = words.alike(rng, count)
-        needles = distinct([tasks.niah(rng, values, key(rng)) for _ in range(count)])
+        sizes = [len(self.tokenizer.encode(needle.pieces[0])) for needle in kind(4)]
+        needles = distinct(kind(4 * length // sum(sizes)))
         needles = [needle for needle in needles if needle.key not in taken]
         taken.update(needle.key for needle in needles)
         return needles

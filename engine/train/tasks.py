@@ -25,8 +25,13 @@ def fragments(rng, count):
     return out.strip()
 
 
-def passkey(rng):
-    value = words.number(rng) if rng.random() < 0.7 else fragments(rng, 10)
+def letters(rng):
+    return fragments(rng, 5)
+
+
+def passkey(rng, numbers=0.7):
+    """`numbers`: how many are one, of the others to be told letter by letter."""
+    value = words.number(rng) if rng.random() < numbers else fragments(rng, 10)
     return Needle(
         "passkey",
         [f"\n|The passkey is: {value}|"],
@@ -47,7 +52,9 @@ def identifier(rng):
 
 
 def niah_value(rng, kind):
-    return {"numbers": words.number, "words": words.pair, "uuids": identifier}[kind](rng)
+    """`kind`: those of RULER, and letters that nothing but the place itself tells."""
+    kinds = {"numbers": words.number, "words": words.pair, "uuids": identifier, "letters": letters}
+    return kinds[kind](rng)
 
 
 def niah_sentence(kind, key, value):
@@ -207,6 +214,7 @@ def pair(rng, taken, letters, digits):
 
 KINDS = {
     "passkey": passkey,
+    "letters": lambda rng: passkey(rng, 0.0),
     "niah": niah,
     "niah_multivalue": lambda rng: niah_multivalue(rng, in_order=rng.random() < 0.8),
     "niah_multiquery": niah_multiquery,
