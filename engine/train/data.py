@@ -172,7 +172,7 @@ class Builder:
 
     def crowd(self, length, kind, taken):
         """Enough needles of one kind to fill a row, of keys that are not `taken`, and are then."""
-        sizes = [len(self.tokenizer.encode(needle.pieces[0])) for needle in kind(4)]
+        sizes = [len(self.tokenizer.encode("".join(needle.pieces))) for needle in kind(4)]
         needles = distinct(kind(4 * length // sum(sizes)))
         needles = [needle for needle in needles if needle.key not in taken]
         taken.update(needle.key for needle in needles)
