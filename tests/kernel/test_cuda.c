@@ -42,7 +42,8 @@ struct job {
     const char *name;
     struct model_config config;
     uint32_t max_rows;
-    bool small_pool; /* a device pool of just what one row reads */
+    bool small_pool;   /* a device pool of just what one row reads */
+    bool chunks_alone; /* nothing but what chunks become */
 };
 
 static void check_scans(struct bed *b)
@@ -131,6 +132,11 @@ static void run_job(const struct job *job, bool wide, bool brief, uint64_t seed)
     const size_t least = c->retrieval_heads * c->topk > 16 ? c->retrieval_heads * c->topk : 16;
     if (!open_job(&b, job, seed, job->small_pool ? least * ((page + 255) / 256 * 256) : 0))
         return;
+    if (job->chunks_alone) {
+        check_encode(&b, 18, 67);
+        bed_close(&b);
+        return;
+    }
     const bool large = c->hidden_size >= 1024;
     check_ends(&b);
     check_many_logits(&b, 20);
@@ -184,7 +190,7 @@ static size_t job_count;
 
 static struct model_config *add_job(const char *name, struct model_config config, bool small_pool)
 {
-    jobs[job_count] = (struct job){name, config, 512, small_pool};
+    jobs[job_count] = (struct job){name, config, 512, small_pool, false};
     return &jobs[job_count++].config;
 }
 
@@ -207,6 +213,10 @@ static void make_jobs(void)
     jobs[job_count - 1].max_rows = 4500; /* a segment of more blocks than a round carries */
     c = add_job("d512, heads of 128, 2 kv", make_config(512, 4, 2, 64, 1, 64, 8), false);
     c->vocab_size = 17001;
+    c = add_job("d512, 1 kv, no encoder", make_config(512, 8, 1, 64, 1, 64, 8), false);
+    c->encoder_layers = 0;
+    c->retrieval_dim = 256;
+    jobs[job_count - 1].chunks_alone = true;
     add_job("370M", make_config(1024, 16, 1, 128, 1, 64, 8), false);
 }
 
@@ -246,6 +256,8 @@ int main(int argc, char **argv)
             if (!narrow_only)
                 run_job(&jobs[i], true, brief, seed + i);
             run_job(&jobs[i], false, brief, seed + i);
+            if (jobs[i].chunks_alone)
+                continue;
             run_fp8(&jobs[i], seed + i);
             if (!narrow_only)
                 run_states(&jobs[i], true, seed + i);
