@@ -155,7 +155,7 @@ class Builder:
         return needles + self.passages(max(0, count // 4 - 1))
 
     def crowd_kind(self):
-        """What makes `count` needles of a crowd: one of `crowd_mix`, of RULER's with which values and keys."""
+        """What makes `count` needles of a crowd: one of `crowd_mix`, RULER's with which values and keys."""
         rng, mix = self.rng, self.settings.get("crowd_mix", {"niah": 1})
         name = rng.choices(list(mix), list(mix.values()))[0]
         if name != "niah":
