@@ -60,7 +60,8 @@ static void test_drain(void **state)
     struct wire_answer answer;
     char value[64];
     const char *body = "{\"prompt\":\"x\",\"max_tokens\":2000,\"ignore_eos\":true,\"stream\":true}";
-    char *folder = daemon_begin(&daemon, MODEL, (const char *const[]){"--threads", "1", NULL});
+    char *folder = daemon_begin( /* a machine may be busy for longer than the 30 s of the default */
+        &daemon, MODEL, (const char *const[]){"--threads", "1", "--drain-timeout", "3600", NULL});
     wire_open(&keep, &daemon); /* an idle connection is closed */
     wire_ask(&keep, "GET", "/health/ready", "", NULL, 0);
     assert_int_equal(wire_answer(&keep, &answer, false), 200);
@@ -110,7 +111,8 @@ static void test_drain_deadline(void **state)
     char *folder = daemon_begin(
         &daemon, MODEL,
         (const char *const[]){"--backend", "cpu", /* whose blocks of an append are small */
-                              "--threads", "1", "--drain-timeout", "1", NULL});
+                              "--threads", "1", "--drain-timeout", "1", /* until a commit: */
+                              "--body-timeout", "3600", NULL});
     memset(text, 'a', sizeof text);
     daemon_create_memory(&daemon, NULL, id);
     snprintf(path, sizeof path, "/v1/memories/%s/append", id);
