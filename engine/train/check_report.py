@@ -49,8 +49,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         now = [log(folder, "now", NOW), log(folder, "anew", ANEW)]
         before = log(folder, "before", BEFORE)
-        got = subprocess.run([sys.executable, report, *now, "--before", before], capture_output=True, text=True)
-        none = subprocess.run([sys.executable, report, log(folder, "none", {})], capture_output=True, text=True)
+        run = lambda *args: subprocess.run([sys.executable, report, *args], capture_output=True, text=True)
+        got, none = run(*now, "--before", before), run(log(folder, "none", {}))
     good = got.stdout == WANTED and got.returncode == 0
     good &= none.returncode == 2 and "no cases" in none.stderr
     print(f"{'ok  ' if good else 'FAIL'} the tables of a model card")

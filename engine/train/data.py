@@ -155,7 +155,8 @@ class Builder:
         return needles + self.passages(max(0, count // 4 - 1))
 
     def crowd_kind(self):
-        """What makes `count` needles of a crowd: one of `crowd_mix`, RULER's with which values and keys."""
+        """What makes `count` needles of a crowd: one of `crowd_mix`, RULER's with which values and keys.
+        An event is none: its questions do not name all that its key does, so that many have two answers."""
         rng, mix = self.rng, self.settings.get("crowd_mix", {"niah": 1})
         name = rng.choices(list(mix), list(mix.values()))[0]
         if name != "niah":
