@@ -212,17 +212,21 @@ class Builder:
         text = np.array(noise * (length // len(noise) + 1), np.uint16)[:length]
         return text, np.arange(length) % len(noise) == 0
 
-    def questions(self, needles, room):
-        """Questions of as many needles as fit, in random order: (which, question, parts)."""
+    def questions(self, needles, room, lead_share):
+        """Questions of as many needles as fit, in random order: (which, lead, question, parts). `lead`
+        is how much text stands before it: in use most questions are the first behind a long text, so
+        that the state does not expect them, and the chunk that they end in, which holds the key, too,
+        is mostly text."""
         out, used = [], 0
         order = list(range(len(needles)))
         self.rng.shuffle(order)
         for which in order:
             question, parts = self.question(needles[which])
-            size = len(question) + sum(len(tokens) for tokens, _ in parts)
+            lead = int(4 * 128 ** self.rng.random()) if self.rng.random() < lead_share else 0
+            size = lead + len(question) + sum(len(tokens) for tokens, _ in parts)
             if used + size <= room:
                 used += size
-                out.append((which, question, parts))
+                out.append((which, lead, question, parts))
         return out, used
 
     def dense(self, row, stage, texts, room):
@@ -281,7 +285,9 @@ class Builder:
                 break
             texts += [(len(needles), i, piece) for i, piece in enumerate(pieces)]
             needles.append(needle)
-        questions, size = self.questions(needles, int(length * (0.96 - share if crowd else 0.25)))
+        asking = 0.96 - share if crowd else 0.25 if stage <= 1 else 0.35
+        leads = self.settings.get("lead_share", 0) if stage > 1 else 0
+        questions, size = self.questions(needles, int(length * asking), leads)
         if not questions:  # a short row of long facts
             return self.plain(length)
         room = length - size
@@ -298,9 +304,10 @@ class Builder:
         elif style < 0.5 or stage == 0:  # the answer can only come through the chunk memories
             row.resets.append(len(row.ids))
         tokens = {(which, i): text for which, i, text in texts}
-        for which, question, parts in questions:
-            if style < 0.25:
+        for which, lead, question, parts in questions:
+            if style < 0.25 or (lead and rng.random() < 0.7):  # what was asked before is forgotten
                 row.resets.append(len(row.ids))
+            row.add(self.text(lead)[0].tolist() if lead else [], TEXT)
             count = len(needles[which].pieces)
             pieces = [
                 (tokens[which, i], where[which, i]) if (which, i) in where else None
