@@ -7,6 +7,10 @@
  * op by op and not in recorded parts, in which the device is waited for after each: `host` is how
  * long the calls took in steps without these waits, so where the sum of `host` is close to the
  * step's time, launches bound it. Decoding is greedy, each token the one before it gave.
+ * Prefill goes on behind a past that nobody wrote, whose pages are nowhere when its session begins.
+ * Random weights pick at random, so the first slice reads most of the past, as no slice of a text
+ * does: it is told apart, with the pages that it read, and a slice's time is that of slices that
+ * find their pages here, as those of a prompt do that was read just now.
  *
  *   bench_cuda [--csv FILE] [--only WHAT-ROWS-CONTEXT] [--plain] [--fp8] [--bf16]
  * Prints a table, and writes the same as CSV; `--only decode-1-4096` for one row, or a part of its
@@ -26,6 +30,7 @@
 #include "tests/lib/noise_io.h"
 
 #define SECONDS_MAX 100 /* rows after that are left out, and said to be */
+#define WARM_SLICES 8   /* of prefill, at most, until no page is missing */
 
 static FILE *csv;
 static double began, bandwidth, rate; /* bytes/s, operations/s */
@@ -315,6 +320,8 @@ struct row {
     uint64_t context;
     double seconds; /* of a step */
     double bytes, operations;
+    double first_seconds;        /* of a slice whose pages are not here; 0: none is told apart */
+    uint64_t first_pages, pages; /* that it read, and that the others did, all together */
     struct clock host[OP_COUNT], device[OP_COUNT];
     int steps, waited; /* behind these */
 };
@@ -324,6 +331,17 @@ static double landmarks_on_device(const struct memory *memory)
 {
     const double blocks = (double)memory->landmark_bytes / (double)memory->block_bytes;
     return blocks * (double)(memory->narrow_bytes ? memory->narrow_bytes : memory->block_bytes);
+}
+
+static void report_first(const struct row *r)
+{
+    printf("          the first slice %.3f ms, %llu pages read; %llu in the %d slices timed\n",
+           r->first_seconds * 1e3, (unsigned long long)r->first_pages, (unsigned long long)r->pages,
+           r->steps);
+    if (csv)
+        fprintf(csv, "%s,%u,%llu,first_slice,%llu,,%.6f,,,,\n", r->what, r->rows,
+                (unsigned long long)r->context, (unsigned long long)r->first_pages,
+                r->first_seconds * 1e3);
 }
 
 static void report(const struct row *r)
@@ -364,6 +382,8 @@ static void report(const struct row *r)
            "          %.0f MB of the device in use, %.1f MB of them landmarks\n",
            whole * 1e3, host * 1e3, r->host[OP_PARTS].seconds / r->steps * 1e3, used * 1e-6,
            landmarks_on_device(&measured->memory) * 1e-6);
+    if (r->first_seconds > 0)
+        report_first(r);
     fflush(stdout);
 }
 
@@ -544,15 +564,38 @@ static void prefill(struct engine *engine, struct engine_session *s, const int32
         engine_chunk_durable(engine, (struct chunk_key){1, c}, STATUS_OK);
 }
 
+static uint64_t pages_read(const struct engine *engine)
+{
+    struct engine_stats stats;
+    engine_get_stats(engine, &stats);
+    return stats.page_misses;
+}
+
+/* Slices until all pages of the past are here; how many. */
+static int warm_up(struct engine *engine, struct engine_session *s, const int32_t *tokens,
+                   uint32_t slice, struct row *r)
+{
+    const double begin = now();
+    uint64_t before = pages_read(engine);
+    prefill(engine, s, tokens, slice);
+    r->first_seconds = now() - begin;
+    r->first_pages = pages_read(engine) - before;
+    int count = 1;
+    for (bool missing = r->first_pages > 0; missing && count < WARM_SLICES; count++) {
+        before = pages_read(engine);
+        prefill(engine, s, tokens, slice);
+        missing = pages_read(engine) > before;
+    }
+    return count;
+}
+
 static void time_prefill(struct engine *engine, uint32_t slice, uint64_t context, int slices)
 {
     const struct engine_info *info = engine_get_info(engine);
-    const double middle = (double)context + slice * (1 + slices / 2.0);
     struct row r = {.what = "prefill",
                     .rows = slice,
                     .context = context,
                     .bytes = (double)info->weight_bytes, /* once, for all rows */
-                    .operations = slice * token_operations(info, middle),
                     .steps = slices,
                     .waited = 1};
     if (left_out("prefill", slice, context))
@@ -563,12 +606,16 @@ static void time_prefill(struct engine *engine, uint32_t slice, uint64_t context
     if (s) {
         for (uint32_t i = 0; i < slice; i++)
             tokens[i] = (int32_t)(i * 7919 % 50000);
-        prefill(engine, s, tokens, slice); /* warms up */
+        const int warm = warm_up(engine, s, tokens, slice, &r);
+        const double middle = (double)context + slice * (warm + slices / 2.0);
+        r.operations = slice * token_operations(info, middle);
+        const uint64_t before = pages_read(engine);
         memset(clocks, 0, sizeof clocks);
         const double begin = now();
         for (int i = 0; i < slices; i++)
             prefill(engine, s, tokens, slice);
         r.seconds = (now() - begin) / slices;
+        r.pages = pages_read(engine) - before;
         memcpy(r.host, clocks, sizeof clocks);
         memset(clocks, 0, sizeof clocks);
         waiting = true;
