@@ -10,6 +10,10 @@
 #define SLAB_PAGES 64       /* pages taken from the system at a time: as many as there are, */
 #define SLAB_PAGES_MOST 512 /* between these; pinned memory is slow to get */
 #define SLAB_BLOCKS 16      /* landmark blocks taken from the backend at a time */
+#define CACHE_LINE 64
+#define AHEAD 32 /* pages between a prefetch and what it is for */
+
+_Static_assert(sizeof(struct memory_page) == CACHE_LINE, "a page's bookkeeping is a cache line");
 
 struct memory_slab {
     struct list node;
@@ -98,7 +102,7 @@ static bool grow(struct memory *memory)
         return false;
     memory->slabs = slabs;
     char *data = memory->ops->alloc_host(memory->context, count * memory->kv_bytes);
-    struct memory_page *pages = calloc(count, sizeof *pages);
+    struct memory_page *pages = aligned_alloc(CACHE_LINE, count * sizeof *pages);
     if (!data || !pages) {
         if (data)
             memory->ops->release_host(memory->context, data);
@@ -108,7 +112,7 @@ static bool grow(struct memory *memory)
     slabs[memory->slab_count++] = data;
     slabs[memory->slab_count++] = pages;
     for (size_t i = count; i--;) {
-        pages[i].data = data + i * memory->kv_bytes;
+        pages[i] = (struct memory_page){.data = data + i * memory->kv_bytes};
         list_init(&pages[i].lru);
         free_page(memory, &pages[i]);
     }
@@ -208,6 +212,26 @@ struct memory_page *memory_page_expect(struct memory *memory, struct chunk_key k
         memory->expected++;
     }
     return page;
+}
+
+bool memory_pin_chunks(struct memory *memory, uint64_t branch, const uint64_t *chunks, size_t count,
+                       uint64_t stamp, const void **data, struct memory_pins *pins)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (i + 2 * AHEAD < count)
+            __builtin_prefetch(slot(memory, (struct chunk_key){branch, chunks[i + 2 * AHEAD]}));
+        if (i + AHEAD < count)
+            __builtin_prefetch(*slot(memory, (struct chunk_key){branch, chunks[i + AHEAD]}));
+        bool added;
+        struct memory_page *page =
+            memory_page_pin(memory, (struct chunk_key){branch, chunks[i]}, stamp, &added);
+        if (!page)
+            return false;
+        if (added)
+            memory_pins_add(pins, page);
+        data[i] = page->data;
+    }
+    return true;
 }
 
 void memory_page_unpin(struct memory *memory, struct memory_page *page)

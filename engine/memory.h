@@ -15,6 +15,7 @@
 #include "engine/ops.h"
 #include "proto/base/list.h"
 
+/* A cache line: a slice of rows looks up thousands of them. */
 struct memory_page {
     struct chunk_key key;
     void *data; /* kv_bytes, memory of ops->alloc_host */
@@ -27,6 +28,22 @@ struct memory_page {
     struct memory_page *next; /* in its hash chain, or in the free list */
     struct list lru;          /* while not pinned */
 };
+
+/* Pages that somebody pinned, each once. */
+struct memory_pins {
+    struct memory_page **pages; /* [count], the caller's; the first `unread` are still to be read */
+    size_t count, unread;
+};
+
+/* A page more, pinned just now. */
+static inline void memory_pins_add(struct memory_pins *pins, struct memory_page *page)
+{
+    pins->pages[pins->count++] = page;
+    if (!page->unread)
+        return;
+    pins->pages[pins->count - 1] = pins->pages[pins->unread];
+    pins->pages[pins->unread++] = page;
+}
 
 /* OPS_LANDMARK_BLOCK landmarks, shared by the sessions that came from one another. Blocks come from
  * the backend a slab at a time: a device hands out memory slowly, and waits to take it back. */
@@ -79,6 +96,10 @@ struct memory_page *memory_page_pin(struct memory *memory, struct chunk_key key,
 /* The same for a page that will be asked for, perhaps: no hit and no miss. */
 struct memory_page *memory_page_expect(struct memory *memory, struct chunk_key key, uint64_t stamp,
                                        bool *added);
+/* memory_page_pin of `count` chunks of a branch, whose pages come to the cache ahead: where they
+ * lie to `data`, and those that this call pinned to `pins`. False, and some are pinned: no room. */
+bool memory_pin_chunks(struct memory *memory, uint64_t branch, const uint64_t *chunks, size_t count,
+                       uint64_t stamp, const void **data, struct memory_pins *pins);
 void memory_page_unpin(struct memory *memory, struct memory_page *page);
 /* Begins to read what is unread among `pages` (borrowed, like io, until memory_load_end), beside
  * what the engine does; false: nothing is, or there is no loader. Until the end no call of the io

@@ -41,6 +41,7 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
         ops->alloc_host(engine->context, m->max_chunks * engine->info.landmark_bytes);
     m->tokens = calloc(max_rows, sizeof *m->tokens);
     m->pages = calloc(picks, sizeof *m->pages);
+    m->marked = calloc(picks, sizeof *m->marked);
     const size_t step_picks = (size_t)OPS_STEP_ROWS * model_picks_per_row(engine);
     const size_t most = picks > step_picks ? picks : step_picks;
     m->held = calloc(most, sizeof *m->held);
@@ -62,7 +63,7 @@ enum status model_create(struct engine *engine, uint32_t max_rows, struct model 
     m->chunk_index = calloc(m->max_chunks, sizeof *m->chunk_index);
     if (!m->x || !m->q || !m->o || !m->last || !m->chunks || !m->logits || !m->host_logits ||
         !m->host_landmarks || !m->tokens || !m->picks.chunks || !m->picks.weights || !m->pages ||
-        !m->held || !m->waiting_held || !m->ahead_held || !m->expected ||
+        !m->marked || !m->held || !m->waiting_held || !m->ahead_held || !m->expected ||
         !m->waiting_picks.chunks || !m->waiting_picks.weights || (ops->step_begin && !m->waiting) ||
         !m->row_page || !m->segments || !m->single || !m->states || !m->landmarks ||
         !m->chunk_rows || !m->chunk_kv || !m->chunk_landmarks || !m->chunk_items ||
@@ -95,6 +96,7 @@ void model_destroy(struct engine *engine, struct model *m)
             engine->ops->release_host(engine->context, host[i]);
     free(m->tokens);
     free(m->pages);
+    free(m->marked);
     free(m->held);
     free(m->waiting_held);
     free(m->ahead_held);
@@ -344,13 +346,14 @@ struct memory_page *model_pin_chunk(struct pass *p, struct block *b, uint32_t it
     struct recent *recent = &m->recent[chunk % RECENT_PAGES];
     if (recent->stamp == m->stamp && recent->chunk == chunk && recent->item == item)
         return recent->page;
-    const struct chunk_key key = {session_branch_of(p->items[item].session, chunk), chunk};
+    uint64_t end;
+    const struct chunk_key key = {session_branch_of(p->items[item].session, chunk, &end), chunk};
     bool added;
     struct memory_page *page = expected
                                    ? memory_page_expect(&p->engine->memory, key, m->stamp, &added)
                                    : memory_page_pin(&p->engine->memory, key, m->stamp, &added);
     if (added)
-        b->pages[b->held++] = page;
+        memory_pins_add(&b->pins, page);
     if (page)
         *recent = (struct recent){m->stamp, chunk, item, page};
     return page;
@@ -389,15 +392,23 @@ void model_pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t item
 {
     let_pages_go(p);
     p->m->stamp++;
-    b->held = 0;
+    b->pins.count = b->pins.unread = 0;
     pin_more(p, b, end, item);
     ASSERT(b->count); /* one row always fits: checked before the step */
 }
 
 void model_unpin_rows(struct pass *p, struct block *b)
 {
-    while (b->held)
-        memory_page_unpin(&p->engine->memory, b->pages[--b->held]);
+    while (b->pins.count)
+        memory_page_unpin(&p->engine->memory, b->pins.pages[--b->pins.count]);
+    b->pins.unread = 0;
+}
+
+enum status model_load_rows(struct pass *p, struct block *b)
+{
+    const size_t unread = b->pins.unread;
+    b->pins.unread = 0;
+    return memory_load(&p->engine->memory, &p->engine->io, b->pins.pages, unread);
 }
 
 static void attend_block(struct pass *p, const struct block *b)
@@ -415,23 +426,19 @@ static void attend_block(struct pass *p, const struct block *b)
 static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t item, bool whole)
 {
     struct model *m = p->m;
-    struct memory *memory = &p->engine->memory;
-    struct block b = {.first = first, .pages = m->held};
+    struct block b = {.first = first, .pins.pages = m->held};
     bool keep = whole;
     m->stamp++;
     while (b.first < end) {
         while (b.first >= p->items[item].segment.row + p->items[item].segment.count)
             item++;
-        size_t loaded = b.held;
         pin_more(p, &b, end, item);
         if (!b.count) { /* what earlier rows read makes room */
             model_unpin_rows(p, &b);
             model_pin_rows(p, &b, end, item);
-            loaded = 0;
             keep = false;
         }
-        const enum status status =
-            memory_load(memory, &p->engine->io, b.pages + loaded, b.held - loaded);
+        const enum status status = model_load_rows(p, &b);
         if (!status) {
             attend_block(p, &b);
             b.first += b.count;
@@ -453,9 +460,20 @@ static void attend_rows(struct pass *p, uint32_t first, uint32_t end, uint32_t i
         b.first += whole ? b.count : 0;
     }
     if (keep)
-        m->kept = b.held;
+        m->kept = b.pins.count;
     else
         model_unpin_rows(p, &b);
+}
+
+/* The chunks that the item's marks name, to m->marked; how many. */
+static size_t list_marked(struct pass *p, const uint64_t *marks, uint32_t item)
+{
+    const uint64_t chunks = p->m->landmarks[item].count;
+    size_t count = 0;
+    for (uint64_t word = 0; word * 64 < chunks; word++)
+        for (uint64_t left = marks[word]; left; left &= left - 1)
+            p->m->marked[count++] = word * 64 + (uint64_t)__builtin_ctzll(left);
+    return count;
 }
 
 /* Pins the pages of the item's marked chunks and puts where they lie to m->pages from `*count` on;
@@ -464,19 +482,21 @@ static bool pin_marked(struct pass *p, struct block *b, uint32_t item, size_t *c
 {
     struct model *m = p->m;
     const uint64_t *marks = p->engine->ops->picked(p->engine->context, item);
-    const uint64_t chunks = m->landmarks[item].count;
-    if (!marks)
-        return false;
-    for (uint64_t word = 0; word * 64 < chunks; word++)
-        for (uint64_t left = marks[word]; left; left &= left - 1) {
-            const uint64_t chunk = word * 64 + (uint64_t)__builtin_ctzll(left);
-            struct memory_page *page =
-                p->items[item].status ? NULL : model_pin_chunk(p, b, item, chunk, false);
-            if (!page && !p->items[item].status)
-                return false;
-            m->pages[(*count)++] = page ? page->data : NULL;
-        }
-    return true;
+    const size_t marked = marks ? list_marked(p, marks, item) : 0;
+    const void **data = m->pages + *count;
+    *count += marked;
+    if (p->items[item].status)
+        memset(data, 0, marked * sizeof *data);
+    for (size_t i = 0, next; i < marked && !p->items[item].status; i = next) {
+        uint64_t end;
+        const uint64_t branch = session_branch_of(p->items[item].session, m->marked[i], &end);
+        for (next = i + 1; next < marked && m->marked[next] < end; next++)
+            ;
+        if (!memory_pin_chunks(&p->engine->memory, branch, m->marked + i, next - i, m->stamp,
+                               data + i, &b->pins))
+            return false;
+    }
+    return marks;
 }
 
 /* Pins the pages of all picks, each once, and tells the backend where they lie. False, and nothing
@@ -485,15 +505,15 @@ static bool name_picked(struct pass *p)
 {
     struct engine *engine = p->engine;
     struct model *m = p->m;
-    struct block b = {.pages = m->held};
+    struct block b = {.pins.pages = m->held};
     size_t count = 0;
     bool whole = true;
     m->stamp++;
     for (uint32_t i = 0; i < p->count && whole; i++)
         whole = pin_marked(p, &b, i, &count);
-    if (whole && !memory_load(&engine->memory, &engine->io, b.pages, b.held) &&
+    if (whole && !model_load_rows(p, &b) &&
         engine->ops->name_picked(engine->context, m->pages, count)) {
-        m->kept = b.held;
+        m->kept = b.pins.count;
         return true;
     }
     model_unpin_rows(p, &b);

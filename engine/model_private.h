@@ -12,8 +12,7 @@
 /* A run of rows whose pages are pinned together. */
 struct block {
     uint32_t first, count;
-    struct memory_page **pages; /* [held] */
-    size_t held;
+    struct memory_pins pins;
 };
 
 struct model {
@@ -31,6 +30,7 @@ struct model {
     /* Host memory. */
     int32_t *tokens;
     const void **pages;            /* [max_rows, Hr, K] */
+    uint64_t *marked;              /* [max_rows, Hr, K]: chunks of an item that were picked */
     struct memory_page **row_page; /* [OPS_STEP_ROWS, Hr, K]: of the first rows */
     /* Pinned pages, each list as long as one of a block can become: of the block under way, of
      * those that wait for theirs, and of what is expected. */
@@ -95,6 +95,8 @@ struct memory_page *model_pin_chunk(struct pass *p, struct block *b, uint32_t it
  * than PIN_ROWS, when no others of rows are pinned; m->pages says where they lie. */
 void model_pin_rows(struct pass *p, struct block *b, uint32_t end, uint32_t item);
 void model_unpin_rows(struct pass *p, struct block *b);
+/* Reads those of the block's pages that are unread; as memory_load. */
+STATUS_CHECKED enum status model_load_rows(struct pass *p, struct block *b);
 /* An HSA layer, by as many rows as pages fit. */
 void model_hsa(struct pass *p, const struct weights_layer *layer);
 /* The logits of each item that wants them, in host memory. */

@@ -31,7 +31,7 @@ static size_t partial_rows(const struct engine_session *session)
     return (size_t)(session->position % session->engine->config.chunk_tokens);
 }
 
-uint64_t session_branch_of(const struct engine_session *session, uint64_t index)
+uint64_t session_branch_of(const struct engine_session *session, uint64_t index, uint64_t *end)
 {
     size_t low = 0, high = session->range_count; /* the last range with first <= index */
     while (high - low > 1) {
@@ -41,6 +41,7 @@ uint64_t session_branch_of(const struct engine_session *session, uint64_t index)
         else
             high = middle;
     }
+    *end = high < session->range_count ? session->ranges[high].first : UINT64_MAX;
     return session->ranges[low].branch;
 }
 
@@ -292,12 +293,12 @@ static enum status read_landmarks(struct engine_session *s, void *host)
     const struct engine *engine = s->engine;
     const uint64_t total = s->position / engine->config.chunk_tokens;
     while (s->chunk_count < total) {
-        const uint64_t at = s->chunk_count, branch = session_branch_of(s, at);
-        uint64_t end = (at / OPS_LANDMARK_BLOCK + 1) * OPS_LANDMARK_BLOCK;
+        const uint64_t at = s->chunk_count;
+        const uint64_t block_end = (at / OPS_LANDMARK_BLOCK + 1) * OPS_LANDMARK_BLOCK;
+        uint64_t end;
+        const uint64_t branch = session_branch_of(s, at, &end);
         end = end < total ? end : total;
-        for (size_t i = 0; i < s->range_count; i++)
-            if (s->ranges[i].first > at && s->ranges[i].first < end)
-                end = s->ranges[i].first;
+        end = end < block_end ? end : block_end;
         void *to;
         enum status status = session_add_landmark(s, &to);
         if (!status)

@@ -34,8 +34,8 @@ struct engine_session {
     int32_t largest, token;
 };
 
-/* The branch that holds chunk `index` of the session. */
-uint64_t session_branch_of(const struct engine_session *session, uint64_t index);
+/* The branch that holds chunk `index` of the session, and those behind it up to `*end`. */
+uint64_t session_branch_of(const struct engine_session *session, uint64_t index, uint64_t *end);
 /* The last logits in host memory, [V]; brought there first when they are away. Borrowed until the
  * next step. */
 const float *session_logits(struct engine_session *session);

@@ -99,10 +99,10 @@ static void expect_pages(struct pass *p, uint32_t group)
     const uint32_t per_row = model_picks_per_row(engine);
     const size_t reserve = (size_t)p->count * (per_row + 1);
     size_t resident = 0;
-    ASSERT(!m->ahead.held);
+    ASSERT(!m->ahead.pins.count);
     if (!engine->ops->prefetch || !pages_are_short(engine))
         return;
-    m->ahead = (struct block){.pages = m->ahead_held};
+    m->ahead = (struct block){.pins.pages = m->ahead_held};
     m->stamp++;
     for (uint32_t i = 0; i < p->count; i++)
         for (uint32_t j = 0; j < per_row && memory_room(&engine->memory) > reserve; j++) {
@@ -110,18 +110,19 @@ static void expect_pages(struct pass *p, uint32_t group)
             if (chunk != SESSION_NO_PICK)
                 (void)model_pin_chunk(p, &m->ahead, i, chunk, true);
         }
-    for (size_t i = 0; i < m->ahead.held; i++)
-        if (!m->ahead.pages[i]->unread)
-            m->expected[resident++] = m->ahead.pages[i]->data;
+    for (size_t i = 0; i < m->ahead.pins.count; i++)
+        if (!m->ahead.pins.pages[i]->unread)
+            m->expected[resident++] = m->ahead.pins.pages[i]->data;
     if (resident)
         engine->ops->prefetch(engine->context, m->expected, resident, true);
-    (void)memory_load_begin(&engine->memory, &engine->io, m->ahead.pages, m->ahead.held);
+    (void)memory_load_begin(&engine->memory, &engine->io, m->ahead.pins.pages,
+                            m->ahead.pins.unread);
 }
 
 /* They are there; those that could not be read are not, and whoever needs one will say so. */
 static void await_expected(struct pass *p)
 {
-    if (!p->m->ahead.held)
+    if (!p->m->ahead.pins.count)
         return;
     (void)memory_load_end(&p->engine->memory);
     p->engine->ops->fetched(p->engine->context);
@@ -187,7 +188,7 @@ static bool begin_part(struct pass *p, struct step *s, bool *late)
 {
     struct engine *engine = p->engine;
     await_expected(p);
-    s->pinned = (struct block){.pages = p->m->held};
+    s->pinned = (struct block){.pins.pages = p->m->held};
     s->how = OPS_PART_PLAIN;
     s->part++;
     model_pin_rows(p, &s->pinned, p->rows.row_count, 0);
@@ -196,7 +197,7 @@ static bool begin_part(struct pass *p, struct step *s, bool *late)
     if (s->pinned.count == p->rows.row_count) {
         if (find_late(p, s, late))
             return false;
-        if (!memory_load(&engine->memory, &engine->io, s->pinned.pages, s->pinned.held)) {
+        if (!model_load_rows(p, &s->pinned)) {
             s->how =
                 engine->ops->part_begin(engine->context, s->part, p->m->picks.weights, p->m->pages);
         }
@@ -419,9 +420,9 @@ static struct pass some_of(const struct pass *p, uint32_t first, uint32_t count)
 static void fetch_waiting(struct pass *p, const struct block *held)
 {
     size_t resident = 0;
-    for (size_t i = 0; i < held->held && resident < p->m->expected_capacity; i++)
-        if (!held->pages[i]->unread)
-            p->m->expected[resident++] = held->pages[i]->data;
+    for (size_t i = 0; i < held->pins.count && resident < p->m->expected_capacity; i++)
+        if (!held->pins.pages[i]->unread)
+            p->m->expected[resident++] = held->pins.pages[i]->data;
     p->engine->ops->prefetch(p->engine->context, p->m->expected, resident, false);
 }
 
@@ -439,7 +440,7 @@ static void run_divided(struct pass *p, struct step *s, const bool *late, struct
     m->held = m->waiting_held;
     m->waiting_held = list;
     engine->counted.steps_divided++;
-    (void)memory_load_begin(&engine->memory, &engine->io, held.pages, held.held);
+    (void)memory_load_begin(&engine->memory, &engine->io, held.pins.pages, held.pins.unread);
     struct pass some = some_of(p, 0, ready);
     name_step(&some, &first);
     first.how = engine->ops->part_begin(engine->context, part, m->picks.weights, m->pages);
