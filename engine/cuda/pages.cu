@@ -19,14 +19,15 @@ extern "C" {
 #define COPY_THREADS 256
 #define COPY_EACH 4 /* words of a thread, on their way at once */
 #define COPY_FEW 64 /* pages that a kernel's arguments name */
-#define RECENT_PAGES 4096
-#define AHEAD 8 /* pages between a hint and what it is for */
+#define AHEAD 32 /* pages between a hint and what it is for */
+#define CACHE_LINE 64
 #define BATCH_MOST 1024 /* pages that come ahead together */
 
 /* How a page came: with the kernel that reads it (or somebody has taken it since); on the stream of
  * copies, asked for or predicted. */
 enum arrival { COUNTED, ASKED, PREDICTED };
 
+/* A cache line: a slice of rows looks up thousands of them. */
 struct slot {
     struct list lru;  /* every slot; the least recently used first */
     const void *page; /* NULL: empty */
@@ -36,6 +37,7 @@ struct slot {
     enum arrival come;
     struct slot *next; /* in its hash chain */
 };
+static_assert(sizeof(struct slot) == CACHE_LINE, "a slot's bookkeeping is a cache line");
 
 struct copy {
     void *to;
@@ -48,12 +50,6 @@ struct copies {
     struct copy few[COPY_FEW];
 };
 
-struct recent {
-    const void *page;
-    void *data;
-    uint64_t stamp;
-};
-
 struct cuda_pages {
     struct list lru;
     size_t stride, capacity, count; /* bytes of a page; slots at most; slots there are */
@@ -63,7 +59,6 @@ struct cuda_pages {
     void **slabs; /* device memory and slot structs in turn */
     size_t slab_count;
     uint64_t stamp;
-    struct recent recent[RECENT_PAGES]; /* taken since cuda_pages_begin: rows share pages */
     uint64_t hits, misses;
     struct copy *missing; /* to be copied here by cuda_pages_end */
     size_t missing_count, missing_capacity;
@@ -115,7 +110,7 @@ static bool grow(struct ops_context *x)
         return false;
     p->slabs = slabs;
     char *data = (char *)cuda_take(x, count * p->stride);
-    struct slot *slots = (struct slot *)calloc(count, sizeof *slots);
+    struct slot *slots = (struct slot *)aligned_alloc(CACHE_LINE, count * sizeof *slots);
     if (!data || !slots) {
         cuda_give(x, data);
         free(slots);
@@ -124,6 +119,7 @@ static bool grow(struct ops_context *x)
     }
     slabs[p->slab_count++] = data;
     slabs[p->slab_count++] = slots;
+    memset(slots, 0, count * sizeof *slots);
     for (size_t i = 0; i < count; i++) {
         slots[i].data = data + i * p->stride;
         list_push_front(&p->lru, &slots[i].lru);
@@ -290,11 +286,11 @@ static struct slot *take(struct ops_context *x, const void *page, bool *fresh)
     if (x->failed)
         return NULL;
     struct slot *slot = find(p, page);
-    if (slot)
+    if (!slot)
+        *fresh = (slot = take_new(x, page, 0));
+    else if (slot->stamp != p->stamp)
         touch(p, slot);
-    else if ((slot = take_new(x, page, 0)))
-        *fresh = true;
-    else
+    if (!slot)
         return NULL;
     join(x, slot);
     slot->stamp = p->stamp;
@@ -321,12 +317,8 @@ static bool note_missing(struct ops_context *x, void *to, const void *from)
     return true;
 }
 
-static struct recent *recent_of(struct cuda_pages *p, const void *page)
-{
-    return &p->recent[number_of(p, page) & (RECENT_PAGES - 1)];
-}
-
-static void *take_anew(struct ops_context *x, const void *page)
+/* Where the page's copy lies; rows share pages, so it may have been taken for this kernel. */
+static void *take_page(struct ops_context *x, const void *page)
 {
     struct cuda_pages *p = x->pages;
     bool fresh;
@@ -339,7 +331,6 @@ static void *take_anew(struct ops_context *x, const void *page)
     slot->come = COUNTED;
     if (fresh && !note_missing(x, slot->data, page))
         return NULL;
-    *recent_of(p, page) = (struct recent){page, slot->data, p->stamp};
     return slot->data;
 }
 
@@ -356,21 +347,13 @@ size_t cuda_pages_take(struct ops_context *x, const void *const *pages, size_t c
 {
     struct cuda_pages *p = x->pages;
     for (size_t i = 0; i < count; i++) {
-        const void *page = pages[i];
-        const struct recent *recent = recent_of(p, page);
         if (i + 2 * AHEAD < count)
             hint(p, pages[i + 2 * AHEAD], false);
         if (i + AHEAD < count)
             hint(p, pages[i + AHEAD], true);
-        data[i] = NULL;
-        if (!page)
-            continue;
-        if (recent->page == page && recent->stamp == p->stamp) {
-            data[i] = recent->data;
-            p->hits++;
-        } else if (!(data[i] = take_anew(x, page))) {
+        data[i] = pages[i] ? take_page(x, pages[i]) : NULL;
+        if (pages[i] && !data[i])
             return i;
-        }
     }
     return count;
 }
