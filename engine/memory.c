@@ -7,9 +7,11 @@
 
 #include "proto/base/assert.h"
 
-#define SLAB_PAGES 64       /* pages taken from the system at a time: as many as there are, */
-#define SLAB_PAGES_MOST 512 /* between these; pinned memory is slow to get */
-#define SLAB_BLOCKS 16      /* landmark blocks taken from the backend at a time */
+/* Pages taken from the system at a time: as many as there are, between these; pinned memory is slow
+ * to get, the less so the more it is at once. */
+#define SLAB_PAGES 64
+#define SLAB_BYTES_MOST ((size_t)32 << 20)
+#define SLAB_BLOCKS 16 /* landmark blocks taken from the backend at a time */
 #define CACHE_LINE 64
 #define AHEAD 32 /* pages between a prefetch and what it is for */
 
@@ -50,6 +52,7 @@ static void free_page(struct memory *memory, struct memory_page *page)
 {
     page->next = memory->free_pages;
     memory->free_pages = page;
+    memory->free++;
 }
 
 enum status memory_open(struct memory *memory, const struct ops *ops, struct ops_context *context,
@@ -87,14 +90,20 @@ void memory_close(struct memory *memory)
     *memory = (struct memory){0};
 }
 
+/* Pages of the next slab. */
+static size_t slab_pages(const struct memory *memory)
+{
+    const size_t left = memory->capacity - memory->allocated;
+    const size_t most = SLAB_BYTES_MOST / memory->kv_bytes;
+    size_t count = memory->allocated < most ? memory->allocated : most;
+    count = count > SLAB_PAGES ? count : SLAB_PAGES;
+    return count < left ? count : left;
+}
+
 /* More pages from the system, within the capacity. A slab is page memory and page structs. */
 static bool grow(struct memory *memory)
 {
-    const size_t left = memory->capacity - memory->allocated;
-    size_t count = memory->allocated < SLAB_PAGES        ? SLAB_PAGES
-                   : memory->allocated > SLAB_PAGES_MOST ? SLAB_PAGES_MOST
-                                                         : memory->allocated;
-    count = count < left ? count : left;
+    const size_t count = slab_pages(memory);
     if (!count)
         return false;
     void **slabs = realloc(memory->slabs, (memory->slab_count + 2) * sizeof *slabs);
@@ -127,6 +136,7 @@ static struct memory_page *take_page(struct memory *memory)
         page = memory->free_pages;
     if (page) {
         memory->free_pages = page->next;
+        memory->free--;
     } else {
         if (list_empty(&memory->lru))
             return NULL;
@@ -151,6 +161,12 @@ static struct memory_page *enter(struct memory *memory, struct chunk_key key)
     *at = page;
     memory->pinned++;
     return page;
+}
+
+void memory_grow_ahead(struct memory *memory)
+{
+    if (memory->free < slab_pages(memory) / 2)
+        (void)grow(memory);
 }
 
 size_t memory_room(const struct memory *memory)

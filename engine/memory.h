@@ -58,8 +58,8 @@ struct memory {
     const struct ops *ops;
     struct ops_context *context;
     size_t kv_bytes, block_bytes;
-    size_t narrow_bytes;                /* of a block's twin; 0: there are none */
-    size_t capacity, allocated, pinned; /* pages */
+    size_t narrow_bytes;                      /* of a block's twin; 0: there are none */
+    size_t capacity, allocated, pinned, free; /* pages */
     struct memory_page **table;
     size_t table_mask;
     struct memory_page *free_pages;
@@ -85,6 +85,9 @@ STATUS_CHECKED enum status memory_open(struct memory *memory, const struct ops *
 /* Every block has been dropped before. */
 void memory_close(struct memory *memory);
 
+/* Takes memory for more pages, within the capacity, where few are free: ahead of need and while a
+ * device is busy, since pinned memory is slow to get. */
+void memory_grow_ahead(struct memory *memory);
 /* Pages that could be pinned now. */
 size_t memory_room(const struct memory *memory);
 /* A page for a chunk about to be encoded, pinned until memory_durable. NULL: no room. */

@@ -204,6 +204,7 @@ void model_encode_chunks(struct pass *p, const struct weights_layer *layer, uint
         return;
     engine->ops->encode_chunks(engine->context, &layer->chunking, n, m->chunk_rows, m->chunk_kv,
                                m->chunk_landmarks);
+    memory_grow_ahead(&engine->memory); /* a slice's lower layers are still under way */
     engine->counted.chunks_encoded += n;
     for (uint32_t first = 0, end; first < n; first = end) { /* chunks of an item are neighbours */
         for (end = first + 1; end < n && m->chunk_items[end] == m->chunk_items[first]; end++)
