@@ -398,20 +398,6 @@ static __device__ __forceinline__ void cuda_barrier_arrive(uint64_t *barrier)
                  : "memory");
 }
 
-/* `count` arrivals, at least one. */
-static __device__ __forceinline__ void cuda_barrier_arrive(uint64_t *barrier, uint32_t count)
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;\n" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(barrier)),
-                 "r"(count)
-                 : "memory");
-#else
-    for (; count; count--)
-        cuda_barrier_arrive(barrier);
-#endif
-}
-
 /* An arrival that comes once this thread's asynchronous copies so far are done. */
 static __device__ __forceinline__ void cuda_barrier_copied(uint64_t *barrier)
 {
@@ -421,10 +407,10 @@ static __device__ __forceinline__ void cuda_barrier_copied(uint64_t *barrier)
 }
 
 /* A warp goes on once every lane's `x` is there, and what it was made of. */
-static __device__ __forceinline__ void cuda_await(float x)
+static __device__ __forceinline__ void cuda_await(uint32_t x)
 {
-    if (__ballot_sync(CUDA_ALL_LANES, __float_as_uint(x) == UINT32_MAX))
-        __nanosleep(1); /* no instruction gives this NaN */
+    if (__ballot_sync(CUDA_ALL_LANES, x == UINT32_MAX))
+        __nanosleep(1); /* as good as never: something has to hang on x */
 }
 
 /* Until the phase of this parity has ended; the first has parity 0, and the one before it has. */

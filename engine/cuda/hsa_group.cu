@@ -6,8 +6,7 @@
  * group, and no warp waits for another's row to end.
  * What bounds it, for 65,536 rows of 16 heads of 64 on an H200: with picks as on text, the warps
  * that attend (0.55 ms; 0.54 where nothing is copied). With random picks, of which a group shares a
- * tenth, 1.05 ms, of which 0.91 stay without copies; copies of whole pages alone would take 0.8 ms
- * (9.1 TB/s out of the L2 cache). */
+ * tenth, how fast pages are sent for: 0.72 ms stay without copies. */
 #include "engine/cuda/hsa.cuh"
 #include "engine/cuda/hsa_copy.cuh"
 #include "engine/cuda/hsa_tile.cuh"
@@ -15,8 +14,7 @@
 #define PICKS 8    /* of a row, at most */
 #define HALVES 23  /* keys, or values, of a page in shared memory, at most */
 #define PLANNERS 2 /* warps that merge; each has a plan of its own */
-#define PLANNED 8  /* pages of a plan that those who fetch learn of together */
-#define FED 2      /* and those who attend; no more than there are slots of a kind */
+#define PLANNED 8  /* pages of a plan that others learn of together */
 
 /* A plan's next page: its address / 16, and above that the rows that use it, a bit a row; 0: no
  * more of this group. */
@@ -33,15 +31,19 @@ static __device__ __forceinline__ const bf16 *page_of(planned_page p)
     return reinterpret_cast<const bf16 *>((p & (((uint64_t)1 << PLAN_SHIFT) - 1)) * 16);
 }
 
-/* What lies in shared memory: pages; queries; plans; barriers. */
+/* What lies in shared memory: pages; queries; plans; where pages are. Pages are numbered one after
+ * the other over all plans, modulo `ring`. */
 template <int HD> struct group_room {
     static constexpr uint32_t rows = 1024 / HD; /* a warp each: as registers allow */
     static constexpr uint32_t tile = HSA_TILE * HD, half = HSA_TOKENS * HD;
     static constexpr uint32_t most = rows * PICKS; /* pages of a plan */
+    static constexpr uint32_t ring = PLANNERS * most;
     bf16 queries[rows * tile];
     planned_page plans[PLANNERS][most];
-    uint64_t planned[PLANNERS][most / PLANNED], fed[PLANNERS][most / FED], read[PLANNERS];
-    uint64_t full[2][HALVES], empty[2][HALVES]; /* slots of keys, and of values */
+    uint64_t planned[PLANNERS][most / PLANNED], read[PLANNERS];
+    uint64_t full[2][ring];      /* a page's keys, and its values, have come */
+    uint8_t where[2][ring];      /* to this slot */
+    uint32_t done[2][CUDA_WARP]; /* of a slot: a bit for each row, turned once it has read */
 
     static constexpr size_t bytes(uint32_t halves)
     {
@@ -96,35 +98,23 @@ static __device__ __forceinline__ bf16 *slot_of(bf16 *slots, const struct group_
     return slots + ((half == VALUES ? s.slots[KEYS] : 0) + slot) * group_room<HD>::half;
 }
 
-/* A warp's one arrival, once all lanes have come here; or that of a thread that is alone. */
-template <bool ALONE = false> static __device__ __forceinline__ void arrive_once(uint64_t *barrier)
+/* A warp's one arrival, once all lanes have come here. */
+static __device__ __forceinline__ void arrive_once(uint64_t *barrier)
 {
-    if (!ALONE)
-        __syncwarp();
-    if (ALONE || threadIdx.x % CUDA_WARP == 0)
+    __syncwarp();
+    if (threadIdx.x % CUDA_WARP == 0)
         cuda_barrier_arrive(barrier);
 }
 
-/* A warp's one arrival that gives a slot back, once what the warp read of it has come: each of its
- * loads went into a lane's `got`. An arrival alone does not wait for loads under way, and tensor
- * copies, which then fill the slot, keep no order with them: on an H200 the last loads of a page
- * returned the next one, in one row of some 2,000. */
-static __device__ __forceinline__ void arrive_having(uint64_t *barrier, float got)
+/* The warp of `row` gives a slot back, once what it read there has come: `got` is made of its last
+ * loads, and those before went into products in front of it. Nothing else waits for loads under
+ * way, and tensor copies, which then fill the slot, keep no order with them: on an H200 the last
+ * loads of a page returned the next one, in one row of some 2,000. */
+static __device__ __forceinline__ void give_back(uint32_t *done, uint32_t row, uint32_t got)
 {
     cuda_await(got);
-    arrive_once(barrier);
-}
-
-/* An arrival for each of `count` rows, by as many lanes or by a thread that is alone. */
-template <bool ALONE>
-static __device__ __forceinline__ void arrive_for_others(uint64_t *barrier, uint32_t count)
-{
-    if constexpr (ALONE) {
-        if (count)
-            cuda_barrier_arrive(barrier, count);
-    } else if (threadIdx.x % CUDA_WARP < count) {
-        cuda_barrier_arrive(barrier);
-    }
+    if (threadIdx.x % CUDA_WARP == 0)
+        atomicXor(done, 1u << row);
 }
 
 /* The picks that a lane's row has not had yet, the next one first. */
@@ -231,38 +221,70 @@ static __device__ __forceinline__ void bring(const struct group_shape &s, const 
     }
 }
 
-/* The warp that brings the keys, or the values, of what is planned. */
+/* The slots that are free, of `count`: a bit for each, at least one. `done`: a lane's own, whose
+ * page all users have read once it is `expected`. */
+static __device__ __forceinline__ uint32_t wait_for_slots(const volatile uint32_t *done,
+                                                          uint32_t expected, uint32_t count)
+{
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
+    uint32_t free;
+    while (!(free = __ballot_sync(CUDA_ALL_LANES, lane < count && *done == expected)))
+        continue;
+    return free;
+}
+
+/* The warp that brings the keys, or the values, of what is planned, to whichever slots are free: a
+ * lane has the slot of its number. A thread that sends for one page after the other takes 0.3 us
+ * each, which bounds random picks, so that all free slots are filled together. */
 template <int HD, bool TENSOR>
 static __device__ __forceinline__ void feed(struct group_room<HD> &room, bf16 *slots,
                                             const struct group_shape &s, const CUtensorMap *map,
                                             int half)
 {
-    if (TENSOR && threadIdx.x % CUDA_WARP) /* one thread is enough where the copy engine works */
-        return;
+    const uint32_t lane = threadIdx.x % CUDA_WARP;
     const uint32_t count = half == KEYS ? s.slots[KEYS] : s.slots[VALUES];
-    struct turn turn = {0, 1}, plan = {0, 0}; /* of a slot that nobody has used; of plans */
+    uint32_t *done = room.done[half] + lane;
+    uint32_t expected = 0, number = 0; /* of the next page */
+    struct turn plan = {};
     for (uint32_t item = blockIdx.x; item < s.groups * s.hsa.kv_heads;
          item += gridDim.x, go_on(&plan, 1, PLANNERS)) {
-        const planned_page *pages = room.plans[plan.slot];
-        uint64_t *fed = room.fed[plan.slot];
-        uint32_t i = 0;
-        for (; i < room.most; i++, go_on(&turn, 1, count)) {
-            if (i % PLANNED == 0)
-                cuda_barrier_wait(room.planned[plan.slot] + i / PLANNED, plan.parity);
-            const planned_page next = pages[i];
-            const uint32_t users = __popc(users_of(next));
-            if (!users)
-                break;
-            cuda_barrier_wait(room.empty[half] + turn.slot, turn.parity);
-            arrive_for_others<TENSOR>(room.empty[half] + turn.slot, room.rows - users);
-            bring<HD, TENSOR>(s, map, half, item / s.groups, page_of(next),
-                              slot_of<HD>(slots, s, half, turn.slot), room.full[half] + turn.slot);
-            if (i % FED == FED - 1)
-                arrive_once<TENSOR>(fed + i / FED);
+        const uint32_t g = item / s.groups;
+        uint32_t there = PLANNED;
+        for (uint32_t first = 0; first < room.most && there == PLANNED; first += PLANNED) {
+            cuda_barrier_wait(room.planned[plan.slot] + first / PLANNED, plan.parity);
+            planned_page pages = 0;
+            if (lane < PLANNED)
+                pages = room.plans[plan.slot][first + lane];
+            there = __popc(__ballot_sync(CUDA_ALL_LANES, users_of(pages) != 0));
+            for (uint32_t i = 0, more; i < there; i += more) {
+                const uint32_t free = wait_for_slots(done, expected, count);
+                more = min(__popc(free), there - i);
+                const uint32_t mine = __popc(free & ((1u << lane) - 1)); /* of these */
+                const planned_page next = __shfl_sync(CUDA_ALL_LANES, pages, i + mine);
+                const uint32_t at = (number + i + mine) % room.ring;
+                const bool takes = free >> lane & 1 && mine < more;
+                if (takes) {
+                    expected ^= users_of(next);
+                    room.where[half][at] = (uint8_t)lane;
+                }
+                if constexpr (TENSOR) {
+                    if (takes)
+                        bring<HD, true>(s, map, half, g, page_of(next),
+                                        slot_of<HD>(slots, s, half, lane), room.full[half] + at);
+                } else {
+                    uint32_t left = __ballot_sync(CUDA_ALL_LANES, takes);
+                    for (; left; left &= left - 1) {
+                        const uint32_t slot = __ffs(left) - 1;
+                        bring<HD, false>(s, map, half, g,
+                                         page_of(__shfl_sync(CUDA_ALL_LANES, next, slot)),
+                                         slot_of<HD>(slots, s, half, slot),
+                                         room.full[half] + __shfl_sync(CUDA_ALL_LANES, at, slot));
+                    }
+                }
+            }
+            number += there;
         }
-        for (i /= FED; i < room.most / FED; i++) /* there is no more, but each ends its phase */
-            arrive_once<TENSOR>(fed + i);
-        cuda_barrier_arrive(room.read + plan.slot);
+        arrive_once(room.read + plan.slot);
     }
 }
 
@@ -283,54 +305,38 @@ static __device__ __forceinline__ void store_queries(bf16 *to, const float *q, u
     }
 }
 
-/* Where a row's warp is in the two rings of slots. */
-struct place {
-    struct turn key, value;
-};
-
-static __device__ __forceinline__ void go_on(struct place *p, uint32_t by,
-                                             const struct group_shape &s)
-{
-    go_on(&p->key, by, s.slots[KEYS]);
-    go_on(&p->value, by, s.slots[VALUES]);
-}
-
-/* acc += weight * attention of the row to the page at `at`. One warp. */
+/* acc += weight * attention of the row to the page `at`. One warp. */
 template <int HD>
 static __device__ __forceinline__ void
 attend_page(struct group_room<HD> &room, bf16 *slots, const struct group_shape &s, uint32_t row,
-            float weight, const struct place &at, float acc[HD / 8][4])
+            float weight, const struct turn &at, float acc[HD / 8][4])
 {
     const uint32_t in_tile = hsa_lane(true);
     const bf16 *tile = room.queries + row * room.tile;
-    const bf16 *keys = slot_of<HD>(slots, s, KEYS, at.key.slot);
-    const bf16 *values = slot_of<HD>(slots, s, VALUES, at.value.slot);
     const auto query = [&](int k, uint32_t a[4]) {
         cuda_load_matrices(a, hsa_at<HSA_TILE>(tile, in_tile, 0, k * 16));
     };
-    uint32_t shares[HSA_TOKENS / 16][4];
-    cuda_barrier_wait(room.full[KEYS] + at.key.slot, at.key.parity);
+    uint32_t shares[HSA_TOKENS / 16][4], got;
+    cuda_barrier_wait(room.full[KEYS] + at.slot, at.parity);
+    const uint32_t key = room.where[KEYS][at.slot];
     hsa_weigh<HD>(
-        query, keys, weight, s.hsa.softmax1,
-        [&](float most) { arrive_having(room.empty[KEYS] + at.key.slot, most); }, shares);
-    cuda_barrier_wait(room.full[VALUES] + at.value.slot, at.value.parity);
+        query, slot_of<HD>(slots, s, KEYS, key), weight, s.hsa.softmax1,
+        [&](uint32_t keys) { give_back(room.done[KEYS] + key, row, keys); }, shares);
+    cuda_barrier_wait(room.full[VALUES] + at.slot, at.parity);
+    const uint32_t value = room.where[VALUES][at.slot];
+    const bf16 *values = slot_of<HD>(slots, s, VALUES, value);
 #pragma unroll
     for (int k = 0; k < HSA_TOKENS / 16; k++)
-        hsa_multiply<HD>(acc, shares[k], values, in_tile, true, k * 16, 0);
-    float got = 0;
-#pragma unroll
-    for (int n = 0; n < HD / 8; n++)
-        got += acc[n][0];
-    arrive_having(room.empty[VALUES] + at.value.slot, got);
+        got = hsa_multiply<HD>(acc, shares[k], values, in_tile, true, k * 16, 0);
+    give_back(room.done[VALUES] + value, row, got);
 }
 
 /* A row of the group, its picks one by one; `weight`: of the lane's pick, `left`: a bit for each
- * pick. Slots of pages that a row does not use are filled anew without it, so that it cannot tell
- * from a slot whether its own page is on its way: `fed` says so. One warp. */
+ * pick; `at`: where the plan begins, then behind it. One warp. */
 template <int HD>
 static __device__ __forceinline__ void
 attend_pages(struct group_room<HD> &room, bf16 *slots, const struct group_shape &s, uint32_t row,
-             float weight, uint32_t left, struct turn plan, struct place *at, float acc[HD / 8][4])
+             float weight, uint32_t left, struct turn plan, struct turn *at, float acc[HD / 8][4])
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP;
     uint32_t there = PLANNED;
@@ -344,12 +350,11 @@ attend_pages(struct group_room<HD> &room, bf16 *slots, const struct group_shape 
         for (; mine; mine &= mine - 1, left &= left - 1) {
             const uint32_t i = __ffs(mine) - 1;
             const float own = __shfl_sync(CUDA_ALL_LANES, weight, __ffs(left) - 1);
-            go_on(at, i - passed, s);
+            go_on(at, i - passed, room.ring);
             passed = i;
-            cuda_barrier_wait(room.fed[plan.slot] + (first + i) / FED, plan.parity);
             attend_page<HD>(room, slots, s, row, own, *at, acc);
         }
-        go_on(at, there - passed, s);
+        go_on(at, there - passed, room.ring);
     }
     if (lane < PLANNED)
         cuda_barrier_arrive(room.read + plan.slot);
@@ -363,8 +368,7 @@ attend(struct group_room<HD> &room, bf16 *slots, const struct group_shape &s, co
 {
     const uint32_t lane = threadIdx.x % CUDA_WARP, row = threadIdx.x / CUDA_WARP;
     const uint32_t heads = s.hsa.heads / s.hsa.kv_heads;
-    struct place place = {};
-    struct turn plan = {};
+    struct turn page = {}, plan = {};
     for (uint32_t item = blockIdx.x; item < s.groups * s.hsa.kv_heads;
          item += gridDim.x, go_on(&plan, 1, PLANNERS)) {
         const struct group group = group_at(s, item);
@@ -383,7 +387,7 @@ attend(struct group_room<HD> &room, bf16 *slots, const struct group_shape &s, co
                               s.hsa.scale * HSA_LOG2_E);
         __syncwarp();
         float acc[HD / 8][4] = {};
-        attend_pages<HD>(room, slots, s, row, weight, left, plan, &place, acc);
+        attend_pages<HD>(room, slots, s, row, weight, left, plan, &page, acc);
 #pragma unroll
         for (int n = 0; n < HD / 8; n++)
 #pragma unroll
@@ -399,22 +403,21 @@ attend(struct group_room<HD> &room, bf16 *slots, const struct group_shape &s, co
 template <int HD>
 static constexpr uint32_t threads_of = (group_room<HD>::rows + PLANNERS + 2) * CUDA_WARP;
 
-/* Set by one thread. */
+/* Where nothing is planned yet. All threads, of which there are more than pages in the ring. */
 template <int HD, bool TENSOR>
 static __device__ __forceinline__ void set_barriers(struct group_room<HD> &room)
 {
-    for (int half = KEYS; half <= VALUES; half++)
-        for (uint32_t i = 0; i < HALVES; i++) {
+    const uint32_t i = threadIdx.x;
+    static_assert(threads_of<HD> >= group_room<HD>::ring, "a thread sets up a page's barriers");
+    if (i < room.ring)
+        for (int half = KEYS; half <= VALUES; half++)
             cuda_barrier_init(room.full[half] + i, TENSOR ? 1 : 2 * CUDA_WARP);
-            cuda_barrier_init(room.empty[half] + i, room.rows);
-        }
-    for (uint32_t i = 0; i < PLANNERS; i++) {
-        cuda_barrier_init(room.read + i, room.rows * PLANNED + 2 * (TENSOR ? 1 : CUDA_WARP));
-        for (uint32_t j = 0; j < room.most / PLANNED; j++)
-            cuda_barrier_init(room.planned[i] + j, 1);
-        for (uint32_t j = 0; j < room.most / FED; j++)
-            cuda_barrier_init(room.fed[i] + j, 2);
-    }
+    if (i < room.ring / PLANNED)
+        cuda_barrier_init(&room.planned[0][0] + i, 1);
+    if (i < PLANNERS)
+        cuda_barrier_init(room.read + i, room.rows * PLANNED + 2);
+    if (i < CUDA_WARP)
+        room.done[KEYS][i] = room.done[VALUES][i] = 0;
     cuda_barriers_ready();
 }
 
@@ -428,8 +431,7 @@ static __global__ void __launch_bounds__(threads_of<HD>, 1)
     typedef group_room<HD> room_type;
     room_type &room =
         *reinterpret_cast<room_type *>(slots + (s.slots[KEYS] + s.slots[VALUES]) * room_type::half);
-    if (threadIdx.x == 0)
-        set_barriers<HD, TENSOR>(room);
+    set_barriers<HD, TENSOR>(room);
     __syncthreads();
     cuda_depend_release();
     cuda_depend_wait();
@@ -464,7 +466,7 @@ static bool launch(struct ops_context *x, const struct hsa_shape &hsa, uint32_t 
     uint32_t halves = 0;
     while (halves < HALVES && room::bytes(halves + 1) <= x->shared_most)
         halves++;
-    if (halves < 2 * (FED + 1))
+    if (halves < 4)
         return false;
     s.slots[KEYS] = halves / 2 - 1; /* they are read sooner than values */
     s.slots[VALUES] = halves - s.slots[KEYS];

@@ -94,7 +94,7 @@ static __global__ void __launch_bounds__(W *CUDA_WARP)
         if (there) {
             uint32_t own[HSA_TOKENS / 16][4];
             hsa_weigh<HD>(
-                query, keys, weights[pick + first + warp], s.softmax1, [](float) {}, own);
+                query, keys, weights[pick + first + warp], s.softmax1, [](uint32_t) {}, own);
 #pragma unroll
             for (int k = 0; k < HSA_TOKENS / 16; k++)
                 shares[warp * share_words + k * CUDA_WARP + lane] =

@@ -53,13 +53,14 @@ static __device__ __forceinline__ const bf16 *hsa_at(const bf16 *tile, uint32_t 
 }
 
 /* acc += a b^T (keys, by columns) or a b (values, by rows) over 16 of the depth, b from (row,
- * column) of a page's tile on; acc: its columns by eights. What is read is under way at once. */
+ * column) of a page's tile on; acc: its columns by eights. What is read is under way at once; the
+ * result is there once all of it has come (see cuda_await). */
 template <int COLUMNS>
-static __device__ __forceinline__ void hsa_multiply(float (*acc)[4], const uint32_t a[4],
-                                                    const bf16 *tile, uint32_t lane, bool values,
-                                                    uint32_t row, uint32_t column)
+static __device__ __forceinline__ uint32_t hsa_multiply(float (*acc)[4], const uint32_t a[4],
+                                                        const bf16 *tile, uint32_t lane,
+                                                        bool values, uint32_t row, uint32_t column)
 {
-    uint32_t b[COLUMNS / 16][4];
+    uint32_t b[COLUMNS / 16][4], got = 0;
 #pragma unroll
     for (int n = 0; n < COLUMNS / 16; n++)
         if (values)
@@ -70,13 +71,15 @@ static __device__ __forceinline__ void hsa_multiply(float (*acc)[4], const uint3
     for (int n = 0; n < COLUMNS / 16; n++) {
         cuda_mma(acc[2 * n], a, b[n]);
         cuda_mma(acc[2 * n + 1], a, b[n] + 2);
+        got |= b[n][0];
     }
+    return got;
 }
 
 /* weight * softmax(q K^T), as the tensor cores take it. query(k, a): the tile's columns from 16 k
- * on, scaled for exp2, as cuda_mma's a; read(most): keys have been read, and this is the largest of
- * a lane's scores of its first row. One warp, of which four lanes share a row; a lane has numbers
- * of two, i / 2 of scores[n][i]. */
+ * on, scaled for exp2, as cuda_mma's a; read(got): all keys are on their way, and have come once
+ * `got` is there. One warp, of which four lanes share a row; a lane has numbers of two, i / 2 of
+ * scores[n][i]. */
 template <int HD, typename Q, typename R>
 static __device__ __forceinline__ void hsa_weigh(const Q &query, const bf16 *keys, float weight,
                                                  bool softmax1, const R &read,
@@ -84,12 +87,14 @@ static __device__ __forceinline__ void hsa_weigh(const Q &query, const bf16 *key
 {
     const uint32_t lane = hsa_lane(false);
     float scores[HSA_TOKENS / 8][4] = {};
+    uint32_t got;
 #pragma unroll
     for (int k = 0; k < HD / 16; k++) {
         uint32_t a[4];
         query(k, a);
-        hsa_multiply<HSA_TOKENS>(scores, a, keys, lane, false, 0, k * 16);
+        got = hsa_multiply<HSA_TOKENS>(scores, a, keys, lane, false, 0, k * 16);
     }
+    read(got);
     const float none = softmax1 ? 0 : -INFINITY; /* the score of what is not there */
     float top[2] = {none, none}, sums[4] = {}, share[2];
 #pragma unroll
@@ -97,7 +102,6 @@ static __device__ __forceinline__ void hsa_weigh(const Q &query, const bf16 *key
 #pragma unroll
         for (int half = 0; half < 2; half++)
             top[half] = fmaxf(top[half], fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-    read(top[0]);
 #pragma unroll
     for (int step = 1; step < 4; step *= 2)
 #pragma unroll

@@ -203,10 +203,10 @@ template <int left> static inline void cuda_copy_wait(void)
 
 /* As PTX's mbarrier. */
 void cuda_barrier_init(uint64_t *barrier, uint32_t arrivals);
-void cuda_barrier_arrive(uint64_t *barrier, uint32_t count = 1);
+void cuda_barrier_arrive(uint64_t *barrier);
 void cuda_barrier_copied(uint64_t *barrier);
 
-static inline void cuda_await(float)
+static inline void cuda_await(uint32_t)
 {
 }
 
@@ -280,6 +280,13 @@ template <typename T> static inline T atomicOr(T *at, T x)
 {
     const T before = *at;
     *at |= x;
+    return before;
+}
+
+template <typename T> static inline T atomicXor(T *at, T x)
+{
+    const T before = *at;
+    *at ^= x;
     return before;
 }
 

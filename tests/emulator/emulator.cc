@@ -554,10 +554,9 @@ void cuda_barrier_expect(uint64_t *at, uint32_t bytes)
     end_phase(b);
 }
 
-void cuda_barrier_arrive(uint64_t *at, uint32_t count)
+void cuda_barrier_arrive(uint64_t *at)
 {
-    for (; count; count--)
-        cuda_barrier_expect(at, 0);
+    cuda_barrier_expect(at, 0);
 }
 
 void cuda_barrier_copied(uint64_t *at)
