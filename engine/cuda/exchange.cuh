@@ -91,6 +91,14 @@ static __device__ __forceinline__ void cuda_copy_passing(void *to, const void *f
 #endif
 }
 
+/* Nothing, for so many clocks at least. */
+static __device__ __forceinline__ void cuda_pause(uint32_t clocks)
+{
+    const uint32_t from = (uint32_t)clock();
+    while ((uint32_t)clock() - from < clocks)
+        ;
+}
+
 /* ---- packets: written and read whole by whatever block ---- */
 
 static __device__ __forceinline__ void cuda_send(uint4 *to, const uint4 v)

@@ -24,11 +24,14 @@
 #define RUN_PAD 32           /* elements behind a row in shared memory: off the banks */
 #define RUN_DEPTH 32         /* of a product, that a warp takes at a time */
 #define RUN_TURNS (1u << 24) /* looks for a packet that must come: seconds, then it is a fault */
-#define TILE 8               /* weight rows of a product */
+/* Clocks before the first look for the gated output, of warps that step no states: looks delay what
+ * is written where they look. */
+#define RUN_PAUSE 900
+#define TILE 8 /* weight rows of a product */
 /* Weights come in pieces, few at a time: more under way stand in the queues of the L2 cache before
  * the packets that everybody waits for. */
 #define RUN_PIECE 8192 /* bytes */
-#define RUN_AHEAD 3    /* of them under way */
+#define RUN_AHEAD 4    /* of them under way */
 #define RUN_SLOTS 2    /* layers whose in_proj there is room for */
 #define RUN_PIECES 24  /* of a layer's in_proj or out_proj at most */
 
@@ -162,9 +165,9 @@ static __device__ __forceinline__ void wait_for_warp(uint64_t *barrier, uint32_t
 /* One warp: everything of layer after layer that products and states read, as soon as there is
  * room. */
 static __device__ void fetch_layers(const struct run &r, const struct run_layer *layers,
-                                    const float *ssm, const struct room &m, unsigned char *memory,
-                                    struct barriers *b)
+                                    const struct room &m, unsigned char *memory, struct barriers *b)
 {
+    const float *ssm = NULL; /* the sequence's, known when the kernel in front has ended */
     const uint32_t lane = threadIdx.x % CUDA_WARP, inner = r.s.inner;
     const uint64_t policy = cuda_passing_policy();
     uint64_t *under_way[RUN_AHEAD] = {}; /* pieces, and the parities of their barriers */
@@ -212,10 +215,12 @@ static __device__ void fetch_layers(const struct run &r, const struct run_layer 
                        &b->state_full);
     };
     fetch_in(0);
-    fetch_state(0);
     fetch_out(0);
     if (r.layer_count > 1)
         fetch_in(1);
+    cuda_depend_wait();
+    ssm = r.segment->ssm;
+    fetch_state(0);
     for (uint32_t l = 1; l < r.layer_count; l++) {
         const uint32_t before = l - 1, parity = before & 1;
         wait_for_warp(&b->in_free[before % RUN_SLOTS], before / RUN_SLOTS % 2);
@@ -591,7 +596,6 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
     struct row_weights *rows = reinterpret_cast<struct row_weights *>(memory + m.rows);
     if (threadIdx.x < 2)
         rows[threadIdx.x] = {};
-    float *const ssm = r.segment->ssm, *const conv = r.segment->conv;
     cuda_barriers_ready();
     __syncthreads();
     cuda_depend_release();
@@ -602,7 +606,7 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
         return;
     }
     if (warp > RUN_WARPS) {
-        fetch_layers(r, layers, ssm, m, memory, barriers);
+        fetch_layers(r, layers, m, memory, barriers);
         return;
     }
     bf16 *row = reinterpret_cast<bf16 *>(memory + m.row);
@@ -621,8 +625,9 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
     own.weights = reinterpret_cast<struct result_weights *>(memory + m.results) + own.o;
     if (own.o < m.in_rows)
         *own.weights = {};
-    load_own(r, layers[0], conv, m.in_rows, &own);
     cuda_depend_wait();
+    float *const ssm = r.segment->ssm, *const conv = r.segment->conv;
+    load_own(r, layers[0], conv, m.in_rows, &own);
     const uint32_t serial = *reinterpret_cast<volatile uint32_t *>(r.serial);
     float x = has_out ? r.hidden[out_at] : 0;
     float *kept = r.kept ? *r.kept : NULL;
@@ -662,6 +667,8 @@ static __global__ void __maxnreg__(RUN_REGISTERS)
         if (steps)
             step_states<V>(r, first, reinterpret_cast<float *>(memory + m.state), columns, *in,
                            rows[l % 2], number, ssm + layers[l].ssm);
+        else
+            cuda_pause(RUN_PAUSE);
         if (l + 1 < r.layer_count)
             load_own(r, layers[l + 1], conv, m.in_rows, &own);
         /* out_proj */

@@ -57,11 +57,14 @@ template <typename T> struct embedding {
     float *out;
 };
 
-/* Grid: blocks that share a table x `tables`, then rows, a block each. */
+/* Grid: blocks that share a table x `tables`, then rows, a block each. `early`: the kernel behind it
+ * waits for its end before it reads any of that. */
 template <typename T>
 static __global__ void __launch_bounds__(FETCH_THREADS)
-    fetch_tables(struct fetch f, uint32_t tables, struct embedding<T> e)
+    fetch_tables(struct fetch f, uint32_t tables, struct embedding<T> e, bool early)
 {
+    if (early)
+        cuda_depend_release();
     if (blockIdx.y >= tables) {
         const uint32_t row = blockIdx.y - tables;
         __shared__ int32_t token; /* a block looks once */
@@ -229,7 +232,7 @@ static void launch_fetch(struct ops_context *x, uint32_t rows, const T *table, f
         table, h->tokens, x->config.hidden_size, out
     };
     CUDA_LAUNCH(x, fetch_tables<T>, dim3(cuda_ceil(most, FETCH_THREADS), n + rows),
-                dim3(FETCH_THREADS), 0, f, n, e);
+                dim3(FETCH_THREADS), 0, f, n, e, rows == 1 && s->run.covers);
 }
 
 static void fill_segments(struct ops_context *x)

@@ -220,6 +220,10 @@ template <int threads, int which = 1> static inline void cuda_meet(void)
 {
     emulator_meet(threads, which);
 }
+static inline void cuda_pause(uint32_t clocks)
+{
+    (void)clocks;
+}
 void emulator_arrive(unsigned threads, unsigned which);
 template <int threads, int which> static inline void cuda_arrive(void)
 {
