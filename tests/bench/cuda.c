@@ -6,7 +6,9 @@
  * the same run, through the same table of ops. The share of an op comes from steps of their own,
  * op by op and not in recorded parts, in which the device is waited for after each: `host` is how
  * long the calls took in steps without these waits, so where the sum of `host` is close to the
- * step's time, launches bound it. Decoding is greedy, each token the one before it gave.
+ * step's time, launches bound it. Decoding is greedy, each token the one before it gave; it is
+ * timed with the pages that it reads on the device, as the floor has them, and, told apart, while
+ * they come.
  * Prefill goes on behind a past that nobody wrote, whose pages are nowhere when its session begins.
  * Random weights pick at random, so the first slice reads most of the past, as no slice of a text
  * does: it is told apart, with the pages that it read, and a slice's time is that of slices that
@@ -323,7 +325,9 @@ struct row {
     double first_seconds;        /* of a slice whose pages are not here; 0: none is told apart */
     uint64_t first_pages, pages; /* that it read, and that the others did, all together */
     struct clock host[OP_COUNT], device[OP_COUNT];
-    int steps, waited; /* behind these */
+    int steps, waited;      /* behind these */
+    double coming;          /* seconds of a step of those whose pages were not there yet; 0: none */
+    double brought, missed; /* pages that came to the device in a step, then and in those timed */
 };
 
 /* Bytes of the device that hold landmarks. */
@@ -379,9 +383,13 @@ static void report(const struct row *r)
                     r->device[i].calls / (unsigned)r->waited, ms, calling);
     }
     printf("; each waited for %.3f ms, calls alone %.3f ms, of them recorded parts %.3f ms\n"
-           "          %.0f MB of the device in use, %.1f MB of them landmarks\n",
+           "          %.0f MB of the device in use, %.1f MB of them landmarks",
            whole * 1e3, host * 1e3, r->host[OP_PARTS].seconds / r->steps * 1e3, used * 1e-6,
            landmarks_on_device(&measured->memory) * 1e-6);
+    if (r->coming > 0)
+        printf("; with %.2f pages to come a step %.3f ms, with %.2f the time above", r->brought,
+               r->coming * 1e3, r->missed);
+    printf("\n");
     if (r->first_seconds > 0)
         report_first(r);
     fflush(stdout);
@@ -478,8 +486,7 @@ static double decode_operations(const struct engine_info *info, uint32_t batch, 
 /* ---- decode ---- */
 
 #define BATCH_MAX 128
-/* Steps until the pages of the past are on the device; while some come, steps are divided. */
-#define WARM_UP 160
+#define WARM_UP 16 /* steps before those that are timed; together they end no chunk */
 
 struct sequence {
     struct engine_session *session;
@@ -505,11 +512,60 @@ static void decode(struct engine *engine, struct sequence *sequences, uint32_t b
     }
 }
 
+/* Those of `from` go on as copies; NULL: they begin. False: no room. */
+static bool open_sequences(struct engine *engine, struct sequence *sequences, uint32_t batch,
+                           uint64_t context, const struct sequence *from)
+{
+    const int32_t vocabulary = (int32_t)engine_get_info(engine)->config->vocab_size;
+    struct sampler_params greedy;
+    sampler_params_default(&greedy);
+    memset(sequences, 0, batch * sizeof *sequences);
+    for (uint32_t i = 0; i < batch; i++) {
+        struct sequence *s = &sequences[i];
+        s->token = (int32_t)(17 + 31 * i);
+        if (from && engine_session_fork(from[i].session, 1 + BATCH_MAX + i, &s->session))
+            return false;
+        if (!from && !(s->session = session_at(engine, 1 + i, context)))
+            return false;
+        ASSERT(!sampler_create(&greedy, vocabulary, &s->sampler));
+    }
+    return true;
+}
+
+static void close_sequences(struct sequence *sequences, uint32_t batch,
+                            void (*close_session)(struct engine_session *))
+{
+    for (uint32_t i = 0; i < batch && sequences[i].session; i++) {
+        close_session(sequences[i].session);
+        sampler_destroy(sequences[i].sampler);
+    }
+}
+
+static double pages_brought(void)
+{
+    const struct ops_page_stats pages = real->page_stats(measured->context);
+    return (double)(pages.misses + pages.predicted);
+}
+
+/* Seconds of a step behind those that warm up; `*pages`: that came to the device in it. */
+static double time_steps(struct engine *engine, struct sequence *sequences, uint32_t batch,
+                         int steps, double *pages)
+{
+    decode(engine, sequences, batch, WARM_UP);
+    memset(clocks, 0, sizeof clocks);
+    const double before = pages_brought(), begin = now();
+    decode(engine, sequences, batch, steps);
+    const double seconds = now() - begin;
+    *pages = (pages_brought() - before) / steps;
+    return seconds / steps;
+}
+
+/* The same steps twice: by copies of the sequences while their pages come, then with the pages on
+ * the device, as the floor has it. */
 static void time_decode(struct engine *engine, uint32_t batch, uint64_t context)
 {
     const struct engine_info *info = engine_get_info(engine);
-    struct sequence sequences[BATCH_MAX];
-    struct sampler_params greedy;
+    struct sequence sequences[BATCH_MAX], copies[BATCH_MAX] = {0};
     struct row r = {.what = "decode",
                     .rows = batch,
                     .context = context,
@@ -517,23 +573,15 @@ static void time_decode(struct engine *engine, uint32_t batch, uint64_t context)
                     .operations = decode_operations(info, batch, context),
                     .steps = 24,
                     .waited = 4};
-    uint32_t opened = 0;
     if (left_out("decode", batch, context))
         return;
-    sampler_params_default(&greedy);
-    for (; opened < batch; opened++) {
-        struct sequence *s = &sequences[opened];
-        s->token = (int32_t)(17 + 31 * opened);
-        if (!(s->session = session_at(engine, 1 + opened, context)))
-            break;
-        ASSERT(!sampler_create(&greedy, (int32_t)info->config->vocab_size, &s->sampler));
-    }
-    if (opened == batch) {
-        decode(engine, sequences, batch, WARM_UP);
-        memset(clocks, 0, sizeof clocks);
-        const double begin = now();
-        decode(engine, sequences, batch, r.steps);
-        r.seconds = (now() - begin) / r.steps;
+    const bool open = open_sequences(engine, sequences, batch, context, NULL) &&
+                      open_sequences(engine, copies, batch, context, sequences);
+    if (open)
+        r.coming = time_steps(engine, copies, batch, r.steps, &r.brought);
+    close_sequences(copies, batch, engine_session_destroy);
+    if (open) {
+        r.seconds = time_steps(engine, sequences, batch, r.steps, &r.missed);
         memcpy(r.host, clocks, sizeof clocks);
         memset(clocks, 0, sizeof clocks);
         waiting = true;
@@ -544,10 +592,7 @@ static void time_decode(struct engine *engine, uint32_t batch, uint64_t context)
         memcpy(r.device, clocks, sizeof clocks);
         report(&r);
     }
-    while (opened--) {
-        end_session(sequences[opened].session);
-        sampler_destroy(sequences[opened].sampler);
-    }
+    close_sequences(sequences, batch, end_session);
 }
 
 /* ---- prefill ---- */
