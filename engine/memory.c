@@ -11,7 +11,6 @@
  * to get, the less so the more it is at once. */
 #define SLAB_PAGES 64
 #define SLAB_BYTES_MOST ((size_t)32 << 20)
-#define SLAB_BLOCKS 16 /* landmark blocks taken from the backend at a time */
 #define CACHE_LINE 64
 #define AHEAD 32 /* pages between a prefetch and what it is for */
 
@@ -21,7 +20,7 @@ struct memory_slab {
     struct list node;
     void *data, *narrow;
     uint32_t used;
-    struct memory_landmarks blocks[SLAB_BLOCKS];
+    struct memory_landmarks blocks[MEMORY_SLAB_BLOCKS];
 };
 
 /* Neighbouring chunks of a branch are neighbours in the table: it is large, and what is looked up
@@ -403,18 +402,18 @@ static void free_slab(struct memory *memory, struct memory_slab *slab)
 
 static struct memory_slab *make_slab(struct memory *memory)
 {
-    const size_t bytes = SLAB_BLOCKS * memory->block_bytes, narrow = memory->narrow_bytes;
+    const size_t bytes = MEMORY_SLAB_BLOCKS * memory->block_bytes, narrow = memory->narrow_bytes;
     struct memory_slab *slab = calloc(1, sizeof *slab);
     if (slab)
         slab->data = narrow ? memory->ops->alloc_host(memory->context, bytes)
                             : memory->ops->alloc(memory->context, bytes);
     if (slab && slab->data && narrow)
-        slab->narrow = memory->ops->alloc(memory->context, SLAB_BLOCKS * narrow);
+        slab->narrow = memory->ops->alloc(memory->context, MEMORY_SLAB_BLOCKS * narrow);
     if (!slab || !slab->data || (narrow && !slab->narrow)) {
         free_slab(memory, slab);
         return NULL;
     }
-    for (size_t i = 0; i < SLAB_BLOCKS; i++) {
+    for (size_t i = 0; i < MEMORY_SLAB_BLOCKS; i++) {
         slab->blocks[i].data = (char *)slab->data + i * memory->block_bytes;
         slab->blocks[i].narrow = narrow ? (char *)slab->narrow + i * narrow : NULL;
         slab->blocks[i].slab = slab;
@@ -426,7 +425,7 @@ static struct memory_slab *make_slab(struct memory *memory)
 struct memory_landmarks *memory_landmarks_take(struct memory *memory)
 {
     struct memory_slab *slab = LIST_ENTRY(memory->landmark_slabs.next, struct memory_slab, node);
-    if (list_empty(&memory->landmark_slabs) || slab->used == SLAB_BLOCKS)
+    if (list_empty(&memory->landmark_slabs) || slab->used == MEMORY_SLAB_BLOCKS)
         slab = make_slab(memory);
     if (!slab)
         return NULL;
@@ -435,7 +434,7 @@ struct memory_landmarks *memory_landmarks_take(struct memory *memory)
         block++;
     block->references = 1;
     memory->landmark_bytes += memory->block_bytes;
-    if (++slab->used == SLAB_BLOCKS) {
+    if (++slab->used == MEMORY_SLAB_BLOCKS) {
         list_remove(&slab->node);
         list_push_back(&memory->landmark_slabs, &slab->node);
     }

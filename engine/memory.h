@@ -45,6 +45,8 @@ static inline void memory_pins_add(struct memory_pins *pins, struct memory_page 
     pins->pages[pins->unread++] = page;
 }
 
+#define MEMORY_SLAB_BLOCKS 16 /* landmark blocks taken from the backend at a time */
+
 /* OPS_LANDMARK_BLOCK landmarks, shared by the sessions that came from one another. Blocks come from
  * the backend a slab at a time: a device hands out memory slowly, and waits to take it back. */
 struct memory_landmarks {

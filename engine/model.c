@@ -180,7 +180,8 @@ static uint32_t gather_chunks(struct pass *p)
     return n;
 }
 
-/* Landmarks of the `n` collected chunks to the host, those that lie together in one copy. */
+/* Landmarks of the `n` collected chunks to the host, those of a block in one copy: what lies behind a
+ * block can be another allocation of the device, and no copy may reach from one into the next. */
 static void copy_landmarks(struct pass *p, uint32_t n)
 {
     struct model *m = p->m;
@@ -188,7 +189,8 @@ static void copy_landmarks(struct pass *p, uint32_t n)
     for (uint32_t first = 0, end; first < n; first = end) {
         const char *from = m->chunk_landmarks[first];
         for (end = first + 1; end < n; end++)
-            if (m->chunk_landmarks[end] != from + (end - first) * bytes)
+            if (m->chunk_items[end] != m->chunk_items[first] ||
+                m->chunk_index[end] % OPS_LANDMARK_BLOCK == 0)
                 break;
         p->engine->ops->copy(p->engine->context, m->host_landmarks + first * bytes, from,
                              (end - first) * bytes);

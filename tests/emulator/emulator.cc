@@ -645,15 +645,24 @@ cudaError_t cudaHostUnregister(void *memory)
     return cudaSuccess;
 }
 
+/* Where the allocation of `memory` ends, and of which type it is; NULL: nobody's. */
+static const char *allocation(const void *memory, cudaPointerAttributes *out)
+{
+    auto after = allocated.upper_bound((const char *)memory);
+    if (after == allocated.begin())
+        return NULL;
+    --after;
+    const char *const end = after->first + after->second.first;
+    if ((const char *)memory >= end)
+        return NULL;
+    out->type = after->second.second;
+    return end;
+}
+
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *memory)
 {
     out->type = cudaMemoryTypeUnregistered;
-    auto after = allocated.upper_bound((const char *)memory);
-    if (after != allocated.begin()) {
-        --after;
-        if ((const char *)memory < after->first + after->second.first)
-            out->type = after->second.second;
-    }
+    (void)allocation(memory, out);
     return cudaSuccess;
 }
 
@@ -672,6 +681,12 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
         ((a.type == cudaMemoryTypeDevice) != (kind != cudaMemcpyDeviceToHost) ||
          (b.type == cudaMemoryTypeDevice) != (kind != cudaMemcpyHostToDevice))) {
         fprintf(stderr, "emulator: a copy's direction is not that of its pointers\n");
+        abort();
+    }
+    const char *const to_end = allocation(to, &a), *const from_end = allocation(from, &b);
+    if ((to_end && (char *)to + bytes > to_end) ||
+        (from_end && (const char *)from + bytes > from_end)) {
+        fprintf(stderr, "emulator: a copy reaches out of an allocation\n");
         abort();
     }
     memmove(to, from, bytes);

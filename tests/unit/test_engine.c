@@ -18,6 +18,7 @@
 #include "engine/session.h"
 #include "server/sched.h"
 #include "tests/lib/chunk_ram.h"
+#include "tests/lib/noise_io.h"
 
 #define MODEL "tests/golden/wide-stickbreaking-topk8"
 #define LENGTH 2500 /* 156 chunks, over the 110 pages of the smallest budget */
@@ -598,6 +599,100 @@ static void a_lost_chunk_fails_its_memory_alone(void **state)
     close_bed(&bed);
 }
 
+/* Allocations that lie side by side, as a GPU's do, whose copies must stay within one. */
+static struct {
+    const struct ops *ops; /* the real ones */
+    char *memory, *ends[64];
+    size_t used, count, copies;
+} arena;
+
+#define ARENA_BYTES ((size_t)64 << 20)
+
+static void *arena_alloc(struct ops_context *context, size_t bytes)
+{
+    (void)context;
+    char *const to = arena.memory + arena.used;
+    arena.used += (bytes + 63) / 64 * 64;
+    assert_true(arena.used <= ARENA_BYTES && arena.count < sizeof arena.ends / sizeof *arena.ends);
+    arena.ends[arena.count++] = to + bytes;
+    return to;
+}
+
+static bool in_arena(const void *memory)
+{
+    return (const char *)memory >= arena.memory && (const char *)memory < arena.memory + arena.used;
+}
+
+static void arena_release(struct ops_context *context, void *memory)
+{
+    if (!in_arena(memory))
+        arena.ops->release(context, memory);
+}
+
+static void within_one(const char *memory, size_t bytes)
+{
+    size_t i = 0;
+    if (!bytes || !in_arena(memory))
+        return;
+    while (arena.ends[i] <= memory)
+        i++;
+    assert_true(memory + bytes <= arena.ends[i]);
+    arena.copies++;
+}
+
+static void arena_copy(struct ops_context *context, void *to, const void *from, size_t bytes)
+{
+    within_one(to, bytes);
+    within_one(from, bytes);
+    arena.ops->copy(context, to, from, bytes);
+}
+
+/* A slice whose chunks go on from the last block of one allocation into the next one. */
+static void copies_stay_within_an_allocation(void **state)
+{
+    (void)state;
+    struct noise_io past;
+    struct engine *engine;
+    struct engine_session *session;
+    struct error err = {0};
+    noise_io_init(&past);
+    const struct engine_options options = {.model_path = MODEL,
+                                           .backend = ENGINE_BACKEND_CPU,
+                                           .threads = 1,
+                                           .host_memory_bytes = (size_t)64 << 20,
+                                           .io = noise_io(&past)};
+    if (engine_open(&options, &engine, &err))
+        fail_msg("%s", err.message);
+    noise_io_attach(&past, engine);
+    arena.ops = engine->ops;
+    arena.memory = aligned_alloc(64, ARENA_BYTES);
+    assert_non_null(arena.memory);
+    struct ops table = *engine->ops;
+    table.alloc = arena_alloc;
+    table.release = arena_release;
+    table.copy = arena_copy;
+    engine->ops = engine->memory.ops = &table;
+    const uint32_t s = engine_get_info(engine)->config->chunk_tokens;
+    const uint64_t chunks = (uint64_t)OPS_LANDMARK_BLOCK * MEMORY_SLAB_BLOCKS;
+    if (noise_io_session(engine, 1, (chunks - 1) * s, &session, &err))
+        fail_msg("%s", err.message);
+    int32_t tokens[100] = {0};
+    struct engine_step_item item = {.session = session, .tokens = tokens, .token_count = 100};
+    arena.copies = 0;
+    assert_int_equal(engine_step(engine, &item, 1), STATUS_OK);
+    assert_int_equal(item.status, STATUS_OK);
+    assert_true(arena.copies > 0);
+    const struct memory_landmarks *last = session->blocks[MEMORY_SLAB_BLOCKS - 1];
+    assert_ptr_not_equal(last->slab, session->blocks[MEMORY_SLAB_BLOCKS]->slab);
+    assert_ptr_equal(session->blocks[MEMORY_SLAB_BLOCKS]->data,
+                     (char *)last->data + OPS_LANDMARK_BLOCK * engine->info.landmark_bytes);
+    engine_session_destroy(session);
+    engine->ops = engine->memory.ops = arena.ops;
+    engine_close(engine);
+    noise_io_close(&past);
+    free(arena.memory);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -613,6 +708,7 @@ int main(void)
         cmocka_unit_test(a_full_queue_changes_nothing),
         cmocka_unit_test(chunks_of_many_at_once_wait),
         cmocka_unit_test(a_lost_chunk_fails_its_memory_alone),
+        cmocka_unit_test(copies_stay_within_an_allocation),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
