@@ -8,9 +8,8 @@ Runs on CUDA where there is one, else on the CPU; on several GPUs of one host as
 `torchrun --nproc-per-node N engine/train/train.py ...`, each with a batch of its own.
 
 The curriculum: 0 dense pairs, 1 longer keys and values, 2 needles in short texts, 3 needles in long
-texts. A stage ends after as many steps as `stage_steps` says, or, in a config without, when its answers
-are `advance_at` right, or at `advance_by` of the training; earlier stages stay in the mix. Rows of every
-shape come in the last stage, those of a shape with `from` not before that share of the training.
+texts. A stage ends after as many steps as `stage_steps` says; earlier stages stay in the mix. Rows of
+every shape come in the last stage, those of a shape with `from` not before that share of the training.
 """
 import argparse
 import json
@@ -44,7 +43,7 @@ def level_of(stage, length):
 
 
 def stage_of(settings, step):
-    """The stage of a step's rows, where the config says how many steps each takes."""
+    """The stage of a step's rows."""
     return int((step >= np.cumsum(settings["stage_steps"])).sum())
 
 
@@ -383,15 +382,6 @@ class Trainer:
         self.told[:] = self.stage, self.done()
         return bool(stop)
 
-    def next_stage(self, right, steps):
-        """After so many `steps` of this one, whose answers are `right`."""
-        settings = self.settings
-        if "stage_steps" in settings:
-            return max(self.stage, stage_of(settings, self.step))
-        late = self.done() > settings["advance_by"][self.stage]
-        good = steps > 150 and right > settings["advance_at"][self.stage]
-        return self.stage + (good or late)
-
     def start_workers(self):
         """Processes that make batches; returns them and a queue for each shape."""
         settings, args = self.settings, self.args
@@ -466,7 +456,7 @@ class Trainer:
         begin = last = saved = self.began  # what it took to compile counts
         logged = time.time()
         answers = {shape: Answers() for shape in queues}
-        logged_tokens, logged_step, stage_began = self.tokens, self.step, self.step
+        logged_tokens, logged_step = self.tokens, self.step
         sums = torch.zeros(len(LOSSES), device=self.device)
         stop = False
         while not stop:
@@ -485,10 +475,9 @@ class Trainer:
             last = now
             stop = now - begin > args.seconds or self.done() >= 1
             stage = self.stage
-            self.stage = self.next_stage(next(iter(answers.values())).right, self.step - stage_began)
+            self.stage = max(stage, stage_of(settings, self.step))
             stop = self.agree(stop)
             if self.stage != stage:
-                stage_began = self.step
                 answers = {shape: Answers() for shape in queues}
                 if self.rank == 0:
                     print(f"stage {self.stage} from step {self.step}", flush=True)
