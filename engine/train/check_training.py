@@ -20,7 +20,7 @@ import torch
 
 import safetensors_io
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
-from data import ANSWER, CHUNK, Books, Builder
+from data import ANSWER, CHUNK, TEXT, Books, Builder
 import model as form
 from model import Aims, Bank, ChunkingLayer, Ramba, RetrievalLayer
 from ramba import Reference
@@ -425,6 +425,39 @@ def check_crowds(rng):
     return good
 
 
+def out_of_text(marks):
+    """How many of the questions of rows of needles come out of text, and how many there are."""
+    found = asked = 0
+    for row in marks:
+        for at in np.flatnonzero((row[1:] == ANSWER) & (row[:-1] != ANSWER)):
+            while row[at] == 0:  # the question
+                at -= 1
+            found, asked = found + (row[at] == TEXT), asked + 1
+    return found, asked
+
+
+def check_leads(rng):
+    """Without leads a row's first question alone comes out of text, with them all do, from a state that
+    was reset before that text as often as not; their answers stand where they say all the same."""
+    tokenizer = Tokenizer.load(os.path.join(ROOT, "engine", "models", SHIPPED))
+    with tempfile.TemporaryDirectory() as data:
+        np.save(os.path.join(data, "train.npy"), card_ids(tokenizer))
+        books = Books(os.path.join(data, "train.npy"), tokenizer)
+    settings = {**TINY, "crowd_mix": {"phone": 1}, "respelled_rows": 0.0}
+    _, marks, _, _ = Builder(tokenizer, books, rng.randrange(1000), settings).crowds(6, 2048)
+    found, asked = out_of_text(marks)
+    good = found <= 6 < asked
+    builder = Builder(tokenizer, books, rng.randrange(1000), {**settings, "lead_share": 1.0})
+    rows, marks, resets, gold = builder.crowds(6, 2048)
+    led, count = out_of_text(marks)
+    row, at = np.nonzero(gold >= 0)
+    share = float((rows[row, at] == rows[row, gold[row, at]]).mean())
+    good &= led == count > 12 and share > 0.99 and 0.4 * count < resets.sum() < count + 6
+    print(f"{'ok  ' if good else 'FAIL'} questions out of text: {found} of {asked}, with leads {led} of "
+          f"{count}, {resets.sum()} resets, tokens where their answers say {share:.2f}")
+    return good
+
+
 def same(one, other):
     """Two trees of the same tensors."""
     if isinstance(one, torch.Tensor):
@@ -451,6 +484,7 @@ def main():
     good &= check_scored(random.Random(4))
     good &= check_recalled(random.Random(4))
     good &= check_crowds(random.Random(4))
+    good &= check_leads(random.Random(4))
     with torch.enable_grad():
         good &= check_schedule()
     return 0 if good else 1

@@ -109,8 +109,9 @@ def sources(needle, answer):
 class Builder:
     def __init__(self, tokenizer, books, seed, settings):
         """`settings`: mix (how often which kind of fact), the shares near, talk and counting of rows
-        with questions, the share of rows whose book text is respelled, and whether the words that
-        come again in a row of text are marked as what it could have read."""
+        with questions, the share lead of questions that come out of text, the share of rows whose
+        book text is respelled, and whether the words that come again in a row of text are marked as
+        what it could have read."""
         self.tokenizer, self.books, self.rng = tokenizer, books, random.Random(seed)
         self.settings, self.respelling = settings, 0.0
 
@@ -298,14 +299,12 @@ class Builder:
             where = self.scatter(row, texts, room)
             if where is None:
                 return self.plain(length)
-        style = rng.random()
-        if not self.settings.get("hsa", True):
-            style = 1.0
-        elif style < 0.5 or stage == 0:  # the answer can only come through the chunk memories
+        style, reads = rng.random(), self.settings.get("hsa", True)
+        if reads and (style < 0.5 or stage == 0):  # the answer can only come through the chunk memories
             row.resets.append(len(row.ids))
         tokens = {(which, i): text for which, i, text in texts}
         for which, lead, question, parts in questions:
-            if style < 0.25 or (lead and rng.random() < 0.7):  # what was asked before is forgotten
+            if reads and (style < 0.25 or (lead and rng.random() < 0.7)):  # as if none had been asked
                 row.resets.append(len(row.ids))
             row.add(self.text(lead)[0].tolist() if lead else [], TEXT)
             count = len(needles[which].pieces)
