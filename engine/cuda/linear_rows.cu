@@ -9,10 +9,11 @@
 #include "engine/cuda/mamba_step.cuh"
 
 #define FEW_WARPS FEW_SHARES
-#define SHARED_PLAIN ((size_t)48 << 10) /* of a block that asked for no more */
-#define TILE_ROWS 16                    /* of a tile of x */
-#define TILE_OUT 8                      /* weight rows of a tile */
-#define TILE_DEPTH 32                   /* what a lane's 16 bytes reach to */
+#define SHARED_OWN ((size_t)1 << 10)                   /* of these kernels' own arrays, at most */
+#define SHARED_PLAIN (((size_t)48 << 10) - SHARED_OWN) /* beside them, if nothing was asked for */
+#define TILE_ROWS 16                                   /* of a tile of x */
+#define TILE_OUT 8                                     /* weight rows of a tile */
+#define TILE_DEPTH 32                                  /* what a lane's 16 bytes reach to */
 #define NORM_AHEAD 2  /* 16 bytes of a norm's weight that a thread has fetched before the rows */
 #define SHARED_PAD 32 /* elements behind a row in shared memory: off the banks */
 
@@ -570,7 +571,7 @@ template <int M, int N, int OWN> static bool launch_many(struct ops_context *x, 
 {
     constexpr int ahead = N < 9 || M == 1 ? 4 : 2;
     const size_t shared = shared_of<M, N, OWN>(f);
-    if (shared > x->shared_most)
+    if (shared + SHARED_OWN > x->shared_most)
         return false;
     if (shared > SHARED_PLAIN)
         CUDA_ALLOW_SHARED(x, (product_of_many<M, N, ahead, OWN>), shared);
