@@ -400,14 +400,19 @@ def check_schedule():
 EXACT = ("niah", "niah_multivalue", "phone")
 
 
+def card_books():
+    """The shipped tokenizer, and books that are its card."""
+    tokenizer = Tokenizer.load(os.path.join(ROOT, "engine", "models", SHIPPED))
+    with tempfile.TemporaryDirectory() as data:
+        np.save(os.path.join(data, "train.npy"), card_ids(tokenizer))
+        return tokenizer, Books(os.path.join(data, "train.npy"), tokenizer)
+
+
 def check_crowds(rng):
     """Rows of needles of each kind: no key in two of them, and what is asked for stands where they say:
     to the letter, or, of a fact, most of it."""
-    folder, good, shares = os.path.join(ROOT, "engine", "models", SHIPPED), True, {}
-    tokenizer = Tokenizer.load(folder)
-    with tempfile.TemporaryDirectory() as data:
-        np.save(os.path.join(data, "train.npy"), card_ids(tokenizer))
-        books = Books(os.path.join(data, "train.npy"), tokenizer)
+    tokenizer, books = card_books()
+    good, shares = True, {}
     for kind in ("niah", "niah_multivalue", "phone", "fact", "family", "statement"):
         settings = {**TINY, "crowd_mix": {kind: 1}, "respelled_rows": 0.0}
         builder = Builder(tokenizer, books, rng.randrange(1000), settings)
@@ -439,10 +444,7 @@ def out_of_text(marks):
 def check_leads(rng):
     """Without leads a row's first question alone comes out of text, with them all do, from a state that
     was reset before that text as often as not; their answers stand where they say all the same."""
-    tokenizer = Tokenizer.load(os.path.join(ROOT, "engine", "models", SHIPPED))
-    with tempfile.TemporaryDirectory() as data:
-        np.save(os.path.join(data, "train.npy"), card_ids(tokenizer))
-        books = Books(os.path.join(data, "train.npy"), tokenizer)
+    tokenizer, books = card_books()
     settings = {**TINY, "crowd_mix": {"phone": 1}, "respelled_rows": 0.0}
     _, marks, _, _ = Builder(tokenizer, books, rng.randrange(1000), settings).crowds(6, 2048)
     found, asked = out_of_text(marks)
