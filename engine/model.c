@@ -180,8 +180,8 @@ static uint32_t gather_chunks(struct pass *p)
     return n;
 }
 
-/* Landmarks of the `n` collected chunks to the host, those of a block in one copy: what lies behind a
- * block can be another allocation of the device, and no copy may reach from one into the next. */
+/* Landmarks of the `n` collected chunks to the host, those of a block in one copy: what lies behind
+ * a block can be another allocation of the device, and no copy may reach from one into the next. */
 static void copy_landmarks(struct pass *p, uint32_t n)
 {
     struct model *m = p->m;
