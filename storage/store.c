@@ -490,8 +490,8 @@ static enum status check_meta(struct storage *storage, const struct storage_opti
         if (meta.fingerprint != options->model_fingerprint)
             return error_set(
                 err, STATUS_MISMATCH,
-                "the memories in %s were made by the model %s (%016llx), not by %s (%016llx): start "
-                "with that model's folder, or keep this one's memories in another data folder",
+                "the memories in %s were made by the model %s (%016llx), not by %s (%016llx): "
+                "start with that model's folder, or keep this one's in another data folder",
                 storage->path, meta.model_name, (unsigned long long)meta.fingerprint,
                 options->model_name ? options->model_name : "this one",
                 (unsigned long long)options->model_fingerprint);

@@ -60,7 +60,8 @@ static void test_drain(void **state)
     struct wire_answer answer;
     char value[64];
     const char *body = "{\"prompt\":\"x\",\"max_tokens\":2000,\"ignore_eos\":true,\"stream\":true}";
-    char *folder = daemon_begin( /* a machine may be busy for longer than the 30 s of the default */
+    /* A machine may be busy for longer than the 30 s of the default. */
+    char *folder = daemon_begin(
         &daemon, MODEL, (const char *const[]){"--threads", "1", "--drain-timeout", "3600", NULL});
     wire_open(&keep, &daemon); /* an idle connection is closed */
     wire_ask(&keep, "GET", "/health/ready", "", NULL, 0);
