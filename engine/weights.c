@@ -414,6 +414,8 @@ static void load_all(struct loader *l)
         switch (w->layers[i].kind) {
         case MODEL_LAYER_MAMBA:
             load_mamba(l, i, &w->layers[i].mamba);
+            if (i && w->layers[i - 1].kind == MODEL_LAYER_MAMBA)
+                w->layers[i - 1].mamba.next_norm = &w->layers[i].mamba.norm;
             break;
         case MODEL_LAYER_CHUNKING:
             load_chunking(l, i, &w->layers[i].chunking);

@@ -21,6 +21,7 @@ extern "C" {
 }
 
 #define CUDA_FEW_ROWS 8       /* up to here a segment's rows share each weight as it is read */
+#define CUDA_LEFT_ROWS 16     /* up to here a product can leave rows prepared for the next one */
 #define CUDA_BLOCK_TOKENS 128 /* of a block of the chunked (SSD) form, at most */
 #define CUDA_CHUNKS 16        /* chunks encoded together: see encode_chunks.cu */
 #define CUDA_LANES 4          /* of these beside each other */
@@ -64,6 +65,7 @@ struct ops_context {
     bool hopper;        /* the code that runs has the instructions of sm_90a alone */
     bool spares;        /* products of one row spare shared memory: mamba_run.cu is behind them */
     bool apart;         /* the next kernel is behind several: it does not begin early */
+    const void *left;   /* the norm for whose product the step's rows are left prepared, or NULL */
     cudaStream_t stream;
     char description[160];
     enum status failed; /* sticky */
@@ -211,13 +213,25 @@ struct cuda_input {
     bool short_only;   /* such segments are left out */
     const struct cuda_soon *soon = NULL; /* or what the kernel behind reads, which nobody writes */
     const struct cuda_convolution *conv = NULL; /* or what becomes of the product */
-    bool prepared = false; /* the rows and their squares are where cuda_prepared says, not in x */
+    bool prepared = false; /* the rows were left where cuda_prepared says, and are not in x */
+    /* Or that of another product, for which this one's results are left prepared, too: of two to
+     * CUDA_LEFT_ROWS rows, whose own were prepared. */
+    const struct ops_tensor *next_norm = NULL;
 };
-/* Where rows of short segments wait for a product of depth k: bf16 [rows, k], the norm's weight on
- * them; if prepared, squares of each four neighbours in context->scanned, [rows, k / 4]. */
-static inline void *cuda_prepared(const struct ops_context *context, uint32_t k)
+/* Where rows of short segments wait for a product of depth k. */
+struct cuda_prepared_rows {
+    void *rows;     /* bf16 [rows, k], the norm's weight on them */
+    float *squares; /* if they were left prepared: sums of each four neighbours' [rows, k / 4] */
+};
+static inline struct cuda_prepared_rows cuda_prepared(const struct ops_context *x, uint32_t k)
 {
-    return k <= context->config.hidden_size ? context->normed : context->mixed;
+    const size_t inner = x->config.inner_size;
+    struct cuda_prepared_rows prepared = {x->mixed, x->scanned};
+    if (k <= x->config.hidden_size) {
+        prepared.rows = x->normed;
+        prepared.squares += x->max_rows * (inner / 4); /* k <= di */
+    }
+    return prepared;
 }
 /* The same as cuda_linear of RMSNorm(x), in one kernel where there are few rows. */
 void cuda_norm_linear(struct ops_context *context, const struct cuda_input *in,

@@ -250,7 +250,7 @@ static void multiply_others(struct ops_context *x, const struct cuda_input *in,
                             const struct ops_rows *rows, float *out, bool add)
 {
     const size_t first = rows->segments[0].row, k = weight->cols;
-    char *scratch = (char *)cuda_prepared(x, (uint32_t)k);
+    char *scratch = (char *)cuda_prepared(x, (uint32_t)k).rows;
     const float *from = in->x + first * k;
     char *to = scratch + first * k * (x->wide ? 4 : 2);
     const void *ready = scratch;
@@ -291,12 +291,18 @@ void cuda_norm_linear(struct ops_context *x, const struct cuda_input *in,
         f.normed = in->norm;
         f.norm = in->norm ? (const float *)in->norm->data : NULL;
         f.epsilon = in->epsilon;
-        f.ready = (bf16 *)cuda_prepared(x, k) + row * k;
+        const struct cuda_prepared_rows prepared = cuda_prepared(x, k), next = cuda_prepared(x, n);
+        f.ready = (bf16 *)prepared.rows + row * k;
         f.scales = x->scales + row;
         f.bias = bias ? (const float *)bias->data : NULL;
         f.out = out + row * n;
         f.add = add;
-        f.squares = in->prepared ? x->scanned + row * (k / 4) : NULL;
+        f.squares = in->prepared ? prepared.squares + row * (k / 4) : NULL;
+        if (in->next_norm) {
+            f.next.ready = (bf16 *)next.rows + row * n;
+            f.next.squares = next.squares + row * (n / 4);
+            f.next.norm = (const float *)in->next_norm->data;
+        }
         if (in->soon)
             f.soon = *in->soon;
         if (in->conv)

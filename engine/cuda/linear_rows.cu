@@ -289,6 +289,37 @@ static __device__ __forceinline__ void load_base(const struct few &f,
     }
 }
 
+/* Two neighbours of a row become input of the next product; a lane's other two are its neighbour's.
+ * All lanes of a warp are here; `there`: the lane has some. */
+static __device__ __forceinline__ void leave_prepared(const struct few &f, uint32_t row, uint32_t o,
+                                                      bool there, const float own[2],
+                                                      const float2 norm)
+{
+    const float first = fmaf(own[1], own[1], own[0] * own[0]);
+    const float before = __shfl_xor_sync(CUDA_ALL_LANES, first, 1);
+    if (!there)
+        return;
+    *reinterpret_cast<uint32_t *>(f.next.ready + (size_t)row * f.n + o) =
+        cuda_pack(own[0] * norm.x, own[1] * norm.y);
+    if (o % 4)
+        f.next.squares[((size_t)row * f.n + o) / 4] =
+            fmaf(own[1], own[1], fmaf(own[0], own[0], before));
+}
+
+/* The weights of the next norm for a thread's results. */
+template <int N>
+static __device__ __forceinline__ void load_next(const struct few &f,
+                                                 float2 norm[share<1, N>::pairs])
+{
+#pragma unroll
+    for (int j = 0; j < share<1, N>::pairs; j++) {
+        const neighbours<1, N> p(f, j);
+        norm[j] = float2{0, 0};
+        if (f.next.ready && p.there)
+            norm[j] = *reinterpret_cast<const float2 *>(f.next.norm + p.o);
+    }
+}
+
 /* Whether columns of the block are convolved. */
 template <int N> static __device__ __forceinline__ bool convolves(const struct few &f)
 {
@@ -451,6 +482,10 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
         for (uint32_t a = 0; a < NORM_AHEAD; a++)
             if (4 * (threadIdx.x + a * FEW_WARPS * CUDA_WARP) < f.k)
                 norm[a] = load4(f.norm, 4 * (threadIdx.x + a * FEW_WARPS * CUDA_WARP));
+    constexpr bool leaves = M == 1 && !OWN;
+    float2 next_norm[shape::pairs];
+    if constexpr (leaves)
+        load_next<N>(f, next_norm);
     cuda_depend_release();
     fetch_soon(f.soon);
     cuda_depend_wait();
@@ -521,19 +556,21 @@ static __global__ void __launch_bounds__(FEW_WARPS *CUDA_WARP, M == 4 ? 1 : 2)
 #pragma unroll
     for (int j = 0; j < shape::pairs; j++) {
         const neighbours<M, N> p(f, j);
-        if (!p.there)
-            continue;
         float own[2] = {};
 #pragma unroll
-        for (uint32_t w = 0; w < FEW_WARPS; w++) {
+        for (uint32_t w = 0; p.there && w < FEW_WARPS; w++) {
             own[0] += sums[w * shape::results + p.at];
             own[1] += sums[w * shape::results + p.at + CUDA_WARP];
         }
-        if (!OWN && f.squares)
+        if (!OWN && f.squares && p.there)
             scales[j] = own_scales[p.row - blockIdx.y * M * TILE_ROWS];
         /* One rounding, in every form of these kernels: rows do not differ by who is beside. */
         own[0] = fmaf(own[0], scales[j], base[j].x);
         own[1] = fmaf(own[1], scales[j], base[j].y);
+        if (leaves && f.next.ready)
+            leave_prepared(f, p.row, p.o, p.there, own, next_norm[j]);
+        if (!p.there)
+            continue;
         if (p.o >= f.conv.first && p.o < f.conv.first + f.conv.count)
             convolve_pair(f, p, tails, own);
         float *to = f.out + (size_t)p.row * f.n + p.o;
@@ -573,6 +610,8 @@ template <int M, int N, int OWN> static bool launch_many(struct ops_context *x, 
     const size_t shared = shared_of<M, N, OWN>(f);
     if (shared + SHARED_OWN > x->shared_most)
         return false;
+    static_assert(CUDA_LEFT_ROWS <= TILE_ROWS, "of one tile");
+    ASSERT(!f.next.ready || (M == 1 && !OWN));
     if (shared > SHARED_PLAIN)
         CUDA_ALLOW_SHARED(x, (product_of_many<M, N, ahead, OWN>), shared);
     CUDA_LAUNCH_EARLY(x, (product_of_many<M, N, ahead, OWN>),
@@ -608,12 +647,13 @@ bool cuda_takes_rows(const struct ops_context *x, uint32_t k)
  * of the kernel in front. */
 static bool launch_prepared(struct ops_context *x, const struct few &f)
 {
+    if (f.row_count <= TILE_ROWS)
+        return launch_at_once<1, 0, 1, 2, 5>(x, f) || launch_any<1, 0, 5, 2, 1>(x, f);
     if (launch_at_once<1, 0, 1, 2>(x, f) || launch_at_once<2, 0, 1, 2, 4, 5>(x, f) ||
         launch_at_once<4, 0, 1, 2, 5, 9>(x, f))
         return true;
-    return f.row_count <= TILE_ROWS       ? launch_any<1, 0, 5, 2, 1>(x, f)
-           : f.row_count <= 2 * TILE_ROWS ? launch_any<2, 0, 5, 2, 1>(x, f)
-                                          : launch_any<4, 0, 9, 5, 2, 1>(x, f);
+    return f.row_count <= 2 * TILE_ROWS ? launch_any<2, 0, 5, 2, 1>(x, f)
+                                        : launch_any<4, 0, 9, 5, 2, 1>(x, f);
 }
 
 static void multiply_several(struct ops_context *x, const struct few &f)

@@ -20,6 +20,11 @@ struct few {
     bool add;
     const float *squares; /* the rows lie in `ready` already, and here the sums of squares of each
                              four neighbours [rows, k / 4]; or NULL */
+    struct few_next {   /* what the results, CUDA_LEFT_ROWS at most, become for the next product */
+        bf16 *ready;    /* [rows, n], or NULL: nothing */
+        float *squares; /* [rows, n / 4] */
+        const float *norm;
+    } next;
     struct cuda_soon soon;        /* count 0: nothing */
     struct cuda_convolution conv; /* count 0: of nothing */
 };

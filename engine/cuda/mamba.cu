@@ -34,6 +34,15 @@ static void norm_long(struct ops_context *x, const struct ops_mamba_weights *w,
     }
 }
 
+/* The norm of the block behind, for which a step's rows are left prepared; or NULL. Of more rows,
+ * every block of its in_proj would take longer to add up their squares than a kernel of its own. */
+static const struct ops_tensor *left_for(const struct ops_context *x,
+                                         const struct ops_mamba_weights *w, uint32_t count)
+{
+    const bool apart = x->config.hidden_size < x->config.inner_size; /* see cuda_prepared */
+    return x->recording && count <= CUDA_LEFT_ROWS && apart ? w->next_norm : NULL;
+}
+
 /* Segments of one row each: `count` of them from `first` on, and nothing else. */
 static void mamba_singles(struct ops_context *x, const struct ops_mamba_weights *w,
                           const struct ops_rows *rows, uint32_t first, uint32_t count,
@@ -47,10 +56,13 @@ static void mamba_singles(struct ops_context *x, const struct ops_mamba_weights 
     struct cuda_input in = {hidden, &w->norm, x->config.norm_epsilon, NULL, false};
     in.soon = x->recording ? &soon : NULL;
     in.conv = &convolution;
+    in.prepared = x->recording && x->left == w->norm.data;
     cuda_norm_linear(x, &in, &w->in_proj, &w->in_proj_bias, &own, x->projected, false);
     cuda_mamba_singles(x, w, segments + first, own.segments->row, count, ssm);
     struct cuda_input out = {NULL, &w->gate_norm, x->config.norm_epsilon, NULL, false};
     out.prepared = true;
+    out.next_norm = left_for(x, w, count);
+    x->left = out.next_norm ? out.next_norm->data : NULL;
     cuda_norm_linear(x, &out, &w->out_proj, &w->out_proj_bias, &own, hidden, true);
 }
 

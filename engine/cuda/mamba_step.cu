@@ -396,8 +396,9 @@ void cuda_mamba_singles(struct ops_context *x, const struct ops_mamba_weights *w
     m.segments = segments;
     m.ssm = ssm;
     m.projected = x->projected + (size_t)first_row * m.s.proj;
-    m.ready = (bf16 *)cuda_prepared(x, m.s.inner) + (size_t)first_row * m.s.inner;
-    m.squares = x->scanned + (size_t)first_row * (m.s.inner / 4);
+    const struct cuda_prepared_rows prepared = cuda_prepared(x, m.s.inner);
+    m.ready = (bf16 *)prepared.rows + (size_t)first_row * m.s.inner;
+    m.squares = prepared.squares + (size_t)first_row * (m.s.inner / 4);
     m.early = x->early && x->recording;
     if (x->states_bf16)
         launch_singles<bf16>(x, m, segment_count);

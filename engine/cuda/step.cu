@@ -417,6 +417,7 @@ static void join_aside(struct ops_context *x)
 void cuda_step_flush(struct ops_context *x)
 {
     struct run *r = &x->step->run;
+    x->left = NULL;
     join_aside(x);
     if (r->layer_count)
         cuda_run_launch(x, *r);
