@@ -22,6 +22,7 @@ extern "C" {
 
 #define CUDA_FEW_ROWS 8       /* up to here a segment's rows share each weight as it is read */
 #define CUDA_LEFT_ROWS 16     /* up to here a product can leave rows prepared for the next one */
+#define CUDA_LEFT_FROM 4      /* and from here on that is less work than the next one's own */
 #define CUDA_BLOCK_TOKENS 128 /* of a block of the chunked (SSD) form, at most */
 #define CUDA_CHUNKS 16        /* chunks encoded together: see encode_chunks.cu */
 #define CUDA_LANES 4          /* of these beside each other */
@@ -214,8 +215,8 @@ struct cuda_input {
     const struct cuda_soon *soon = NULL; /* or what the kernel behind reads, which nobody writes */
     const struct cuda_convolution *conv = NULL; /* or what becomes of the product */
     bool prepared = false; /* the rows were left where cuda_prepared says, and are not in x */
-    /* Or that of another product, for which this one's results are left prepared, too: of two to
-     * CUDA_LEFT_ROWS rows, whose own were prepared. */
+    /* Or that of another product, for which this one's results are left prepared, too: of at
+     * most CUDA_LEFT_ROWS rows, whose own were prepared. */
     const struct ops_tensor *next_norm = NULL;
 };
 /* Where rows of short segments wait for a product of depth k. */

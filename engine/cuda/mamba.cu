@@ -40,7 +40,8 @@ static const struct ops_tensor *left_for(const struct ops_context *x,
                                          const struct ops_mamba_weights *w, uint32_t count)
 {
     const bool apart = x->config.hidden_size < x->config.inner_size; /* see cuda_prepared */
-    return x->recording && count <= CUDA_LEFT_ROWS && apart ? w->next_norm : NULL;
+    const bool pays = count >= CUDA_LEFT_FROM && count <= CUDA_LEFT_ROWS;
+    return x->recording && pays && apart ? w->next_norm : NULL;
 }
 
 /* Segments of one row each: `count` of them from `first` on, and nothing else. */
