@@ -52,8 +52,7 @@ struct ops_mamba_state {
 struct ops_mamba_weights {
     struct ops_tensor norm, in_proj, in_proj_bias, conv_weight /* [di+2GN, conv_kernel] */,
         conv_bias, dt_bias, a_log, d, gate_norm, out_proj, out_proj_bias;
-    const struct ops_tensor *next_norm; /* of the block right behind, if it is of this kind; or
-                                           NULL */
+    const struct ops_tensor *next_norm; /* of the Mamba-2 block right behind, or NULL */
 };
 
 struct ops_encoder_layer {
