@@ -173,7 +173,13 @@ class Tokenizer:
         self.added = {t["content"]: t["id"] for t in values["added_tokens"]}
         self.names = {i: t for t, i in self.vocab.items()}
         self.split = pattern()
-        self.cache, self.bytes = {}, {}
+        self.cache = {}
+        special = set(self.added.values())  # decoded to nothing
+        self.bytes = {
+            index: bytes(CHAR_TO_BYTE[c] for c in name)
+            for index, name in self.names.items()
+            if index not in special
+        }
         names = sorted(self.added, key=len, reverse=True)
         self.added_split = (
             re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
@@ -233,11 +239,6 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of ids; special tokens are left out, broken UTF-8 is replaced."""
-        if not self.bytes:
-            special = set(self.added.values())
-            for index, name in self.names.items():
-                if index not in special:
-                    self.bytes[index] = bytes(CHAR_TO_BYTE[c] for c in name)
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         return b"".join([self.bytes.get(index, b"") for index in ids]).decode(errors="replace")
 
