@@ -19,15 +19,17 @@ import numpy as np
 import torch
 
 import safetensors_io
+import tasks
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
 from data import ANSWER, CHUNK, TEXT, Books, Builder
 import model as form
 from model import Aims, Bank, ChunkingLayer, Ramba, RetrievalLayer
+from needle import answer_text
 from ramba import Reference
 from retrieval import Scored
 from recurrence import Words
 from tokenizer import Tokenizer
-from train import LAST_STAGE, Trainer
+from train import LAST_STAGE, LOSSES, Trainer, build
 
 
 PART = form.PART
@@ -68,10 +70,10 @@ def visible(config, at):
     return range(max(0, at // config.chunk_size))
 
 
-def plain_missed(config, weigh, hidden, landmarks, gold, sole, others, own):
+def plain_missed(config, weigh, hidden, landmarks, gold, counts, sole, others, own, earlier):
     """RetrievalLayer.missed by its definition; `weigh` gives one query's scores of some landmarks."""
-    retrieval, contrast = [], []
-    for row, at, place in gold:
+    retrieval, contrast, apart = [], [], []
+    for number, (row, at, place) in enumerate(gold):
         chunk = place // config.chunk_size
         seen = visible(config, at)
         mine = weigh(hidden[row, at], landmarks[row])  # [heads, chunks]
@@ -79,15 +81,24 @@ def plain_missed(config, weigh, hidden, landmarks, gold, sole, others, own):
         for head in range(len(mine)):
             score = lambda c: math.exp(mine[head, c])
             rivals = sum(math.exp(rest[head, o]) for o in range(len(others)) if not own[row][o])
-            if len(retrieval) < sole * len(mine):
+            if number < sole:
                 contrast.append(-math.log(score(chunk) / (sum(map(score, seen)) + rivals)))
+            elif len(earlier):
+                all_ = sum(math.exp(s) for s in weigh(hidden[row, at], earlier)[head])
+                apart.append(-math.log(score(chunk) / (score(chunk) + all_)))
             if config.enable_softmax:
                 retrieval.append(-math.log(score(chunk) / sum(map(score, seen))))
             else:
                 newer = [c for c in seen if c > chunk]
                 left = math.prod(1 / (1 + score(c)) for c in newer)
                 retrieval.append(-math.log(left * score(chunk) / (1 + score(chunk))))
-    return sum(retrieval) / len(retrieval), sum(contrast) / len(contrast)
+    times = np.repeat(counts, len(mine))
+    first, rest = times[: len(contrast)], times[len(contrast) :]
+    return (
+        np.average(retrieval, weights=times),
+        np.average(contrast, weights=first),
+        np.average(apart, weights=rest) if apart else None,
+    )
 
 
 def plain_read(config, weigh, queries, others, own):
@@ -132,7 +143,8 @@ class Batches:
             seen = len(visible(self.config, at)) * self.config.chunk_size
             if seen:
                 gold.append((rng.randrange(self.rows), at, rng.randrange(seen)))
-        return gold, tuple(map(torch.tensor, zip(*gold)))
+        counts = [rng.choice([1.0, 4.0]) for _ in gold]
+        return gold, counts, tuple(map(torch.tensor, zip(*gold)))
 
     def weigh(self, x, marks):
         reference, number = self.reference, self.number
@@ -154,9 +166,12 @@ def check_missed(name, folder, rng):
     hidden, landmarks = batches.draw()
     others = batches.random(11, *batches.shape)
     own = torch.rand(3, 11, generator=batches.made) < 0.3
-    gold, places = batches.gold()
-    want = plain_missed(batches.config, batches.weigh, hidden, landmarks, gold, 13, others, own)
-    got = batches.layer.missed(hidden, landmarks, batches.positions, places, 13, others, own)
+    earlier = batches.random(5, *batches.shape)
+    gold, counts, places = batches.gold()
+    rest = counts, 13, others, own, earlier
+    want = plain_missed(batches.config, batches.weigh, hidden, landmarks, gold, *rest)
+    rest = torch.tensor(counts), *rest[1:]
+    got = batches.layer.missed(hidden, landmarks, batches.positions, places, *rest)
     return told(name, "what teaches the landmarks", [abs(float(a) - b) for a, b in zip(got, want)])
 
 
@@ -170,7 +185,7 @@ def check_aim(name, folder, rng):
         flat, chunks = hidden.flatten(0, 1), list(landmarks.flatten(0, 1))
         text = sorted(rng.sample(range(len(chunks)), 6))
         asked, read = (torch.tensor(rng.sample(range(len(flat)), 5)) for _ in range(2))
-        gold, places = batches.gold()
+        gold, counts, places = batches.gold()
         earlier, bank = bank, ([chunks[i] for i in text] + bank)[:9]
         others = [chunks[i] for i in text] + earlier
         own = [[False] * len(others) for _ in range(batches.rows)]
@@ -185,12 +200,17 @@ def check_aim(name, folder, rng):
         if earlier:
             free = [[False] * len(earlier)] * len(read)
             straying = plain_read(batches.config, weigh, flat[read], torch.stack(earlier), free)
-        _, contrast = plain_missed(batches.config, weigh, hidden, landmarks, gold, 15, others, own)
-        aims = Aims(places, 15, torch.tensor(text), asked, read, crowd)
+        earlier = torch.stack(earlier) if earlier else []
+        _, contrast, apart = plain_missed(
+            batches.config, weigh, hidden, landmarks, gold, counts, 15, others, own, earlier
+        )
+        aims = Aims(places, torch.tensor(counts), 15, torch.tensor(text), asked, read, crowd)
         model.straying = 0.0
         model.aim(aims, batches.layer, hidden, landmarks, batches.positions, hidden)
         model.settle(batches.rows, batches.length)
-        got, want = (model.distraction, model.straying, model.contrast), (distraction, straying, contrast)
+        got, want = [model.distraction, model.straying, model.contrast], [distraction, straying, contrast]
+        if apart is not None:
+            got, want = got + [model.apart], want + [apart]
         errors += [abs(float(a) - b) for a, b in zip(got, want)]
     return told(name, "what batches are set against", errors)
 
@@ -203,7 +223,8 @@ def check_settle(name, folder, rng):
     model, rows, length = batches.model, batches.rows, batches.length
     layer = next(l for l in model.backbone.layers if isinstance(l, ChunkingLayer))
     count = rows * batches.chunks
-    gold, places = batches.gold()
+    gold, counts, places = batches.gold()
+    counts, sole = torch.tensor(counts), len(gold) // 2
     asked, read = (torch.tensor(rng.sample(range(rows * length), 9)) for _ in range(2))
 
     def gradient(loss):
@@ -212,16 +233,16 @@ def check_settle(name, folder, rng):
         return lambda: torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
 
     def step(hidden, landmarks):
-        model.aim(Aims(places, len(gold), torch.arange(count), asked, read), batches.layer, hidden, landmarks,
-                  batches.positions, hidden)
-        return model.distraction + model.straying + model.contrast
+        model.aim(Aims(places, counts, sole, torch.arange(count), asked, read), batches.layer, hidden,
+                  landmarks, batches.positions, hidden)
+        return model.distraction + model.straying + model.contrast + model.apart
 
     for earlier in (1, 3):  # batches in the bank: as many as are made anew, and more
         model.bank = Bank(form.BANK)
         seen = [batches.random(rows, length, batches.config.hidden_size) for _ in range(earlier + 1)]
         with torch.enable_grad():
             for hidden in seen[:-1]:
-                model.aim(Aims(None, 0, torch.arange(count), asked, read), batches.layer, hidden,
+                model.aim(Aims(None, None, 0, torch.arange(count), asked, read), batches.layer, hidden,
                           layer(hidden)[2], batches.positions, hidden)
                 model.settle(rows, length)
             whole = Bank(model.bank.most)
@@ -327,9 +348,9 @@ TINY = {
     },
     "seed": 5, "muon": True, "learning_rate": 1e-3, "weight_decay": 0.1, "warmup_steps": 10,
     "answer_weight": 1.0, "text_weight": 1.0, "distraction_weight": 0.1, "straying_weight": 0.1,
-    "distraction_from": 2, "distraction_below": 3.0, "recall": True, "retrieval_weight": 0.2,
-    "contrast_weight": 0.1, "attention_weight": 0.2, "mix": {"niah": 1, "fact": 1},
-    "crowd_mix": {"niah": 1, "phone": 1}, "near_share": 0.3,
+    "distraction_from": 2, "distraction_below": 3.0, "recall": True, "recall_count": 0.25,
+    "retrieval_weight": 0.2, "contrast_weight": 0.1, "attention_weight": 0.2, "choice_weight": 4,
+    "mix": {"niah": 1, "fact": 1}, "crowd_mix": {"niah": 1, "phone": 1}, "near_share": 0.3,
     "talk_share": 0.1, "counting_share": 0.0, "crowd_share": 0.2, "alike_share": 0.0, "respelled_rows": 0.5,
     "shapes": {"long": {"batch": 2, "length": 1024, "share": 0.5},
                "longer": {"batch": 1, "length": 2048, "share": 0.5, "from": 0.5}},
@@ -397,6 +418,50 @@ def check_schedule():
     return good
 
 
+def trainer_rows(tokenizer, books, settings):
+    """A batch with questions."""
+    builder = Builder(tokenizer, books, 3, settings)
+    return builder.batch(2, 2, 1024, 0)
+
+
+def check_anchor():
+    """A training that wants nothing but to stay where it begins: its first step has no loss and no
+    gradient; from weights that have moved the loss brings it back."""
+    tokenizer, books = card_books()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(os.path.join(ROOT, "engine", "models", SHIPPED, name), folder)
+        for name in ("train.npy", "held.npy"):
+            np.save(os.path.join(folder, name), books.ids)
+        settings = {**TINY, "text_weight": 0.0, "answer_weight": 0.0, "anchor_weight": 1.0, "recall": False,
+                    "learning_rate": 1e-2}
+        for name in ("retrieval", "contrast", "attention", "distraction", "straying"):
+            settings[name + "_weight"] = 0.0
+        config, start = os.path.join(folder, "config.json"), os.path.join(folder, "start")
+        with open(config, "w") as file:
+            json.dump(settings, file)
+        os.makedirs(start)
+        tensors = build(settings)[1].state_dict()
+        safetensors_io.save_folder({name: t.bfloat16() for name, t in tensors.items()}, start)
+        args = SimpleNamespace(config=config, set=[], data=folder, out=os.path.join(folder, "out"),
+                               start=start, total_seconds=1e9, total_tokens=1e9, no_compile=True)
+        trainer = Trainer(args)
+        rows = trainer_rows(tokenizer, books, settings)
+        anchor, moved = LOSSES.index("anchor"), []
+        losses, _, _ = trainer.gradients(False, rows)
+        grads = [p.grad.abs().max() for p in trainer.model.parameters() if p.grad is not None]
+        good = float(losses[anchor]) < 1e-6 and float(max(grads)) < 1e-6
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        for _ in range(30):
+            moved.append(float(trainer.update(False, rows)[0][anchor]))
+    good &= moved[0] > 1e-3 and moved[-1] < 0.7 * moved[0]
+    print(f"{'ok  ' if good else 'FAIL'} held to the start: {float(losses[anchor]):.1e}, moved "
+          f"{moved[0]:.3f}, after 30 steps {moved[-1]:.3f}")
+    return good
+
+
 EXACT = ("niah", "niah_multivalue", "phone")
 
 
@@ -460,6 +525,55 @@ def check_leads(rng):
     return good
 
 
+def cut_answers(rows):
+    """Of the answers that stand somewhere: how many a chunk's end cuts where they stand, in how many one
+    falls where they are said, and how many there are."""
+    told = said = count = 0
+    for ids, _, _, gold in zip(*rows):
+        starts = np.flatnonzero((gold >= 0) & (np.roll(gold, 1) < 0))
+        for at in starts:
+            end = at + int(np.argmax(np.append(gold[at:], -1) < 0))
+            told += gold[at] // CHUNK != gold[end - 1] // CHUNK
+            said += at // CHUNK != (end - 1) // CHUNK
+            count += 1
+    return told, said, count
+
+
+def check_cuts(rng):
+    """The ends of chunks in answers, told and said: at chance without a share of cuts, most with."""
+    tokenizer, books = card_books()
+    shares, good = [], True
+    for share in (0.0, 1.0):
+        settings = {**TINY, "mix": {"phone": 1}, "respelled_rows": 0.0, "lead_share": 1.0, "cut_share": share}
+        builder = Builder(tokenizer, books, rng.randrange(1000), settings)
+        rows = [builder.row(builder.asked, 2, 2048) for _ in range(24)]
+        good &= all(len(part) == 2048 for row in rows for part in row)
+        told, said, count = cut_answers([np.stack(part) for part in zip(*rows)])
+        shares.append((told / count, said / count, count))
+    (told, said, _), (more_told, more_said, count) = shares
+    good &= told < 0.35 and said < 0.35 and more_told > 0.6 and more_said > 0.4 and count > 40
+    print(f"{'ok  ' if good else 'FAIL'} answers cut by a chunk's end where they stand {told:.2f}, "
+          f"{more_told:.2f}; where they are said {said:.2f}, {more_said:.2f} of {count}")
+    return good
+
+
+def check_begun(rng):
+    """Of several values those that are said already are no part of the answer; the rest is newest first."""
+    good, begun = True, set()
+    for _ in range(300):
+        needle = tasks.KINDS["niah_multivalue"](rng)
+        (question, parts), = needle.questions
+        left = [piece for _, piece in parts]
+        said = [i for i, value in enumerate(needle.references) if f" {value}," in question]
+        good &= left == sorted(left, reverse=True)
+        good &= sorted(left + said) == list(range(len(needle.references)))
+        good &= answer_text(parts) == ",".join(f" {needle.references[i]}" for i in left) + "."
+        begun.add((len(said), len(left)))
+    good &= {(0, 4), (1, 3), (2, 2), (3, 1)} <= begun
+    print(f"{'ok  ' if good else 'FAIL'} values said already and left: {sorted(begun)}")
+    return good
+
+
 def same(one, other):
     """Two trees of the same tensors."""
     if isinstance(one, torch.Tensor):
@@ -487,8 +601,11 @@ def main():
     good &= check_recalled(random.Random(4))
     good &= check_crowds(random.Random(4))
     good &= check_leads(random.Random(4))
+    good &= check_cuts(random.Random(4))
+    good &= check_begun(random.Random(4))
     with torch.enable_grad():
         good &= check_schedule()
+        good &= check_anchor()
     return 0 if good else 1
 
 

@@ -109,9 +109,10 @@ def sources(needle, answer):
 class Builder:
     def __init__(self, tokenizer, books, seed, settings):
         """`settings`: mix (how often which kind of fact), the shares near, talk and counting of rows
-        with questions, the share lead of questions that come out of text, the share of rows whose
-        book text is respelled, and whether the words that come again in a row of text are marked as
-        what it could have read."""
+        with questions, the share lead of questions that come out of text, the share cut of answers
+        that the end of a chunk is put into where they are told, and where they are said, the share of
+        rows whose book text is respelled, and whether the words that come again in a row of text are
+        marked as what it could have read."""
         self.tokenizer, self.books, self.rng = tokenizer, books, random.Random(seed)
         self.settings, self.respelling = settings, 0.0
 
@@ -214,21 +215,49 @@ class Builder:
         return text, np.arange(length) % len(noise) == 0
 
     def questions(self, needles, room, lead_share):
-        """Questions of as many needles as fit, in random order: (which, lead, question, parts). `lead`
-        is how much text stands before it: in use most questions are the first behind a long text, so
-        that the state does not expect them, and the chunk that they end in, which holds the key, too,
-        is mostly text."""
+        """Questions of as many needles as fit, in random order: [which, lead, question, parts], and how
+        long they are. `lead` is how much text stands before it: in use most questions are the first
+        behind a long text, so that the state does not expect them, and the chunk that they end in,
+        which holds the key, too, is mostly text."""
         out, used = [], 0
         order = list(range(len(needles)))
         self.rng.shuffle(order)
         for which in order:
             question, parts = self.question(needles[which])
-            lead = int(4 * 128 ** self.rng.random()) if self.rng.random() < lead_share else 0
+            lead = int(4 * 64 ** self.rng.random()) if self.rng.random() < lead_share else 0
             size = lead + len(question) + sum(len(tokens) for tokens, _ in parts)
             if used + size <= room:
                 used += size
-                out.append((which, lead, question, parts))
+                out.append([which, lead, question, parts])
         return out, used
+
+    def shorten_leads(self, questions, length):
+        """Of the `questions` that end a row of `length` puts the end of a chunk into the answers of some:
+        the chunk of the question, which holds the key, becomes whole in the middle of these. Takes what
+        it needs from the text behind them, and returns how much that is."""
+        end, less = length, 0
+        for this, behind in reversed(list(zip(questions, questions[1:] + [None]))):
+            size = sum(len(tokens) for tokens, _ in this[3])
+            if behind and self.rng.random() < self.settings.get("cut_share", 0):
+                moves = [move for move in range(min(CHUNK, behind[1] + 1)) if 0 < (end + move) % CHUNK < size]
+                move = self.rng.choice(moves or [0])
+                behind[1] -= move
+                end, less = end + move, less + move
+            end -= this[1] + len(this[2]) + size
+        return less
+
+    def cut_spans(self, texts, questions):
+        """Of some pieces that are asked for, by (needle, piece): from where in them to where the answer
+        stands, for the end of a chunk to fall between."""
+        tokens, spans = {(needle, piece): text for needle, piece, text in texts}, {}
+        for which, _, _, parts in questions:
+            for answer, piece in parts:
+                text = tokens.get((which, piece))
+                if text and self.rng.random() < self.settings.get("cut_share", 0):
+                    told = [place for place in sources(text, answer) if place >= 0]
+                    if told and max(told) > min(told):
+                        spans[which, piece] = min(told), max(told)
+        return spans
 
     def dense(self, row, stage, texts, room):
         """Nothing but pairs; in the first stage each several times. Returns their last places."""
@@ -248,9 +277,9 @@ class Builder:
         row.add(ids[:room], 0)
         return {which: at + fill for which, at in where.items()}
 
-    def scatter(self, row, texts, room):
-        """`texts`: (needle, piece, tokens), hidden in a haystack, a needle's pieces in their order.
-        Returns the places by (needle, piece), or None."""
+    def scatter(self, row, texts, room, spans):
+        """`texts`: (needle, piece, tokens), hidden in a haystack, a needle's pieces in their order, with
+        the end of a chunk in the `spans` of some. Returns the places by (needle, piece), or None."""
         rng = self.rng
         if rng.random() < 0.3:
             kind = tasks.niah_kind(rng)
@@ -268,6 +297,13 @@ class Builder:
         where, before = {}, 0
         for place, (needle, _, _) in zip(places, order):
             piece, tokens = waiting[needle].pop(0)
+            place = max(place, before)
+            if (needle, piece) in spans:
+                first, last = spans[needle, piece]
+                near = place + np.flatnonzero(cut[place : place + CHUNK])
+                inside = -(len(row.ids) + near - before + first) % CHUNK  # a chunk's end behind `first`
+                near = near[(0 < inside) & (inside <= last - first)].tolist()
+                place = rng.choice(near or [place])
             row.add(text[before:place].tolist(), TEXT)
             where[needle, piece] = row.add(tokens, 0)
             before = place
@@ -291,12 +327,14 @@ class Builder:
         questions, size = self.questions(needles, int(length * asking), leads)
         if not questions:  # a short row of long facts
             return self.plain(length)
+        if stage > 1:
+            size -= self.shorten_leads(questions, length)
         room = length - size
         if stage <= 1:
             found = self.dense(row, stage, [tokens for _, _, tokens in texts], room)
             where = {(which, 0): at for which, at in found.items()}
         else:
-            where = self.scatter(row, texts, room)
+            where = self.scatter(row, texts, room, self.cut_spans(texts, questions))
             if where is None:
                 return self.plain(length)
         style, reads = rng.random(), self.settings.get("hsa", True)

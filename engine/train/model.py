@@ -327,6 +327,11 @@ class ChunkingLayer(nn.Module):
         return keys, values, landmarks
 
 
+def weighed(loss, counts):
+    """The mean of `loss` [N,heads], of which each row counts `counts` [N] times; 0 of nothing."""
+    return (loss.mean(1) * counts).sum() / counts.sum().clamp(min=1e-6)
+
+
 class RetrievalLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -380,17 +385,19 @@ class RetrievalLayer(nn.Module):
         picked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks, True) & visible
         return self.weigh(scores, picked)
 
-    def missed(self, x, landmarks, positions, gold, sole, others=None, own=None):
-        """Two means over the `gold` positions (batch, at, place), which teach the landmarks before any
-        answer is right: of -log of the weight of the place's chunk, were every chunk picked; and, over
+    def missed(self, x, landmarks, positions, gold, counts, sole, others=None, own=None, earlier=None):
+        """Three means over the `gold` positions (batch, at, place), which teach the landmarks before any
+        answer is right: of -log of the weight of the place's chunk, were every chunk picked; over
         the first `sole`, for which no other chunk would do, of -log of its share in a softmax over the
         scores of every visible chunk and `others` [C,Hr,r/Hr] (InfoNCE), chunks that hold nothing for
-        these rows, but where `own` [batch,C]."""
+        these rows, but where `own` [batch,C]; and over the rest the same with `earlier` [C,Hr,r/Hr]
+        alone, or None. A position counts `counts` [positions] times."""
         batch, at, place = gold
         q = self.ln(self.pre_norm(x[batch, at])).view(len(batch), self.config.retrieval_heads, -1)
         if self.config.enable_lmk_norm:
             q, landmarks = self.lmk_q_norm(q), self.lmk_k_norm(landmarks)
             others = None if others is None else self.lmk_k_norm(others)
+            earlier = None if earlier is None else self.lmk_k_norm(earlier)
         scale = q.shape[-1] ** -0.5
         scores = torch.einsum("nhr,nchr->nhc", q, landmarks[batch].to(q.dtype)).float() * scale
         chunk = place.view(-1, 1, 1) // self.config.chunk_size
@@ -408,8 +415,13 @@ class RetrievalLayer(nn.Module):
             if own is not None:
                 scores = scores.masked_fill(own[batch[:sole]].unsqueeze(1), -math.inf)
             among = torch.logaddexp(among, scores.logsumexp(-1))
-        contrast = (among - wanted[:sole]).sum() / max(1, among.numel())
-        return (spent - wanted).mean(), contrast
+        contrast = weighed(among - wanted[:sole], counts[:sole])
+        apart = None
+        if earlier is not None and len(earlier):
+            scores = torch.einsum("nhr,chr->nhc", q[sole:], earlier.to(q.dtype)).float() * scale
+            rest = wanted[sole:]
+            apart = weighed(torch.logaddexp(rest, scores.logsumexp(-1)) - rest, counts[sole:])
+        return weighed(spent - wanted, counts), contrast, apart
 
     def distracted(self, x, landmarks, own=None):
         """What chunks [C,Hr,r/Hr] that hold nothing for positions x [N,d] cost these: the mean of -log of
@@ -477,9 +489,9 @@ class HsaLayer(nn.Module):
             return torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
         return logits.softmax(-1)
 
-    def missed(self, x, keys, gold):
-        """Mean over the `gold` positions (batch, at, place) of -log of the attention that half of
-        the heads pay to that place within its chunk."""
+    def missed(self, x, keys, gold, counts):
+        """Mean over the `gold` positions (batch, at, place), each of which counts `counts` times, of -log
+        of the attention that half of the heads pay to that place within its chunk."""
         config = self.config
         batch, at, place = gold
         q = self.q_proj(self.pre_norm(x[batch, at]))
@@ -490,7 +502,7 @@ class HsaLayer(nn.Module):
         k = keys[batch, place // config.chunk_size].to(q.dtype)
         logits = torch.einsum("nkgd,nskd->nkgs", q, k).float() * q.shape[-1] ** -0.5
         want = (place % config.chunk_size).view(-1, 1, 1, 1).expand(-1, *logits.shape[1:3], 1)
-        return -logits.log_softmax(-1).gather(-1, want).mean()
+        return weighed(-logits.log_softmax(-1).gather(-1, want).flatten(1), counts)
 
     def gathered(self, x, keys, values, picks, weights):
         """The sparse form of `forward`, for picks and weights [1,L,Hr,K]."""
@@ -518,7 +530,9 @@ class Aims:
         that of its share among its row's chunks and those that hold nothing for it, `attention`
         that of the place's share of the attention to that chunk, in half of the heads of the first
         HSA layer.
-    sole: of how many of them, the first, no other chunk holds the same: `contrast` is of these.
+    counts: [positions], how many times each of them counts in these.
+    sole: of how many of them, the first, no other chunk holds the same: `contrast` is of these, and of
+        the others `apart`, which sets the place's chunk against those of earlier batches alone.
     distractors: the flat numbers of chunks that are text alone. `distraction` is what the flat positions
         `asked` would read of these or those of earlier batches, `straying` what the flat positions
         `text` would of those of earlier batches: they keep landmarks apart in longer contexts than are
@@ -527,9 +541,9 @@ class Aims:
         it are then also the other rows.
     """
 
-    def __init__(self, gold=None, sole=0, distractors=None, asked=None, text=None, crowd=False):
-        self.gold, self.sole, self.distractors, self.asked = gold, sole, distractors, asked
-        self.text, self.crowd = text, crowd
+    def __init__(self, gold=None, counts=None, sole=0, distractors=None, asked=None, text=None, crowd=False):
+        self.gold, self.counts, self.sole = gold, counts, sole
+        self.distractors, self.asked, self.text, self.crowd = distractors, asked, text, crowd
 
 
 class Bank:
@@ -615,13 +629,15 @@ class Ramba(nn.Module):
 
         `states`: a list of [B,H,P,N], one for each Mamba layer, or None. `trace`: a dict to be
         filled with layer{i}.hidden, .k, .v, .landmarks, .weights. With `aims` self.distraction,
-        self.straying, self.retrieval, self.contrast and self.attention are the losses of that name.
+        self.straying, self.retrieval, self.contrast, self.apart and self.attention are the losses of that
+        name.
         """
         x = self.backbone.embeddings(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
         keys = values = landmarks = weights = made_of = None
         after, mamba = [], 0
-        self.distraction = self.straying = self.retrieval = self.contrast = self.attention = None
+        self.distraction = self.straying = self.retrieval = self.contrast = None
+        self.apart = self.attention = None
         for i, layer in enumerate(self.backbone.layers):
             if isinstance(layer, MambaLayer):
                 x, ssm, _ = layer(x, resets, None if states is None else states[mamba])
@@ -648,7 +664,7 @@ class Ramba(nn.Module):
                         self.aim(aims, layer, x, landmarks, positions, made_of)
             elif self.hsa and landmarks.shape[1]:
                 if aims is not None and aims.gold is not None and self.attention is None:
-                    self.attention = layer.missed(x, keys, aims.gold)
+                    self.attention = layer.missed(x, keys, aims.gold, aims.counts)
                 x = layer(x, keys, values, weights)
             if trace is not None:
                 trace[f"layer{i}.hidden"] = x
@@ -656,8 +672,9 @@ class Ramba(nn.Module):
 
     def aim(self, aims, layer, x, landmarks, positions, made_of):
         """`made_of` [B,L,d]: what the landmarks were made of."""
-        others = own = None
+        others = own = earlier = None
         if aims.asked is not None:
+            earlier = None if self.bank.landmarks is None else self.bank.landmarks.to(x.dtype)
             flat, chunks = x.flatten(0, 1), landmarks.flatten(0, 1)
             distractors = chunks[aims.distractors]
             self.bank.keep(distractors, self.whole_chunks(made_of)[aims.distractors])
@@ -669,11 +686,11 @@ class Ramba(nn.Module):
                 own = F.pad(own, (0, len(others) - len(chunks)))
             mine = None if own is None else own[aims.asked // x.shape[1]]
             self.distraction = layer.distracted(flat[aims.asked], others, mine)
-            if self.bank.landmarks is not None and len(aims.text):
-                self.straying = layer.distracted(flat[aims.text], self.bank.landmarks.to(x.dtype))
+            if earlier is not None and len(aims.text):
+                self.straying = layer.distracted(flat[aims.text], earlier)
         if aims.gold is not None:
-            self.retrieval, self.contrast = layer.missed(
-                x, landmarks, positions, aims.gold, aims.sole, others, own
+            self.retrieval, self.contrast, self.apart = layer.missed(
+                x, landmarks, positions, aims.gold, aims.counts, aims.sole, others, own, earlier
             )
 
     def whole_chunks(self, x):

@@ -162,7 +162,7 @@ class Retrieval(train.Trainer):
         right = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool, device=self.device)
         right[row, at] = found
         zero = torch.zeros((), device=self.device)
-        losses = [zero, zero, zero, strayed, weight, share, kept]  # as train.BESIDE names them
+        losses = [zero, zero, zero, zero, strayed, weight, share, zero, kept]  # as train.LOSSES names them
         return torch.stack([loss.detach().float() for loss in losses]), right, after
 
     @staticmethod

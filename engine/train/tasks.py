@@ -82,19 +82,19 @@ def niah_all_question(kind, keys):
     )
 
 
-def niah_multivalue(rng, kind=None, count=None, in_order=True):
-    """Several values of one key. The newest is said first, as retrieval reads the newest first; out of
-    order, one that was passed over is said last."""
+def niah_multivalue(rng, kind=None, count=None, begun=0):
+    """Several values of one key. The newest is said first, as retrieval reads the newest first.
+    `begun`: at most so many of them, any in any order, are said already."""
     kind, count, key = kind or niah_kind(rng), count or rng.choice([2, 3] + [4] * 6), words.pair(rng)
     values = [niah_value(rng, kind) for _ in range(count)]
-    order = list(reversed(range(count)))
-    if not in_order:
-        order.append(order.pop(rng.randrange(count)))
+    said = rng.sample(range(count), min(begun, count - 1))
+    order = [i for i in reversed(range(count)) if i not in said]
+    question = niah_all_question(kind, [key]) + "".join(f" {values[i]}," for i in said)
     parts = [(f" {values[i]}{'.' if i == order[-1] else ','}", i) for i in order]
     return Needle(
         "niah_multivalue",
         [niah_sentence(kind, key, value) for value in values],
-        [(niah_all_question(kind, [key]), parts)],
+        [(question, parts)],
         key,
         values,
     )
@@ -216,7 +216,7 @@ KINDS = {
     "passkey": passkey,
     "letters": lambda rng: passkey(rng, 0.0),
     "niah": niah,
-    "niah_multivalue": lambda rng: niah_multivalue(rng, in_order=rng.random() < 0.8),
+    "niah_multivalue": lambda rng: niah_multivalue(rng, begun=rng.choice([0, 0, 0, 1, 2, 3])),
     "niah_multiquery": niah_multiquery,
     "vt": vt,
     "phone": phone,

@@ -10,6 +10,11 @@ Runs on CUDA where there is one, else on the CPU; on several GPUs of one host as
 The curriculum: 0 dense pairs, 1 longer keys and values, 2 needles in short texts, 3 needles in long
 texts. A stage ends after as many steps as `stage_steps` says; earlier stages stay in the mix. Rows of
 every shape come in the last stage, those of a shape with `from` not before that share of the training.
+
+To go on from a model (--from) without losing what it knows: `anchor_weight` holds what is no answer to
+that model's distributions (KL), `decay_to_start` has weights decay towards its own; `choice_weight` is
+how often answers' tokens count that must turn to another chunk, in the losses of reading, and
+`recall_count` how often text's that could have been read.
 """
 import argparse
 import json
@@ -26,14 +31,15 @@ import torch
 import torch.nn.functional as F
 
 import safetensors_io
-from data import ANSWER, TEXT, Books, Builder, text_alone
+from data import ANSWER, CHUNK, TEXT, Books, Builder, text_alone
 from model import Aims, BANK, Bank, Config, DEFAULTS, MambaLayer, Ramba
 from optimizer import Both
 from tokenizer import Tokenizer
 
 LAST_STAGE = 3
-BESIDE = ("distraction", "straying", "retrieval", "contrast", "attention")  # losses beside the language's
-LOSSES = ("text", "answer", *BESIDE)
+# Losses beside the language's.
+BESIDE = ("distraction", "straying", "retrieval", "contrast", "apart", "attention")
+LOSSES = ("text", "answer", "anchor", *BESIDE)
 SAVE_SECONDS = 60
 
 
@@ -147,6 +153,9 @@ class Trainer:
             self.model.load_state_dict(safetensors_io.load_folder(args.start))
         elif self.settings.get("decay_to_start"):
             raise SystemExit("decay_to_start wants --from")
+        self.teacher = None
+        if self.settings.get("anchor_weight"):
+            self.teach()
         self.freeze(self.settings.get("frozen"))
         self.optimizer = Both(self.model, self.settings)
         self.tokenizer = Tokenizer.load(args.data)
@@ -165,10 +174,19 @@ class Trainer:
         if cuda and not args.no_compile:
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.cache_size_limit = 64  # one entry a shape and layer
-            for layer in self.model.backbone.layers:
-                layer.compile(dynamic=False)  # a dynamic second shape compiles for minutes
+            for model in (self.model, self.teacher) if self.teacher else (self.model,):
+                for layer in model.backbone.layers:
+                    layer.compile(dynamic=False)  # a dynamic second shape compiles for minutes
             self.losses = torch.compile(self.answer_losses, dynamic=False)
             self.warm_up()
+
+    def teach(self):
+        """The weights of the start, which what is no answer is held to: so that what a training does not
+        mean to change stays, and so that text, which is most of it, brings no noise of its own."""
+        if not self.args.start:
+            raise SystemExit("anchor_weight wants --from")
+        self.teacher = build(self.settings)[1].to(self.device).requires_grad_(False)
+        self.teacher.load_state_dict(safetensors_io.load_folder(self.args.start))
 
     def freeze(self, pattern):
         """Tensors in whose name the regular expression is found stay as they are."""
@@ -256,26 +274,36 @@ class Trainer:
         recalled = np.pad(gold[:, 1:] >= 0, ((0, 0), (0, 1))) & (after == TEXT)
         order = np.argsort(recalled[rows, at], kind="stable")  # the first `sole` stand in one chunk alone
         rows, at = rows[order], at[order]
-        places = tuple(self.put(a) for a in (rows, at, gold[rows, at + 1].astype(np.int64)))
+        place = gold[rows, at + 1].astype(np.int64)
+        places = tuple(self.put(a) for a in (rows, at, place))
         sole = len(rows) - int(recalled.sum())
+        before = gold[rows, at]
+        chosen = (before < 0) | (before // CHUNK != place // CHUNK)  # it has to turn to another chunk
+        counts = np.where(chosen, self.settings.get("choice_weight", 1), 1).astype(np.float32)
+        counts[sole:] = self.settings.get("recall_count", 1)
+        counts = self.put(counts)
         asked, text = np.flatnonzero(after == ANSWER), np.flatnonzero((after == TEXT) & ~recalled)
         if not self.distracts() or not len(asked):
-            return Aims(places, sole)
+            return Aims(places, counts, sole)
         asked, text = asked[:: max(1, len(asked) // 4096)], text[:: max(1, len(text) // 1024)]
         text = np.concatenate([np.flatnonzero(recalled), text])
         distractors = np.flatnonzero(text_alone(marks))
-        return Aims(places, sole, self.put(distractors), self.put(asked), self.put(text), crowd)
+        return Aims(places, counts, sole, self.put(distractors), self.put(asked), self.put(text), crowd)
 
-    def answer_losses(self, x, target, kind):
-        """The mean losses of text and of answers, and which targets are the most likely tokens."""
+    def answer_losses(self, x, target, kind, taught=None):
+        """The mean losses of text and of answers, how far the distributions of all that is no answer are
+        from those of the hidden states `taught` of the teacher (KL), and which targets are the most
+        likely tokens."""
         logits = self.model.head(x)[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
         loss = loss.view_as(target)
-        means = [
-            (loss * (kind == mark)).sum() / (kind == mark).sum().clamp(min=1)
-            for mark in (TEXT, ANSWER)
-        ]
-        return *means, logits.argmax(-1) == target
+        mean = lambda loss, which: (loss * which).sum() / which.sum().clamp(min=1)
+        anchor = None
+        if taught is not None:
+            wanted = self.teacher.head(taught)[:, :-1].float().log_softmax(-1)
+            apart = (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1)
+            anchor = mean(apart, kind != ANSWER)
+        return mean(loss, kind == TEXT), mean(loss, kind == ANSWER), anchor, logits.argmax(-1) == target
 
     def share_gradients(self):
         """The mean of all ranks' gradients."""
@@ -293,11 +321,17 @@ class Trainer:
         aims = self.aims(crowd, marks, gold)
         kind = self.device.split(":")[0]
         low = torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
+        states, taught = self.states(len(ids)), None
         with low:
-            x, after = self.model.hidden(ids_t, resets_t, self.states(len(ids)), aims=aims)
-            text, answer, right = self.losses(x, ids_t[:, 1:], marks_t[:, 1:])
+            if self.teacher:
+                with torch.no_grad():
+                    taught, _ = self.teacher.hidden(ids_t, resets_t, states)
+            x, after = self.model.hidden(ids_t, resets_t, states, aims=aims)
+            text, answer, anchor, right = self.losses(x, ids_t[:, 1:], marks_t[:, 1:], taught)
         s = self.settings
         total = s["text_weight"] * text + s["answer_weight"] * answer
+        if anchor is not None:
+            total = total + s["anchor_weight"] * anchor
         beside = [getattr(self.model, name) for name in BESIDE]
         for loss, name in zip(beside, BESIDE):
             if loss is not None:
@@ -305,7 +339,7 @@ class Trainer:
         total.backward()
         with low:
             self.model.settle(*ids.shape)
-        losses = [0.0 if loss is None else loss for loss in (text, answer, *beside)]
+        losses = [0.0 if loss is None else loss for loss in (text, answer, anchor, *beside)]
         losses = [torch.as_tensor(loss, device=self.device).detach() for loss in losses]
         return torch.stack(losses), right, after
 
@@ -432,8 +466,8 @@ class Trainer:
         resets, states = torch.zeros_like(ids, dtype=torch.bool), self.states(len(ids))
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.is_cuda):
             x, _ = self.model.hidden(ids, resets, [torch.zeros_like(s) for s in states])
-            text, _, _ = self.losses(x, ids[:, 1:], torch.full_like(ids, TEXT, dtype=torch.uint8)[:, 1:])
-        return text.item()
+            marks = torch.full_like(ids, TEXT, dtype=torch.uint8)[:, 1:]
+            return self.losses(x, ids[:, 1:], marks, x.detach() if self.teacher else None)[0].item()
 
     def log(self, sums, count, answers, rate):
         sums = sums.tolist()
