@@ -189,8 +189,10 @@ extern "C" bool cuda_name_picked(struct ops_context *x, const void *const *pages
     const void **names = (const void **)(p->names + names_offset(p));
     const bool room = cuda_pages_take(x, pages, count, names) == count;
     cuda_pages_end(x);
-    if (!room || x->failed)
+    if (!room || x->failed) {
+        cuda_pages_settle(x); /* the caller may change its pages from here on */
         return false;
+    }
     uint32_t marks = 0;
     for (size_t i = 0; i < p->words; i++) {
         ((uint32_t *)p->names)[i] = marks;
