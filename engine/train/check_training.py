@@ -13,6 +13,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -557,6 +558,31 @@ def check_cuts(rng):
     return good
 
 
+def check_beside():
+    """Threads that use a new tokenizer at once decode what one alone does."""
+    with open(os.path.join(ROOT, "engine", "models", SHIPPED, "tokenizer.json"), encoding="utf-8") as file:
+        values = json.load(file)
+    ids = Tokenizer(values).encode("It was told beside others, and nothing of it may be lost. " * 30)
+    want, got, often = Tokenizer(values).decode(ids), [], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    for _ in range(5):
+        tokenizer, barrier = Tokenizer(values), threading.Barrier(4)
+
+        def run():
+            barrier.wait()
+            got.append(tokenizer.decode(ids))
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    sys.setswitchinterval(often)
+    off = sum(text != want for text in got)
+    print(f"{'FAIL' if off else 'ok  '} decoded by threads beside each other: {off} of {len(got)} are off")
+    return not off
+
+
 def check_begun(rng):
     """Of several values those that are said already are no part of the answer; the rest is newest first."""
     good, begun = True, set()
@@ -603,6 +629,7 @@ def main():
     good &= check_leads(random.Random(4))
     good &= check_cuts(random.Random(4))
     good &= check_begun(random.Random(4))
+    good &= check_beside()
     with torch.enable_grad():
         good &= check_schedule()
         good &= check_anchor()
