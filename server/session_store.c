@@ -56,8 +56,8 @@ static void append_done(void *context, enum status status)
     answer->status = status;
     pthread_mutex_lock(&store->lock);
     list_push_back(&store->answers, &answer->node);
+    store->wake_cb(store->context); /* under the lock: once it is taken, the store may end */
     pthread_mutex_unlock(&store->lock);
-    store->wake_cb(store->context);
 }
 
 static enum status append(void *context, struct chunk_key key, const void *kv, const void *landmark)
