@@ -419,12 +419,6 @@ def check_schedule():
     return good
 
 
-def trainer_rows(tokenizer, books, settings):
-    """A batch with questions."""
-    builder = Builder(tokenizer, books, 3, settings)
-    return builder.batch(2, 2, 1024, 0)
-
-
 def check_anchor():
     """A training that wants nothing but to stay where it begins: its first step has no loss and no
     gradient; from weights that have moved the loss brings it back."""
@@ -447,7 +441,7 @@ def check_anchor():
         args = SimpleNamespace(config=config, set=[], data=folder, out=os.path.join(folder, "out"),
                                start=start, total_seconds=1e9, total_tokens=1e9, no_compile=True)
         trainer = Trainer(args)
-        rows = trainer_rows(tokenizer, books, settings)
+        rows = Builder(tokenizer, books, 3, settings).batch(2, 2, 1024, 0)
         anchor, moved = LOSSES.index("anchor"), []
         losses, _, _ = trainer.gradients(False, rows)
         grads = [p.grad.abs().max() for p in trainer.model.parameters() if p.grad is not None]
@@ -530,7 +524,7 @@ def cut_answers(rows):
     """Of the answers that stand somewhere: how many a chunk's end cuts where they stand, in how many one
     falls where they are said, and how many there are."""
     told = said = count = 0
-    for ids, _, _, gold in zip(*rows):
+    for gold in rows[3]:
         starts = np.flatnonzero((gold >= 0) & (np.roll(gold, 1) < 0))
         for at in starts:
             end = at + int(np.argmax(np.append(gold[at:], -1) < 0))

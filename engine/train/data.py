@@ -224,7 +224,7 @@ class Builder:
         self.rng.shuffle(order)
         for which in order:
             question, parts = self.question(needles[which])
-            lead = int(4 * 64 ** self.rng.random()) if self.rng.random() < lead_share else 0
+            lead = int(4 * 128 ** self.rng.random()) if self.rng.random() < lead_share else 0
             size = lead + len(question) + sum(len(tokens) for tokens, _ in parts)
             if used + size <= room:
                 used += size

@@ -17,6 +17,7 @@ how often answers' tokens count that must turn to another chunk, in the losses o
 `recall_count` how often text's that could have been read.
 """
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -151,11 +152,14 @@ class Trainer:
         self.model.to(self.device)
         if args.start:
             self.model.load_state_dict(safetensors_io.load_folder(args.start))
-        elif self.settings.get("decay_to_start"):
-            raise SystemExit("decay_to_start wants --from")
+        for name in ("decay_to_start", "anchor_weight"):
+            if self.settings.get(name) and not args.start:
+                raise SystemExit(f"{name} wants --from")
+        # What is no answer is held to the start: what a training does not mean to change stays, and text,
+        # which is most of it, brings no noise of its own.
         self.teacher = None
         if self.settings.get("anchor_weight"):
-            self.teach()
+            self.teacher = copy.deepcopy(self.model).requires_grad_(False)
         self.freeze(self.settings.get("frozen"))
         self.optimizer = Both(self.model, self.settings)
         self.tokenizer = Tokenizer.load(args.data)
@@ -179,14 +183,6 @@ class Trainer:
                     layer.compile(dynamic=False)  # a dynamic second shape compiles for minutes
             self.losses = torch.compile(self.answer_losses, dynamic=False)
             self.warm_up()
-
-    def teach(self):
-        """The weights of the start, which what is no answer is held to: so that what a training does not
-        mean to change stays, and so that text, which is most of it, brings no noise of its own."""
-        if not self.args.start:
-            raise SystemExit("anchor_weight wants --from")
-        self.teacher = build(self.settings)[1].to(self.device).requires_grad_(False)
-        self.teacher.load_state_dict(safetensors_io.load_folder(self.args.start))
 
     def freeze(self, pattern):
         """Tensors in whose name the regular expression is found stay as they are."""
