@@ -6,6 +6,7 @@ parts, streamed. What teaches the landmarks is held against its definition, one 
 after the other. Exit status 1 when one is off.
 """
 
+import copy
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import model as form
 from model import Aims, Bank, ChunkingLayer, Ramba, RetrievalLayer
 from needle import answer_text
 from ramba import Reference
-from retrieval import Scored
+import retrieval
 from recurrence import Words
 from tokenizer import Tokenizer
 from train import LAST_STAGE, LOSSES, Trainer, build
@@ -269,39 +270,59 @@ def check_settle(name, folder, rng):
     return good
 
 
-def check_scored(rng):
-    """retrieval.Scored by its definition: what a batch and the bank cost the weight of a chunk."""
-    rows, count, width, banked = 3, 40, 16, 90
-    made = torch.Generator().manual_seed(4)
-    random_ = lambda *shape: torch.randn(*shape, generator=made)
-    marks, bank, errors, found = random_(rows, count, width), random_(banked, width), [], []
-    for crowd in (False, True):
-        apart = torch.ones(rows * count, dtype=torch.bool) if crowd else torch.rand(
-            rows * count, generator=made) < 0.4
-        row = torch.tensor([rng.randrange(rows) for _ in range(30)])
-        at = torch.tensor([rng.randrange(9 * CHUNK, count * CHUNK) for _ in range(30)])
-        own = torch.tensor([rng.randrange(int(a) // CHUNK) for a in at])
-        gold, q = row * count + own, 3 * random_(30, width)
-        got = Scored(q, marks, bank, row, at, apart).losses(gold)
-        weight, share = [], []
-        for n in range(30):
-            score = lambda mark: float(q[n].double() @ mark.double()) / width**0.5
-            wanted = score(marks[row[n], own[n]])
-            rivals = [(score(mark), i % 2 == 0) for i, mark in enumerate(bank, rows * count)]
-            for r in range(rows):
-                for c in range(count):
-                    mine = r == row[n]
-                    if (c < at[n] // CHUNK and c != own[n]) if mine else apart[r * count + c]:
-                        newer = c > own[n] if mine else (r * count + c) % 2 == 0
-                        rivals.append((score(marks[r, c]), newer))
-            rivals.sort(reverse=True)
-            left = math.prod(1 / (1 + math.exp(s)) for s, newer in rivals[:7] if newer)
-            weight.append(-math.log(left / (1 + math.exp(-wanted))))
-            share.append(math.log(sum(math.exp(s) for s, _ in rivals) + math.exp(wanted)) - wanted)
-            found.append(bool(got[2][n]) == (rivals[7][0] < wanted))
-        errors += [abs(float(got[0]) - sum(weight) / 30), abs(float(got[1]) - sum(share) / 30)]
-    good = max(errors) < 1e-5 and all(found)  # of 30 scores in fp32
-    print(f"{'ok  ' if good else 'FAIL'} what a chunk's weight is lost to {max(errors):.1e}")
+def check_fit(rng):
+    """What retrieval.py is told of a chunk's weight is what the whole model, read from the first token of the
+    haystack to the last of the answer, gives it; fitting lowers what is lost of it in haystacks that are not
+    fitted to."""
+    torch.manual_seed(6)
+    tokenizer, books = card_books()
+    model = build({**TINY, "seed": 7})[1]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # scores that matter
+            if name.endswith(("lmk_ln.weight", ".ln.weight")):
+                parameter.mul_(6)
+    lower, before = retrieval.Lower(model), retrieval.Lower(copy.deepcopy(model))
+    settings = {**TINY, "mix": {"niah": 1, "niah_multivalue": 1, "phone": 1, "fact": 1}, "lead_share": 0.0}
+    make = lambda: Builder(tokenizer, books, 9, settings)
+    builder = make()
+    ids, _, rows = builder.row(retrieval.told, builder, 2000)
+    seen = retrieval.see(lower, make(), 2000, "cpu")
+    scored, want = iter(range(len(seen.gold))), []
+    for _, row in rows:
+        session, trace = {}, []
+        at = [i for i in range(len(ids), len(row.ids)) if 0 <= row.gold[i] // CHUNK < len(ids) // CHUNK]
+        pick = type(lower.retrieval).pick
+
+        def noting(layer, x, landmarks, positions):
+            picks, weights = pick(layer, x, landmarks, positions)
+            trace.append((positions, picks, weights))
+            return picks, weights
+
+        type(lower.retrieval).pick = noting
+        for piece in pieces(torch.tensor(row.ids), rng):
+            model.stream(session, piece)
+        type(lower.retrieval).pick = pick
+        weights = {int(p): dict(zip(c[0].tolist(), w[0].tolist()))
+                   for positions, picks, w in trace for p, c, w in zip(positions, picks[0], w[0])}
+        for i in at:
+            want.append((next(scored), weights[i - 1].get(row.gold[i] // CHUNK)))
+    every = torch.arange(len(seen.gold))
+    none = seen.chunks[:0], torch.zeros(0, dtype=torch.int64)
+    lost, _, above = retrieval.wanted(lower, seen, every, *none)
+    picked = [w is not None for _, w in want]
+    good = picked == (above < retrieval.PICKED).tolist() and 0.2 * len(want) < sum(picked) < len(want)
+    off = max(abs(math.exp(-lost[n]) - w) for n, w in want if w is not None)
+    good &= off < 1e-4 and len(seen.late) > 0
+    builder = make()
+    haystacks = [retrieval.see(lower, builder, 2000, "cpu") for _ in range(8)]
+    with torch.enable_grad():
+        fit = retrieval.Fit(lower, before, haystacks, 1)
+        first = fit.report("before")
+        fit.run(120, 3e-3)
+        last = fit.report("after")
+    good &= last < 0.9 * first
+    print(f"{'ok  ' if good else 'FAIL'} what retrieval is fitted to: {len(want)} tokens, {sum(picked)} picked, "
+          f"weights {off:.1e}; cost {first:.2f}, fitted {last:.2f}")
     return good
 
 
@@ -617,7 +638,7 @@ def main():
             good &= check_missed(name, model, random.Random(2))
             good &= check_aim(name, model, random.Random(3))
             good &= check_settle(name, model, random.Random(4))
-    good &= check_scored(random.Random(4))
+    good &= check_fit(random.Random(4))
     good &= check_recalled(random.Random(4))
     good &= check_crowds(random.Random(4))
     good &= check_leads(random.Random(4))

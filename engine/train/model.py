@@ -303,22 +303,27 @@ class ChunkingLayer(nn.Module):
         if config.enable_qk_norm:
             self.k_rmsnorm = RMSNorm(hd, 1e-6)
 
-    def forward(self, x):
-        """x [B,L,d] -> K, V [B,C,S,Hkv,hd] and landmarks [B,C,Hr,r/Hr] of the whole chunks."""
+    def summaries(self, x):
+        """x [B,L,d] -> what keys and values are made of [B*C,S,d], and landmarks [B*C,d], of whole chunks."""
         config = self.config
         batch, length, d = x.shape
         count = length // config.chunk_size
         chunks = x[:, : count * config.chunk_size].reshape(batch * count, config.chunk_size, d)
-        if config.encoder_layers > 0:
-            cls = self.cls_emb.to(chunks.dtype).expand(len(chunks), -1, -1)
-            chunks = torch.cat([chunks, cls], 1)
-            if config.enc_prenorm:
-                chunks = self.enc_prenorm(chunks)
-            chunks = self.encoder(chunks)
-            tokens, summary = chunks[:, :-1], chunks[:, -1]
-        else:
+        if config.encoder_layers == 0:
             tokens = self.norm(chunks)
-            summary = tokens.mean(1)
+            return tokens, tokens.mean(1)
+        cls = self.cls_emb.to(chunks.dtype).expand(len(chunks), -1, -1)
+        chunks = torch.cat([chunks, cls], 1)
+        if config.enc_prenorm:
+            chunks = self.enc_prenorm(chunks)
+        chunks = self.encoder(chunks)
+        return chunks[:, :-1], chunks[:, -1]
+
+    def forward(self, x):
+        """x [B,L,d] -> K, V [B,C,S,Hkv,hd] and landmarks [B,C,Hr,r/Hr] of the whole chunks."""
+        config = self.config
+        batch, count = len(x), x.shape[1] // config.chunk_size
+        tokens, summary = self.summaries(x)
         shape = (batch, count, config.chunk_size, config.num_kv_heads, config.attention_head)
         keys, values = self.proj_k(tokens).view(shape), self.proj_v(tokens).view(shape)
         if config.enable_qk_norm:

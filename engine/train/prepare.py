@@ -14,16 +14,20 @@ import numpy as np
 
 import tokenizer
 
+PARAGRAPH = 1000  # the mean paragraph is not longer, in characters
+
 
 def read(path):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read().replace("\r\n", "\n")
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.read()
 
 
 def unwrap(text):
-    """One line a paragraph: the books' own lines are broken at 70 columns, other text is not."""
+    """One line a paragraph: the books' own lines are broken at 70 columns, other text is not. Nothing for
+    a book whose paragraphs no empty line ends."""
     paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
-    return "\n".join(p for p in paragraphs if p)
+    paragraphs = [p for p in paragraphs if p]
+    return "\n".join(paragraphs) if len(text) < PARAGRAPH * len(paragraphs) else ""
 
 
 def main():
@@ -46,7 +50,8 @@ def main():
     }
     held = {name: books.pop(name) for name in config["held_out"]}
     # Both ways in which long text comes: as printed, and one line a paragraph.
-    books.update({name + " unwrapped": unwrap(text) for name, text in books.items()})
+    unwrapped = {name + " unwrapped": unwrap(text) for name, text in books.items()}
+    books.update({name: text for name, text in unwrapped.items() if text})
     if args.tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(os.path.join(args.tokenizer, name), args.out)

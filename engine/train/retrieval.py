@@ -1,177 +1,324 @@
-"""Trains what decides which chunks are read, and nothing else:
+"""Fits what decides which chunks are read, and nothing else, to memories as they are used:
 
-  python3 engine/train/retrieval.py CONFIG --data DIR --from MODEL --out DIR [--seconds N]
+  python3 engine/train/retrieval.py CONFIG --data DIR --from MODEL --out DIR [--haystacks N] [--steps N]
 
-As train.py, whose options it takes, but no layer above the retrieval runs, and the language has no loss.
-Each answer's token has a chunk that it stands in; its rivals are the other chunks of its row, the whole
-batch where that is a crowd of needles, and the last landmarks of text, as many as a context of a million
-tokens has. The losses are of what the layer does with scores: it takes the best eight and breaks the
-stick from the newest on, so that of all rivals only the seven best ones cost weight. Text, and answers
-that stand in no whole chunk, read what they read before, and the chunks' keys and values stay.
+The layers below the retrieval stay, so that what it sees is found once: of haystacks of the books that are
+trained on, with CONFIG's facts in them, the summary of each chunk and the hidden states that an answer's
+tokens are chosen by, every question asked as in use, as the first behind the text. Then the projections to
+queries and to landmarks alone learn that the chunk that holds a token has the weight: of all others the
+eight best can take it, if they are newer, and these come from the haystack, from the chunk that the question
+ends in, and from the text of all other haystacks, as in a context as long as all of them. Text reads what it
+read before, and no more of other text. OUT/export is the model; prints what one haystack in ten, which is not
+fitted to, has of the weight.
 """
+import argparse
+import collections
+import dataclasses
+import os
+import random
+import time
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import safetensors_io
 import train
-from data import ANSWER, CHUNK, TEXT, text_alone
-from model import ChunkingLayer, RetrievalLayer
+from data import ANSWER, CHUNK, TEXT, Books, Builder, Row, text_alone
+from model import ChunkingLayer, Ramba, RetrievalLayer
+from tokenizer import Tokenizer
 
-BARRED = -1e4  # the score of a chunk that may not be read
-QUERIES, READERS = 2048, 1024  # positions of answers, and of what is to stay as it is, in a step
-
-
-def memory_layers(model):
-    """The number of the chunking layer, it, and the first retrieval layer."""
-    layers = model.backbone.layers
-    lower = next(i for i, layer in enumerate(layers) if isinstance(layer, ChunkingLayer))
-    return lower, layers[lower], next(l for l in layers if isinstance(l, RetrievalLayer))
-
-
-def away(now, before):
-    """The mean square of what changed, as a share of what it was."""
-    return (now.float() - before.float()).pow(2).mean() / before.float().pow(2).mean()
+PICKED = 8
+BARRED = -1e9  # the score of a chunk that may not be read
+PIECE = 1024  # tokens that the lower layers take at a time
+QUESTIONS = 32  # that are read beside each other
+READERS = 256  # positions of text of a haystack that are to stay as they are
+ASKED = 400  # tokens of answers in a step
+RIVALS = (256, 1024, 4096, 16384)  # chunks of other haystacks in a step, as many as there are at most
 
 
-class Scored:
-    """Scores of queries [n] of the rows `row` at `at` over the chunks of their batch and the bank: one
-    retrieval head. `apart`: which chunks [rows * C] are rivals in other rows than their own."""
+@dataclasses.dataclass
+class Seen:
+    """What retrieval sees of one haystack of C whole chunks. `late`: of the chunks that questions and answers
+    complete; those of a token are `late_count` from `late_first` on."""
 
-    def __init__(self, q, landmarks, bank, row, at, apart):
-        rows, count, width = landmarks.shape
-        with torch.autocast(q.device.type, enabled=False):
-            chunks = torch.cat([landmarks.flatten(0, 1).float(), bank])
-            scores, banked = (q.float() * width**-0.5 @ chunks.T).tensor_split([rows * count], 1)
-        number = torch.arange(rows * count, device=q.device)
-        ends = (number % count + 1) * CHUNK
-        self.own = (number // count == row[:, None]) & (at[:, None] >= ends)
-        other = (number // count != row[:, None]) & apart
-        scores = scores.masked_fill(~(self.own | other), BARRED)
-        self.scores = torch.cat([scores, banked], 1)
-
-    def losses(self, gold):
-        """-log of the weight of the `gold` chunks (flat numbers) beside the seven best rivals, -log of
-        their share among all, and which are among the best eight. Of other rows and the bank, half
-        count as newer."""
-        wanted = self.scores.gather(1, gold[:, None])
-        best = self.scores.scatter(1, gold[:, None], BARRED).topk(8, 1)
-        rivals, where = best.values[:, :7], best.indices[:, :7]
-        owned = F.pad(self.own, (0, self.scores.shape[1] - self.own.shape[1])).gather(1, where)
-        newer = torch.where(owned, where > gold[:, None], where % 2 == 0)
-        spent = (F.softplus(rivals) * newer).sum(1) + F.softplus(-wanted[:, 0])
-        share = self.scores.logsumexp(1) - wanted[:, 0]
-        count = max(1, len(gold))
-        return spent.sum() / count, share.sum() / count, best.values[:, 7] < wanted[:, 0]
-
-    def strayed(self, before):
-        """How far the weights of these scores are from those `before`: of the own chunks in both
-        directions, of what holds nothing for them upwards alone."""
-        change = self.scores.sigmoid() - before.scores.sigmoid()
-        own = F.pad(self.own, (0, change.shape[1] - self.own.shape[1]))
-        more = change.masked_fill(own, 0.0).clamp(min=0).topk(8, 1).values.sum(1)
-        return ((change * own).pow(2).sum(1) + more).mean()
+    chunks: torch.Tensor  # [C,d] summaries
+    alone: torch.Tensor  # [C] which are text alone
+    asked: torch.Tensor  # [N,d] hidden states that answers' tokens are chosen by
+    gold: torch.Tensor  # [N] the chunk that holds each of these
+    turns: torch.Tensor  # [N] whether the token before came from another chunk
+    late: torch.Tensor  # [E,d] summaries
+    late_first: torch.Tensor  # [N]
+    late_count: torch.Tensor  # [N]
+    kinds: list  # [N] of what kind the fact is
+    text: torch.Tensor  # [M,d] hidden states of text
+    text_before: torch.Tensor  # [M] how many whole chunks are before each
 
 
-class Retrieval(train.Trainer):
-    def __init__(self, args):
-        if not args.start:
-            raise SystemExit("wants --from")
-        self.teacher = self.taught = None
-        super().__init__(args)
+class Lower:
+    """A model up to its retrieval layer."""
 
-    def teach(self):
-        """The layers as they were: what text reads, keys and values are held against theirs."""
-        model = train.build(self.settings)[1].to(self.device)
-        model.load_state_dict(safetensors_io.load_folder(self.args.start))
-        self.teacher = memory_layers(model)[1:]
-        if self.device != "cpu" and not self.args.no_compile:
-            self.teacher[0].compile(dynamic=False)
-
-    def fill(self, full):
-        """And what the teacher's landmarks of the same chunks are."""
-        super().fill(full)
-        count = self.model.bank.most if full else 0
-        self.taught = torch.zeros(count, self.config.retrieval_dim, device=self.device)
+    def __init__(self, model):
+        layers = model.backbone.layers
+        count = next(i for i, layer in enumerate(layers) if isinstance(layer, ChunkingLayer))
+        self.embeddings, self.layers, self.chunking = model.backbone.embeddings, layers[:count], layers[count]
+        self.retrieval = next(layer for layer in layers if isinstance(layer, RetrievalLayer))
+        config = model.config
+        if config.retrieval_heads > 1 or config.enable_softmax or config.mask_slide_window:
+            raise SystemExit("retrieval.py fits one head of stick-breaking retrieval, without a window")
 
     @torch.no_grad()
-    def lower(self, ids, resets, states):
-        """The lower decoder's output, and its layers' states."""
-        x, after = self.model.backbone.embeddings(ids), []
-        for layer, state in zip(self.model.backbone.layers[: self.config.num_lower_layers], states):
-            x, ssm, _ = layer(x, resets, state)
-            after.append(ssm)
-        return x, after
+    def read(self, ids, states=None):
+        """[B,L] -> hidden states [B,L,d] and the layers' states; `states`: of one row, which all go on from."""
+        parts = []
+        for part in ids.split(PIECE, 1):
+            x, after = self.embeddings(part), []
+            for i, layer in enumerate(self.layers):
+                before = (None, None) if states is None else states[i]
+                before = [s if s is None else s.expand(len(ids), *s.shape[1:]) for s in before]
+                x, ssm, conv = layer(x, None, *before)
+                after.append((ssm, conv))
+            states = after
+            parts.append(x)
+        return torch.cat(parts, 1), states
 
-    def positions(self, marks, gold):
-        """On the host: (row, position) of the answers' tokens that stand in a chunk, and of others."""
-        draw = np.random.default_rng(self.step)
-        found = np.argwhere(gold[:, 1:] >= 0)
-        after = marks[:, 1:]
-        others = np.argwhere(((after == TEXT) | (after == ANSWER)) & (gold[:, 1:] < 0))
-        pick = lambda all_, most: all_[draw.permutation(len(all_))[:most]]
-        return pick(found, QUERIES), pick(others, READERS)
+    @torch.no_grad()
+    def summaries(self, x):
+        """[count*S,d] -> [count,d]"""
+        return self.chunking.summaries(x[None])[1]
 
-    def gradients(self, crowd, arrays):
-        if self.teacher is None:
-            self.teach()
-        if self.taught is None:
-            self.fill(False)
-        ids, marks, resets, gold = arrays
-        settings, count = self.settings, ids.shape[1] // self.config.chunk_size
-        asked, others = self.positions(marks, gold)
-        wanted = gold[asked[:, 0], asked[:, 1] + 1] // self.config.chunk_size + asked[:, 0] * count
-        alone = text_alone(marks)
-        put = lambda array: self.put(array.astype(np.int64))
-        ids_t, resets_t, alone_t = put(ids), self.put(resets), self.put(alone)
-        text = put(np.flatnonzero(alone))
-        row, at, wanted = put(asked[:, 0]), put(asked[:, 1]), put(wanted)
-        row2, at2 = put(others[:, 0]), put(others[:, 1])
-        apart = torch.ones_like(alone_t) if crowd else alone_t
-        kind = self.device.split(":")[0]
-        low = torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
-        with low:
-            x, after = self.lower(ids_t, resets_t, self.states(len(ids)))
-            _, chunking, retrieval = memory_layers(self.model)
-            keys, values, marks_now = [t.flatten(2) if t.dim() == 4 else t for t in chunking(x)]
-            with torch.no_grad():
-                keys0, values0, marks_before = self.teacher[0](x)
-                marks_before = marks_before.flatten(2)
-                q0 = self.query(self.teacher[1], x[row2, at2])
-            q, q2 = self.query(retrieval, x[row, at]), self.query(retrieval, x[row2, at2])
-            bank = self.model.bank
-            banked = self.taught if bank.landmarks is None else bank.landmarks.flatten(1)
-            asking = Scored(q, marks_now, banked, row, at, apart)
-            reading = Scored(q2, marks_now, banked, row2, at2, alone_t)
-            before = Scored(q0, marks_before, self.taught, row2, at2, alone_t)
-            weight, share, found = asking.losses(wanted)
-            strayed = reading.strayed(before)
-            kept = away(keys, keys0) + away(values, values0)
-        total = (
-            settings["retrieval_weight"] * weight
-            + settings["contrast_weight"] * share
-            + settings["distraction_weight"] * strayed
-            + settings["keep_weight"] * kept
+    def scores(self, x, summaries):
+        """[N,d], [C,d] -> [N,C]"""
+        landmarks = self.chunking.lmk_ln(summaries)[None, :, None]
+        return self.retrieval.scores(x[None], landmarks)[0, :, 0]
+
+
+def told(builder, length):
+    """A haystack [length]: its tokens, which of its chunks are text alone, and rows that each go on from it
+    with a question and its answer; or None."""
+    needles, texts, used = [], [], 0
+    for needle in builder.needles(train.LAST_STAGE, length):
+        pieces = [builder.tokenizer.encode(piece) for piece in needle.pieces]
+        used += sum(map(len, pieces))
+        if used > length * 0.5:
+            break
+        texts += [(len(needles), i, piece) for i, piece in enumerate(pieces)]
+        needles.append(needle)
+    row = Row(length)
+    where = builder.scatter(row, texts, length, {})
+    if where is None:
+        return None
+    tokens, rows = {(which, i): text for which, i, text in texts}, []
+    for which, needle in enumerate(needles):
+        pieces = [(tokens[which, i], where[which, i]) for i in range(len(needle.pieces))]
+        asked = Row(2 * length)
+        asked.add(row.ids, 0)
+        asked.ask(*builder.question(needle), pieces)
+        rows.append((needle.kind, asked))
+    return np.array(row.ids), text_alone(np.array(row.marks)[None]), rows
+
+
+def see(lower, builder, length, device):
+    """`Seen` of a new haystack."""
+    made = None
+    while made is None:
+        made = builder.row(told, builder, length)
+    ids, alone, rows = made
+    count, rng = len(ids) // CHUNK, builder.rng
+    x, states = lower.read(torch.from_numpy(ids.astype(np.int64))[None].to(device))
+    x = x[0]
+    rest = x[count * CHUNK :]
+    found, late, lates = collections.defaultdict(list), [], 0
+    for begin in range(0, len(rows), QUESTIONS):
+        part = rows[begin : begin + QUESTIONS]
+        behind = [row.ids[len(ids) :] for _, row in part]
+        padded = torch.zeros(len(part), max(map(len, behind)), dtype=torch.int64)
+        for i, tokens in enumerate(behind):
+            padded[i, : len(tokens)] = torch.tensor(tokens)
+        y, _ = lower.read(padded.to(device), states)
+        for i, (kind, row) in enumerate(part):
+            before = None
+            for at in range(len(ids), len(row.ids)):
+                chunk = row.gold[at] // CHUNK if row.gold[at] >= 0 else None
+                if chunk is not None and chunk < count:
+                    found["asked"].append(y[i, at - 1 - len(ids)])
+                    found["gold"].append(chunk)
+                    found["turns"].append(chunk != before)
+                    found["late_first"].append(lates)
+                    found["late_count"].append((at - 1) // CHUNK - count)
+                    found["kinds"].append(kind)
+                before = chunk
+            whole = torch.cat([rest, y[i, : len(behind[i])]])
+            whole = whole[: len(whole) // CHUNK * CHUNK]
+            if len(whole):
+                late.append(lower.summaries(whole))
+                lates += len(late[-1])
+    readers = np.flatnonzero(np.repeat(alone, CHUNK))
+    readers = readers[readers >= PICKED * CHUNK]
+    readers = np.array(rng.sample(readers.tolist(), min(READERS, len(readers))))
+    if "gold" not in found or not len(readers):
+        return see(lower, builder, length, device)
+    put = lambda values: torch.tensor(values, device=device)
+    return Seen(
+        lower.summaries(x[: count * CHUNK]), put(alone), torch.stack(found["asked"]), put(found["gold"]),
+        put(found["turns"]), torch.cat(late) if late else x[:0], put(found["late_first"]),
+        put(found["late_count"]), found["kinds"], x[put(readers)], put(readers // CHUNK),
+    )
+
+
+def wanted(lower, seen, which, rivals, slots):
+    """For the tokens `which` [n]: -log of the weight of the chunk that holds them, -log of its share in a
+    softmax, and how many chunks are scored higher. `rivals` [D,d] are chunks of other text, behind the first
+    `slots` [D] of the haystack's."""
+    x, gold = seen.asked[which], seen.gold[which]
+    own, other = lower.scores(x, seen.chunks), lower.scores(x, rivals)
+    late, number = lower.scores(x, seen.late), torch.arange(len(seen.late), device=x.device)
+    first = seen.late_first[which, None]
+    late = late.masked_fill((number < first) | (number >= first + seen.late_count[which, None]), BARRED)
+    score = own.gather(1, gold[:, None])
+    every = torch.cat([own, other, late], 1)
+    place = torch.arange(own.shape[1], device=x.device)
+    newer = torch.cat([place, slots - 1, own.shape[1] + number]) > gold[:, None]
+    # Seven others are picked with it, and the newer ones of these take their part first.
+    rest = every.scatter(1, gold[:, None], BARRED).topk(min(PICKED - 1, every.shape[1]), 1)
+    spent = (F.softplus(rest.values) * newer.gather(1, rest.indices)).sum(1)
+    score = score[:, 0]
+    return spent + F.softplus(-score), every.logsumexp(1) - score, (every > score[:, None]).sum(1)
+
+
+def stick(scores, picked):
+    """log of the weights of `picked` chunks, and of what they leave."""
+    scores = scores.masked_fill(~picked, BARRED)
+    spent = F.softplus(scores).flip(-1).cumsum(-1).flip(-1)
+    return (scores - spent).masked_fill(~picked, 0.0), -spent[:, 0]
+
+
+def best(scores, seen):
+    return torch.zeros_like(seen).scatter(1, scores.topk(min(PICKED, scores.shape[1]), 1).indices, True) & seen
+
+
+def strayed(lower, before, seen, which, rivals):
+    """For the text `which` [n]: how far what it reads is from what it read (KL), and how much more of other
+    text's chunks `rivals` [D,d] it would read; `before`: the layers as they were."""
+    x = seen.text[which]
+    visible = torch.arange(len(seen.chunks), device=x.device) < seen.text_before[which, None]
+    now = lower.scores(x, seen.chunks).masked_fill(~visible, BARRED)
+    with torch.no_grad():
+        then = before.scores(x, seen.chunks).masked_fill(~visible, BARRED)
+        was, left = stick(then, best(then, visible))
+        read = best(then, visible)
+        far = F.softplus(before.scores(x, rivals).topk(PICKED, 1).values).sum(1)
+    picked = read | best(now, visible)
+    is_, leaves = stick(now, picked)
+    apart = (was.exp() * (was - is_) * read).sum(1) + left.exp() * (left - leaves)
+    more = F.softplus(lower.scores(x, rivals).topk(PICKED, 1).values).sum(1) - far
+    return apart.mean(), more.clamp(min=0).mean()
+
+
+class Fit:
+    def __init__(self, lower, before, haystacks, seed):
+        self.lower, self.before, self.rng = lower, before, random.Random(seed)
+        self.device = haystacks[0].chunks.device
+        keep = max(1, len(haystacks) // 10)
+        self.kept, self.haystacks = haystacks[:keep], haystacks[keep:]
+        self.text = torch.cat([seen.chunks[seen.alone] for seen in haystacks])
+        self.owner = torch.cat(
+            [torch.full((int(seen.alone.sum()),), i, device=self.device) for i, seen in enumerate(haystacks)]
+        ) - keep  # the number of those that are fitted to
+        self.made = torch.Generator(self.device).manual_seed(seed)
+
+    def rivals(self, which, seen, count):
+        """At most `count` chunks of other haystacks' text, and where among `seen`'s own they stand."""
+        others = torch.nonzero(self.owner != which)[:, 0]
+        order = torch.randperm(len(others), generator=self.made, device=self.device)[:count]
+        slots = torch.randint(
+            len(seen.chunks) + 1, (len(order),), generator=self.made, device=self.device
         )
-        total.backward()
-        bank.keep(marks_now.flatten(0, 1)[text][:, None], self.model.whole_chunks(x)[text])
-        with low:
-            self.model.settle(*ids.shape)
-        taught = marks_before.flatten(0, 1)[text].to(self.taught.dtype)
-        self.taught = torch.cat([taught, self.taught])[: bank.most]
-        right = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool, device=self.device)
-        right[row, at] = found
-        zero = torch.zeros((), device=self.device)
-        losses = [zero, zero, zero, zero, strayed, weight, share, zero, kept]  # as train.LOSSES names them
-        return torch.stack([loss.detach().float() for loss in losses]), right, after
+        return self.text[others[order]], slots
 
-    @staticmethod
-    def query(layer, x):
-        return layer.ln(layer.pre_norm(x))
+    def loss(self):
+        which = self.rng.randrange(len(self.haystacks))
+        seen = self.haystacks[which]
+        rivals, slots = self.rivals(which, seen, self.rng.choice(RIVALS))
+        draw = lambda count, most: torch.randperm(count, generator=self.made, device=self.device)[:most]
+        asked = draw(len(seen.gold), ASKED)
+        lost, share, _ = wanted(self.lower, seen, asked, rivals, slots)
+        apart, more = strayed(
+            self.lower, self.before, seen, draw(len(seen.text), READERS // 2), rivals
+        )
+        counts = 1.0 + seen.turns[asked]
+        return ((lost + 0.1 * share) * counts).sum() / counts.sum() + apart + 0.2 * more
 
-    def held_out(self):
-        return 0.0
+    @torch.no_grad()
+    def report(self, name):
+        """What is left of the weight in the haystacks that are kept, among all the text."""
+        sums, read = collections.defaultdict(lambda: np.zeros(4)), np.zeros(2)
+        for which, seen in enumerate(self.kept):
+            rivals, slots = self.rivals(which - len(self.kept), seen, len(self.text))
+            every = torch.arange(len(seen.gold), device=self.device)
+            lost, _, above = wanted(self.lower, seen, every, rivals, slots)
+            for kind, cost, over in zip(seen.kinds, lost.tolist(), above.tolist()):
+                for key in (kind, "all"):
+                    sums[key] += 1, cost, cost > -np.log(0.3), over >= PICKED
+            every = torch.arange(len(seen.text), device=self.device)
+            read += [float(part) for part in strayed(self.lower, self.before, seen, every, rivals)]
+        count, cost, low, missed = sums.pop("all")
+        read /= len(self.kept)
+        print(
+            f"{name}: -log of the weight {cost / count:.3f}, below 0.3 {low / count:.3f}, not picked "
+            f"{missed / count:.4f}; text, KL {read[0]:.4f}, more of other text {read[1]:.3f}\n    below 0.3: "
+            + " ".join(f"{kind} {part[2] / part[0]:.3f}" for kind, part in sorted(sums.items())),
+            flush=True,
+        )
+        return cost / count
+
+    def run(self, steps, rate):
+        parts = [self.lower.retrieval.ln.weight, self.lower.chunking.lmk_ln.weight]
+        optimizer = torch.optim.Adam(parts, rate, betas=(0.9, 0.99))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, (step + 1) / 20, max(0.02, 2 * (1 - step / steps)))
+            loss = self.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if (step + 1) % max(1, steps // 5) == 0:
+                self.report(f"step {step + 1}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--from", dest="start", required=True, metavar="MODEL")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="of CONFIG")
+    parser.add_argument("--haystacks", type=int, default=200)
+    parser.add_argument("--length", type=int, default=16384, help="tokens of the longest of them")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rate", type=float, default=3e-4)
+    args = parser.parse_args()
+    settings = train.configured(args.config, args.set)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Ramba.load(args.start).to(device)
+    lower, before = Lower(model), Lower(Ramba.load(args.start).to(device))
+    tokenizer = Tokenizer.load(args.data)
+    books = Books(os.path.join(args.data, "train.npy"), tokenizer)
+    builder = Builder(tokenizer, books, settings["seed"], settings)
+    haystacks, begin = [], time.time()
+    for number in range(args.haystacks):
+        length = builder.rng.randint(args.length // 2, args.length)
+        haystacks.append(see(lower, builder, length, device))
+        if (number + 1) % 10 == 0:
+            print(f"{number + 1} of {args.haystacks} haystacks, {time.time() - begin:.0f} s", flush=True)
+    fit = Fit(lower, before, haystacks, settings["seed"])
+    print(f"{sum(len(seen.gold) for seen in haystacks)} tokens of answers, {len(fit.text)} chunks of text")
+    fit.report("before")
+    fit.run(args.steps, args.rate)
+    train.export(model, settings, args)
+    print(f"{args.out}/export is written, {time.time() - begin:.0f} s")
 
 
 if __name__ == "__main__":
-    train.main(Retrieval)
+    main()

@@ -23,7 +23,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import time
 
@@ -160,7 +159,6 @@ class Trainer:
         self.teacher = None
         if self.settings.get("anchor_weight"):
             self.teacher = copy.deepcopy(self.model).requires_grad_(False)
-        self.freeze(self.settings.get("frozen"))
         self.optimizer = Both(self.model, self.settings)
         self.tokenizer = Tokenizer.load(args.data)
         self.held = Books(os.path.join(args.data, "held.npy"), self.tokenizer)
@@ -183,12 +181,6 @@ class Trainer:
                     layer.compile(dynamic=False)  # a dynamic second shape compiles for minutes
             self.losses = torch.compile(self.answer_losses, dynamic=False)
             self.warm_up()
-
-    def freeze(self, pattern):
-        """Tensors in whose name the regular expression is found stay as they are."""
-        for name, parameter in self.model.named_parameters():
-            if pattern and re.search(pattern, name):
-                parameter.requires_grad_(False)
 
     def resume(self):
         saved = torch.load(self.path, map_location=self.device)
@@ -331,7 +323,7 @@ class Trainer:
         beside = [getattr(self.model, name) for name in BESIDE]
         for loss, name in zip(beside, BESIDE):
             if loss is not None:
-                total = total + s.get(name + "_weight", s["distraction_weight"]) * loss
+                total = total + s.get(name + "_weight", 0.0) * loss
         total.backward()
         with low:
             self.model.settle(*ids.shape)
@@ -481,7 +473,7 @@ class Trainer:
             raise SystemExit(f"step {self.step}: over 50 steps without a finite gradient")
 
     def run(self):
-        args, settings = self.args, self.settings
+        args = self.args
         pool, queues = self.start_workers()
         begin = last = saved = self.began  # what it took to compile counts
         logged = time.time()
@@ -491,8 +483,7 @@ class Trainer:
         stop = False
         while not stop:
             shape, crowd, arrays = self.batch(queues)
-            for _ in range(settings.get("repeats", 1)):
-                losses, right = self.update(crowd, arrays)
+            losses, right = self.update(crowd, arrays)
             sums += losses
             self.step += 1
             self.tokens += arrays[0].size * self.ranks
@@ -505,7 +496,7 @@ class Trainer:
             last = now
             stop = now - begin > args.seconds or self.done() >= 1
             stage = self.stage
-            self.stage = max(stage, stage_of(settings, self.step))
+            self.stage = max(stage, stage_of(self.settings, self.step))
             stop = self.agree(stop)
             if self.stage != stage:
                 answers = {shape: Answers() for shape in queues}
