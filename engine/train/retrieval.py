@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import ANSWER, CHUNK, TEXT, Books, Builder, Row, text_alone
+from data import CHUNK, Books, Builder, Row, text_alone
 from model import ChunkingLayer, Ramba, RetrievalLayer
 from tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ PIECE = 1024  # tokens that the lower layers take at a time
 QUESTIONS = 32  # that are read beside each other
 READERS = 256  # positions of text of a haystack that are to stay as they are
 ASKED = 400  # tokens of answers in a step
-RIVALS = (256, 1024, 4096, 16384)  # chunks of other haystacks in a step, as many as there are at most
+RIVALS = (256, 1024, 4096, 16384, 65536)  # chunks of other haystacks in a step, as many as there are at most
 
 
 @dataclasses.dataclass
