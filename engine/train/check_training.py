@@ -556,18 +556,20 @@ def cut_answers(rows):
 
 
 def check_cuts(rng):
-    """The ends of chunks in answers, told and said: at chance without a share of cuts, most with."""
+    """The ends of chunks in answers, told and said: at chance without a share of cuts; with, in nearly all that
+    are told, and in as many that are said as the text behind them has room for. Of 12 draws of 24 rows the means
+    were 0.17 and 0.92, 0.15 and 0.43, the deviations at most 0.03: the bounds stand half-way."""
     tokenizer, books = card_books()
     shares, good = [], True
     for share in (0.0, 1.0):
         settings = {**TINY, "mix": {"phone": 1}, "respelled_rows": 0.0, "lead_share": 1.0, "cut_share": share}
         builder = Builder(tokenizer, books, rng.randrange(1000), settings)
-        rows = [builder.row(builder.asked, 2, 2048) for _ in range(24)]
+        rows = [builder.row(builder.asked, 2, 2048) for _ in range(96)]
         good &= all(len(part) == 2048 for row in rows for part in row)
         told, said, count = cut_answers([np.stack(part) for part in zip(*rows)])
         shares.append((told / count, said / count, count))
     (told, said, _), (more_told, more_said, count) = shares
-    good &= told < 0.35 and said < 0.35 and more_told > 0.6 and more_said > 0.4 and count > 40
+    good &= told < 0.55 < more_told and said < 0.29 < more_said and count > 160
     print(f"{'ok  ' if good else 'FAIL'} answers cut by a chunk's end where they stand {told:.2f}, "
           f"{more_told:.2f}; where they are said {said:.2f}, {more_said:.2f} of {count}")
     return good
