@@ -13,6 +13,7 @@ fitted to, has of the weight.
 """
 import argparse
 import collections
+import copy
 import dataclasses
 import os
 import random
@@ -22,9 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import safetensors_io
 import train
 from data import CHUNK, Books, Builder, Row, text_alone
-from model import ChunkingLayer, Ramba, RetrievalLayer
+from model import ChunkingLayer, RetrievalLayer
 from tokenizer import Tokenizer
 
 PICKED = 8
@@ -119,9 +121,9 @@ def told(builder, length):
 
 def see(lower, builder, length, device):
     """`Seen` of a new haystack."""
-    made = None
-    while made is None:
-        made = builder.row(told, builder, length)
+    made = builder.row(told, builder, length)
+    if made is None:
+        return see(lower, builder, length, device)
     ids, alone, rows = made
     count, rng = len(ids) // CHUNK, builder.rng
     x, states = lower.read(torch.from_numpy(ids.astype(np.int64))[None].to(device))
@@ -196,6 +198,11 @@ def best(scores, seen):
     return torch.zeros_like(seen).scatter(1, scores.topk(min(PICKED, scores.shape[1]), 1).indices, True) & seen
 
 
+def taken(scores):
+    """-log of what the best chunks, as many as are picked, leave."""
+    return F.softplus(scores.topk(min(PICKED, scores.shape[1]), 1).values).sum(1)
+
+
 def strayed(lower, before, seen, which, rivals):
     """For the text `which` [n]: how far what it reads is from what it read (KL), and how much more of other
     text's chunks `rivals` [D,d] it would read; `before`: the layers as they were."""
@@ -204,13 +211,13 @@ def strayed(lower, before, seen, which, rivals):
     now = lower.scores(x, seen.chunks).masked_fill(~visible, BARRED)
     with torch.no_grad():
         then = before.scores(x, seen.chunks).masked_fill(~visible, BARRED)
-        was, left = stick(then, best(then, visible))
         read = best(then, visible)
-        far = F.softplus(before.scores(x, rivals).topk(PICKED, 1).values).sum(1)
+        was, left = stick(then, read)
+        far = taken(before.scores(x, rivals))
     picked = read | best(now, visible)
     is_, leaves = stick(now, picked)
     apart = (was.exp() * (was - is_) * read).sum(1) + left.exp() * (left - leaves)
-    more = F.softplus(lower.scores(x, rivals).topk(PICKED, 1).values).sum(1) - far
+    more = taken(lower.scores(x, rivals)) - far
     return apart.mean(), more.clamp(min=0).mean()
 
 
@@ -242,9 +249,8 @@ class Fit:
         draw = lambda count, most: torch.randperm(count, generator=self.made, device=self.device)[:most]
         asked = draw(len(seen.gold), ASKED)
         lost, share, _ = wanted(self.lower, seen, asked, rivals, slots)
-        apart, more = strayed(
-            self.lower, self.before, seen, draw(len(seen.text), READERS // 2), rivals
-        )
+        readers = draw(len(seen.text), READERS // 2)
+        apart, more = strayed(self.lower, self.before, seen, readers, rivals)
         counts = 1.0 + seen.turns[asked]
         return ((lost + 0.1 * share) * counts).sum() / counts.sum() + apart + 0.2 * more
 
@@ -301,8 +307,9 @@ def main():
     args = parser.parse_args()
     settings = train.configured(args.config, args.set)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Ramba.load(args.start).to(device)
-    lower, before = Lower(model), Lower(Ramba.load(args.start).to(device))
+    model = train.build(settings)[1].to(device)
+    model.load_state_dict(safetensors_io.load_folder(args.start))  # of another shape than CONFIG's: an error
+    lower, before = Lower(model), Lower(copy.deepcopy(model))
     tokenizer = Tokenizer.load(args.data)
     books = Books(os.path.join(args.data, "train.npy"), tokenizer)
     builder = Builder(tokenizer, books, settings["seed"], settings)
