@@ -23,7 +23,7 @@ import torch
 import safetensors_io
 import tasks
 from check_published import LOGITS_LIMIT, ROOT, SHIPPED, worst
-from data import ANSWER, CHUNK, TEXT, Books, Builder
+from data import ANSWER, CHUNK, TEXT, Books, Builder, blanks, choices
 import model as form
 from model import Aims, Bank, ChunkingLayer, Ramba, RetrievalLayer
 from needle import answer_text
@@ -272,8 +272,8 @@ def check_settle(name, folder, rng):
 
 def check_fit(rng):
     """What retrieval.py is told of a chunk's weight is what the whole model, read from the first token of the
-    haystack to the last of the answer, gives it; fitting lowers what is lost of it in haystacks that are not
-    fitted to."""
+    haystack to the last of the answer, gives it; one can go on from another's states; fitting lowers what is
+    lost of it in haystacks that are not fitted to."""
     torch.manual_seed(6)
     tokenizer, books = card_books()
     model = build({**TINY, "seed": 7})[1]
@@ -286,7 +286,13 @@ def check_fit(rng):
     make = lambda: Builder(tokenizer, books, 9, settings)
     builder = make()
     ids, _, rows = builder.row(retrieval.told, builder, 2000)
-    seen = retrieval.see(lower, make(), 2000, "cpu")
+    seen, after = retrieval.see(lower, make(), 2000, "cpu")
+    later = Builder(tokenizer, books, 10, settings)
+    behind = later.row(retrieval.told, later, 1500)[0]
+    goes_on, _ = retrieval.see(lower, Builder(tokenizer, books, 10, settings), 1500, "cpu", after)
+    both = torch.from_numpy(np.concatenate([ids, behind]).astype(np.int64))
+    whole = lower.read(both[None])[0][0, len(ids) :][: len(behind) // CHUNK * CHUNK]
+    carried = float((lower.summaries(whole) - goes_on.chunks).abs().max() / goes_on.chunks.abs().max())
     scored, want = iter(range(len(seen.gold))), []
     for _, row in rows:
         session, trace = {}, []
@@ -312,17 +318,17 @@ def check_fit(rng):
     picked = [w is not None for _, w in want]
     good = picked == (above < retrieval.PICKED).tolist() and 20 < sum(picked) < len(want) - 20
     off = max(abs(math.exp(-lost[n]) - w) for n, w in want if w is not None)
-    good &= off < 1e-4 and len(seen.late) > 0
+    good &= off < 1e-4 and carried < 1e-5 and len(seen.late) > 0
     builder = make()
-    haystacks = [retrieval.see(lower, builder, 2000, "cpu") for _ in range(8)]
+    haystacks = [retrieval.see(lower, builder, 2000, "cpu")[0] for _ in range(8)]
     with torch.enable_grad():
-        fit = retrieval.Fit(lower, before, haystacks, 1)
+        fit = retrieval.Fit(lower, before, haystacks, 1, 0.1)
         first = fit.report("before")
         fit.run(120, 3e-3)
         last = fit.report("after")
     good &= last < 0.9 * first
     print(f"{'ok  ' if good else 'FAIL'} what retrieval is fitted to: {len(want)} tokens, {sum(picked)} picked, "
-          f"weights {off:.1e}; cost {first:.2f}, fitted {last:.2f}")
+          f"weights {off:.1e}, behind another {carried:.1e}; cost {first:.2f}, fitted {last:.2f}")
     return good
 
 
@@ -388,8 +394,8 @@ class Noting(Trainer):
         super().__init__(args)
         self.halt, self.seen = halt, []
 
-    def aims(self, crowd, marks, gold):
-        aims = super().aims(crowd, marks, gold)
+    def aims(self, crowd, ids, marks, gold):
+        aims = super().aims(crowd, ids, marks, gold)
         if aims.gold is not None and (marks == ANSWER).any():
             self.seen.append((self.step, self.stage, marks.shape[1], aims.asked is not None))
         return aims
@@ -617,6 +623,47 @@ def check_begun(rng):
     return good
 
 
+def check_choices(rng):
+    """Which tokens tell the chunk: by the definition, token by token; of a number the first digit."""
+    tokenizer, books = card_books()
+    blank = blanks(tokenizer)
+    builder = Builder(tokenizer, books, rng.randrange(1000), TINY)
+    ids, _, _, gold = builder.batch(3, 8, 2048, 2)
+    got, want = choices(ids, gold, blank), np.zeros(ids.shape, bool)
+    for row in range(len(ids)):
+        for at in range(ids.shape[1]):
+            chunk, first = gold[row, at] // CHUNK, at
+            if gold[row, at] < 0 or not tokenizer.decode([int(ids[row, at])]).strip():
+                continue
+            if at and gold[row, at - 1] >= 0 and gold[row, at - 1] // CHUNK == chunk:
+                first = at - 1
+            before = tokenizer.decode(ids[row, first:at].tolist())
+            turned = first == 0 or gold[row, first - 1] < 0 or gold[row, first - 1] // CHUNK != chunk
+            want[row, at] = first == at or not before.strip() and turned
+    digits = sum(tokenizer.decode([int(i)]).isdigit() for i in ids[got])
+    good = bool((got == want).all()) and digits > 50 and (~got & (gold >= 0)).sum() > got.sum()
+    answer = np.array([tokenizer.encode(" 8922960, 85")])
+    shown = choices(answer, np.where(np.arange(answer.shape[1]) < 9, 70, 300)[None], blank)[0]
+    said = [tokenizer.decode([int(i)]) for i in answer[0, shown]]
+    good &= said == ["8", "8"] and answer[0, shown].tolist() == answer[0, [1, 10]].tolist()
+    print(f"{'ok  ' if good else 'FAIL'} tokens that tell the chunk: {got.sum()} of {(gold >= 0).sum()}, "
+          f"{digits} digits; of two numbers {said}")
+    return good
+
+
+def check_carried():
+    """How many rows of a batch go on from the states of others."""
+    good, shares = True, []
+    for settings, want in (({}, 0.5), ({"carried_share": 0.9}, 0.9), ({"carried_share": 1.0}, 1.0)):
+        trainer = SimpleNamespace(pool=[torch.ones(64, 1, 1, 1)] * 2, settings=settings, device="cpu")
+        states = torch.stack([torch.stack(Trainer.states(trainer, 16)) for _ in range(300)])
+        good &= bool((states[:, 0] == states[:, 1]).all())  # of all layers or of none
+        shares.append(float(states.mean()))
+        good &= abs(shares[-1] - want) <= 5 * math.sqrt(want * (1 - want) / 4800)
+    print(f"{'ok  ' if good else 'FAIL'} rows that go on from others: {', '.join(f'{s:.3f}' for s in shares)}")
+    return good
+
+
 def same(one, other):
     """Two trees of the same tensors."""
     if isinstance(one, torch.Tensor):
@@ -646,6 +693,8 @@ def main():
     good &= check_leads(random.Random(4))
     good &= check_cuts(random.Random(4))
     good &= check_begun(random.Random(4))
+    good &= check_choices(random.Random(11))
+    good &= check_carried()
     good &= check_beside()
     with torch.enable_grad():
         good &= check_schedule()

@@ -20,6 +20,22 @@ def text_alone(marks):
     return (marks[:, : count * CHUNK].reshape(-1, CHUNK) == TEXT).all(1)
 
 
+def blanks(tokenizer):
+    """[vocabulary]: which tokens are nothing but white space."""
+    return np.array([not set(tokenizer.names.get(i, "?")) - set("ĠĊ") for i in range(tokenizer.size)])
+
+
+def choices(ids, gold, blank):
+    """[rows, length]: which tokens tell what they are read from, for tokens `ids` and the places that these
+    are read from, `gold` (-1: none), both in that shape: those from another chunk than the token before, or,
+    where that is a `blank` as before every number, the token behind it."""
+    chunk = gold // CHUNK  # -1 of -1
+    goes_on = np.pad(chunk[:, 1:] == chunk[:, :-1], ((0, 0), (1, 0)))
+    turns, space = (chunk >= 0) & ~goes_on, blank[ids]
+    behind = np.pad((turns & space)[:, :-1], ((0, 0), (1, 0)))
+    return (turns | behind & goes_on) & ~space
+
+
 class Books:
     """The token stream of the books, and where text may be cut without changing its tokens."""
 

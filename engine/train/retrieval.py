@@ -3,13 +3,13 @@
   python3 engine/train/retrieval.py CONFIG --data DIR --from MODEL --out DIR [--haystacks N] [--steps N]
 
 The layers below the retrieval stay, so that what it sees is found once: of haystacks of the books that are
-trained on, with CONFIG's facts in them, the summary of each chunk and the hidden states that an answer's
-tokens are chosen by, every question asked as in use, as the first behind the text. Then the projections to
-queries and to landmarks alone learn that the chunk that holds a token has the weight: of all others the
-eight best can take it, if they are newer, and these come from the haystack, from the chunk that the question
-ends in, and from the text of all other haystacks, as in a context as long as all of them. Text reads what it
-read before, and no more of other text. OUT/export is the model; prints what one haystack in ten, which is not
-fitted to, has of the weight.
+trained on, with CONFIG's facts in them, `carried_share` of which go on from the state behind the last one, the
+summary of each chunk and the hidden states that an answer's tokens are chosen by, every question asked as in
+use, as the first behind the text. Then the projections to queries and to landmarks alone learn that the chunk
+that holds a token has the weight: of all others the eight best can take it, if they are newer, and these come
+from the haystack, from the chunk that the question ends in, and from the text of all other haystacks, as in a
+context as long as all of them. Text reads what it read before, and less of other text. OUT/export is the model;
+prints what one haystack in ten, which is not fitted to, has of the weight.
 """
 import argparse
 import collections
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import safetensors_io
 import train
-from data import CHUNK, Books, Builder, Row, text_alone
+from data import CHUNK, Books, Builder, Row, blanks, choices, text_alone
 from model import ChunkingLayer, RetrievalLayer
 from tokenizer import Tokenizer
 
@@ -34,6 +34,7 @@ BARRED = -1e9  # the score of a chunk that may not be read
 PIECE = 1024  # tokens that the lower layers take at a time
 QUESTIONS = 32  # that are read beside each other
 READERS = 256  # positions of text of a haystack that are to stay as they are
+CHOICE = 4.0  # how often a token counts that tells which chunk is read
 ASKED = 400  # tokens of answers in a step
 RIVALS = (256, 1024, 4096, 16384, 65536)  # chunks of other haystacks in a step, as many as there are at most
 
@@ -47,7 +48,7 @@ class Seen:
     alone: torch.Tensor  # [C] which are text alone
     asked: torch.Tensor  # [N,d] hidden states that answers' tokens are chosen by
     gold: torch.Tensor  # [N] the chunk that holds each of these
-    turns: torch.Tensor  # [N] whether the token before came from another chunk
+    choices: torch.Tensor  # [N] whether the token tells which chunk it is from
     late: torch.Tensor  # [E,d] summaries
     late_first: torch.Tensor  # [N]
     late_count: torch.Tensor  # [N]
@@ -119,17 +120,18 @@ def told(builder, length):
     return np.array(row.ids), text_alone(np.array(row.marks)[None]), rows
 
 
-def see(lower, builder, length, device):
-    """`Seen` of a new haystack."""
+def see(lower, builder, length, device, before=None):
+    """`Seen` of a new haystack that goes on from the layers' states `before`, and their states behind it."""
     made = builder.row(told, builder, length)
     if made is None:
-        return see(lower, builder, length, device)
+        return see(lower, builder, length, device, before)
     ids, alone, rows = made
     count, rng = len(ids) // CHUNK, builder.rng
-    x, states = lower.read(torch.from_numpy(ids.astype(np.int64))[None].to(device))
+    x, states = lower.read(torch.from_numpy(ids.astype(np.int64))[None].to(device), before)
     x = x[0]
     rest = x[count * CHUNK :]
     found, late, lates = collections.defaultdict(list), [], 0
+    blank = blanks(builder.tokenizer)
     for begin in range(0, len(rows), QUESTIONS):
         part = rows[begin : begin + QUESTIONS]
         behind = [row.ids[len(ids) :] for _, row in part]
@@ -138,17 +140,16 @@ def see(lower, builder, length, device):
             padded[i, : len(tokens)] = torch.tensor(tokens)
         y, _ = lower.read(padded.to(device), states)
         for i, (kind, row) in enumerate(part):
-            before = None
+            chosen = choices(np.array(row.ids)[None], np.array(row.gold)[None], blank)[0]
             for at in range(len(ids), len(row.ids)):
                 chunk = row.gold[at] // CHUNK if row.gold[at] >= 0 else None
                 if chunk is not None and chunk < count:
                     found["asked"].append(y[i, at - 1 - len(ids)])
                     found["gold"].append(chunk)
-                    found["turns"].append(chunk != before)
+                    found["choices"].append(bool(chosen[at]))
                     found["late_first"].append(lates)
                     found["late_count"].append((at - 1) // CHUNK - count)
                     found["kinds"].append(kind)
-                before = chunk
             whole = torch.cat([rest, y[i, : len(behind[i])]])
             whole = whole[: len(whole) // CHUNK * CHUNK]
             if len(whole):
@@ -158,13 +159,14 @@ def see(lower, builder, length, device):
     readers = readers[readers >= PICKED * CHUNK]
     readers = np.array(rng.sample(readers.tolist(), min(READERS, len(readers))))
     if "gold" not in found or not len(readers):
-        return see(lower, builder, length, device)
+        return see(lower, builder, length, device, before)
     put = lambda values: torch.tensor(values, device=device)
-    return Seen(
+    seen = Seen(
         lower.summaries(x[: count * CHUNK]), put(alone), torch.stack(found["asked"]), put(found["gold"]),
-        put(found["turns"]), torch.cat(late) if late else x[:0], put(found["late_first"]),
+        put(found["choices"]), torch.cat(late) if late else x[:0], put(found["late_first"]),
         put(found["late_count"]), found["kinds"], x[put(readers)], put(readers // CHUNK),
     )
+    return seen, states
 
 
 def wanted(lower, seen, which, rivals, slots):
@@ -204,8 +206,8 @@ def taken(scores):
 
 
 def strayed(lower, before, seen, which, rivals):
-    """For the text `which` [n]: how far what it reads is from what it read (KL), and how much more of other
-    text's chunks `rivals` [D,d] it would read; `before`: the layers as they were."""
+    """For the text `which` [n]: how far what it reads is from what it read (KL), and what it would read of
+    other text's chunks `rivals` [D,d]; `before`: the layers as they were."""
     x = seen.text[which]
     visible = torch.arange(len(seen.chunks), device=x.device) < seen.text_before[which, None]
     now = lower.scores(x, seen.chunks).masked_fill(~visible, BARRED)
@@ -213,17 +215,16 @@ def strayed(lower, before, seen, which, rivals):
         then = before.scores(x, seen.chunks).masked_fill(~visible, BARRED)
         read = best(then, visible)
         was, left = stick(then, read)
-        far = taken(before.scores(x, rivals))
     picked = read | best(now, visible)
     is_, leaves = stick(now, picked)
     apart = (was.exp() * (was - is_) * read).sum(1) + left.exp() * (left - leaves)
-    more = taken(lower.scores(x, rivals)) - far
-    return apart.mean(), more.clamp(min=0).mean()
+    return apart.mean(), taken(lower.scores(x, rivals)).mean()
 
 
 class Fit:
-    def __init__(self, lower, before, haystacks, seed):
+    def __init__(self, lower, before, haystacks, seed, straying):
         self.lower, self.before, self.rng = lower, before, random.Random(seed)
+        self.straying = straying
         self.device = haystacks[0].chunks.device
         keep = max(1, len(haystacks) // 10)
         self.kept, self.haystacks = haystacks[:keep], haystacks[keep:]
@@ -250,9 +251,9 @@ class Fit:
         asked = draw(len(seen.gold), ASKED)
         lost, share, _ = wanted(self.lower, seen, asked, rivals, slots)
         readers = draw(len(seen.text), READERS // 2)
-        apart, more = strayed(self.lower, self.before, seen, readers, rivals)
-        counts = 1.0 + seen.turns[asked]
-        return ((lost + 0.1 * share) * counts).sum() / counts.sum() + apart + 0.2 * more
+        apart, far = strayed(self.lower, self.before, seen, readers, rivals)
+        counts = 1.0 + (CHOICE - 1.0) * seen.choices[asked]
+        return ((lost + 0.1 * share) * counts).sum() / counts.sum() + apart + self.straying * far
 
     @torch.no_grad()
     def report(self, name):
@@ -262,16 +263,19 @@ class Fit:
             rivals, slots = self.rivals(which - len(self.kept), seen, len(self.text))
             every = torch.arange(len(seen.gold), device=self.device)
             lost, _, above = wanted(self.lower, seen, every, rivals, slots)
-            for kind, cost, over in zip(seen.kinds, lost.tolist(), above.tolist()):
-                for key in (kind, "all"):
+            told = zip(seen.kinds, lost.tolist(), above.tolist(), seen.choices.tolist())
+            for kind, cost, over, choice in told:
+                for key in (kind, "all", "choices") if choice else (kind, "all"):
                     sums[key] += 1, cost, cost > -np.log(0.3), over >= PICKED
             every = torch.arange(len(seen.text), device=self.device)
             read += [float(part) for part in strayed(self.lower, self.before, seen, every, rivals)]
         count, cost, low, missed = sums.pop("all")
+        telling, _, low_telling, _ = sums.pop("choices")
         read /= len(self.kept)
         print(
-            f"{name}: -log of the weight {cost / count:.3f}, below 0.3 {low / count:.3f}, not picked "
-            f"{missed / count:.4f}; text, KL {read[0]:.4f}, more of other text {read[1]:.3f}\n    below 0.3: "
+            f"{name}: -log of the weight {cost / count:.3f}, below 0.3 {low / count:.3f}, of what tells the "
+            f"chunk {low_telling / telling:.3f}, not picked {missed / count:.4f}; text, KL {read[0]:.4f}, of other "
+            f"text {read[1]:.3f}\n    below 0.3: "
             + " ".join(f"{kind} {part[2] / part[0]:.3f}" for kind, part in sorted(sums.items())),
             flush=True,
         )
@@ -300,10 +304,14 @@ def main():
     parser.add_argument("--from", dest="start", required=True, metavar="MODEL")
     parser.add_argument("--out", required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="of CONFIG")
-    parser.add_argument("--haystacks", type=int, default=200)
-    parser.add_argument("--length", type=int, default=16384, help="tokens of the longest of them")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--haystacks", type=int, default=250)
+    parser.add_argument("--length", type=int, default=32768, help="tokens of the longest of them")
+    parser.add_argument("--shortest", type=int, default=1024, help="and of the shortest")
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument(
+        "--straying", type=float, default=0.1, help="how much it counts what text would read of other text"
+    )
     args = parser.parse_args()
     settings = train.configured(args.config, args.set)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -313,13 +321,16 @@ def main():
     tokenizer = Tokenizer.load(args.data)
     books = Books(os.path.join(args.data, "train.npy"), tokenizer)
     builder = Builder(tokenizer, books, settings["seed"], settings)
-    haystacks, begin = [], time.time()
+    haystacks, states, begin = [], None, time.time()
     for number in range(args.haystacks):
-        length = builder.rng.randint(args.length // 2, args.length)
-        haystacks.append(see(lower, builder, length, device))
+        if builder.rng.random() >= settings.get("carried_share", 0.5):
+            states = None
+        length = int(args.shortest * (args.length / args.shortest) ** builder.rng.random())
+        seen, states = see(lower, builder, length, device, states)
+        haystacks.append(seen)
         if (number + 1) % 10 == 0:
             print(f"{number + 1} of {args.haystacks} haystacks, {time.time() - begin:.0f} s", flush=True)
-    fit = Fit(lower, before, haystacks, settings["seed"])
+    fit = Fit(lower, before, haystacks, settings["seed"], args.straying)
     print(f"{sum(len(seen.gold) for seen in haystacks)} tokens of answers, {len(fit.text)} chunks of text")
     fit.report("before")
     fit.run(args.steps, args.rate)

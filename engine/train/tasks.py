@@ -85,7 +85,7 @@ def niah_all_question(kind, keys):
 def niah_multivalue(rng, kind=None, count=None, begun=0):
     """Several values of one key. The newest is said first, as retrieval reads the newest first.
     `begun`: at most so many of them, any in any order, are said already."""
-    kind, count, key = kind or niah_kind(rng), count or rng.choice([2, 3] + [4] * 6), words.pair(rng)
+    kind, count, key = kind or niah_kind(rng), count or rng.choice([2, 3, 4, 4, 4, 4, 5, 6]), words.pair(rng)
     values = [niah_value(rng, kind) for _ in range(count)]
     said = rng.sample(range(count), min(begun, count - 1))
     order = [i for i in reversed(range(count)) if i not in said]

@@ -13,7 +13,7 @@ every shape come in the last stage, those of a shape with `from` not before that
 
 To go on from a model (--from) without losing what it knows: `anchor_weight` holds what is no answer to
 that model's distributions (KL), `decay_to_start` has weights decay towards its own; `choice_weight` is
-how often answers' tokens count that must turn to another chunk, in the losses of reading, and
+how often answers' tokens count that tell which chunk is read, in the losses of reading, and
 `recall_count` how often text's that could have been read.
 """
 import argparse
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import safetensors_io
-from data import ANSWER, CHUNK, TEXT, Books, Builder, text_alone
+from data import ANSWER, TEXT, Books, Builder, blanks, choices, text_alone
 from model import Aims, BANK, Bank, Config, DEFAULTS, MambaLayer, Ramba
 from optimizer import Both
 from tokenizer import Tokenizer
@@ -161,6 +161,7 @@ class Trainer:
             self.teacher = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = Both(self.model, self.settings)
         self.tokenizer = Tokenizer.load(args.data)
+        self.blank = blanks(self.tokenizer)
         self.held = Books(os.path.join(args.data, "held.npy"), self.tokenizer)
         self.step, self.tokens, self.seconds, self.stage, self.kept = 0, 0, 0.0, 0, 0.0
         self.chunk_loss = math.inf  # the running mean of "retrieval"
@@ -220,7 +221,8 @@ class Trainer:
         return self.settings["learning_rate"] * warm * min(1.0, max(0.02, (1 - done) / 0.4))
 
     def states(self, batch):
-        """States for a batch: half zero, half the final states of other segments."""
+        """States for a batch: `carried_share` the final states of other segments, which began so themselves,
+        the others zero."""
         if self.pool is None:
             shape = (
                 64,
@@ -231,7 +233,8 @@ class Trainer:
             layers = sum(isinstance(l, MambaLayer) for l in self.model.backbone.layers)
             self.pool = [torch.zeros(shape, device=self.device) for _ in range(layers)]
         self.rows = torch.randperm(64, device=self.device)[:batch]
-        keep = (torch.rand(batch, 1, 1, 1, device=self.device) < 0.5).float()
+        carried = self.settings.get("carried_share", 0.5)
+        keep = (torch.rand(batch, 1, 1, 1, device=self.device) < carried).float()
         return [layer[self.rows] * keep for layer in self.pool]
 
     def put(self, array):
@@ -253,7 +256,7 @@ class Trainer:
         low = settings.get("distraction_below")
         return self.stage >= settings["distraction_from"] and (low is None or self.chunk_loss < low)
 
-    def aims(self, crowd, marks, gold):
+    def aims(self, crowd, ids, marks, gold):
         """All indices are found on the host: a device that is asked for them waits."""
         rows, at = np.nonzero(gold[:, 1:] >= 0)  # the position before it makes a token's choice
         if not self.model.hsa or not len(rows):
@@ -265,8 +268,7 @@ class Trainer:
         place = gold[rows, at + 1].astype(np.int64)
         places = tuple(self.put(a) for a in (rows, at, place))
         sole = len(rows) - int(recalled.sum())
-        before = gold[rows, at]
-        chosen = (before < 0) | (before // CHUNK != place // CHUNK)  # it has to turn to another chunk
+        chosen = choices(ids, gold, self.blank)[rows, at + 1]
         counts = np.where(chosen, self.settings.get("choice_weight", 1), 1).astype(np.float32)
         counts[sole:] = self.settings.get("recall_count", 1)
         counts = self.put(counts)
@@ -306,7 +308,7 @@ class Trainer:
     def gradients(self, crowd, arrays):
         ids, marks, resets, gold = arrays
         ids_t, marks_t, resets_t = [self.put(a) for a in (ids, marks, resets)]
-        aims = self.aims(crowd, marks, gold)
+        aims = self.aims(crowd, ids, marks, gold)
         kind = self.device.split(":")[0]
         low = torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
         states, taught = self.states(len(ids)), None
