@@ -10,6 +10,8 @@ Runs on CUDA where there is one, else on the CPU; on several GPUs of one host as
 The curriculum: 0 dense pairs, 1 longer keys and values, 2 needles in short texts, 3 needles in long
 texts. A stage ends after as many steps as `stage_steps` says; earlier stages stay in the mix. Rows of
 every shape come in the last stage, those of a shape with `from` not before that share of the training.
+`carried_share` of the rows (a half) go on from the last states of others, so that states are as old in
+training as in long memories; with rows of 8,192 tokens a half taught nothing of what stands behind 24,000.
 
 To go on from a model (--from) without losing what it knows: `anchor_weight` holds what is no answer to
 that model's distributions (KL), `decay_to_start` has weights decay towards its own; `choice_weight` is
