@@ -270,11 +270,11 @@ class Fit:
             every = torch.arange(len(seen.text), device=self.device)
             read += [float(part) for part in strayed(self.lower, self.before, seen, every, rivals)]
         count, cost, low, missed = sums.pop("all")
-        telling, _, low_telling, _ = sums.pop("choices")
+        telling, _, low_telling, _ = sums.pop("choices", np.zeros(4))
         read /= len(self.kept)
         print(
             f"{name}: -log of the weight {cost / count:.3f}, below 0.3 {low / count:.3f}, of what tells the "
-            f"chunk {low_telling / telling:.3f}, not picked {missed / count:.4f}; text, KL {read[0]:.4f}, of other "
+            f"chunk {low_telling / max(1, telling):.3f}, not picked {missed / count:.4f}; text, KL {read[0]:.4f}, of other "
             f"text {read[1]:.3f}\n    below 0.3: "
             + " ".join(f"{kind} {part[2] / part[0]:.3f}" for kind, part in sorted(sums.items())),
             flush=True,
