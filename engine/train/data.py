@@ -20,15 +20,10 @@ def text_alone(marks):
     return (marks[:, : count * CHUNK].reshape(-1, CHUNK) == TEXT).all(1)
 
 
-def blanks(tokenizer):
-    """[vocabulary]: which tokens are nothing but white space."""
-    return np.array([not set(tokenizer.names.get(i, "?")) - set("ĠĊ") for i in range(tokenizer.size)])
-
-
 def choices(ids, gold, blank):
     """[rows, length]: which tokens tell what they are read from, for tokens `ids` and the places that these
     are read from, `gold` (-1: none), both in that shape: those from another chunk than the token before, or,
-    where that is a `blank` as before every number, the token behind it."""
+    where that is `blank` [vocabulary] as before every number, the token behind it."""
     chunk = gold // CHUNK  # -1 of -1
     goes_on = np.pad(chunk[:, 1:] == chunk[:, :-1], ((0, 0), (1, 0)))
     turns, space = (chunk >= 0) & ~goes_on, blank[ids]
@@ -46,8 +41,9 @@ class Books:
         for token, pair in tokenizer.halves().items():
             self.halves[token] = pair
         space = np.zeros(tokenizer.size, bool)
+        self.blank = np.zeros(tokenizer.size, bool)  # which tokens are nothing but white space
         for i, name in tokenizer.names.items():
-            space[i] = name[0] in "ĠĊ"
+            space[i], self.blank[i] = name[0] in "ĠĊ", not name.strip("ĠĊ")
         starts = space[self.ids]
         self.cut = starts & ~np.concatenate([[True], starts[:-1]])
 

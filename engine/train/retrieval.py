@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import safetensors_io
 import train
-from data import CHUNK, Books, Builder, Row, blanks, choices, text_alone
+from data import CHUNK, Books, Builder, Row, choices, text_alone
 from model import ChunkingLayer, RetrievalLayer
 from tokenizer import Tokenizer
 
@@ -131,7 +131,6 @@ def see(lower, builder, length, device, before=None):
     x = x[0]
     rest = x[count * CHUNK :]
     found, late, lates = collections.defaultdict(list), [], 0
-    blank = blanks(builder.tokenizer)
     for begin in range(0, len(rows), QUESTIONS):
         part = rows[begin : begin + QUESTIONS]
         behind = [row.ids[len(ids) :] for _, row in part]
@@ -140,7 +139,7 @@ def see(lower, builder, length, device, before=None):
             padded[i, : len(tokens)] = torch.tensor(tokens)
         y, _ = lower.read(padded.to(device), states)
         for i, (kind, row) in enumerate(part):
-            chosen = choices(np.array(row.ids)[None], np.array(row.gold)[None], blank)[0]
+            chosen = choices(np.array(row.ids)[None], np.array(row.gold)[None], builder.books.blank)[0]
             for at in range(len(ids), len(row.ids)):
                 chunk = row.gold[at] // CHUNK if row.gold[at] >= 0 else None
                 if chunk is not None and chunk < count:
@@ -274,8 +273,8 @@ class Fit:
         read /= len(self.kept)
         print(
             f"{name}: -log of the weight {cost / count:.3f}, below 0.3 {low / count:.3f}, of what tells the "
-            f"chunk {low_telling / max(1, telling):.3f}, not picked {missed / count:.4f}; text, KL {read[0]:.4f}, of other "
-            f"text {read[1]:.3f}\n    below 0.3: "
+            f"chunk {low_telling / max(1, telling):.3f}, not picked {missed / count:.4f}; text, KL {read[0]:.4f}, "
+            f"of other text {read[1]:.3f}\n    below 0.3: "
             + " ".join(f"{kind} {part[2] / part[0]:.3f}" for kind, part in sorted(sums.items())),
             flush=True,
         )
@@ -323,7 +322,7 @@ def main():
     builder = Builder(tokenizer, books, settings["seed"], settings)
     haystacks, states, begin = [], None, time.time()
     for number in range(args.haystacks):
-        if builder.rng.random() >= settings.get("carried_share", 0.5):
+        if builder.rng.random() >= settings["carried_share"]:
             states = None
         length = int(args.shortest * (args.length / args.shortest) ** builder.rng.random())
         seen, states = see(lower, builder, length, device, states)

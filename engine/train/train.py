@@ -10,8 +10,8 @@ Runs on CUDA where there is one, else on the CPU; on several GPUs of one host as
 The curriculum: 0 dense pairs, 1 longer keys and values, 2 needles in short texts, 3 needles in long
 texts. A stage ends after as many steps as `stage_steps` says; earlier stages stay in the mix. Rows of
 every shape come in the last stage, those of a shape with `from` not before that share of the training.
-`carried_share` of the rows (a half) go on from the last states of others, so that states are as old in
-training as in long memories; with rows of 8,192 tokens a half taught nothing of what stands behind 24,000.
+`carried_share` of the rows go on from the last states of others, so that states are as old in training as in
+long memories; a half of rows of 8,192 tokens was too little for what stands behind 24,000.
 
 To go on from a model (--from) without losing what it knows: `anchor_weight` holds what is no answer to
 that model's distributions (KL), `decay_to_start` has weights decay towards its own; `choice_weight` is
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import safetensors_io
-from data import ANSWER, TEXT, Books, Builder, blanks, choices, text_alone
+from data import ANSWER, TEXT, Books, Builder, choices, text_alone
 from model import Aims, BANK, Bank, Config, DEFAULTS, MambaLayer, Ramba
 from optimizer import Both
 from tokenizer import Tokenizer
@@ -163,7 +163,6 @@ class Trainer:
             self.teacher = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = Both(self.model, self.settings)
         self.tokenizer = Tokenizer.load(args.data)
-        self.blank = blanks(self.tokenizer)
         self.held = Books(os.path.join(args.data, "held.npy"), self.tokenizer)
         self.step, self.tokens, self.seconds, self.stage, self.kept = 0, 0, 0.0, 0, 0.0
         self.chunk_loss = math.inf  # the running mean of "retrieval"
@@ -235,9 +234,8 @@ class Trainer:
             layers = sum(isinstance(l, MambaLayer) for l in self.model.backbone.layers)
             self.pool = [torch.zeros(shape, device=self.device) for _ in range(layers)]
         self.rows = torch.randperm(64, device=self.device)[:batch]
-        carried = self.settings.get("carried_share", 0.5)
-        keep = (torch.rand(batch, 1, 1, 1, device=self.device) < carried).float()
-        return [layer[self.rows] * keep for layer in self.pool]
+        carried = torch.rand(batch, 1, 1, 1, device=self.device) < self.settings["carried_share"]
+        return [layer[self.rows] * carried for layer in self.pool]
 
     def put(self, array):
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -270,7 +268,7 @@ class Trainer:
         place = gold[rows, at + 1].astype(np.int64)
         places = tuple(self.put(a) for a in (rows, at, place))
         sole = len(rows) - int(recalled.sum())
-        chosen = choices(ids, gold, self.blank)[rows, at + 1]
+        chosen = choices(ids, gold, self.held.blank)[rows, at + 1]
         counts = np.where(chosen, self.settings.get("choice_weight", 1), 1).astype(np.float32)
         counts[sole:] = self.settings.get("recall_count", 1)
         counts = self.put(counts)

@@ -184,7 +184,7 @@ static void test_edits(void **state)
     assert_true(said[1].cached == first); /* this answer is read in the tokens that were said */
     const char *const others[] = {"Where is it?", "Who has it?", "What is it?"};
     cJSON *edited = NULL;
-    bool exact = false; /* one answer at least is */
+    bool exact = false; /* whether an answer is read in the tokens that were said: one must be */
     for (size_t i = 0; i < 3 && !exact; i++) {
         cJSON_Delete(edited);
         edited = cJSON_CreateArray();
